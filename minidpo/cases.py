@@ -1,0 +1,184 @@
+"""Random arguments for every op: shapes, broadcasting, size-1 and size-0 axes, options.
+
+`python -m minidpo check` draws them from a generator, the tests from hypothesis. A new op needs an entry
+here before any test passes.
+"""
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import numpy
+
+Shape = tuple[int, ...]
+Case = tuple[tuple[Any, ...], dict[str, Any]]  # positional arguments, options
+
+
+class Draw(Protocol):
+    """A source of random choices."""
+
+    def integer(self, low: int, high: int) -> int:
+        """An integer, low <= n <= high."""
+
+    def array(self, shape: Shape) -> numpy.ndarray:
+        """Numbers between -3 and 3, in float64."""
+
+
+class RandomDraw:
+    """Choices from a NumPy generator."""
+
+    def __init__(self, rng: numpy.random.Generator):
+        self.rng = rng
+
+    def integer(self, low: int, high: int) -> int:
+        return int(self.rng.integers(low, high, endpoint=True))
+
+    def array(self, shape: Shape) -> numpy.ndarray:
+        return self.rng.uniform(-3, 3, shape)
+
+
+def shape(draw: Draw, least: int = 0) -> Shape:
+    return tuple(draw.integer(least, 3) for _ in range(draw.integer(0, 3)))
+
+
+def indices(draw: Draw, size: int, shape: Shape) -> numpy.ndarray:
+    chosen = [draw.integer(0, size - 1) for _ in range(int(numpy.prod(shape)))]
+    return numpy.array(chosen, dtype=int).reshape(shape)
+
+
+def away_from_zero(x: numpy.ndarray) -> numpy.ndarray:
+    return numpy.where(x < 0, x - 0.5, x + 0.5)
+
+
+def broadcastable(draw: Draw, whole: Shape) -> Shape:
+    """A shape that broadcasts with `whole`: some axes of size 1, some in front left out."""
+    part = tuple(1 if draw.integer(0, 3) == 0 else size for size in whole)
+    return part[draw.integer(0, len(part)) :]
+
+
+def pair(draw: Draw) -> Case:
+    whole = shape(draw)
+    x, y = (draw.array(broadcastable(draw, whole)) for _ in range(2))
+    return ((x, 2.5), (2.5, y), (x, y), (x, y), (x, y))[draw.integer(0, 4)], {}
+
+
+def quotient(draw: Draw) -> Case:
+    (x, y), options = pair(draw)
+    return (x, away_from_zero(y) if isinstance(y, numpy.ndarray) else y), options
+
+
+def entries(draw: Draw) -> Case:
+    return (draw.array(shape(draw)),), {}
+
+
+def positive(draw: Draw) -> Case:
+    return (0.5 + abs(draw.array(shape(draw))),), {}
+
+
+def power(draw: Draw) -> Case:
+    exponent = (0, 1, 2, 3, -1, -2.0, 0.5, -1.5, 2.5)[draw.integer(0, 8)]
+    x = away_from_zero(draw.array(shape(draw)))
+    return (x if exponent == int(exponent) else abs(x), exponent), {}
+
+
+def reduction(draw: Draw) -> Case:
+    ndim = draw.integer(0, 3)
+    reduced = [axis for axis in range(ndim) if draw.integer(0, 1)]
+    sizes = tuple(draw.integer(axis in reduced, 3) for axis in range(ndim))
+    signed = [axis - ndim * draw.integer(0, 1) for axis in reduced]
+    axis = None if len(reduced) == ndim else signed[0] if len(signed) == 1 else tuple(signed)
+    return (draw.array(sizes),), {"axis": axis, "keepdims": bool(draw.integer(0, 1))}
+
+
+def reshape(draw: Draw) -> Case:
+    x = draw.array(shape(draw))
+    return (x, (x.shape[::-1], (x.size,), (1, *x.shape))[draw.integer(0, 2)]), {}
+
+
+def transpose(draw: Draw) -> Case:
+    x = draw.array(shape(draw))
+    order: list[int] = []
+    for axis in range(x.ndim):
+        order.insert(draw.integer(0, axis), axis - x.ndim * draw.integer(0, 1))
+    return (x,), {"axes": None if draw.integer(0, 3) == 0 else tuple(order)}
+
+
+def getitem(draw: Draw) -> Case:
+    n, m = draw.integer(1, 3), draw.integer(0, 3)
+    repeated = indices(draw, n, (draw.integer(0, 4),))
+    keys = (-1, slice(None, None, 2), (..., slice(1, None)), (None, 0), repeated, (repeated, slice(0, 2)))
+    return (draw.array((n, m)), keys[draw.integer(0, 5)]), {}
+
+
+def concatenate(draw: Draw) -> Case:
+    sizes = shape(draw) + (1,)
+    axis = draw.integer(-len(sizes), len(sizes) - 1)
+    before, after = sizes[: axis % len(sizes)], sizes[axis % len(sizes) + 1 :]
+    parts = tuple(draw.array((*before, draw.integer(0, 3), *after)) for _ in range(draw.integer(1, 3)))
+    return parts, {"axis": axis}
+
+
+def gather(draw: Draw) -> Case:
+    rows, V = shape(draw), draw.integer(1, 4)
+    return (draw.array((*rows, V)), indices(draw, V, rows)), {}
+
+
+def embedding(draw: Draw) -> Case:
+    V, C = draw.integer(1, 4), draw.integer(0, 3)
+    return (draw.array((V, C)), indices(draw, V, shape(draw))), {}
+
+
+def matmul(draw: Draw) -> Case:
+    n, k, m, batch = draw.integer(0, 3), draw.integer(0, 3), draw.integer(0, 3), shape(draw)
+    x = (k,) if draw.integer(0, 3) == 0 else (*broadcastable(draw, batch), n, k)
+    y = (k,) if draw.integer(0, 3) == 0 else (*broadcastable(draw, batch), k, m)
+    return (draw.array(x), draw.array(y)), {}
+
+
+def linear(draw: Draw) -> Case:
+    n, m = draw.integer(0, 3), draw.integer(0, 3)
+    return (draw.array((*shape(draw), n)), draw.array((n, m)), draw.array((m,))), {}
+
+
+def rows(draw: Draw) -> Case:
+    return (draw.array((*shape(draw), draw.integer(1, 4))),), {}
+
+
+def layer_norm(draw: Draw) -> Case:
+    (x,), options = rows(draw)
+    return (x, draw.array(x.shape[-1:]), draw.array(x.shape[-1:])), options
+
+
+def causal_attention(draw: Draw) -> Case:
+    batch, S, D = shape(draw), draw.integer(1, 4), draw.integer(1, 3)
+    q = draw.array((*batch, draw.integer(1, S), D))
+    return (q, draw.array((*batch, S, D)), draw.array((*batch, S, D))), {}
+
+
+CASES: dict[str, Callable[[Draw], Case]] = {
+    "add": pair,
+    "sub": pair,
+    "mul": pair,
+    "div": quotient,
+    "neg": entries,
+    "power": power,
+    "exp": entries,
+    "log": positive,
+    "tanh": entries,
+    "logsigmoid": entries,
+    "gelu": entries,
+    "sum": reduction,
+    "mean": reduction,
+    "reshape": reshape,
+    "transpose": transpose,
+    "getitem": getitem,
+    "concatenate": concatenate,
+    "gather": gather,
+    "embedding": embedding,
+    "matmul": matmul,
+    "linear": linear,
+    "logsumexp": rows,
+    "softmax": rows,
+    "log_softmax": rows,
+    "layer_norm": layer_norm,
+    "causal_attention": causal_attention,
+}

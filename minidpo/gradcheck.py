@@ -1,0 +1,202 @@
+"""A derivative against two that know nothing of it: central differences and the complex step.
+
+For a function f, a direction u and a cotangent g, both random, a right `vjp` satisfies
+
+    <g, J u> = <vjp(g), u>,   J u ~ (f(x + h u) - f(x - h u)) / 2h      central difference, h = 1e-6
+                              J u = Im f(x + i h u) / h                  complex step, h = 1e-20
+
+The second has no subtraction, so nothing cancels: it is exact to rounding, where f is analytic. Cotangents
+are never all ones: the gradient of the sum of a softmax is 0, and a `vjp` of zeros would pass.
+"""
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import numpy
+
+from .backend import Array, array_module
+from .tensor import Tensor
+
+STEP = {"central": 1e-6, "complex": 1e-20}
+TOLERANCE = {"central": 1e-6, "complex": 1e-12}
+
+
+class GradientError(AssertionError):
+    """A derivative and its check disagree; the message names the op, the place and both numbers."""
+
+
+def _derivative(f: Callable[..., Array], xs: list[Any], us: list[Any], method: str) -> Array:
+    """J u: how f(*xs) changes along us (None: not at all), 0 where f is not finite."""
+    h = STEP[method]
+
+    def moved(step: complex) -> Array:
+        return f(*[x if u is None else x + step * u for x, u in zip(xs, us)])
+
+    y = f(*xs)
+    xp = array_module(y)
+    finite = xp.isfinite(y)
+    if method == "complex":
+        return xp.where(finite, xp.imag(moved(1j * h)) / h, 0)
+    return (xp.where(finite, moved(h), 0) - xp.where(finite, moved(-h), 0)) / (2 * h)
+
+
+def _difference(g: Array, ju: Array, gxs: list[Array], us: list[Array]) -> float:
+    """|<g, Ju> - <vjp(g), u>| / (1 + sum |g Ju| + sum |vjp(g) u|)
+
+    The sums keep a right `vjp` from failing where large terms cancel, the 1 where all are tiny.
+    """
+    forward = g * ju
+    reverse = [gx * u for gx, u in zip(gxs, us)]
+    size = 1 + float(abs(forward).sum()) + sum(float(abs(term).sum()) for term in reverse)
+    return abs(float(forward.sum()) - sum(float(term.sum()) for term in reverse)) / size
+
+
+def check_vjp(
+    raw_op: Callable[..., Any],
+    *arrays: Any,
+    rng: numpy.random.Generator,
+    method: str = "central",
+    directions: int = 3,
+    **options: Any,
+) -> float:
+    """Check one `vjp` along random directions, in float64.
+
+        |<g, Ju> - <vjp(g), u>| / (1 + sum |g Ju| + sum |vjp(g) u|) <= 1e-6 central, 1e-12 complex
+
+    Parameters
+    ----------
+    raw_op : callable
+        `raw_op(*arrays, **options)` returns `(y, vjp)`; an op of `OPS` stands for its `raw`.
+    *arrays : array, number or whatever the op takes
+        Floating-point arrays are varied, all else is left as it is.
+    rng : numpy.random.Generator
+        Source of directions and cotangents.
+    method : {"central", "complex"}
+        The complex step needs a forward that accepts complex arrays.
+    directions : int
+        How many pairs (g, u) to try.
+
+    Returns
+    -------
+    float
+        The largest of the errors above.
+
+    Raises
+    ------
+    GradientError
+        If an error is too large, or `vjp` returns a gradient for what has none, none for what has one,
+        or one of another shape or dtype. The message names the op, the entry that is most wrong, and both
+        values there.
+
+    References
+    ----------
+    Squire and Trapp 1998 for the complex step.
+    """
+    raw = getattr(raw_op, "raw", raw_op)
+    name = getattr(raw, "__name__", repr(raw))
+    xs = [x.astype("float64") if _varied(x) else x for x in arrays]
+    y, vjp = raw(*xs, **options)
+    xp = array_module(y)
+    finite = xp.isfinite(y)
+
+    def f(*xs: Any) -> Array:
+        return raw(*xs, **options)[0]
+
+    def gradients(g: Array) -> list[Array]:
+        gxs = vjp(g)
+        for i, (x, gx) in enumerate(itertools.zip_longest(xs, gxs)):
+            if _varied(x) != (gx is not None):
+                raise GradientError(f"{name}: argument {i} {'has' if _varied(x) else 'can have'} no gradient")
+            if gx is not None and (gx.shape, gx.dtype) != (x.shape, x.dtype):
+                raise GradientError(
+                    f"{name}: the gradient of argument {i} is {gx.dtype} {gx.shape}, the argument {x.dtype} {x.shape}"
+                )
+        return list(gxs)
+
+    worst = 0.0
+    for _ in range(directions):
+        g = xp.where(finite, xp.asarray(rng.normal(size=y.shape)), 0)
+        us = [_direction(x, rng) if _varied(x) else None for x in xs]
+        gxs = gradients(g)
+        varied = [i for i, u in enumerate(us) if u is not None]
+        error = _difference(g, _derivative(f, xs, us, method), [gxs[i] for i in varied], [us[i] for i in varied])
+        if not error <= TOLERANCE[method]:
+            raise GradientError(f"{name}: {_worst_entry(f, xs, gxs, g, method)} (error {error:.1e} along a direction)")
+        worst = max(worst, error)
+    return worst
+
+
+def _varied(x: Any) -> bool:
+    """Whether a derivative with respect to x exists: floating-point arrays only."""
+    return hasattr(x, "dtype") and x.dtype.kind == "f"
+
+
+def _direction(x: Array, rng: numpy.random.Generator) -> Array:
+    """A random direction in the shape of x that leaves infinite entries where they are."""
+    xp = array_module(x)
+    return xp.where(xp.isfinite(x), xp.asarray(rng.normal(size=x.shape)), 0)
+
+
+def _worst_entry(f: Callable[..., Array], xs: list[Any], gxs: list[Array], g: Array, method: str) -> str:
+    """A sentence about the entry x_j where vjp(g)_j and <g, df/dx_j> differ most."""
+    worst = (-1.0, "")
+    for i, x in enumerate(xs):
+        if not _varied(x):
+            continue
+        for j in numpy.ndindex(x.shape):
+            unit = numpy.zeros(x.shape)
+            unit[j] = 1.0
+            us = [array_module(x).asarray(unit) if k == i else None for k in range(len(xs))]
+            numerical, analytic = float((g * _derivative(f, xs, us, method)).sum()), float(gxs[i][j])
+            error = abs(analytic - numerical) / (1 + abs(analytic) + abs(numerical))
+            if not error <= worst[0]:  # also where one of them is nan
+                place = f"argument {i} at index {j}"
+                worst = (error, f"{place}: vjp gives {analytic:.6g}, the {method} difference {numerical:.6g}")
+    return worst[1]
+
+
+def check_gradient(
+    f: Callable[[dict[str, Tensor]], Tensor],
+    params: dict[str, Tensor],
+    rng: numpy.random.Generator,
+    directions: int = 20,
+    method: str = "central",
+) -> float:
+    """Directional derivatives of a whole function of named parameters, in float64.
+
+        |df/du - <grad f, u>| / (1 + |df/du| + sum |grad f u|),   u random in all parameters at once
+
+    Parameters
+    ----------
+    f : callable
+        From a dict like `params` to a Tensor that holds a single number.
+    params : dict of str to Tensor
+        Where to check; copied, not changed. Those with `requires_grad=False` stay constants.
+    rng : numpy.random.Generator
+        Source of directions.
+    directions : int
+        How many to try.
+    method : {"central", "complex"}
+        As in `check_vjp`.
+
+    Returns
+    -------
+    float
+        The largest of the errors above; it is for the caller to say what is too large.
+    """
+    varied = {name: p.data.astype("float64") for name, p in params.items() if p.requires_grad}
+    constants = {name: p for name, p in params.items() if not p.requires_grad}
+    leaves = {name: Tensor(x, requires_grad=True) for name, x in varied.items()}
+    f({**constants, **leaves}).backward()
+    gradients = [p.grad if p.grad is not None else 0 * p.data for p in leaves.values()]
+
+    def value(*xs: Array) -> Array:
+        return f({**constants, **{name: Tensor(x) for name, x in zip(varied, xs)}}).data
+
+    xs, worst = list(varied.values()), 0.0
+    for _ in range(directions):
+        us = [_direction(x, rng) for x in xs]
+        ju = _derivative(value, xs, us, method)
+        worst = max(worst, _difference(array_module(ju).ones(ju.shape), ju, gradients, us))
+    return worst

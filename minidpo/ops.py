@@ -1,0 +1,480 @@
+"""Every derivative in the project: forward, derivation, vjp, one op after another.
+
+Letters: x, y, ... are arrays, g = dL/dy arrives, gx = dL/dx leaves; i, j, k run over entries. Under each
+forward stands the local Jacobian and its contraction with g, gx_j = sum_i g_i dy_i/dx_j. "keeps" names
+the arrays that stay in memory for the backward pass.
+Operands (arrays, and what has no default) are passed by position, options by keyword.
+"""
+
+import itertools
+import math
+import numbers
+
+from .backend import array_module, index_array, on_host
+from .tensor import OPS as OPS
+from .tensor import Tensor, op
+
+# ---- broadcasting, undone in one place ----------------------------------------------------------------
+
+
+def like(x):
+    """What a gradient for x looks like: (shape, dtype), or None where x is a number or holds integers."""
+    return (x.shape, x.dtype) if hasattr(x, "dtype") and x.dtype.kind not in "biu" else None
+
+
+def unbroadcast(g, like_x):
+    """Adjoint of broadcasting: a copied entry receives the sum of g over its copies."""
+    if like_x is None:
+        return None
+    shape, dtype = like_x
+    if g.ndim > len(shape):
+        g = g.sum(axis=tuple(range(g.ndim - len(shape))))  # axes put in front
+    stretched = tuple(axis for axis, size in enumerate(shape) if size != g.shape[axis])  # 1 -> n
+    if stretched:
+        g = g.sum(axis=stretched, keepdims=True)
+    return g.astype(dtype, copy=False)
+
+
+# ---- arithmetic -------------------------------------------------------------------------------------------
+
+
+@op
+def add(x, y):
+    """Sum, broadcast: z = x + y.  (...), (...) -> (...)"""
+    like_x, like_y = like(x), like(y)
+    z = x + y
+
+    # dz_i/dx_i = dz_i/dy_i = 1: both receive g
+    def vjp(g):  # keeps nothing
+        return unbroadcast(g, like_x), unbroadcast(g, like_y)
+
+    return z, vjp
+
+
+@op
+def sub(x, y):
+    """Difference, broadcast: z = x - y.  (...), (...) -> (...)"""
+    like_x, like_y = like(x), like(y)
+    z = x - y
+
+    # dz_i/dx_i = 1, dz_i/dy_i = -1
+    def vjp(g):  # keeps nothing
+        return unbroadcast(g, like_x), unbroadcast(-g, like_y)
+
+    return z, vjp
+
+
+@op
+def mul(x, y):
+    """Product entry by entry, broadcast: z = x y.  (...), (...) -> (...)"""
+    like_x, like_y = like(x), like(y)
+    z = x * y
+
+    # dz_i/dx_i = y_i, dz_i/dy_i = x_i
+    def vjp(g):  # keeps x, y
+        return unbroadcast(g * y, like_x), unbroadcast(g * x, like_y)
+
+    return z, vjp
+
+
+@op
+def div(x, y):
+    """Quotient entry by entry, broadcast: z = x / y.  (...), (...) -> (...)"""
+    like_x, like_y = like(x), like(y)
+    z = x / y
+
+    # dz_i/dx_i = 1/y_i, dz_i/dy_i = -x_i/y_i^2 = -z_i/y_i
+    def vjp(g):  # keeps y, z
+        gx = g / y
+        return unbroadcast(gx, like_x), unbroadcast(-gx * z, like_y)
+
+    return z, vjp
+
+
+@op
+def neg(x):
+    """Negative: y = -x.  (...) -> (...)"""
+    y = -x
+
+    # dy_i/dx_i = -1
+    def vjp(g):  # keeps nothing
+        return (-g,)
+
+    return y, vjp
+
+
+# ---- functions of one entry -------------------------------------------------------------------------------
+
+
+@op
+def power(x, exponent):
+    """Power: y = x^c, the exponent c a constant number.  (...) -> (...)"""
+    if not isinstance(exponent, numbers.Real):
+        raise TypeError(f"power: the exponent must be a constant number, not {type(exponent).__name__}")
+    c = float(exponent)  # a Python number leaves float32 as it is
+    y = x**c
+
+    # dy_i/dx_i = c x_i^(c-1), which is 0 for c = 0, also at x_i = 0
+    def vjp(g):  # keeps x
+        return (g * (c * x ** (c - 1)) if c else 0 * g, None)
+
+    return y, vjp
+
+
+@op
+def exp(x):
+    """Exponential: y = e^x.  (...) -> (...)"""
+    y = array_module(x).exp(x)
+
+    # dy_i/dx_i = e^x_i = y_i
+    def vjp(g):  # keeps y
+        return (g * y,)
+
+    return y, vjp
+
+
+@op
+def log(x):
+    """Natural logarithm: y = log x.  (...) -> (...)"""
+    y = array_module(x).log(x)
+
+    # dy_i/dx_i = 1/x_i
+    def vjp(g):  # keeps x
+        return (g / x,)
+
+    return y, vjp
+
+
+@op
+def tanh(x):
+    """Hyperbolic tangent: y = tanh x.  (...) -> (...)"""
+    y = array_module(x).tanh(x)
+
+    # dy_i/dx_i = 1 - tanh^2 x_i = 1 - y_i^2
+    def vjp(g):  # keeps y
+        return (g * (1 - y * y),)
+
+    return y, vjp
+
+
+@op
+def logsigmoid(x):
+    """Log of the logistic function: y = log sigma(x) = min(x, 0) - log(1 + e^-|x|).  (...) -> (...)"""
+    xp = array_module(x)
+    negative = x.real < 0  # of complex input too, hence no abs: it would lose the derivative
+    y = xp.where(negative, x, 0) - xp.log1p(xp.exp(xp.where(negative, x, -x)))
+
+    # dy_i/dx_i = 1 - sigma(x_i) = 1 - e^y_i, written -expm1(y_i): for large x_i the 1 - s form rounds to 0
+    def vjp(g):  # keeps y
+        return (g * -xp.expm1(y),)
+
+    return y, vjp
+
+
+@op
+def gelu(x):
+    """GELU in GPT-2's form: y = x (1 + tanh u)/2,  u = sqrt(2/pi) (x + 0.044715 x^3).  (...) -> (...)"""
+    scale = math.sqrt(2 / math.pi)
+    t = array_module(x).tanh(scale * (x + 0.044715 * (x * x * x)))
+    y = 0.5 * x * (1 + t)
+
+    # dy_i/dx_i = (1 + t_i)/2 + (x_i/2) dt_i/dx_i,  dt_i/dx_i = (1 - t_i^2) sqrt(2/pi) (1 + 3 0.044715 x_i^2)
+    def vjp(g):  # keeps x, t
+        dt = (1 - t * t) * (scale * (1 + 3 * 0.044715 * (x * x)))
+        return (g * (0.5 * (1 + t) + 0.5 * x * dt),)
+
+    return y, vjp
+
+
+# ---- sums over axes ---------------------------------------------------------------------------------------
+
+
+def reduced_size(x, axis):
+    """How many entries a reduction of x over `axis` (None: all) puts into one; none at all is refused."""
+    axes = range(x.ndim) if axis is None else (axis,) if isinstance(axis, int) else axis
+    n = math.prod(x.shape[i] for i in axes)
+    if n == 0:
+        raise ValueError(f"nothing to reduce: shape {x.shape} is empty along axis {axis}")
+    return n
+
+
+@op
+def sum(x, axis=None, keepdims=False):
+    """Sum over `axis`, an integer, a tuple or None for all: y = sum_i x_i."""
+    reduced_size(x, axis)
+    xp, shape, total = array_module(x), x.shape, x.sum(axis=axis, keepdims=True)
+    kept, y = total.shape, total if keepdims else total.squeeze(axis)
+
+    # dy/dx_i = 1: each x_i receives the g of the sum that it went into
+    def vjp(g):  # keeps nothing
+        return (xp.broadcast_to(xp.reshape(g, kept), shape),)
+
+    return y, vjp
+
+
+@op
+def mean(x, axis=None, keepdims=False):
+    """Mean over `axis`, an integer, a tuple or None for all: y = (1/n) sum_i x_i."""
+    n = reduced_size(x, axis)
+    xp, shape, average = array_module(x), x.shape, x.sum(axis=axis, keepdims=True) / n
+    kept, y = average.shape, average if keepdims else average.squeeze(axis)
+
+    # dy/dx_i = 1/n
+    def vjp(g):  # keeps nothing
+        return (xp.broadcast_to(xp.reshape(g, kept) / n, shape),)
+
+    return y, vjp
+
+
+# ---- moving entries: each y_i is some x_j, so x_j receives the g_i of every place it went to --------------
+
+
+@op
+def reshape(x, shape):
+    """The same entries in another shape."""
+    shape_x, y = x.shape, x.reshape(shape)
+
+    # y_i = x_i in reading order
+    def vjp(g):  # keeps nothing
+        return (g.reshape(shape_x), None)
+
+    return y, vjp
+
+
+@op
+def transpose(x, axes=None):
+    """The axes in another order, reversed by default: axis k of y is axis axes[k] of x."""
+    axes = tuple(range(x.ndim))[::-1] if axes is None else tuple(axis % x.ndim for axis in axes)
+    inverse = tuple(axes.index(k) for k in range(len(axes)))
+    y = x.transpose(axes)
+
+    # axis k of y is axis axes[k] of x, so axis k of g goes back to place axes[k]
+    def vjp(g):  # keeps nothing
+        return (g.transpose(inverse),)
+
+    return y, vjp
+
+
+@op
+def getitem(x, key):
+    """Indexing: y = x[key], the key all that NumPy takes."""
+    xp, shape, y = array_module(x), x.shape, x[key]
+    parts = key if isinstance(key, tuple) else (key,)
+    slices = all(part is None or part is Ellipsis or isinstance(part, int | slice) for part in parts)
+
+    # y_i = x_key(i); an index array may name one x_j several times, slices do not
+    def vjp(g):  # keeps key
+        gx = xp.zeros(shape, dtype=g.dtype)
+        if slices:
+            gx[key] = g
+        else:
+            xp.add.at(gx, key, g)
+        return (gx, None)
+
+    return y, vjp
+
+
+@op
+def concatenate(*arrays, axis=0):
+    """Arrays one after another along `axis`, the other axes equal."""
+    xp, likes = array_module(*arrays), [like(x) for x in arrays]
+    ends = list(itertools.accumulate(x.shape[axis] for x in arrays))
+    y = xp.concatenate(arrays, axis=axis)
+
+    # y = (x^1, x^2, ...), so g = (gx^1, gx^2, ...): cut where they were joined
+    def vjp(g):  # keeps nothing
+        parts = xp.split(g, ends[:-1], axis=axis)
+        return tuple(unbroadcast(part, like_x) for part, like_x in zip(parts, likes))
+
+    return y, vjp
+
+
+@op
+def gather(x, index):
+    """One entry of each row: y_i = x[i, index_i].  (..., V), integers (...) -> (...)"""
+    xp, V = array_module(x), x.shape[-1]
+    index = index_array(index, V, xp)
+    if index.shape != x.shape[:-1]:
+        raise ValueError(f"gather: one index for each row of {x.shape} is wanted, {x.shape[:-1]}, not {index.shape}")
+    y = xp.take_along_axis(x, index[..., None], axis=-1)[..., 0]  # (..., V) -> (...)
+
+    # dy_i/dx_ij = [j = index_i], so gx_ij = g_i [j = index_i]
+    def vjp(g):  # keeps index
+        return (xp.where(index[..., None] == xp.arange(V), g[..., None], 0), None)  # (...) -> (..., V)
+
+    return y, vjp
+
+
+@op
+def embedding(table, index):
+    """Rows of a table: y_i = table[index_i].  (V, C), integers (...) -> (..., C)"""
+    xp, (V, C) = array_module(table), table.shape
+    index = index_array(index, V, xp)
+    y = table[index]  # (...) -> (..., C)
+
+    # y_ic = sum_v O_iv table_vc with O_iv = [v = index_i], so g_table = O^T g: a repeated row collects
+    def vjp(g):  # keeps index
+        one_hot = (index.reshape(-1, 1) == xp.arange(V)).astype(g.dtype)  # (N, V)
+        return (one_hot.T @ g.reshape(index.size, C), None)  # (V, N) @ (N, C) -> (V, C)
+
+    return y, vjp
+
+
+# ---- matrix products --------------------------------------------------------------------------------------
+
+
+@op
+def matmul(x, y):
+    """Matrix product: z_ij = sum_k x_ik y_kj.  (..., n, k), (..., k, m) -> (..., n, m); vectors as in NumPy."""
+    like_x, like_y = like(x), like(y)
+    z = x @ y
+    row, column = x.ndim == 1, y.ndim == 1
+    X, Y = x[None, :] if row else x, y[:, None] if column else y  # a vector is a matrix of one row or column
+
+    # dz_ij/dx_ik = y_kj, so gx_ik = sum_j g_ij y_kj:  gx = g y^T, and likewise gy = x^T g
+    def vjp(g):  # keeps X, Y
+        g = g[..., None] if column else g
+        g = g[..., None, :] if row else g
+        gx, gy = g @ Y.swapaxes(-1, -2), X.swapaxes(-1, -2) @ g
+        return unbroadcast(gx, like_x), unbroadcast(gy[..., 0] if column else gy, like_y)
+
+    return z, vjp
+
+
+@op
+def linear(x, w, b):
+    """Affine map of each row: y = x w + b.  (..., n), (n, m), (m) -> (..., m)"""
+    (n, m), shape, like_b = w.shape, x.shape, like(b)
+    N = math.prod(shape[:-1])
+    rows = x.reshape(N, n)  # (..., n) -> (N, n)
+    y = (rows @ w + b).reshape(*shape[:-1], m)
+
+    # y_im = sum_n x_in w_nm + b_m:  gx = g w^T, gw = x^T g, gb_m = sum_i g_im
+    def vjp(g):  # keeps rows, w
+        g = g.reshape(N, m)  # (..., m) -> (N, m)
+        return (g @ w.T).reshape(shape), rows.T @ g, unbroadcast(g, like_b)
+
+    return y, vjp
+
+
+# ---- rows as distributions, over the last axis ------------------------------------------------------------
+
+
+def row_max(x):
+    """The largest entry of each row: subtracted before exp, it lets nothing overflow.  (..., V) -> (..., 1)"""
+    reduced_size(x, -1)
+    top = x.max(axis=-1, keepdims=True)
+    if on_host(x) and array_module(x).isinf(top).any():  # a device would have to stop and report
+        raise ValueError("a row needs a finite largest entry: all are -inf, or one is +inf")
+    return top
+
+
+@op
+def logsumexp(x):
+    """Log of a sum of exponentials: y_i = log sum_j e^x_ij.  (..., V) -> (...)"""
+    xp, top = array_module(x), row_max(x)
+    y = (xp.log(xp.exp(x - top).sum(axis=-1, keepdims=True)) + top)[..., 0]  # (..., V) -> (...)
+
+    # dy_i/dx_ij = e^x_ij / sum_k e^x_ik = e^(x_ij - y_i)
+    def vjp(g):  # keeps x, y
+        return (g[..., None] * xp.exp(x - y[..., None]),)  # (...) -> (..., V)
+
+    return y, vjp
+
+
+@op
+def softmax(x):
+    """Probabilities from logits: y_j = e^x_j / sum_k e^x_k.  (..., V) -> (..., V)"""
+    e = array_module(x).exp(x - row_max(x))
+    y = e / e.sum(axis=-1, keepdims=True)
+
+    # dy_i/dx_j = y_i ([i = j] - y_j), so gx_j = y_j (g_j - sum_i g_i y_i)
+    def vjp(g):  # keeps y
+        return (y * (g - (g * y).sum(axis=-1, keepdims=True)),)
+
+    return y, vjp
+
+
+@op
+def log_softmax(x):
+    """Log-probabilities from logits: y_j = x_j - log sum_k e^x_k.  (..., V) -> (..., V)"""
+    xp = array_module(x)
+    shifted = x - row_max(x)
+    y = shifted - xp.log(xp.exp(shifted).sum(axis=-1, keepdims=True))
+
+    # dy_i/dx_j = [i = j] - p_j with p_j = e^y_j, so gx_j = g_j - p_j sum_i g_i
+    def vjp(g):  # keeps y
+        return (g - xp.exp(y) * g.sum(axis=-1, keepdims=True),)
+
+    return y, vjp
+
+
+# ---- the two fused ops of a transformer -------------------------------------------------------------------
+
+
+@op
+def layer_norm(x, w, b, eps=1e-5):
+    """Rows of mean 0 and variance 1, scaled and moved: y = w n + b,  n = (x - mean)/sqrt(var + eps).
+
+    (..., C), (C), (C) -> (..., C)
+    """
+    reduced_size(x, -1)
+    like_w, like_b = like(w), like(b)
+    c = x - x.mean(axis=-1, keepdims=True)
+    r = ((c * c).mean(axis=-1, keepdims=True) + eps) ** -0.5  # (..., C) -> (..., 1)
+    n = c * r
+    y = n * w + b
+
+    # y = n w + b:  gn = g w.   n = c r:  gc_i = r gn_i + c_i (2/C) dL/dvar
+    # r = (var + eps)^(-1/2):  dL/dvar = -(1/2) r^3 sum_j gn_j c_j, so gc = r (gn - n mean(gn n))
+    # c = x - mean(x):  gx = gc - mean(gc), and mean(n) = 0
+    def vjp(g):  # keeps n, r, w
+        gn = g * w
+        gx = r * (gn - gn.mean(axis=-1, keepdims=True) - n * (gn * n).mean(axis=-1, keepdims=True))
+        return gx, unbroadcast(g * n, like_w), unbroadcast(g, like_b)
+
+    return y, vjp
+
+
+@op
+def causal_attention(q, k, v):
+    """Each query's mean of the values up to its own place: y = softmax(q k^T/sqrt(D), later places -inf) v.
+
+    (..., T, D), (..., S, D), (..., S, D) -> (..., T, D); the T queries are the last of the S places.
+    """
+    xp, T, S, D = array_module(q), q.shape[-2], k.shape[-2], q.shape[-1]
+    if not 0 < T <= S or D == 0:
+        raise ValueError(f"causal_attention: {T} queries at the last of {S} places, of size {D}, cannot be")
+    scale = D**-0.5
+    later = xp.arange(S) > xp.arange(S - T, S)[:, None]  # (T, S)
+    q = q * scale  # before masking: for complex input -inf times scale is nan
+    s = xp.where(later, -math.inf, q @ k.swapaxes(-1, -2))  # (..., T, D) -> (..., T, S)
+    p, softmax_vjp = softmax.raw(s)
+    y = p @ v  # (..., T, S) -> (..., T, D)
+
+    # y = p v:  gp = g v^T, gv = p^T g.   p = softmax(s):  gs as there, 0 at later places, where p = 0
+    # s = q k^T:  gq = gs k, gk = gs^T q.   q was scaled:  gq by the same factor
+    def vjp(g):  # keeps q, k, v, p
+        gp, gv = g @ v.swapaxes(-1, -2), p.swapaxes(-1, -2) @ g
+        (gs,) = softmax_vjp(gp)
+        gq, gk = gs @ k, gs.swapaxes(-1, -2) @ q
+        return gq * scale, gk, gv
+
+    return y, vjp
+
+
+# ---- operators of Tensor ----------------------------------------------------------------------------------
+
+Tensor.__add__ = add
+Tensor.__radd__ = lambda y, x: add(x, y)
+Tensor.__sub__ = sub
+Tensor.__rsub__ = lambda y, x: sub(x, y)
+Tensor.__mul__ = mul
+Tensor.__rmul__ = lambda y, x: mul(x, y)
+Tensor.__truediv__ = div
+Tensor.__rtruediv__ = lambda y, x: div(x, y)
+Tensor.__neg__ = neg
+Tensor.__pow__ = power
+Tensor.__matmul__ = matmul
+Tensor.__rmatmul__ = lambda y, x: matmul(x, y)
+Tensor.__getitem__ = getitem

@@ -1,0 +1,201 @@
+"""Reverse-mode automatic differentiation, whole.
+
+An op is a function of arrays that returns its value and its vector-Jacobian product:
+
+    def exp(x):
+        y = e^x
+        def vjp(g): return (g * y,)        # g = dL/dy in, (dL/dx,) out
+        return y, vjp
+
+`@op` lifts it to Tensors. A Tensor made by an op remembers its parents and that `vjp`; `backward` walks
+from the loss to the parameters, newest first, and hands each node's gradient to its `vjp`.
+"""
+
+import functools
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any, NoReturn, Protocol, cast
+
+from .backend import Array, array_module, asarray
+
+Vjp = Callable[[Array], tuple[Array | None, ...]]
+Operator = Callable[..., "Tensor"]
+
+
+class Op(Protocol):
+    """What `@op` makes: called on Tensors or arrays it returns a Tensor; `raw` is the array function."""
+
+    raw: Callable[..., tuple[Array, Vjp]]
+    __name__: str
+
+    def __call__(self, *operands: Any, **options: Any) -> "Tensor": ...
+
+
+OPS: dict[str, Op] = {}
+_creation = itertools.count()
+
+
+class Tensor:
+    """An array, and how it was made.
+
+    Parameters
+    ----------
+    data : array, number or list
+        Kept, not copied.
+    requires_grad : bool
+        Whether `backward` shall leave the derivative with respect to this tensor in `grad`.
+
+    Raises
+    ------
+    TypeError
+        If a gradient is required of anything but real floating-point numbers.
+    """
+
+    __slots__ = ("__weakref__", "creation", "data", "grad", "parents", "requires_grad", "vjp")
+    __array_ufunc__ = None  # array + tensor is left to Tensor.__radd__
+    __add__: Operator  # these are attached where the ops are
+    __radd__: Operator
+    __sub__: Operator
+    __rsub__: Operator
+    __mul__: Operator
+    __rmul__: Operator
+    __truediv__: Operator
+    __rtruediv__: Operator
+    __matmul__: Operator
+    __rmatmul__: Operator
+    __neg__: Operator
+    __pow__: Operator
+    __getitem__: Operator
+
+    def __init__(
+        self,
+        data: Any,
+        requires_grad: bool = False,
+        parents: tuple["Tensor | None", ...] = (),
+        vjp: Vjp | None = None,
+    ):
+        self.data = asarray(data)
+        if requires_grad and self.data.dtype.kind != "f":
+            raise TypeError(f"only floating-point tensors can require a gradient, not {self.data.dtype}")
+        self.grad: Array = None  # a leaf's; the sweeps so far, summed
+        self.requires_grad = requires_grad
+        self.parents = parents  # one per operand; None for a constant
+        self.vjp = vjp  # None in a leaf
+        self.creation = next(_creation)  # an op's result is younger than its parents
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.data.shape
+
+    @property
+    def dtype(self) -> Any:
+        return self.data.dtype
+
+    def item(self) -> float:
+        """The only entry, as a Python number."""
+        return self.data.item()
+
+    def detach(self) -> "Tensor":
+        """The same array as a constant."""
+        return Tensor(self.data)
+
+    def backward(self, cotangent: Any = None) -> None:
+        """Add dL/dleaf to the `grad` of every leaf below, where dL/dself = `cotangent`.
+
+        Parameters
+        ----------
+        cotangent : array, optional
+            Same shape as this tensor; 1 if omitted, which only a single number may do.
+
+        Raises
+        ------
+        ValueError
+            If the cotangent is missing or has another shape, or if nothing below requires a gradient.
+        RuntimeError
+            If an earlier sweep has freed part of the graph. No `grad` has changed then.
+        """
+        xp = array_module(self.data)
+        if not self.requires_grad:
+            raise ValueError("backward() has nowhere to go: nothing that this tensor depends on requires a gradient")
+        if cotangent is None:
+            if self.data.size != 1:
+                raise ValueError(f"backward() from shape {self.shape} needs a cotangent of that shape")
+            cotangent = xp.ones(self.shape, dtype=self.dtype)
+        cotangent = xp.asarray(asarray(cotangent), dtype=self.dtype)
+        if cotangent.shape != self.shape:
+            raise ValueError(f"the cotangent has shape {cotangent.shape}, the tensor {self.shape}; they must be equal")
+        for leaf, g in [(node, g) for node, g in sweep(self, cotangent) if node.vjp is None]:
+            total = xp.array(g) if leaf.grad is None else leaf.grad + g  # an array of its own
+            leaf.grad = xp.asarray(total, dtype=leaf.dtype)
+
+    def __repr__(self) -> str:
+        return f"Tensor({self.data!r}{', requires_grad=True' if self.requires_grad else ''})"
+
+
+def _freed(g: Array) -> NoReturn:
+    """The `vjp` of a node that a sweep has passed."""
+    raise RuntimeError("this graph was freed by an earlier backward(): run the forward computation again")
+
+
+def tape(output: Tensor) -> list[Tensor]:
+    """All that `output` depends on and that requires a gradient, oldest first."""
+    seen, frontier = {output}, [output]
+    while frontier:
+        for parent in frontier.pop().parents:
+            if parent is not None and parent not in seen:
+                seen.add(parent)
+                frontier.append(parent)
+    return sorted(seen, key=lambda node: node.creation)
+
+
+def sweep(output: Tensor, cotangent: Array) -> Iterator[tuple[Tensor, Array]]:
+    """Yield (node, dL/dnode) from `output` down to the leaves, newest first, freeing each node when passed.
+
+    Descending creation number is a reverse topological order, so a node's turn comes when all that it
+    contributed to have had theirs, and its gradient is complete.
+
+    A `vjp` may return arrays that alias each other or its inputs: the first gradient of a node is
+    borrowed, the second makes a sum of our own, and only into that are later ones added.
+    """
+    nodes = tape(output)
+    for node in nodes:
+        if node.vjp is _freed:
+            _freed(cotangent)
+    gradients, ours = {output: cotangent}, set()
+    while nodes:
+        node = nodes.pop()
+        if node in gradients:  # else no consumer had a derivative to give
+            g = gradients.pop(node)
+            yield node, g
+            for parent, gradient in zip(node.parents, node.vjp(g) if node.vjp else ()):
+                if parent is None or gradient is None:
+                    continue
+                if parent not in gradients:
+                    gradients[parent] = gradient
+                elif parent not in ours:
+                    gradients[parent] = gradients[parent] + gradient
+                    ours.add(parent)
+                else:
+                    gradients[parent] += gradient
+        if node.vjp:
+            node.parents, node.vjp = (), _freed
+
+
+def op(function: Callable[..., tuple[Array, Vjp]]) -> Op:
+    """Lift `function(*arrays, **options) -> (y, vjp)` to Tensors and register it in `OPS` by its name."""
+
+    @functools.wraps(function)
+    def lifted(*operands: Any, **options: Any) -> Tensor:
+        for name, option in options.items():
+            if isinstance(option, Tensor):
+                raise TypeError(f"{function.__name__}: pass the tensor {name} by position; a keyword gets no gradient")
+        y, vjp = function(*[x.data if isinstance(x, Tensor) else x for x in operands], **options)
+        parents = tuple(x if isinstance(x, Tensor) and x.requires_grad else None for x in operands)
+        if not any(parents):
+            return Tensor(y)  # a constant: no graph, and vjp with all that it keeps is dropped
+        return Tensor(y, requires_grad=True, parents=parents, vjp=vjp)
+
+    registered = cast(Op, lifted)
+    registered.raw = function
+    OPS[function.__name__] = registered
+    return registered
