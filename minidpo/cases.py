@@ -49,6 +49,10 @@ def away_from_zero(x: numpy.ndarray) -> numpy.ndarray:
     return numpy.where(x < 0, x - 0.5, x + 0.5)
 
 
+def positive(x: numpy.ndarray) -> numpy.ndarray:
+    return numpy.where(x < 0, 0.5 - x, 0.5 + x)
+
+
 def broadcastable(draw: Draw, whole: Shape) -> Shape:
     """A shape that broadcasts with `whole`: some axes of size 1, some in front left out."""
     part = tuple(1 if draw.integer(0, 3) == 0 else size for size in whole)
@@ -70,14 +74,14 @@ def entries(draw: Draw) -> Case:
     return (draw.array(shape(draw)),), {}
 
 
-def positive(draw: Draw) -> Case:
-    return (0.5 + abs(draw.array(shape(draw))),), {}
+def positive_entries(draw: Draw) -> Case:
+    return (positive(draw.array(shape(draw))),), {}
 
 
 def power(draw: Draw) -> Case:
     exponent = (0, 1, 2, 3, -1, -2.0, 0.5, -1.5, 2.5)[draw.integer(0, 8)]
-    x = away_from_zero(draw.array(shape(draw)))
-    return (x if exponent == int(exponent) else abs(x), exponent), {}
+    domain = away_from_zero if exponent == int(exponent) else positive
+    return (domain(draw.array(shape(draw))), exponent), {}
 
 
 def reduction(draw: Draw) -> Case:
@@ -110,7 +114,7 @@ def getitem(draw: Draw) -> Case:
 
 
 def concatenate(draw: Draw) -> Case:
-    sizes = shape(draw) + (1,)
+    sizes = (*shape(draw), 1)
     axis = draw.integer(-len(sizes), len(sizes) - 1)
     before, after = sizes[: axis % len(sizes)], sizes[axis % len(sizes) + 1 :]
     parts = tuple(draw.array((*before, draw.integer(0, 3), *after)) for _ in range(draw.integer(1, 3)))
@@ -162,7 +166,7 @@ CASES: dict[str, Callable[[Draw], Case]] = {
     "neg": entries,
     "power": power,
     "exp": entries,
-    "log": positive,
+    "log": positive_entries,
     "tanh": entries,
     "logsigmoid": entries,
     "gelu": entries,

@@ -48,8 +48,8 @@ def _difference(g: Array, ju: Array, gxs: list[Array], us: list[Array]) -> float
     """
     forward = g * ju
     reverse = [gx * u for gx, u in zip(gxs, us)]
-    size = 1 + float(abs(forward).sum()) + sum(float(abs(term).sum()) for term in reverse)
-    return abs(float(forward.sum()) - sum(float(term.sum()) for term in reverse)) / size
+    size = 1 + abs(forward).sum().item() + sum(abs(term).sum().item() for term in reverse)
+    return abs(forward.sum().item() - sum(term.sum().item() for term in reverse)) / size
 
 
 def check_vjp(
@@ -148,11 +148,11 @@ def _worst_entry(f: Callable[..., Array], xs: list[Any], gxs: list[Array], g: Ar
             unit = numpy.zeros(x.shape)
             unit[j] = 1.0
             us = [array_module(x).asarray(unit) if k == i else None for k in range(len(xs))]
-            numerical, analytic = float((g * _derivative(f, xs, us, method)).sum()), float(gxs[i][j])
+            numerical, analytic = (g * _derivative(f, xs, us, method)).sum().item(), gxs[i][j].item()
             error = abs(analytic - numerical) / (1 + abs(analytic) + abs(numerical))
             if not error <= worst[0]:  # also where one of them is nan
-                place = f"argument {i} at index {j}"
-                worst = (error, f"{place}: vjp gives {analytic:.6g}, the {method} difference {numerical:.6g}")
+                check = {"central": "central difference", "complex": "complex step"}[method]
+                worst = (error, f"argument {i} at index {j}: vjp gives {analytic:.6g}, the {check} {numerical:.6g}")
     return worst[1]
 
 

@@ -137,11 +137,11 @@ def clip_global_norm(params: dict[str, Tensor], max_norm: float) -> float:
     Pascanu et al. 2013 (arXiv 1211.5063), algorithm 1.
     """
     graded = {name: p for name, p in params.items() if p.grad is not None}
-    squares = {name: (p.grad * p.grad).sum() for name, p in graded.items()}
-    norm = math.sqrt(float(sum(squares.values())))
-    if not math.isfinite(norm):
-        culprits = [name for name, square in squares.items() if not math.isfinite(float(square))]
-        raise FloatingPointError(f"the gradient is not finite in {', '.join(culprits) or 'the sum'}")
+    squares = {name: (p.grad * p.grad).sum().item() for name, p in graded.items()}
+    culprits = [name for name, square in squares.items() if not math.isfinite(square)]
+    if culprits:
+        raise FloatingPointError(f"the squared gradient is not finite in {', '.join(culprits)}")
+    norm = math.sqrt(math.fsum(squares.values()))
     if norm > max_norm:
         for p in graded.values():
             p.grad = p.grad * (max_norm / norm)

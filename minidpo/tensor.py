@@ -18,7 +18,7 @@ from typing import Any, NoReturn, Protocol, cast
 
 from .backend import Array, array_module, asarray
 
-Vjp = Callable[[Array], tuple[Array | None, ...]]
+Vjp = Callable[[Array], tuple[Any, ...]]  # one array or None per operand
 Operator = Callable[..., "Tensor"]
 
 

@@ -1,0 +1,48 @@
+"""Hypothesis strategies: the cases of `minidpo.cases`, with arrays in every memory layout."""
+
+import numpy as np
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from minidpo.cases import CASES
+
+LAYOUTS = ("C", "F", "every other", "backwards")
+seeds = st.integers(0, 2**32 - 1)
+
+
+def laid_out(values, layout):
+    """The same numbers, in another order in memory."""
+    if layout == "every other" and values.ndim:
+        return np.repeat(values, 2, axis=-1)[..., ::2]
+    if layout == "backwards" and values.ndim:
+        return values[::-1].copy()[::-1]
+    return np.array(values, order="F" if layout == "F" else "C")
+
+
+class HypothesisDraw:
+    """The choices of `minidpo.cases.Draw`, made by hypothesis."""
+
+    def __init__(self, draw):
+        self.draw = draw
+
+    def integer(self, low, high):
+        return self.draw(st.integers(low, high))
+
+    def array(self, shape):
+        values = self.draw(hnp.arrays(np.float64, shape, elements=st.floats(-3, 3)))
+        return laid_out(values, self.draw(st.sampled_from(LAYOUTS)))
+
+
+@st.composite
+def cases(draw, name):
+    """Arguments and options for the op of that name."""
+    return CASES[name](HypothesisDraw(draw))
+
+
+def arrays(shape=(2, 3), low=-3.0, high=3.0):
+    return hnp.arrays(np.float64, shape, elements=st.floats(low, high))
+
+
+def is_varied(x):
+    """Whether an argument has a gradient."""
+    return isinstance(x, np.ndarray) and x.dtype.kind == "f"

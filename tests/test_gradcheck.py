@@ -1,0 +1,149 @@
+"""The tester, tested: each planted mistake must be found, and named."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+
+from drawing import seeds
+from minidpo import Tensor, ops
+from minidpo.gradcheck import GradientError, check_gradient, check_vjp
+
+S = np.random.default_rng(5).normal(size=(3, 3))  # square, so that a wrong transpose fits
+
+
+def mistaken(op, wrong, *arrays, **options):
+    """The op with its vjp replaced by wrong(g, right), `right` the true gradients."""
+
+    def planted(*xs):
+        y, vjp = op.raw(*xs, **options)
+        return y, lambda g: wrong(g, vjp(g), *xs)
+
+    planted.__name__ = f"planted_{op.__name__}"
+    return planted, arrays
+
+
+def softmax(x):
+    return ops.softmax.raw(x)[0]
+
+
+MISTAKES = {
+    "sign": mistaken(ops.sub, lambda g, right, *xs: (right[0], -right[1]), S, S + 1),
+    "transpose": mistaken(ops.matmul, lambda g, right, x, y: (g @ y, right[1]), S, S + 1),
+    "swapped operands": mistaken(ops.mul, lambda g, right, x, y: right[::-1], S, S + 1),
+    "missing term": mistaken(ops.log_softmax, lambda g, right, x: (g,), S),
+    "missing softmax term": mistaken(ops.softmax, lambda g, right, x: (softmax(x) * g,), S),
+    "missing mean": mistaken(
+        ops.layer_norm, lambda g, right, x, w, b: (g * w / x.std(-1, keepdims=True), *right[1:]), S, S[0], S[1]
+    ),
+    "dropped broadcast": mistaken(ops.add, lambda g, right, x, y: (g, g), S, S[0]),
+    "broadcast by copying": mistaken(ops.add, lambda g, right, x, y: (g, g[0]), S, S[0]),
+    "all zeros": mistaken(ops.exp, lambda g, right, x: (0 * g,), S),
+    "off-by-one axis": mistaken(ops.sum, lambda g, right, x: (np.broadcast_to(g[:, None], (3, 3)),), S, axis=0),
+    "forgotten 1/n": mistaken(ops.mean, lambda g, right, x: (3 * right[0],), S, axis=0),
+    "factor of two": mistaken(ops.mul, lambda g, right, x, y: (2 * right[0], right[1]), S, S + 1),
+    "exponent off by one": mistaken(ops.power, lambda g, right, x, c: (g * c * x**c, None), S, 3),
+    "overwritten repeats": mistaken(
+        ops.embedding, lambda g, right, table, index: (np.array([0 * g[0], g[1], g[2]]), None), S, np.array([1, 1, 2])
+    ),
+    "shifted index": mistaken(
+        ops.gather, lambda g, right, x, index: (np.roll(right[0], 1, axis=-1), None), S, np.array([0, 1, 1])
+    ),
+    "sigma(x) for sigma(-x)": mistaken(ops.logsigmoid, lambda g, right, x: (g / (1 + np.exp(-x)),), S),
+    "unscaled scores": mistaken(
+        ops.causal_attention, lambda g, right, q, k, v: (right[0] * math.sqrt(3), *right[1:]), S, S + 1, S - 1
+    ),
+    "a small constant": mistaken(ops.tanh, lambda g, right, x: (right[0] * (1 + 1e-4),), S),
+    "nan": mistaken(ops.tanh, lambda g, right, x: (right[0] * np.nan,), S),
+    "none for an array": mistaken(ops.mul, lambda g, right, x, y: (right[0], None), S, S + 1),
+    "one too few": mistaken(ops.mul, lambda g, right, x, y: right[:1], S, S + 1),
+    "some for an index": mistaken(ops.gather, lambda g, right, x, index: (right[0], right[0]), S, np.array([0, 1, 1])),
+    "one too many": mistaken(ops.neg, lambda g, right, x: (*right, g), S),
+    "another dtype": mistaken(ops.neg, lambda g, right, x: (right[0].astype("float32"),), S),
+}
+
+
+@pytest.mark.parametrize("method", ["central", "complex"])
+@pytest.mark.parametrize("mistake", MISTAKES)
+@given(seed=seeds)
+def test_planted_mistakes_are_found(mistake, method, seed):
+    """Otherwise a green check means nothing."""
+    planted, arguments = MISTAKES[mistake]
+    with pytest.raises(GradientError, match=planted.__name__):
+        check_vjp(planted, *arguments, rng=np.random.default_rng(seed), method=method)
+
+
+@pytest.mark.parametrize("method", ["central", "complex"])
+def test_failure_names_op_index_and_both_numbers(method):
+    """Otherwise the reader knows that something is wrong, and not where to look."""
+
+    def wrong_in_one_place(x):
+        y, vjp = ops.exp.raw(x)
+        return y, lambda g: (vjp(g)[0] + np.array([[0, 0, 0], [0, 0, 7.0]]),)
+
+    x = S[:2]
+    rng = np.random.default_rng(0)
+    g = np.random.default_rng(0).normal(size=x.shape)
+    with pytest.raises(GradientError) as caught:
+        check_vjp(wrong_in_one_place, x, rng=rng, method=method)
+    right = (g * np.exp(x))[1, 2]
+    assert f"wrong_in_one_place: argument 0 at index (1, 2): vjp gives {right + 7:.6g}, " in str(caught.value)
+    assert f"the {'complex step' if method == 'complex' else 'central difference'} {right:.6g}" in str(caught.value)
+
+
+def test_an_all_ones_cotangent_proves_nothing():
+    """A softmax sums to 1, so the gradient of its sum is 0: a vjp of zeros would pass that check."""
+    y, vjp = ops.softmax.raw(S)
+    np.testing.assert_allclose(vjp(np.ones_like(y))[0], 0, atol=1e-15)
+    planted, arguments = mistaken(ops.softmax, lambda g, right, x: (0 * g,), S)
+    with pytest.raises(GradientError):
+        check_vjp(planted, *arguments, rng=np.random.default_rng(0))
+
+
+def test_complex_step_is_exact_where_central_differences_round():
+    """Otherwise one method would do."""
+    rng = np.random.default_rng(0)
+    errors = {method: check_vjp(ops.exp, S, rng=rng, method=method) for method in ("central", "complex")}
+    assert errors["complex"] < 1e-15 < errors["central"] < 1e-8
+
+
+def test_float32_is_checked_in_float64():
+    """Otherwise rounding, 1e-7/1e-6, drowns the difference."""
+    check_vjp(ops.log_softmax, S.astype("float32"), rng=np.random.default_rng(0))
+
+
+def two_layers(params):
+    hidden = ops.gelu(ops.linear(np.ones((2, 3)), params["w"], params["b"]))
+    return -ops.mean(ops.gather(ops.log_softmax(hidden @ params["w"]), [0, 2]))
+
+
+def parameters(dtype="float64"):
+    rng = np.random.default_rng(1)
+    return {
+        "w": Tensor(rng.normal(size=(3, 3)).astype(dtype), requires_grad=True),
+        "b": Tensor(rng.normal(size=3).astype(dtype), requires_grad=True),
+        "unused": Tensor(np.ones(2, dtype), requires_grad=True),
+        "frozen": Tensor(np.ones(2, dtype)),
+    }
+
+
+@pytest.mark.parametrize(("method", "bound"), [("central", 1e-9), ("complex", 1e-15)])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_a_whole_function_checks(method, bound, dtype):
+    """Otherwise right ops could be wrongly joined, and no one would know."""
+    params = parameters(dtype)
+    before = {name: p.data.copy() for name, p in params.items()}
+    assert check_gradient(two_layers, params, np.random.default_rng(0), method=method) < bound
+    for name, p in params.items():
+        assert p.grad is None and p.data.dtype == dtype and (p.data == before[name]).all()
+
+
+@pytest.mark.parametrize("method", ["central", "complex"])
+def test_a_whole_function_with_a_cut_graph_is_found(method):
+    """Otherwise a parameter that never learns passes for one that need not."""
+
+    def cut(params):
+        return two_layers({**params, "w": params["w"].detach()}) + ops.sum(params["b"])
+
+    assert check_gradient(cut, parameters(), np.random.default_rng(0), method=method) > 1e-3

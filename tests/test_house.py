@@ -1,0 +1,71 @@
+"""The house rules that a reader relies on, read off the source itself."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import minidpo
+
+SOURCE = Path(minidpo.__file__).parent
+FLOORS = ["backend", "tensor", "ops", "gradcheck", "cases", "optim", "losses", "__init__", "cli", "__main__"]
+files = pytest.mark.parametrize("path", sorted(SOURCE.glob("*.py")), ids=lambda path: path.stem)
+
+
+def imports(path):
+    """Modules that a file imports; its own neighbours by their bare name with a dot."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            own = "." * node.level
+            yield from [own + node.module] if node.module else [own + alias.name for alias in node.names]
+
+
+@files
+def test_a_file_imports_only_from_floors_below(path):
+    """Otherwise the reading order is a circle."""
+    floor = FLOORS.index(path.stem)
+    below = {f".{name}" for name in FLOORS[:floor]}
+    assert {name for name in imports(path) if name.startswith(".")} <= below
+
+
+@files
+def test_only_numpy_and_the_standard_library_are_needed(path):
+    """Otherwise `pip install minidpo` gives something that does not run."""
+    import sys
+
+    outside = {name.split(".")[0] for name in imports(path) if not name.startswith(".")}
+    assert outside <= set(sys.stdlib_module_names) | {"numpy"}
+
+
+@pytest.mark.parametrize("name", ["ops", "losses", "tensor", "optim"])
+def test_the_array_decides(name):
+    """Otherwise a formula is written for NumPy alone."""
+    tree = ast.parse((SOURCE / f"{name}.py").read_text())
+    assert "numpy" not in imports(SOURCE / f"{name}.py")
+    assert not {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)} & {"np", "numpy", "cupy"}
+
+
+def test_every_op_has_one_silhouette():
+    """Docstring, forward, derivation, vjp, return: otherwise a reader must learn to read each op anew."""
+    source = (SOURCE / "ops.py").read_text()
+    lines = source.splitlines()
+    decorated = [
+        node
+        for node in ast.parse(source).body
+        if isinstance(node, ast.FunctionDef)
+        and any(isinstance(d, ast.Name) and d.id == "op" for d in node.decorator_list)
+    ]
+    assert len(decorated) > 20
+    for node in decorated:
+        assert ast.get_docstring(node), node.name
+        *_, vjp, returned = node.body
+        assert isinstance(vjp, ast.FunctionDef) and vjp.name == "vjp", node.name
+        assert ast.unparse(returned) in ("return (y, vjp)", "return (z, vjp)"), node.name
+        derivation = 0
+        while lines[vjp.lineno - 2 - derivation].startswith("    # "):
+            derivation += 1
+        assert 1 <= derivation <= 5, node.name
+        assert lines[vjp.lineno - 2 - derivation] == "", node.name
+        assert lines[vjp.lineno - 1].startswith("    def vjp(g):  # keeps "), node.name

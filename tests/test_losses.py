@@ -1,0 +1,114 @@
+"""The DPO loss: three routes to its gradient, and the facts about it that are widely got wrong."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from minidpo import Tensor, gradcheck, losses
+
+close = np.testing.assert_allclose
+four_logps = st.integers(1, 4).flatmap(lambda B: st.tuples(*[hnp.arrays(float, B, elements=st.floats(-50, 0))] * 4))
+betas = st.floats(0.01, 5)
+smoothings = st.floats(0, 0.5)
+
+
+@given(logps=four_logps, beta=betas, e=smoothings)
+def test_loss_is_the_paper_s(logps, beta, e):
+    """Equation 7, one pair at a time in plain Python: otherwise all that follows optimises something else."""
+    total = 0.0
+    for w, l, ref_w, ref_l in zip(*logps):
+        z = beta * ((w - ref_w) - (l - ref_l))
+        p = 1 / (1 + math.exp(-z)) if z >= 0 else math.exp(z) / (1 + math.exp(z))
+        q = 1 / (1 + math.exp(z)) if z <= 0 else math.exp(-z) / (1 + math.exp(-z))
+        total -= (1 - e) * math.log(p) + e * math.log(q)
+    out = losses.dpo_loss(*logps, beta=beta, label_smoothing=e)
+    close(out.loss.item(), total / len(logps[0]), rtol=1e-12, atol=1e-14)
+    close(out.reward_w.data - out.reward_l.data, beta * out.margin.data, atol=1e-12)
+    close(out.reward_w.data, beta * (logps[0] - logps[2]))
+
+
+@given(logps=four_logps, beta=betas, e=smoothings, seed=st.integers(0, 99))
+def test_gradient_three_ways(logps, beta, e, seed):
+    """Autograd = closed form = numerical: otherwise one of the three that the reader sees is wrong."""
+    w, l, ref_w, ref_l = logps
+    leaves = {"w": Tensor(w, requires_grad=True), "l": Tensor(l, requires_grad=True)}
+
+    def loss(params):
+        return losses.dpo_loss(params["w"], params["l"], ref_w, ref_l, beta, e).loss
+
+    loss(leaves).backward()
+    closed_w, closed_l = losses.dpo_gradient(*logps, beta, e)
+    close(leaves["w"].grad, closed_w, rtol=1e-12, atol=1e-15)
+    close(leaves["l"].grad, closed_l, rtol=1e-12, atol=1e-15)
+    rng = np.random.default_rng(seed)
+    assert gradcheck.check_gradient(loss, leaves, rng, method="central") < 1e-6
+    assert gradcheck.check_gradient(loss, leaves, rng, method="complex") < 1e-12
+
+
+def test_worked_example():
+    """-10, -15 against -12, -14 at beta 0.1: rewards .2 and -.1, loss .5544, gradients -+.04256."""
+    out = losses.dpo_loss(-10.0, -15.0, -12.0, -14.0, beta=0.1)
+    close([out.reward_w.item(), out.reward_l.item(), out.margin.item()], [0.2, -0.1, 3.0])
+    assert f"{out.loss.item():.4f}" == "0.5544"
+    assert [f"{g:.5f}" for g in losses.dpo_gradient(-10.0, -15.0, -12.0, -14.0, beta=0.1)] == ["-0.04256", "0.04256"]
+
+
+@given(B=st.integers(1, 4), beta=betas, e=smoothings)
+def test_at_the_reference(B, beta, e):
+    """Loss log 2 and a gradient of -+(1 - 2e) beta/2B: otherwise someone looks for a 0 that is not there."""
+    logps = np.linspace(-9, -1, 2 * B)
+    w, l = logps[:B], logps[B:]
+    close(losses.dpo_loss(w, l, w, l, beta, e).loss.item(), math.log(2))
+    gradient_w, gradient_l = losses.dpo_gradient(w, l, w, l, beta, e)
+    close(gradient_w, np.full(B, -(1 - 2 * e) * beta / (2 * B)), atol=1e-15)
+    close(gradient_l, -gradient_w)
+
+
+@given(logps=four_logps, shift=st.floats(-9, 9))
+def test_a_constant_on_both_references_cancels(logps, shift):
+    """Otherwise the normaliser Z(x), which nobody can compute, would matter."""
+    w, l, ref_w, ref_l = logps
+    close(losses.dpo_loss(w, l, ref_w + shift, ref_l + shift).loss.item(), losses.dpo_loss(*logps).loss.item())
+
+
+@given(logps=four_logps, beta=betas, e=smoothings)
+def test_swapped_labels(logps, beta, e):
+    """L(-z) - L(z) = (1 - 2e) z: otherwise label smoothing is not the expected loss under flips."""
+    w, l, ref_w, ref_l = logps
+    straight = losses.dpo_loss(w, l, ref_w, ref_l, beta, e)
+    swapped = losses.dpo_loss(l, w, ref_l, ref_w, beta, e)
+    z = beta * straight.margin.data
+    close(swapped.loss.item() - straight.loss.item(), (1 - 2 * e) * z.mean(), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("ratio", [1e4, -1e4])
+def test_far_log_ratios_are_finite_and_right(ratio, dtype):
+    """Otherwise one hopeless pair makes the whole batch's loss inf, or nan."""
+    w, zero = np.array([ratio], dtype=dtype), np.zeros(1, dtype=dtype)
+    leaf = Tensor(w, requires_grad=True)
+    out = losses.dpo_loss(leaf, zero, zero, zero, beta=1.0)
+    out.loss.backward()
+    assert out.loss.dtype == dtype and leaf.grad.dtype == dtype
+    assert (out.loss.item(), leaf.grad[0]) == ((0, 0) if ratio > 0 else (1e4, -1))
+    assert losses.dpo_gradient(w, zero, zero, zero, beta=1.0)[0].dtype == dtype
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ((np.ones(2), np.ones(2), np.ones(2), np.ones((2, 1))), r"one shape, not \(2,\), \(2,\), \(2,\), \(2, 1\)"),
+        ((1.0, 1.0, 1.0, 1.0, 0.0), "beta must be positive, not 0.0"),
+        ((1.0, 1.0, 1.0, 1.0, math.nan), "beta must be positive, not nan"),
+        ((1.0, 1.0, 1.0, 1.0, 0.1, 0.6), "at most 0.5, not 0.6"),
+    ],
+)
+@pytest.mark.parametrize("function", [losses.dpo_loss, losses.dpo_gradient])
+def test_wrong_arguments_are_refused(function, arguments, sentence):
+    """Otherwise (B,) and (B, 1) broadcast to (B, B), and every pair is compared with every other."""
+    with pytest.raises(ValueError, match=sentence):
+        function(*arguments)

@@ -1,0 +1,158 @@
+"""Each optimizer against its published rule, one number and one step at a time, in plain Python."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from minidpo import Tensor, optim
+
+gradients = st.lists(st.floats(-3, 3), min_size=1, max_size=6)
+
+
+def path(optimizer_class, start, gs, **options):
+    """Values of one parameter after each of the gradients."""
+    params = {"p": Tensor(np.array([start, 0.0]), requires_grad=True)}
+    optimizer = optimizer_class(params, **options)
+    values = []
+    for g in gs:
+        params["p"].grad = np.array([g, 0.0])
+        optimizer.step()
+        values.append(params["p"].data[0])
+    assert optimizer.steps == len(gs)
+    return values
+
+
+@given(start=st.floats(-3, 3), gs=gradients, momentum=st.sampled_from([0.0, 0.9]))
+def test_sgd_follows_its_rule(start, gs, momentum):
+    """Otherwise the plainest optimizer of all takes another step than it says."""
+    p, u, expected = start, 0.0, []
+    for g in gs:
+        u = momentum * u + g
+        p = p - 0.1 * u
+        expected.append(p)
+    np.testing.assert_allclose(path(optim.SGD, start, gs, learning_rate=0.1, momentum=momentum), expected, atol=1e-12)
+
+
+@given(start=st.floats(-3, 3), gs=gradients)
+def test_rmsprop_follows_its_rule(start, gs):
+    """Otherwise the DPO paper's runs cannot be repeated here."""
+    p, v, expected = start, 0.0, []
+    for g in gs:
+        v = 0.9 * v + 0.1 * g**2
+        p = p - 0.01 * g / (math.sqrt(v) + 1e-3)
+        expected.append(p)
+    actual = path(optim.RMSprop, start, gs, learning_rate=0.01, alpha=0.9, eps=1e-3)
+    np.testing.assert_allclose(actual, expected, atol=1e-12)
+
+
+@given(start=st.floats(-3, 3), gs=gradients, decay=st.sampled_from([0.0, 0.1]))
+def test_adamw_follows_its_rule(start, gs, decay):
+    """Otherwise bias correction or decay is off, which only shows after thousands of steps."""
+    p, m, v, expected = start, 0.0, 0.0, []
+    for t, g in enumerate(gs, start=1):
+        m = 0.8 * m + 0.2 * g
+        v = 0.9 * v + 0.1 * g**2
+        adam = (m / (1 - 0.8**t)) / (math.sqrt(v / (1 - 0.9**t)) + 1e-3)
+        p = p - 0.01 * adam - 0.01 * decay * p
+        expected.append(p)
+    actual = path(optim.AdamW, start, gs, learning_rate=0.01, betas=(0.8, 0.9), eps=1e-3, weight_decay=decay)
+    np.testing.assert_allclose(actual, expected, atol=1e-12)
+
+
+@given(g=st.floats(0.1, 3), steps=st.integers(1, 5))
+def test_a_constant_gradient_has_closed_forms(g, steps):
+    """Otherwise rule and code may share a misreading: these are what the rules come to, not the rules."""
+    gs = [g] * steps
+    sgd = path(optim.SGD, 1.0, gs, learning_rate=0.1, momentum=0.5)[-1]
+    np.testing.assert_allclose(sgd, 1 - 0.1 * g * sum(2 - 2 * 0.5**t for t in range(1, steps + 1)), atol=1e-12)
+    rmsprop = path(optim.RMSprop, 1.0, gs, learning_rate=0.1, alpha=0.9, eps=1e-12)[-1]
+    np.testing.assert_allclose(rmsprop, 1 - 0.1 * sum((1 - 0.9**t) ** -0.5 for t in range(1, steps + 1)))
+    adamw = path(optim.AdamW, 1.0, gs, learning_rate=0.1, weight_decay=0.0)[-1]
+    np.testing.assert_allclose(adamw, 1 - 0.1 * steps, rtol=1e-6)
+
+
+OPTIMIZERS = [optim.SGD, optim.RMSprop, optim.AdamW]
+
+
+@pytest.mark.parametrize("optimizer_class", OPTIMIZERS)
+def test_an_optimizer_never_writes_into_an_array(optimizer_class):
+    """Otherwise a reference model that shares the array it started from moves along with the policy."""
+    shared = np.ones(3, dtype="float32")
+    shared.flags.writeable = False
+    policy, reference = {"w": Tensor(shared, requires_grad=True)}, {"w": Tensor(shared)}
+    optimizer = optimizer_class(policy, learning_rate=0.1)
+    gradient = np.full(3, 2.0, dtype="float32")
+    gradient.flags.writeable = False
+    for _ in range(2):
+        policy["w"].grad = gradient
+        optimizer.step()
+    assert (reference["w"].data == 1).all() and (policy["w"].data < 1).all()
+    assert policy["w"].dtype == "float32"
+    assert all(array.dtype == "float32" for state in optimizer.state.values() for array in state.values())
+
+
+@pytest.mark.parametrize("optimizer_class", OPTIMIZERS)
+def test_what_has_no_gradient_stays(optimizer_class):
+    """Otherwise weight decay shrinks parameters that took no part, and constants drift."""
+    params = {
+        "moves": Tensor(1.0, requires_grad=True),
+        "idle": Tensor(1.0, requires_grad=True),
+        "frozen": Tensor(1.0),
+    }
+    optimizer = optimizer_class(params, learning_rate=0.1)
+    (params["moves"] * params["frozen"]).backward()
+    optimizer.step()
+    assert [params[name].item() == 1.0 for name in ("moves", "idle", "frozen")] == [False, True, True]
+    assert type(params["moves"].data) is np.ndarray
+    optimizer.zero_grad()
+    assert params["moves"].grad is None
+
+
+@pytest.mark.parametrize("optimizer_class", OPTIMIZERS)
+def test_every_optimizer_finds_a_minimum(optimizer_class):
+    """Otherwise a sign is wrong, and the rules above were read with the same eyes."""
+    params = {"w": Tensor([3.0, -2.0], requires_grad=True)}
+    optimizer = optimizer_class(params, learning_rate=0.05)
+    for _ in range(300):
+        optimizer.zero_grad()
+        distance = params["w"] - np.array([1.0, 1.0])
+        (distance @ distance).backward()
+        optimizer.step()
+    np.testing.assert_allclose(params["w"].data, [1, 1], atol=0.1)
+
+
+@given(a=st.lists(st.floats(-9, 9), min_size=2, max_size=2), b=st.floats(-9, 9), max_norm=st.floats(0.1, 20))
+def test_clipping_scales_all_gradients_as_one(a, b, max_norm):
+    """Otherwise each tensor is clipped by itself, and the direction of the step changes."""
+    params = {name: Tensor(np.zeros(2), requires_grad=True) for name in ("a", "b", "none")}
+    params["a"].grad, params["b"].grad = np.array(a), np.array([b, 0.0])
+    norm = math.hypot(*a, b)
+    assert optim.clip_global_norm(params, max_norm) == pytest.approx(norm)
+    scale = min(1.0, max_norm / norm) if norm else 1.0
+    np.testing.assert_allclose(params["a"].grad, scale * np.array(a), atol=1e-12)
+    np.testing.assert_allclose(params["b"].grad, [scale * b, 0.0], atol=1e-12)
+    assert params["none"].grad is None
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_gradient_that_is_not_finite_is_named(bad):
+    """Otherwise clipping by max_norm/inf turns it into zeros or nan, and training goes on."""
+    params = {name: Tensor(np.zeros(2), requires_grad=True) for name in ("good", "bad")}
+    params["good"].grad, params["bad"].grad = np.ones(2), np.array([0.0, bad])
+    with pytest.raises(FloatingPointError, match=r"not finite in bad$"):
+        optim.clip_global_norm(params, 1.0)
+
+
+def test_schedule():
+    """Otherwise the first step has rate 0, or the last one falls off the curve."""
+    rates = [optim.warmup_cosine(step, 12, peak=0.4, warmup_steps=4, final=0.1) for step in range(13)]
+    np.testing.assert_allclose(rates[:5], [0.1, 0.2, 0.3, 0.4, 0.4])
+    np.testing.assert_allclose(rates[8], 0.25)  # half of the cosine: half way between peak and final
+    np.testing.assert_allclose([rates[6] + rates[10], rates[12]], [0.5, 0.1])  # symmetric about it; the end
+    assert rates[4:] == sorted(rates[4:], reverse=True)
+    assert optim.warmup_cosine(99, 12, peak=0.4, warmup_steps=4, final=0.1) == pytest.approx(0.1)
+    assert optim.warmup_cosine(0, 10, peak=0.4) == 0.4
+    assert optim.warmup_cosine(3, 4, peak=0.4, warmup_steps=4) == 0.4

@@ -1,0 +1,254 @@
+"""The engine: what a sweep adds up, what it frees, and what it refuses."""
+
+import gc
+import weakref
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from drawing import arrays
+from minidpo import Tensor, ops
+from minidpo.tensor import sweep, tape
+
+
+def leaf(value):
+    return Tensor(value, requires_grad=True)
+
+
+@given(x=arrays())
+def test_square_by_reuse(x):
+    """d(x x)/dx = 2x: otherwise an operand that is used twice loses one of its two gradients."""
+    t = leaf(x)
+    g = np.arange(6.0).reshape(2, 3)
+    (t * t).backward(g)
+    np.testing.assert_allclose(t.grad, 2 * x * g)
+
+
+@given(x=arrays(low=0.1))
+def test_diamond(x):
+    """Otherwise a node passes its gradient on before both of its consumers have added theirs."""
+    t = leaf(x)
+    shared = ops.exp(t)
+    (shared * 3.0 + ops.log(shared) * shared).backward(np.ones_like(x))
+    np.testing.assert_allclose(t.grad, 3 * np.exp(x) + np.exp(x) + x * np.exp(x))
+
+
+@given(order=st.permutations(range(4)))
+def test_fan_out_adds_in_any_order(order):
+    """Otherwise the result depends on which consumer was made first."""
+    t = leaf([1.0, 2.0])
+    h = t * 1.0
+    parts = [ops.exp(h), h * h, h / 2.0, -h]
+    total = parts[order[0]]
+    for i in order[1:]:
+        total = total + parts[i]
+    total.backward([1.0, 10.0])
+    np.testing.assert_allclose(t.grad, [1 * (np.e + 2 - 0.5), 10 * (np.e**2 + 4 - 0.5)])
+
+
+def test_tied_leaves():
+    """Otherwise an embedding that is also the output head is trained by one of its two uses only."""
+    w = leaf(np.array([[1.0, 2.0], [3.0, 5.0]]))
+    logits = ops.embedding(w, [1]) @ ops.transpose(w)  # w_1 . w_v
+    logits.backward([[1.0, 10.0]])
+    np.testing.assert_allclose(w.grad, [[3, 5], [1 + 2 * 30, 2 + 2 * 50]])
+
+
+def test_gradients_accumulate_over_sweeps():
+    """Otherwise micro-batches do not add up to a batch."""
+    t = leaf(2.0)
+    for _ in range(3):
+        (t * t).backward()
+    assert t.grad == 12.0
+    t.grad = None
+    (t * t).backward()
+    assert t.grad == 4.0
+
+
+def test_only_leaves_get_grad():
+    """Otherwise every activation's gradient would outlive the sweep."""
+    t = leaf(2.0)
+    h = t * t
+    (h * h).backward()
+    assert h.grad is None and t.grad == 32.0
+
+
+def test_a_leaf_can_be_swept_itself():
+    """Otherwise the simplest graph of all would be an exception."""
+    t = leaf(3.0)
+    t.backward()
+    assert t.grad == 1.0
+
+
+def test_constants_build_no_graph():
+    """Otherwise a frozen reference model would keep its activations, and be trained."""
+    frozen, t = Tensor(2.0), leaf(3.0)
+    constant = ops.exp(frozen) * 4.0
+    assert constant.vjp is None and constant.parents == () and not constant.requires_grad
+    (t * constant).backward()
+    assert frozen.grad is None and constant.grad is None
+    assert t.detach().requires_grad is False and t.detach().data is t.data
+
+
+def test_a_long_chain_and_many_doublings():
+    """Otherwise depth meets Python's recursion limit, or 30 doublings are walked as 2^30 paths."""
+    t = leaf(1.0)
+    y = t
+    for _ in range(10_000):
+        y = y + 1.0
+    y.backward()
+    assert t.grad == 1.0
+    y = t
+    for _ in range(30):
+        y = y + y
+    y.backward()
+    assert t.grad == 1.0 + 2.0**30
+
+
+def test_the_tape_is_in_order_of_creation():
+    """Otherwise a listing of the graph would not read as the program that made it."""
+    t = leaf(1.0)
+    a = ops.exp(t)
+    b = ops.log(a)
+    c = a + b
+    assert tape(c) == [t, a, b, c]
+    assert [node for node, _ in sweep(c, np.ones(()))] == [c, b, a, t]
+
+
+def test_activations_die_as_the_sweep_passes():
+    """Otherwise a step needs memory for all activations and all of their gradients at once.
+
+    Each node's vjp looks at the nodes made after it: all but the one just passed are gone, by reference
+    count alone.
+    """
+    gc.disable()
+    try:
+        made, alive = [], []
+
+        def watched(x):
+            y = ops.exp(x * 0.5)
+            place, vjp = len(made), y.vjp
+            y.vjp = lambda g: (alive.append([made[i]() is not None for i in range(place + 2, len(made))]), vjp(g))[1]
+            made.append(weakref.ref(y))
+            return y
+
+        t = y = leaf(np.ones(3))
+        for _ in range(6):
+            y = watched(y)
+        loss = ops.sum(y)
+        del y
+        loss.backward()
+        assert len(alive) == 6 and not any(any(later) for later in alive)
+        assert all(ref() is None for ref in made) and t.grad is not None
+    finally:
+        gc.enable()
+
+
+def test_a_dropped_graph_dies_without_the_garbage_collector():
+    """Otherwise a cycle keeps the activations of one step alive into the next."""
+    gc.disable()
+    try:
+        t = leaf(np.ones((2, 3)))
+        y = ops.log_softmax(ops.layer_norm(t, np.ones(3), np.ones(3)))
+        refs = [weakref.ref(y), weakref.ref(y.data), weakref.ref(y.parents[0])]
+        del y
+        assert all(ref() is None for ref in refs)
+    finally:
+        gc.enable()
+
+
+def test_a_second_sweep_is_refused():
+    """Otherwise it would add a wrong number to some gradients, in silence."""
+    t = leaf(2.0)
+    h = t * t
+    a, b = h * 3.0, ops.exp(t) * h
+    a.backward()
+    grad = t.grad.copy()
+    for output in (a, b, h):
+        with pytest.raises(RuntimeError, match="freed by an earlier backward"):
+            output.backward()
+    assert t.grad == grad  # b reaches t by a way that was not freed, and yet nothing was added
+
+
+def test_a_vjp_that_fails_leaves_every_gradient_as_it_was():
+    """Otherwise an interrupted sweep leaves half a gradient, which the next step would use."""
+    t = leaf(2.0)
+
+    def fails(g):
+        raise KeyboardInterrupt
+
+    h = t * t
+    h.vjp = fails
+    with pytest.raises(KeyboardInterrupt):
+        (t + h).backward()
+    assert t.grad is None
+
+
+@pytest.mark.parametrize(
+    ("make", "cotangent", "error", "sentence"),
+    [
+        (lambda: leaf(np.ones((2, 3))) * 2.0, None, ValueError, r"from shape \(2, 3\) needs a cotangent"),
+        (lambda: leaf(np.ones(2)) * 2.0, np.ones(3), ValueError, r"has shape \(3,\), the tensor \(2,\)"),
+        (lambda: leaf(np.ones(2)) * 2.0, 1.0, ValueError, r"has shape \(\), the tensor \(2,\)"),
+        (lambda: Tensor(1.0) * 2.0, None, ValueError, "nothing that this tensor depends on"),
+        (lambda: leaf(1.0), Tensor(1.0), TypeError, "expected an array of numbers, got Tensor"),
+    ],
+)
+def test_backward_says_what_is_wrong(make, cotangent, error, sentence):
+    """Otherwise NumPy broadcasts a wrong cotangent into a wrong gradient."""
+    with pytest.raises(error, match=sentence):
+        make().backward(cotangent)
+
+
+@pytest.mark.parametrize("data", [1, np.arange(3), np.array([True]), 1j])
+def test_only_floats_can_require_a_gradient(data):
+    """Otherwise a gradient is rounded to integers on its way, or loses its imaginary part."""
+    with pytest.raises(TypeError, match=r"only floating-point tensors can require a gradient, not \w+"):
+        Tensor(data, requires_grad=True)
+
+
+@pytest.mark.parametrize("data", ["text", None, [object()], Tensor(1.0)])
+def test_only_numbers_make_a_tensor(data):
+    """Otherwise an array of Python objects computes something, slowly."""
+    with pytest.raises(TypeError, match="expected an array of numbers, got"):
+        Tensor(data)
+
+
+def test_data_is_an_array_even_of_one_number():
+    """Otherwise a NumPy scalar comes back, which promotes float32 and cannot be written to."""
+    for t in (Tensor(1.0), Tensor(np.float32(1)), ops.exp(np.float32(1)), ops.sum(np.ones(3))):
+        assert type(t.data) is np.ndarray and t.shape == ()
+    t = leaf(1.0)
+    (t * t).backward()
+    (t * t).backward()
+    assert type(t.grad) is np.ndarray and t.item() == 1.0
+
+
+def test_leaf_gradients_keep_the_dtype_of_the_leaf():
+    """Otherwise one float64 constant turns the gradient, and soon the weights, into float64."""
+    t = leaf(np.ones((2, 2), dtype="float32"))
+    (t @ np.eye(2)).backward(np.ones((2, 2)))
+    (ops.linear(t, np.eye(2), np.zeros(2)) * 2.0).backward(np.ones((2, 2)))
+    assert t.grad.dtype == "float32"
+
+
+@given(x=arrays((3,)), y=arrays((3,), low=0.5))
+def test_operators_are_the_ops(x, y):
+    """Otherwise a - b is b - a when the tensor stands on the right."""
+    a, b = Tensor(x), Tensor(y)
+    for left, right in ((a, b), (a, y), (x, b)):
+        assert ((left + right).data == x + y).all()
+        assert ((left - right).data == x - y).all()
+        assert ((left * right).data == x * y).all()
+        assert ((left / right).data == x / y).all()
+        assert (left @ right).data == x @ y
+    assert ((2.0 - a).data == 2.0 - x).all() and ((2.0 / b).data == 2.0 / y).all()
+    assert ((-a).data == -x).all() and ((a**2).data == x**2).all() and (a[1:].data == x[1:]).all()
+
+
+def test_repr_shows_the_values():
+    """Otherwise a student prints a tensor and learns nothing."""
+    assert repr(leaf([1.0, 2.0])) == "Tensor(array([1., 2.]), requires_grad=True)"
+    assert repr(Tensor(3)) == "Tensor(array(3))"
