@@ -191,7 +191,9 @@ def gelu(x):
 
 def reduced_size(x, axis):
     """How many entries a reduction of x over `axis` (None: all) puts into one; none at all is refused."""
-    axes = range(x.ndim) if axis is None else (axis,) if isinstance(axis, int) else axis
+    axes = range(x.ndim) if axis is None else axis if isinstance(axis, tuple) else (axis,)
+    if not all(-x.ndim <= i < x.ndim for i in axes):
+        raise ValueError(f"nothing to reduce: shape {x.shape} has no axis {axis}")
     n = math.prod(x.shape[i] for i in axes)
     if n == 0:
         raise ValueError(f"nothing to reduce: shape {x.shape} is empty along axis {axis}")
@@ -244,9 +246,9 @@ def reshape(x, shape):
 @op
 def transpose(x, axes=None):
     """The axes in another order, reversed by default: axis k of y is axis axes[k] of x."""
-    axes = tuple(range(x.ndim))[::-1] if axes is None else tuple(axis % x.ndim for axis in axes)
-    inverse = tuple(axes.index(k) for k in range(len(axes)))
     y = x.transpose(axes)
+    axes = tuple(range(x.ndim))[::-1] if axes is None else tuple(axis % x.ndim for axis in axes)
+    inverse = tuple(axes.index(k) for k in range(x.ndim))
 
     # axis k of y is axis axes[k] of x, so axis k of g goes back to place axes[k]
     def vjp(g):  # keeps nothing

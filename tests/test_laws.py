@@ -119,6 +119,11 @@ def law_of_sum(x: arrays((2, 3, 4)), axis: st.integers(-3, 2)):
 @law
 def law_of_mean(x: arrays((3, 4)), shift: st.floats(-3, 3)):
     """The mean is where the deviations sum to 0, and it moves with its entries."""
+    assert [ops.mean(x, axis=0).shape, ops.mean(x, axis=0, keepdims=True).shape, ops.mean(x).shape] == [
+        (4,),
+        (1, 4),
+        (),
+    ]
     close((x - ops.mean(x, axis=0).data).sum(axis=0), 0, atol=1e-13)
     close(ops.mean(x + shift).data, ops.mean(x).data + shift, atol=1e-13)
 
@@ -150,6 +155,7 @@ def law_of_concatenate(x: arrays((2, 3)), y: arrays((2, 1))):
     """Each part can be found again."""
     z = ops.concatenate(x, y, axis=1).data
     assert z.shape == (2, 4) and (z[:, :3] == x).all() and (z[:, 3:] == y).all()
+    assert (ops.concatenate(x, 2 * x).data == np.vstack([x, 2 * x])).all()
 
 
 @law

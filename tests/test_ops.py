@@ -162,6 +162,20 @@ def test_an_empty_reduced_axis_is_refused(name):
         OPS[name](*[np.ones(shape) for shape in empty])
 
 
+@pytest.mark.parametrize("axis", [2, -3, (0, 2), (-3,)])
+@pytest.mark.parametrize("reduction", [ops.sum, ops.mean])
+def test_an_axis_that_is_not_there_is_refused(reduction, axis):
+    """Otherwise the error speaks of tuples, and not of the axis."""
+    with pytest.raises(ValueError, match=r"shape \(2, 3\) has no axis"):
+        reduction(np.ones((2, 3)), axis=axis)
+
+
+def test_a_transpose_of_missing_axes_is_refused():
+    """Otherwise axis 5 of three is taken for axis 2."""
+    with pytest.raises(ValueError, match="axis 5"):
+        ops.transpose(np.ones((2, 3, 4)), (0, 1, 5))
+
+
 @pytest.mark.parametrize("name", ["softmax", "log_softmax", "logsumexp"])
 @pytest.mark.parametrize("row", [[-np.inf, -np.inf], [0.0, np.inf]])
 def test_a_row_without_a_finite_maximum_is_refused(name, row):
