@@ -31,7 +31,7 @@ def check(cases: int, seed: int) -> int:
                 row += f"{'FAILED':>10}"
         print(f"{name:<18}{row}{cases:>8}", flush=True)
     bounds = ", ".join(f"{method} {bound:.0e}" for method, bound in TOLERANCE.items())
-    print(f"\n{len(OPS)} ops, every error relative and at most: {bounds}" if not failures else "")
+    print(f"\n{len(OPS)} ops, all within: {bounds}" if not failures else "")
     for failure in failures:
         print(failure, file=sys.stderr)
     return len(failures)

@@ -1,12 +1,13 @@
 """A derivative against two that know nothing of it: central differences and the complex step.
 
-For a function f, a direction u and a cotangent g, both random, a right `vjp` satisfies
+For a function f with Jacobian J, a direction u and a cotangent g, both random, a right `vjp` satisfies
 
     <g, J u> = <vjp(g), u>,   J u ~ (f(x + h u) - f(x - h u)) / 2h      central difference, h = 1e-6
-                              J u = Im f(x + i h u) / h                  complex step, h = 1e-20
+                              J u = Im f(x + sqrt(-1) h u) / h           complex step, h = 1e-20
 
-The second has no subtraction, so nothing cancels: it is exact to rounding, where f is analytic. Cotangents
-are never all ones: the gradient of the sum of a softmax is 0, and a `vjp` of zeros would pass.
+where <a, b> = sum_i a_i b_i. The second has no subtraction, so nothing cancels: it is exact to rounding
+where f is analytic. Both believe the forward: whether that is right, a law must say (tests/test_laws.py).
+Cotangents are never all ones: the gradient of the sum of a softmax is 0, and a `vjp` of zeros would pass.
 """
 
 import itertools
@@ -44,7 +45,8 @@ def _derivative(f: Callable[..., Array], xs: list[Any], us: list[Any], method: s
 def _difference(g: Array, ju: Array, gxs: list[Array], us: list[Array]) -> float:
     """|<g, Ju> - <vjp(g), u>| / (1 + sum |g Ju| + sum |vjp(g) u|)
 
-    The sums keep a right `vjp` from failing where large terms cancel, the 1 where all are tiny.
+    The sums keep a right `vjp` from failing where large terms cancel, the 1 where all are tiny: a gradient
+    that is smaller than the tolerance is not checked by it.
     """
     forward = g * ju
     reverse = [gx * u for gx, u in zip(gxs, us)]
@@ -73,7 +75,8 @@ def check_vjp(
     rng : numpy.random.Generator
         Source of directions and cotangents.
     method : {"central", "complex"}
-        The complex step needs a forward that accepts complex arrays.
+        The complex step needs an analytic forward that accepts complex arrays: no abs, no comparison
+        but of real parts.
     directions : int
         How many pairs (g, u) to try.
 
@@ -85,14 +88,22 @@ def check_vjp(
     Raises
     ------
     GradientError
-        If an error is too large, or `vjp` returns a gradient for what has none, none for what has one,
-        or one of another shape or dtype. The message names the op, the entry that is most wrong, and both
-        values there.
+        If an error is too large, or `vjp` returns no tuple, a gradient for what has none, none for what has
+        one, one of another shape or dtype, or writes into g. The message names the op, the entry that is
+        most wrong, and both values there.
+    ValueError
+        If there is no such method.
+    TypeError
+        If an argument is a Tensor.
 
     References
     ----------
     Squire and Trapp 1998 for the complex step.
     """
+    if method not in STEP:
+        raise ValueError(f'method must be "central" or "complex", not {method!r}')
+    if any(isinstance(x, Tensor) for x in arrays):
+        raise TypeError("check_vjp varies plain arrays: pass the .data of a Tensor")
     raw = getattr(raw_op, "raw", raw_op)
     name = getattr(raw, "__name__", repr(raw))
     xs = [x.astype("float64") if _varied(x) else x for x in arrays]
@@ -104,10 +115,16 @@ def check_vjp(
         return raw(*xs, **options)[0]
 
     def gradients(g: Array) -> list[Array]:
+        before = xp.array(g)
         gxs = vjp(g)
+        if not isinstance(gxs, tuple):
+            raise GradientError(f"{name}: vjp returns {type(gxs).__name__}, not a tuple of gradients: return (gx,)")
+        if (g != before).any().item():
+            raise GradientError(f"{name}: vjp writes into g, which other nodes share")
         for i, (x, gx) in enumerate(itertools.zip_longest(xs, gxs)):
             if _varied(x) != (gx is not None):
-                raise GradientError(f"{name}: argument {i} {'has' if _varied(x) else 'can have'} no gradient")
+                kind = x.dtype if hasattr(x, "dtype") else type(x).__name__
+                raise GradientError(f"{name}: argument {i} ({kind}) {'has' if _varied(x) else 'can have'} no gradient")
             if gx is not None and (gx.shape, gx.dtype) != (x.shape, x.dtype):
                 raise GradientError(
                     f"{name}: the gradient of argument {i} is {gx.dtype} {gx.shape}, the argument {x.dtype} {x.shape}"

@@ -25,6 +25,10 @@ def _checked(beta: float, label_smoothing: float, *logps: Any) -> None:
     shapes = [getattr(logp, "shape", ()) for logp in logps]
     if len(set(shapes)) != 1:
         raise ValueError(f"the four log-probabilities must have one shape, not {', '.join(map(str, shapes))}")
+    if len(shapes[0]) > 1:
+        raise ValueError(
+            f"one log-probability per response is wanted, (B,), not {shapes[0]}: sum over the tokens first"
+        )
     if not beta > 0:
         raise ValueError(f"beta must be positive, not {beta}")
     if not 0 <= label_smoothing <= 0.5:
@@ -40,17 +44,22 @@ def dpo_loss(
 
     Parameters
     ----------
-    logp_w, logp_l, ref_logp_w, ref_logp_l : Tensor or array, (B,)
+    logp_w, logp_l, ref_logp_w, ref_logp_l : Tensor or array (B,), or number
         Log-probabilities of whole responses, in nats: sums over tokens.
     beta : float
         Reward per nat of log-ratio.
     label_smoothing : float
         e, the probability that a label is flipped (conservative DPO).
 
+    Returns
+    -------
+    PreferenceLoss
+        Its `loss` is what `backward` starts from.
+
     Raises
     ------
     ValueError
-        If the shapes differ, beta is not positive, or e lies outside [0, 1/2].
+        If the shapes differ or have more than one axis, beta is not positive, or e lies outside [0, 1/2].
 
     References
     ----------
@@ -62,8 +71,8 @@ def dpo_loss(
     ratio_l = ops.sub(logp_l, ref_logp_l)
     margin = ratio_w - ratio_l
     z = beta * margin
-    losses = -(1 - label_smoothing) * ops.logsigmoid(z) - label_smoothing * ops.logsigmoid(-z)
-    return PreferenceLoss(ops.mean(losses), beta * ratio_w, beta * ratio_l, margin)
+    per_pair = -(1 - label_smoothing) * ops.logsigmoid(z) - label_smoothing * ops.logsigmoid(-z)
+    return PreferenceLoss(ops.mean(per_pair), beta * ratio_w, beta * ratio_l, margin)
 
 
 def dpo_gradient(
@@ -73,7 +82,7 @@ def dpo_gradient(
 
         dL/dlogp_w = -(beta/B) (sigma(-z) - e),   dL/dlogp_l = -dL/dlogp_w,   z = beta * margin
 
-    Parameters and errors as in `dpo_loss`; arrays in, arrays of the same shape out.
+    Parameters and errors as in `dpo_loss`, but arrays and no Tensors in, arrays of the same shape out.
 
     References
     ----------

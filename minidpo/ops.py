@@ -1,8 +1,9 @@
 """Every derivative in the project: forward, derivation, vjp, one op after another.
 
-Letters: x, y, ... are arrays, g = dL/dy arrives, gx = dL/dx leaves; i, j, k run over entries. Under each
-forward stands the local Jacobian and its contraction with g, gx_j = sum_i g_i dy_i/dx_j. "keeps" names
-the arrays that stay in memory for the backward pass.
+Letters: L is the final number, g = dL/d(result) arrives, gx = dL/dx leaves; i, j, k run over entries, and
+[i = j] is 1 where that holds, else 0. Under each forward stands the local Jacobian, and, where it is more
+than a factor, its contraction with g: gx_j = sum_i g_i dy_i/dx_j. "keeps" names the arrays that stay in
+memory for the backward pass. `xp` is NumPy, or CuPy for arrays on a GPU (backend.py).
 Operands (arrays, and what has no default) are passed by position, options by keyword.
 """
 
@@ -18,12 +19,12 @@ from .tensor import Tensor, op
 
 
 def like(x):
-    """What a gradient for x looks like: (shape, dtype), or None where x is a number or holds integers."""
+    """Shape and dtype of the gradient for x; None where there is none, for a number or integers."""
     return (x.shape, x.dtype) if hasattr(x, "dtype") and x.dtype.kind not in "biu" else None
 
 
 def unbroadcast(g, like_x):
-    """Adjoint of broadcasting: a copied entry receives the sum of g over its copies."""
+    """Backward of broadcasting: an entry that was copied receives the sum of g over its copies."""
     if like_x is None:
         return None
     shape, dtype = like_x
@@ -114,7 +115,7 @@ def power(x, exponent):
     c = float(exponent)  # a Python number leaves float32 as it is
     y = x**c
 
-    # dy_i/dx_i = c x_i^(c-1), which is 0 for c = 0, also at x_i = 0
+    # dy_i/dx_i = c x_i^(c-1); for c = 0 that is 0, where 0 * 0^-1 would be nan
     def vjp(g):  # keeps x
         return (g * (c * x ** (c - 1)) if c else 0 * g, None)
 
@@ -161,10 +162,11 @@ def tanh(x):
 def logsigmoid(x):
     """Log of the logistic function: y = log sigma(x) = min(x, 0) - log(1 + e^-|x|).  (...) -> (...)"""
     xp = array_module(x)
-    negative = x.real < 0  # of complex input too, hence no abs: it would lose the derivative
+    negative = x.real < 0  # no abs: the complex step (gradcheck.py) would lose the derivative
     y = xp.where(negative, x, 0) - xp.log1p(xp.exp(xp.where(negative, x, -x)))
 
-    # dy_i/dx_i = 1 - sigma(x_i) = 1 - e^y_i, written -expm1(y_i): for large x_i the 1 - s form rounds to 0
+    # dy_i/dx_i = sigma'(x_i)/sigma(x_i) = 1 - sigma(x_i) = 1 - e^y_i
+    # written -expm1(y_i), expm1 being e^y - 1 exact near y = 0, where 1 - e^y rounds to 0
     def vjp(g):  # keeps y
         return (g * -xp.expm1(y),)
 
@@ -178,7 +180,8 @@ def gelu(x):
     t = array_module(x).tanh(scale * (x + 0.044715 * (x * x * x)))
     y = 0.5 * x * (1 + t)
 
-    # dy_i/dx_i = (1 + t_i)/2 + (x_i/2) dt_i/dx_i,  dt_i/dx_i = (1 - t_i^2) sqrt(2/pi) (1 + 3 0.044715 x_i^2)
+    # dy_i/dx_i = (1 + t_i)/2 + (x_i/2) dt_i/dx_i
+    # t_i = tanh u_i:  dt_i/dx_i = (1 - t_i^2) du_i/dx_i = (1 - t_i^2) sqrt(2/pi) (1 + 3 * 0.044715 x_i^2)
     def vjp(g):  # keeps x, t
         dt = (1 - t * t) * (scale * (1 + 3 * 0.044715 * (x * x)))
         return (g * (0.5 * (1 + t) + 0.5 * x * dt),)
@@ -264,7 +267,8 @@ def getitem(x, key):
     parts = key if isinstance(key, tuple) else (key,)
     slices = all(part is None or part is Ellipsis or isinstance(part, int | slice) for part in parts)
 
-    # y_i = x_key(i); an index array may name one x_j several times, slices do not
+    # y_i = x_key(i), so gx_j is the sum of g_i over all i with key(i) = j: an index array may name one x_j
+    # several times, and then gx[key] = g would keep only the last; slices name each at most once
     def vjp(g):  # keeps key
         gx = xp.zeros(shape, dtype=g.dtype)
         if slices:
@@ -283,7 +287,7 @@ def concatenate(*arrays, axis=0):
     ends = list(itertools.accumulate(x.shape[axis] for x in arrays))
     y = xp.concatenate(arrays, axis=axis)
 
-    # y = (x^1, x^2, ...), so g = (gx^1, gx^2, ...): cut where they were joined
+    # the result holds each operand once, so g holds each gradient once: cut it where they were joined
     def vjp(g):  # keeps nothing
         parts = xp.split(g, ends[:-1], axis=axis)
         return tuple(unbroadcast(part, like_x) for part, like_x in zip(parts, likes))
@@ -314,7 +318,8 @@ def embedding(table, index):
     index = index_array(index, V, xp)
     y = table[index]  # (...) -> (..., C)
 
-    # y_ic = sum_v O_iv table_vc with O_iv = [v = index_i], so g_table = O^T g: a repeated row collects
+    # y_ic = sum_v O_iv table_vc with the one-hot matrix O_iv = [v = index_i], so g_table = O^T g:
+    # a row that was taken several times receives the sum
     def vjp(g):  # keeps index
         one_hot = (index.reshape(-1, 1) == xp.arange(V)).astype(g.dtype)  # (N, V)
         return (one_hot.T @ g.reshape(index.size, C), None)  # (V, N) @ (N, C) -> (V, C)
@@ -333,7 +338,8 @@ def matmul(x, y):
     row, column = x.ndim == 1, y.ndim == 1
     X, Y = x[None, :] if row else x, y[:, None] if column else y  # a vector is a matrix of one row or column
 
-    # dz_ij/dx_ik = y_kj, so gx_ik = sum_j g_ij y_kj:  gx = g y^T, and likewise gy = x^T g
+    # dz_ij/dx_ik = y_kj, so gx_ik = sum_j g_ij y_kj:  gx = g y^T
+    # dz_ij/dy_kj = x_ik, so gy_kj = sum_i x_ik g_ij:  gy = x^T g
     def vjp(g):  # keeps X, Y
         g = g[..., None] if column else g
         g = g[..., None, :] if row else g
@@ -351,7 +357,7 @@ def linear(x, w, b):
     rows = x.reshape(N, n)  # (..., n) -> (N, n)
     y = (rows @ w + b).reshape(*shape[:-1], m)
 
-    # y_im = sum_n x_in w_nm + b_m:  gx = g w^T, gw = x^T g, gb_m = sum_i g_im
+    # y_ij = sum_k x_ik w_kj + b_j:  gx = g w^T, gw = x^T g as for matmul, and gb_j = sum_i g_ij
     def vjp(g):  # keeps rows, w
         g = g.reshape(N, m)  # (..., m) -> (N, m)
         return (g @ w.T).reshape(shape), rows.T @ g, unbroadcast(g, like_b)
@@ -377,7 +383,7 @@ def logsumexp(x):
     xp, top = array_module(x), row_max(x)
     y = (xp.log(xp.exp(x - top).sum(axis=-1, keepdims=True)) + top)[..., 0]  # (..., V) -> (...)
 
-    # dy_i/dx_ij = e^x_ij / sum_k e^x_ik = e^(x_ij - y_i)
+    # dy_i/dx_ij = e^x_ij / sum_k e^x_ik = e^(x_ij - y_i), so gx_ij = g_i e^(x_ij - y_i)
     def vjp(g):  # keeps x, y
         return (g[..., None] * xp.exp(x - y[..., None]),)  # (...) -> (..., V)
 
@@ -427,9 +433,10 @@ def layer_norm(x, w, b, eps=1e-5):
     n = c * r
     y = n * w + b
 
-    # y = n w + b:  gn = g w.   n = c r:  gc_i = r gn_i + c_i (2/C) dL/dvar
-    # r = (var + eps)^(-1/2):  dL/dvar = -(1/2) r^3 sum_j gn_j c_j, so gc = r (gn - n mean(gn n))
-    # c = x - mean(x):  gx = gc - mean(gc), and mean(n) = 0
+    # y = n w + b:  gw = g n, gb = g, both summed over the rows, and gn = g w
+    # n = c r with r = (var + eps)^(-1/2):  dL/dvar = -(1/2) r^3 sum_j gn_j c_j
+    # var = mean(c c), so c reaches n twice:  gc_i = r gn_i + (2 c_i/C) dL/dvar = r (gn_i - n_i mean(gn n))
+    # c = x - mean(x):  gx = gc - mean(gc), where mean(n) = 0 leaves mean(gc) = r mean(gn)
     def vjp(g):  # keeps n, r, w
         gn = g * w
         gx = r * (gn - gn.mean(axis=-1, keepdims=True) - n * (gn * n).mean(axis=-1, keepdims=True))
@@ -440,27 +447,29 @@ def layer_norm(x, w, b, eps=1e-5):
 
 @op
 def causal_attention(q, k, v):
-    """Each query's mean of the values up to its own place: y = softmax(q k^T/sqrt(D), later places -inf) v.
+    """Each query's weighted mean of the values up to its own place: y = softmax(q k^T/sqrt(D)) v.
 
-    (..., T, D), (..., S, D), (..., S, D) -> (..., T, D); the T queries are the last of the S places.
+    (..., T, D), (..., S, D), (..., S, D) -> (..., T, D); the T queries are the last of the S places, and the
+    scores of places later than the query are -inf.
     """
     xp, T, S, D = array_module(q), q.shape[-2], k.shape[-2], q.shape[-1]
     if not 0 < T <= S or D == 0:
         raise ValueError(f"causal_attention: {T} queries at the last of {S} places, of size {D}, cannot be")
     scale = D**-0.5
     later = xp.arange(S) > xp.arange(S - T, S)[:, None]  # (T, S)
-    q = q * scale  # before masking: for complex input -inf times scale is nan
-    s = xp.where(later, -math.inf, q @ k.swapaxes(-1, -2))  # (..., T, D) -> (..., T, S)
+    scaled = q * scale  # before masking: for complex input -inf times scale is nan
+    s = xp.where(later, -math.inf, scaled @ k.swapaxes(-1, -2))  # (..., T, D) -> (..., T, S)
     p, softmax_vjp = softmax.raw(s)
     y = p @ v  # (..., T, S) -> (..., T, D)
 
-    # y = p v:  gp = g v^T, gv = p^T g.   p = softmax(s):  gs as there, 0 at later places, where p = 0
-    # s = q k^T:  gq = gs k, gk = gs^T q.   q was scaled:  gq by the same factor
-    def vjp(g):  # keeps q, k, v, p
+    # y = p v:  gp = g v^T, gv = p^T g
+    # p = softmax(s):  gs_j = p_j (gp_j - sum_i gp_i p_i), which is 0 at later places, where p_j is
+    # s = scaled k^T:  g_scaled = gs k, gk = gs^T scaled.   scaled = q scale:  gq = g_scaled scale
+    def vjp(g):  # keeps scaled, k, v, p
         gp, gv = g @ v.swapaxes(-1, -2), p.swapaxes(-1, -2) @ g
         (gs,) = softmax_vjp(gp)
-        gq, gk = gs @ k, gs.swapaxes(-1, -2) @ q
-        return gq * scale, gk, gv
+        gq, gk = gs @ k * scale, gs.swapaxes(-1, -2) @ scaled
+        return gq, gk, gv
 
     return y, vjp
 

@@ -4,11 +4,15 @@ An op is a function of arrays that returns its value and its vector-Jacobian pro
 
     def exp(x):
         y = e^x
-        def vjp(g): return (g * y,)        # g = dL/dy in, (dL/dx,) out
+        def vjp(g): return (g * y,)        # g = dL/dy in, a tuple out: dL/dx for each argument
         return y, vjp
 
-`@op` lifts it to Tensors. A Tensor made by an op remembers its parents and that `vjp`; `backward` walks
-from the loss to the parameters, newest first, and hands each node's gradient to its `vjp`.
+L is the final number, mostly a loss. g, the cotangent of y, has the shape of y; a `vjp` must not write
+into it, because other nodes may hold the same array.
+
+`@op` lifts a function to Tensors. A Tensor made by an op remembers its parents and that `vjp`; one that no
+op made, a parameter say, is a leaf. `backward` sweeps from L down to the leaves, newest first, handing each
+node's gradient to its `vjp`, and only leaves keep theirs, in `grad`.
 """
 
 import functools
@@ -49,6 +53,11 @@ class Tensor:
     ------
     TypeError
         If a gradient is required of anything but real floating-point numbers.
+
+    Notes
+    -----
+    Arithmetic and indexing build a graph, all else is in `ops`: `ops.sum(x)`, not `x.sum()` or `np.sum(x)`.
+    Comparison is by identity. `data` is the plain array.
     """
 
     __slots__ = ("__weakref__", "creation", "data", "grad", "parents", "requires_grad", "vjp")
@@ -76,7 +85,7 @@ class Tensor:
     ):
         self.data = asarray(data)
         if requires_grad and self.data.dtype.kind != "f":
-            raise TypeError(f"only floating-point tensors can require a gradient, not {self.data.dtype}")
+            raise TypeError(f"only floating-point tensors can require a gradient, not {self.data.dtype}: use floats")
         self.grad: Array = None  # a leaf's; the sweeps so far, summed
         self.requires_grad = requires_grad
         self.parents = parents  # one per operand; None for a constant
@@ -99,27 +108,37 @@ class Tensor:
         """The same array as a constant."""
         return Tensor(self.data)
 
+    def __array__(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Refuse to become an array unasked: the graph would be lost in silence."""
+        raise TypeError("NumPy functions do not work on a Tensor: use those of minidpo.ops, or its .data")
+
     def backward(self, cotangent: Any = None) -> None:
-        """Add dL/dleaf to the `grad` of every leaf below, where dL/dself = `cotangent`.
+        """Add dL/dleaf to the `grad` of every leaf that this tensor depends on.
+
+        Sweeps add up; set `grad` to None (`Optimizer.zero_grad`) to start anew.
 
         Parameters
         ----------
         cotangent : array, optional
-            Same shape as this tensor; 1 if omitted, which only a single number may do.
+            dL/dself, in the shape of this tensor; 1 if omitted, which only a single number may do.
 
         Raises
         ------
         ValueError
-            If the cotangent is missing or has another shape, or if nothing below requires a gradient.
+            If the cotangent is missing or has another shape, or if nothing requires a gradient.
         RuntimeError
             If an earlier sweep has freed part of the graph. No `grad` has changed then.
         """
         xp = array_module(self.data)
         if not self.requires_grad:
-            raise ValueError("backward() has nowhere to go: nothing that this tensor depends on requires a gradient")
+            raise ValueError(
+                "nothing that this tensor depends on requires a gradient: see Tensor(x, requires_grad=True)"
+            )
         if cotangent is None:
             if self.data.size != 1:
-                raise ValueError(f"backward() from shape {self.shape} needs a cotangent of that shape")
+                raise ValueError(
+                    f"backward() from shape {self.shape} needs a cotangent of that shape (or ops.mean first)"
+                )
             cotangent = xp.ones(self.shape, dtype=self.dtype)
         cotangent = xp.asarray(asarray(cotangent), dtype=self.dtype)
         if cotangent.shape != self.shape:
@@ -134,7 +153,14 @@ class Tensor:
 
 def _freed(g: Array) -> NoReturn:
     """The `vjp` of a node that a sweep has passed."""
-    raise RuntimeError("this graph was freed by an earlier backward(): run the forward computation again")
+    raise RuntimeError(
+        "this graph was freed by an earlier backward(): run the forward again, or add what shares it and sweep once"
+    )
+
+
+def op_name(node: Tensor) -> str:
+    """The op that made a node, from where its `vjp` was defined."""
+    return node.vjp.__qualname__.partition(".")[0] if node.vjp else "leaf"
 
 
 def tape(output: Tensor) -> list[Tensor]:
@@ -154,8 +180,15 @@ def sweep(output: Tensor, cotangent: Array) -> Iterator[tuple[Tensor, Array]]:
     Descending creation number is a reverse topological order, so a node's turn comes when all that it
     contributed to have had theirs, and its gradient is complete.
 
-    A `vjp` may return arrays that alias each other or its inputs: the first gradient of a node is
-    borrowed, the second makes a sum of our own, and only into that are later ones added.
+    A `vjp` may return one array twice, or its own g: the first gradient of a node is borrowed, the second
+    makes a sum of our own, and only into that are later ones added.
+
+    Raises
+    ------
+    RuntimeError
+        If an earlier sweep has freed part of the graph.
+    TypeError, ValueError
+        If a `vjp` returns anything but a tuple, or a gradient in another shape than its parent's.
     """
     nodes = tape(output)
     for node in nodes:
@@ -167,9 +200,14 @@ def sweep(output: Tensor, cotangent: Array) -> Iterator[tuple[Tensor, Array]]:
         if node in gradients:  # else no consumer had a derivative to give
             g = gradients.pop(node)
             yield node, g
-            for parent, gradient in zip(node.parents, node.vjp(g) if node.vjp else ()):
+            returned = node.vjp(g) if node.vjp else ()
+            if not isinstance(returned, tuple):
+                raise TypeError(f"{op_name(node)}: a vjp returns a tuple, one gradient per argument: (gx,), not gx")
+            for parent, gradient in zip(node.parents, returned):
                 if parent is None or gradient is None:
                     continue
+                if gradient.shape != parent.shape:
+                    raise ValueError(f"{op_name(node)}: a gradient of shape {gradient.shape} for {parent.shape}")
                 if parent not in gradients:
                     gradients[parent] = gradient
                 elif parent not in ours:
@@ -182,13 +220,22 @@ def sweep(output: Tensor, cotangent: Array) -> Iterator[tuple[Tensor, Array]]:
 
 
 def op(function: Callable[..., tuple[Array, Vjp]]) -> Op:
-    """Lift `function(*arrays, **options) -> (y, vjp)` to Tensors and register it in `OPS` by its name."""
+    """Lift `function(*arrays, **options) -> (y, vjp)` to Tensors and register it in `OPS` by its name.
+
+    Raises
+    ------
+    ValueError
+        If another module has registered an op of that name.
+    """
+    name = function.__name__
+    if name in OPS and OPS[name].raw.__module__ != function.__module__:
+        raise ValueError(f"there is an op named {name} already, in {OPS[name].raw.__module__}: choose another name")
 
     @functools.wraps(function)
     def lifted(*operands: Any, **options: Any) -> Tensor:
-        for name, option in options.items():
-            if isinstance(option, Tensor):
-                raise TypeError(f"{function.__name__}: pass the tensor {name} by position; a keyword gets no gradient")
+        for option, value in options.items():
+            if isinstance(value, Tensor):
+                raise TypeError(f"{name}: pass the tensor {option} by position; a keyword gets no gradient")
         y, vjp = function(*[x.data if isinstance(x, Tensor) else x for x in operands], **options)
         parents = tuple(x if isinstance(x, Tensor) and x.requires_grad else None for x in operands)
         if not any(parents):
@@ -197,5 +244,5 @@ def op(function: Callable[..., tuple[Array, Vjp]]) -> Op:
 
     registered = cast(Op, lifted)
     registered.raw = function
-    OPS[function.__name__] = registered
+    OPS[name] = registered
     return registered

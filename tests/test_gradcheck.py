@@ -60,6 +60,8 @@ MISTAKES = {
     "one too few": mistaken(ops.mul, lambda g, right, x, y: right[:1], S, S + 1),
     "some for an index": mistaken(ops.gather, lambda g, right, x, index: (right[0], right[0]), S, np.array([0, 1, 1])),
     "one too many": mistaken(ops.neg, lambda g, right, x: (*right, g), S),
+    "no tuple": mistaken(ops.neg, lambda g, right, x: right[0], S),
+    "writes into g": mistaken(ops.neg, lambda g, right, x: (np.negative(g, out=g),), S),
     "another dtype": mistaken(ops.neg, lambda g, right, x: (right[0].astype("float32"),), S),
 }
 
@@ -106,6 +108,16 @@ def test_complex_step_is_exact_where_central_differences_round():
     rng = np.random.default_rng(0)
     errors = {method: check_vjp(ops.exp, S, rng=rng, method=method) for method in ("central", "complex")}
     assert errors["complex"] < 1e-15 < errors["central"] < 1e-8
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "error"),
+    [((S,), {"method": "complexstep"}, ValueError), ((Tensor(S),), {}, TypeError)],
+)
+def test_wrong_arguments_get_a_sentence(arguments, options, error):
+    """Otherwise the reader looks for a mistake in the op."""
+    with pytest.raises(error, match=r"method must be|pass the \.data"):
+        check_vjp(ops.exp, *arguments, rng=np.random.default_rng(0), **options)
 
 
 def test_float32_is_checked_in_float64():

@@ -55,6 +55,8 @@ def test_worked_example():
     close([out.reward_w.item(), out.reward_l.item(), out.margin.item()], [0.2, -0.1, 3.0])
     assert f"{out.loss.item():.4f}" == "0.5544"
     assert [f"{g:.5f}" for g in losses.dpo_gradient(-10.0, -15.0, -12.0, -14.0, beta=0.1)] == ["-0.04256", "0.04256"]
+    assert losses.dpo_loss(-10.0, -15.0, -12.0, -14.0).loss.item() == out.loss.item()  # beta is 0.1 if not said
+    assert losses.dpo_gradient(-10.0, -15.0, -12.0, -14.0)[1] == losses.dpo_gradient(-10.0, -15.0, -12.0, -14.0, 0.1)[1]
 
 
 @given(B=st.integers(1, 4), beta=betas, e=smoothings)
@@ -102,6 +104,7 @@ def test_far_log_ratios_are_finite_and_right(ratio, dtype):
     ("arguments", "sentence"),
     [
         ((np.ones(2), np.ones(2), np.ones(2), np.ones((2, 1))), r"one shape, not \(2,\), \(2,\), \(2,\), \(2, 1\)"),
+        ((np.ones((2, 3)),) * 4, r"\(B,\), not \(2, 3\): sum over the tokens first"),
         ((1.0, 1.0, 1.0, 1.0, 0.0), "beta must be positive, not 0.0"),
         ((1.0, 1.0, 1.0, 1.0, math.nan), "beta must be positive, not nan"),
         ((1.0, 1.0, 1.0, 1.0, 0.1, 0.6), "at most 0.5, not 0.6"),

@@ -74,6 +74,15 @@ def test_a_constant_gradient_has_closed_forms(g, steps):
     np.testing.assert_allclose(adamw, 1 - 0.1 * steps, rtol=1e-6)
 
 
+def test_defaults_are_those_of_the_field():
+    """Otherwise a run here and the same run elsewhere differ in a number that nobody wrote down."""
+    params = {"p": Tensor(1.0, requires_grad=True)}
+    adamw, rmsprop, sgd = optim.AdamW(params), optim.RMSprop(params, 1e-6), optim.SGD(params, 0.1)
+    assert (adamw.learning_rate, adamw.betas, adamw.eps, adamw.weight_decay) == (1e-3, (0.9, 0.999), 1e-8, 0.01)
+    assert (rmsprop.alpha, rmsprop.eps, sgd.momentum) == (0.99, 1e-8, 0.0)
+    assert optim.warmup_cosine(10, 10, peak=1.0) == 0.0
+
+
 OPTIMIZERS = [optim.SGD, optim.RMSprop, optim.AdamW]
 
 

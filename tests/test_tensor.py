@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from drawing import arrays
 from minidpo import Tensor, ops
-from minidpo.tensor import sweep, tape
+from minidpo.tensor import OPS, op, sweep, tape
 
 
 def leaf(value):
@@ -193,13 +193,64 @@ def test_a_vjp_that_fails_leaves_every_gradient_as_it_was():
         (lambda: leaf(np.ones(2)) * 2.0, np.ones(3), ValueError, r"has shape \(3,\), the tensor \(2,\)"),
         (lambda: leaf(np.ones(2)) * 2.0, 1.0, ValueError, r"has shape \(\), the tensor \(2,\)"),
         (lambda: Tensor(1.0) * 2.0, None, ValueError, "nothing that this tensor depends on"),
-        (lambda: leaf(1.0), Tensor(1.0), TypeError, "expected an array of numbers, got Tensor"),
+        (lambda: leaf(1.0), Tensor(1.0), TypeError, "do not work on a Tensor"),
     ],
 )
 def test_backward_says_what_is_wrong(make, cotangent, error, sentence):
     """Otherwise NumPy broadcasts a wrong cotangent into a wrong gradient."""
     with pytest.raises(error, match=sentence):
         make().backward(cotangent)
+
+
+@pytest.mark.parametrize(
+    ("vjp", "error", "sentence"),
+    [
+        (lambda g: g, TypeError, r"exp: a vjp returns a tuple, one gradient per argument: \(gx,\)"),
+        (lambda g: (g[0],), ValueError, r"exp: a gradient of shape \(\) for \(2,\)"),
+    ],
+)
+def test_a_vjp_of_the_wrong_form_is_refused(vjp, error, sentence):
+    """Otherwise a forgotten comma gives the first operand the first entry of its gradient."""
+    t = leaf([1.0, 2.0])
+    y = ops.exp(t)
+    vjp.__qualname__ = y.vjp.__qualname__
+    y.vjp = vjp
+    with pytest.raises(error, match=sentence):
+        y.backward([1.0, 1.0])
+    assert t.grad is None
+
+
+def test_op_lifts_a_function_of_the_reader_s_own():
+    """Otherwise the README's recipe ends before the new op can be used."""
+
+    def sine(x):
+        return np.sin(x), lambda g: (g * np.cos(x),)
+
+    t = leaf([0.5, 1.0])
+    try:
+        op(sine)(t).backward([1.0, 10.0])
+        np.testing.assert_allclose(t.grad, np.cos([0.5, 1.0]) * [1, 10])
+        assert OPS["sine"].raw is sine
+    finally:
+        del OPS["sine"]
+
+
+def test_two_ops_of_one_name_are_refused():
+    """Otherwise a reader's own exp takes the place of ours in every check."""
+
+    def exp(x):
+        return ops.exp.raw(x)
+
+    with pytest.raises(ValueError, match=r"an op named exp already, in minidpo\.ops"):
+        op(exp)
+    assert OPS["exp"] is ops.exp
+
+
+@pytest.mark.parametrize("function", [np.asarray, np.mean, lambda t: np.dot(t, t), np.exp])
+def test_numpy_functions_refuse_a_tensor(function):
+    """Otherwise the graph is lost in silence, and the gradient with it."""
+    with pytest.raises(TypeError):
+        function(leaf([1.0, 2.0]))
 
 
 @pytest.mark.parametrize("data", [1, np.arange(3), np.array([True]), 1j])
@@ -212,7 +263,7 @@ def test_only_floats_can_require_a_gradient(data):
 @pytest.mark.parametrize("data", ["text", None, [object()], Tensor(1.0)])
 def test_only_numbers_make_a_tensor(data):
     """Otherwise an array of Python objects computes something, slowly."""
-    with pytest.raises(TypeError, match="expected an array of numbers, got"):
+    with pytest.raises(TypeError, match=r"expected an array of numbers, got|do not work on a Tensor"):
         Tensor(data)
 
 
