@@ -43,6 +43,11 @@ def asarray(x: Any) -> Array:
     return array
 
 
+def to_host(x: Any) -> numpy.ndarray:
+    """The array in NumPy, copied from the device if it is on one."""
+    return x if on_host(x) else x.get()
+
+
 def index_array(index: Any, size: int, xp: Any) -> Array:
     """Indices checked on the host, 0 <= index < size, and then uploaded to `xp`.
 
@@ -67,6 +72,8 @@ def index_array(index: Any, size: int, xp: Any) -> Array:
     if not on_host(index):
         return index
     index = asarray(index)
+    if index.size == 0:
+        index = index.astype(int)  # an empty list says nothing of its kind
     if index.dtype.kind not in "iu":
         raise TypeError(f"an index must be an integer, not {index.dtype}")
     outside = (index < 0) | (index >= size)
@@ -98,14 +105,13 @@ def device_module(device: str) -> ModuleType:
             '"minidpo[cuda13]", or "minidpo[cuda12]" for an older driver'
         ) from error
     try:
-        count = cupy.cuda.runtime.getDeviceCount()
+        count, fault = cupy.cuda.runtime.getDeviceCount(), "cudaErrorNoDevice"
     except cupy.cuda.runtime.CUDARuntimeError as error:
-        raise DeviceError(
-            f"CuPy {cupy.__version__} is installed but reaches no driver ({error}): install NVIDIA's "
-            'driver and see that nvidia-smi lists a GPU, or use device "cpu"'
-        ) from error
+        count, fault = 0, str(error)
     if count == 0:
+        missing = "there is no GPU" if "NoDevice" in fault else "it reaches no driver: install NVIDIA's"
         raise DeviceError(
-            f'CuPy {cupy.__version__} is installed but there is no GPU: see what nvidia-smi lists, or use device "cpu"'
+            f"CuPy {cupy.__version__} is installed but {missing} ({fault}); see what nvidia-smi lists, "
+            'or use device "cpu"'
         )
     return cupy

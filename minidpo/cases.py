@@ -36,8 +36,12 @@ class RandomDraw:
         return self.rng.uniform(-3, 3, shape)
 
 
-def shape(draw: Draw, least: int = 0) -> Shape:
-    return tuple(draw.integer(least, 3) for _ in range(draw.integer(0, 3)))
+def size(draw: Draw) -> int:
+    return draw.integer(0, 3) or draw.integer(0, 3)  # 0, but not often: an empty array checks little
+
+
+def shape(draw: Draw) -> Shape:
+    return tuple(size(draw) for _ in range(draw.integer(0, 3)))
 
 
 def indices(draw: Draw, size: int, shape: Shape) -> numpy.ndarray:
@@ -55,7 +59,7 @@ def positive(x: numpy.ndarray) -> numpy.ndarray:
 
 def broadcastable(draw: Draw, whole: Shape) -> Shape:
     """A shape that broadcasts with `whole`: some axes of size 1, some in front left out."""
-    part = tuple(1 if draw.integer(0, 3) == 0 else size for size in whole)
+    part = tuple(1 if draw.integer(0, 3) == 0 else n for n in whole)
     return part[draw.integer(0, len(part)) :]
 
 
@@ -87,7 +91,7 @@ def power(draw: Draw) -> Case:
 def reduction(draw: Draw) -> Case:
     ndim = draw.integer(0, 3)
     reduced = [axis for axis in range(ndim) if draw.integer(0, 1)]
-    sizes = tuple(draw.integer(axis in reduced, 3) for axis in range(ndim))
+    sizes = tuple(draw.integer(1, 3) if axis in reduced else size(draw) for axis in range(ndim))
     signed = [axis - ndim * draw.integer(0, 1) for axis in reduced]
     axis = None if len(reduced) == ndim else signed[0] if len(signed) == 1 else tuple(signed)
     return (draw.array(sizes),), {"axis": axis, "keepdims": bool(draw.integer(0, 1))}
@@ -127,19 +131,19 @@ def gather(draw: Draw) -> Case:
 
 
 def embedding(draw: Draw) -> Case:
-    V, C = draw.integer(1, 4), draw.integer(0, 3)
+    V, C = draw.integer(1, 4), size(draw)
     return (draw.array((V, C)), indices(draw, V, shape(draw))), {}
 
 
 def matmul(draw: Draw) -> Case:
-    n, k, m, batch = draw.integer(0, 3), draw.integer(0, 3), draw.integer(0, 3), shape(draw)
+    n, k, m, batch = size(draw), size(draw), size(draw), shape(draw)
     x = (k,) if draw.integer(0, 3) == 0 else (*broadcastable(draw, batch), n, k)
     y = (k,) if draw.integer(0, 3) == 0 else (*broadcastable(draw, batch), k, m)
     return (draw.array(x), draw.array(y)), {}
 
 
 def linear(draw: Draw) -> Case:
-    n, m = draw.integer(0, 3), draw.integer(0, 3)
+    n, m = size(draw), size(draw)
     return (draw.array((*shape(draw), n)), draw.array((n, m)), draw.array((m,))), {}
 
 
@@ -156,6 +160,28 @@ def causal_attention(draw: Draw) -> Case:
     batch, S, D = shape(draw), draw.integer(1, 4), draw.integer(1, 3)
     q = draw.array((*batch, draw.integer(1, S), D))
     return (q, draw.array((*batch, S, D)), draw.array((*batch, S, D))), {}
+
+
+def block_attention(draw: Draw) -> Case:
+    """Rows chosen | prompt | rejected, as scoring lays them out, or `count` texts of one length."""
+    count, chosen, rejected, H, D = (draw.integer(low, 3) for low in (0, 0, 0, 1, 1))
+    prompt = draw.integer(1, 3)
+    if count:
+        places = numpy.tile(numpy.arange(prompt), count)
+        blocks = [(slice(0, count * prompt), slice(0, count * prompt), count)]
+    else:
+        after = numpy.arange(prompt, prompt + 3)
+        places = numpy.concatenate([after[:chosen], numpy.arange(prompt), after[:rejected]])
+        middle, end = chosen + prompt, chosen + prompt + rejected
+        blocks = [(slice(chosen, middle), slice(chosen, middle), 1)]
+        blocks += [(slice(0, chosen), slice(0, middle), 1)] if chosen else []
+        blocks += [(slice(middle, end), slice(chosen, end), 1)] if rejected else []
+    return (draw.array((len(places), 3, H, D)), places, tuple(blocks)), {}
+
+
+def segment_sum(draw: Draw) -> Case:
+    count, M = draw.integer(1, 3), draw.integer(0, 4)
+    return (draw.array((M,)), indices(draw, count, (M,)), count), {}
 
 
 CASES: dict[str, Callable[[Draw], Case]] = {
@@ -177,6 +203,7 @@ CASES: dict[str, Callable[[Draw], Case]] = {
     "getitem": getitem,
     "concatenate": concatenate,
     "gather": gather,
+    "segment_sum": segment_sum,
     "embedding": embedding,
     "matmul": matmul,
     "linear": linear,
@@ -185,4 +212,5 @@ CASES: dict[str, Callable[[Draw], Case]] = {
     "log_softmax": rows,
     "layer_norm": layer_norm,
     "causal_attention": causal_attention,
+    "block_attention": block_attention,
 }

@@ -4,6 +4,7 @@ Letters as in Rafailov et al. 2023 (arXiv 2305.18290): of each pair, w is the ch
 and l the rejected one; logp = log pi(y|x) under the policy, ref_logp under the reference.
 """
 
+import math
 from typing import Any, NamedTuple
 
 from . import ops
@@ -20,8 +21,8 @@ class PreferenceLoss(NamedTuple):
     margin: Tensor  # (B,): (logp_w - ref_logp_w) - (logp_l - ref_logp_l), before beta
 
 
-def _checked(beta: float, label_smoothing: float, *logps: Any) -> None:
-    """Refuse what would broadcast or divide into a wrong number without a word."""
+def _checked(beta: float, label_smoothing: float, *logps: Any) -> tuple[float, float]:
+    """Refuse what would broadcast or divide into a wrong number without a word; beta and e as Python numbers."""
     shapes = [getattr(logp, "shape", ()) for logp in logps]
     if len(set(shapes)) != 1:
         raise ValueError(f"the four log-probabilities must have one shape, not {', '.join(map(str, shapes))}")
@@ -29,10 +30,13 @@ def _checked(beta: float, label_smoothing: float, *logps: Any) -> None:
         raise ValueError(
             f"one log-probability per response is wanted, (B,), not {shapes[0]}: sum over the tokens first"
         )
-    if not beta > 0:
-        raise ValueError(f"beta must be positive, not {beta}")
+    if shapes[0] == (0,):
+        raise ValueError("there is no pair")
+    if not 0 < beta < math.inf:
+        raise ValueError(f"beta must be positive and finite, not {beta}")
     if not 0 <= label_smoothing <= 0.5:
         raise ValueError(f"label_smoothing is a probability of at most 0.5, not {label_smoothing}")
+    return float(beta), float(label_smoothing)
 
 
 def dpo_loss(
@@ -59,19 +63,21 @@ def dpo_loss(
     Raises
     ------
     ValueError
-        If the shapes differ or have more than one axis, beta is not positive, or e lies outside [0, 1/2].
+        If the shapes differ or are not (B,), beta is not positive and finite, or e lies outside [0, 1/2].
 
     References
     ----------
     Rafailov et al. 2023 (arXiv 2305.18290), equation 7; for e, Mitchell 2023, "A note on DPO with noisy
     preferences".
     """
-    _checked(beta, label_smoothing, logp_w, logp_l, ref_logp_w, ref_logp_l)
+    beta, label_smoothing = _checked(beta, label_smoothing, logp_w, logp_l, ref_logp_w, ref_logp_l)
     ratio_w = ops.sub(logp_w, ref_logp_w)
     ratio_l = ops.sub(logp_l, ref_logp_l)
     margin = ratio_w - ratio_l
     z = beta * margin
-    per_pair = -(1 - label_smoothing) * ops.logsigmoid(z) - label_smoothing * ops.logsigmoid(-z)
+    per_pair = -ops.logsigmoid(z)
+    if label_smoothing:  # where it is 0, so is its term, though log sigma(-z) may be -inf
+        per_pair = (1 - label_smoothing) * per_pair - label_smoothing * ops.logsigmoid(-z)
     return PreferenceLoss(ops.mean(per_pair), beta * ratio_w, beta * ratio_l, margin)
 
 
@@ -90,7 +96,9 @@ def dpo_gradient(
     """
     # dL/dz = -((1 - e) sigma(-z) - e sigma(z))/B = -(sigma(-z) - e)/B, since sigma(z) + sigma(-z) = 1
     # dz/dlogp_w = beta, dz/dlogp_l = -beta
-    _checked(beta, label_smoothing, logp_w, logp_l, ref_logp_w, ref_logp_l)
+    beta, label_smoothing = _checked(beta, label_smoothing, logp_w, logp_l, ref_logp_w, ref_logp_l)
+    if any(isinstance(logp, Tensor) for logp in (logp_w, logp_l, ref_logp_w, ref_logp_l)):
+        raise TypeError("dpo_gradient takes plain arrays: pass the .data of a Tensor")
     xp = array_module(logp_w, logp_l, ref_logp_w, ref_logp_l)
     z = beta * ((logp_w - ref_logp_w) - (logp_l - ref_logp_l))
     weight = xp.exp(ops.logsigmoid.raw(-z)[0])

@@ -312,6 +312,21 @@ def gather(x, index):
 
 
 @op
+def segment_sum(x, segment, count):
+    """Sums of the entries of each segment: y_s = sum_i x_i [segment_i = s].  (M), integers (M) -> (count)"""
+    xp = array_module(x)
+    segment = index_array(segment, count, xp)
+    y = xp.zeros(count, dtype=x.dtype)
+    xp.add.at(y, segment, x)
+
+    # dy_s/dx_i = [segment_i = s], so gx_i is the g of its segment
+    def vjp(g):  # keeps segment
+        return (g[segment], None, None)
+
+    return y, vjp
+
+
+@op
 def embedding(table, index):
     """Rows of a table: y_i = table[index_i].  (V, C), integers (...) -> (..., C)"""
     xp, (V, C) = array_module(table), table.shape
@@ -371,6 +386,8 @@ def linear(x, w, b):
 def row_max(x):
     """The largest entry of each row: subtracted before exp, it lets nothing overflow.  (..., V) -> (..., 1)"""
     reduced_size(x, -1)
+    if x.dtype.kind in "biu":
+        raise TypeError(f"logits must be floats, not {x.dtype}")
     top = x.max(axis=-1, keepdims=True)
     if on_host(x) and array_module(x).isinf(top).any():  # a device would have to stop and report
         raise ValueError("a row needs a finite largest entry: all are -inf, or one is +inf")
@@ -381,11 +398,13 @@ def row_max(x):
 def logsumexp(x):
     """Log of a sum of exponentials: y_i = log sum_j e^x_ij.  (..., V) -> (...)"""
     xp, top = array_module(x), row_max(x)
-    y = (xp.log(xp.exp(x - top).sum(axis=-1, keepdims=True)) + top)[..., 0]  # (..., V) -> (...)
+    e = xp.exp(x - top)
+    total = e.sum(axis=-1, keepdims=True)  # (..., V) -> (..., 1)
+    y = (xp.log(total) + top)[..., 0]  # (..., 1) -> (...)
 
-    # dy_i/dx_ij = e^x_ij / sum_k e^x_ik = e^(x_ij - y_i), so gx_ij = g_i e^(x_ij - y_i)
-    def vjp(g):  # keeps x, y
-        return (g[..., None] * xp.exp(x - y[..., None]),)  # (...) -> (..., V)
+    # dy_i/dx_ij = e^x_ij / sum_k e^x_ik, so gx_ij = g_i e_ij / total_i
+    def vjp(g):  # keeps e, total
+        return (g[..., None] * (e / total),)  # (...) -> (..., V)
 
     return y, vjp
 
@@ -417,7 +436,7 @@ def log_softmax(x):
     return y, vjp
 
 
-# ---- the two fused ops of a transformer -------------------------------------------------------------------
+# ---- the fused ops of a transformer -------------------------------------------------------------------
 
 
 @op
@@ -429,7 +448,7 @@ def layer_norm(x, w, b, eps=1e-5):
     reduced_size(x, -1)
     like_w, like_b = like(w), like(b)
     c = x - x.mean(axis=-1, keepdims=True)
-    r = ((c * c).mean(axis=-1, keepdims=True) + eps) ** -0.5  # (..., C) -> (..., 1)
+    r = ((c * c).mean(axis=-1, keepdims=True) + float(eps)) ** -0.5  # (..., C) -> (..., 1)
     n = c * r
     y = n * w + b
 
@@ -446,17 +465,17 @@ def layer_norm(x, w, b, eps=1e-5):
 
 
 @op
-def causal_attention(q, k, v):
+def causal_attention(q, k, v, later=None):
     """Each query's weighted mean of the values up to its own place: y = softmax(q k^T/sqrt(D)) v.
 
-    (..., T, D), (..., S, D), (..., S, D) -> (..., T, D); the T queries are the last of the S places, and the
-    scores of places later than the query are -inf.
+    (..., T, D), (..., S, D), (..., S, D) -> (..., T, D); scores are -inf where `later`, (..., T, S), is true:
+    by default the T queries are the last of the S places, and what comes after a query is later.
     """
     xp, T, S, D = array_module(q), q.shape[-2], k.shape[-2], q.shape[-1]
     if not 0 < T <= S or D == 0:
         raise ValueError(f"causal_attention: {T} queries at the last of {S} places, of size {D}, cannot be")
     scale = D**-0.5
-    later = xp.arange(S) > xp.arange(S - T, S)[:, None]  # (T, S)
+    later = xp.arange(S) > xp.arange(S - T, S)[:, None] if later is None else later  # (T, S)
     scaled = q * scale  # before masking: for complex input -inf times scale is nan
     s = xp.where(later, -math.inf, scaled @ k.swapaxes(-1, -2))  # (..., T, D) -> (..., T, S)
     p, softmax_vjp = softmax.raw(s)
@@ -470,6 +489,36 @@ def causal_attention(q, k, v):
         (gs,) = softmax_vjp(gp)
         gq, gk = gs @ k * scale, gs.swapaxes(-1, -2) @ scaled
         return gq, gk, gv
+
+    return y, vjp
+
+
+@op
+def block_attention(qkv, places, blocks):
+    """Causal attention among rows that belong together.  (N, 3, H, D), integers (N), blocks -> (N, H, D)
+
+    Row n holds the query, key and value of one token, which stands at places[n] in its text. A block
+    (queries, keys, count) is two slices of rows, each of `count` texts of one length; a query sees those keys
+    of its text that do not stand later. What is in no block gets 0.
+    """
+    xp, (_, _, H, D) = array_module(qkv), qkv.shape
+    y = xp.zeros((qkv.shape[0], H, D), dtype=qkv.dtype)
+    vjps = []
+    for queries, keys, count in blocks:
+        heads = [qkv[rows, i].reshape(count, -1, H, D).swapaxes(1, 2) for i, rows in enumerate((queries, keys, keys))]
+        later = places[keys].reshape(count, 1, 1, -1) > places[queries].reshape(count, 1, -1, 1)
+        part, vjp_part = causal_attention.raw(*heads, later=later)  # (count, H, T, D)
+        y[queries] = part.swapaxes(1, 2).reshape(-1, H, D)  # (count, H, T, D) -> (count T, H, D)
+        vjps.append(vjp_part)
+
+    # a row may be a key of several blocks: its gradients, each that of causal_attention, add up
+    def vjp(g):  # keeps scaled, k, v, p
+        gqkv = xp.zeros((g.shape[0], 3, H, D), dtype=g.dtype)
+        for (queries, keys, count), vjp_part in zip(blocks, vjps):
+            parts = vjp_part(g[queries].reshape(count, -1, H, D).swapaxes(1, 2))
+            for i, (rows, part) in enumerate(zip((queries, keys, keys), parts)):
+                gqkv[rows, i] += part.swapaxes(1, 2).reshape(-1, H, D)
+        return gqkv, None, None
 
     return y, vjp
 

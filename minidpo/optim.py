@@ -6,6 +6,7 @@ array, a frozen reference say, keeps it as it was.
 
 import math
 from abc import ABC, abstractmethod
+from typing import Any
 
 from .backend import Array, array_module
 from .tensor import Tensor
@@ -20,13 +21,20 @@ class Optimizer(ABC):
         Constants (`requires_grad=False`) never move, nor does a parameter whose `grad` is None.
     learning_rate : float
         May be set between steps; a schedule does.
+
+    Raises
+    ------
+    ValueError
+        If one tensor stands under two names: it would be moved twice.
     """
 
     def __init__(self, params: dict[str, Tensor], learning_rate: float):
+        if len(set(params.values())) < len(params):
+            raise ValueError("one tensor stands under two names in params, and would be moved twice: list it once")
         self.params = params
         self.learning_rate = learning_rate
         self.steps = 0  # taken so far
-        self.state: dict[str, dict[str, Array]] = {}  # by parameter, then by the names in `update`
+        self.state: dict[str, dict[str, Any]] = {}  # by parameter, then by the names in `update`
 
     def step(self) -> None:
         """Move every parameter once, by its `grad`."""
@@ -35,7 +43,7 @@ class Optimizer(ABC):
             if p.requires_grad and p.grad is not None:
                 xp = array_module(p.data)
                 state = self.state.setdefault(name, {})
-                p.data = xp.asarray(self.update(p.data, p.grad, state))
+                p.data = xp.asarray(self.update(p.data, p.grad, state), dtype=p.dtype)
 
     def zero_grad(self) -> None:
         """Forget every gradient; the next `backward` starts a new sum."""
@@ -43,7 +51,7 @@ class Optimizer(ABC):
             p.grad = None
 
     @abstractmethod
-    def update(self, p: Array, g: Array, state: dict[str, Array]) -> Array:
+    def update(self, p: Array, g: Array, state: dict[str, Any]) -> Array:
         """The parameter after this step, from its value and gradient; `state` is the parameter's own."""
 
 
@@ -59,11 +67,12 @@ class SGD(Optimizer):
 
     def __init__(self, params: dict[str, Tensor], learning_rate: float, momentum: float = 0.0):
         super().__init__(params, learning_rate)
-        self.momentum = momentum
+        self.momentum = float(momentum)
 
-    def update(self, p: Array, g: Array, state: dict[str, Array]) -> Array:
-        u = state["u"] = self.momentum * state.get("u", 0.0) + g
-        return p - self.learning_rate * u
+    def update(self, p: Array, g: Array, state: dict[str, Any]) -> Array:
+        if self.momentum:
+            g = state["u"] = self.momentum * state.get("u", 0.0) + g
+        return p - self.learning_rate * g
 
 
 class RMSprop(Optimizer):
@@ -78,15 +87,15 @@ class RMSprop(Optimizer):
 
     def __init__(self, params: dict[str, Tensor], learning_rate: float, alpha: float = 0.99, eps: float = 1e-8):
         super().__init__(params, learning_rate)
-        self.alpha, self.eps = alpha, eps
+        self.alpha, self.eps = float(alpha), float(eps)
 
-    def update(self, p: Array, g: Array, state: dict[str, Array]) -> Array:
+    def update(self, p: Array, g: Array, state: dict[str, Any]) -> Array:
         v = state["v"] = self.alpha * state.get("v", 0.0) + (1 - self.alpha) * (g * g)
         return p - self.learning_rate * g / (v**0.5 + self.eps)
 
 
 class AdamW(Optimizer):
-    """Adam with decoupled weight decay, t counting the steps.
+    """Adam with decoupled weight decay, t counting the parameter's own steps.
 
         m <- beta1 m + (1 - beta1) g,   v <- beta2 v + (1 - beta2) g^2
         p <- p - learning_rate (m/(1 - beta1^t) / (sqrt(v/(1 - beta2^t)) + eps) + weight_decay p)
@@ -106,14 +115,15 @@ class AdamW(Optimizer):
         weight_decay: float = 0.01,
     ):
         super().__init__(params, learning_rate)
-        self.betas, self.eps, self.weight_decay = betas, eps, weight_decay
+        self.betas, self.eps, self.weight_decay = (float(betas[0]), float(betas[1])), float(eps), float(weight_decay)
 
-    def update(self, p: Array, g: Array, state: dict[str, Array]) -> Array:
+    def update(self, p: Array, g: Array, state: dict[str, Any]) -> Array:
         beta1, beta2 = self.betas
+        t = state["t"] = state.get("t", 0) + 1
         m = state["m"] = beta1 * state.get("m", 0.0) + (1 - beta1) * g
         v = state["v"] = beta2 * state.get("v", 0.0) + (1 - beta2) * (g * g)
-        m_hat = m / (1 - beta1**self.steps)
-        v_hat = v / (1 - beta2**self.steps)
+        m_hat = m / (1 - beta1**t)
+        v_hat = v / (1 - beta2**t)
         return p - self.learning_rate * (m_hat / (v_hat**0.5 + self.eps) + self.weight_decay * p)
 
 
@@ -130,21 +140,25 @@ def clip_global_norm(params: dict[str, Tensor], max_norm: float) -> float:
     Raises
     ------
     FloatingPointError
-        If the norm is not finite; the message names the parameters at fault.
+        If a gradient is not finite; the message names the parameters at fault.
+    ValueError
+        If `max_norm` is negative or nan.
 
     References
     ----------
     Pascanu et al. 2013 (arXiv 1211.5063), algorithm 1.
     """
-    graded = {name: p for name, p in params.items() if p.grad is not None}
-    squares = {name: (p.grad * p.grad).sum().item() for name, p in graded.items()}
+    if not max_norm >= 0:
+        raise ValueError(f"max_norm must be at least 0, not {max_norm}")
+    graded = {p: name for name, p in params.items() if p.grad is not None}  # a tensor with two names counts once
+    squares = {name: (p.grad.astype("float64") ** 2).sum().item() for p, name in graded.items()}
     culprits = [name for name, square in squares.items() if not math.isfinite(square)]
     if culprits:
-        raise FloatingPointError(f"the squared gradient is not finite in {', '.join(culprits)}")
+        raise FloatingPointError(f"the gradient is not finite in {', '.join(culprits)}")
     norm = math.sqrt(math.fsum(squares.values()))
     if norm > max_norm:
-        for p in graded.values():
-            p.grad = p.grad * (max_norm / norm)
+        for p in graded:
+            p.grad = p.grad * float(max_norm / norm)
     return norm
 
 
@@ -169,6 +183,6 @@ def warmup_cosine(step: int, total_steps: int, peak: float, warmup_steps: int = 
     Loshchilov and Hutter 2017 (arXiv 1608.03983), equation 5, without restarts.
     """
     if step < warmup_steps:
-        return peak * (step + 1) / warmup_steps
+        return float(peak * (step + 1) / warmup_steps)
     s = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
-    return final + (peak - final) * 0.5 * (1 + math.cos(math.pi * s))
+    return float(final + (peak - final) * 0.5 * (1 + math.cos(math.pi * s)))

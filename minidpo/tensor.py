@@ -60,7 +60,7 @@ class Tensor:
     Comparison is by identity. `data` is the plain array.
     """
 
-    __slots__ = ("__weakref__", "creation", "data", "grad", "parents", "requires_grad", "vjp")
+    __slots__ = ("__weakref__", "creation", "data", "grad", "op", "parents", "requires_grad", "vjp")
     __array_ufunc__ = None  # array + tensor is left to Tensor.__radd__
     __add__: Operator  # these are attached where the ops are
     __radd__: Operator
@@ -82,6 +82,7 @@ class Tensor:
         requires_grad: bool = False,
         parents: tuple["Tensor | None", ...] = (),
         vjp: Vjp | None = None,
+        op: str = "leaf",
     ):
         self.data = asarray(data)
         if requires_grad and self.data.dtype.kind != "f":
@@ -90,6 +91,7 @@ class Tensor:
         self.requires_grad = requires_grad
         self.parents = parents  # one per operand; None for a constant
         self.vjp = vjp  # None in a leaf
+        self.op = op  # the name of the op that made it
         self.creation = next(_creation)  # an op's result is younger than its parents
 
     @property
@@ -125,7 +127,7 @@ class Tensor:
         Raises
         ------
         ValueError
-            If the cotangent is missing or has another shape, or if nothing requires a gradient.
+            If the cotangent is missing, complex or of another shape, or if nothing requires a gradient.
         RuntimeError
             If an earlier sweep has freed part of the graph. No `grad` has changed then.
         """
@@ -140,12 +142,24 @@ class Tensor:
                     f"backward() from shape {self.shape} needs a cotangent of that shape (or ops.mean first)"
                 )
             cotangent = xp.ones(self.shape, dtype=self.dtype)
-        cotangent = xp.asarray(asarray(cotangent), dtype=self.dtype)
+        cotangent = asarray(cotangent)
+        if cotangent.dtype.kind == "c":
+            raise ValueError("the cotangent must be real")
+        cotangent = xp.asarray(cotangent, dtype=self.dtype)
         if cotangent.shape != self.shape:
             raise ValueError(f"the cotangent has shape {cotangent.shape}, the tensor {self.shape}; they must be equal")
         for leaf, g in [(node, g) for node, g in sweep(self, cotangent) if node.vjp is None]:
             total = xp.array(g) if leaf.grad is None else leaf.grad + g  # an array of its own
             leaf.grad = xp.asarray(total, dtype=leaf.dtype)
+
+    def __iter__(self) -> Iterator["Tensor"]:
+        return (self[i] for i in range(len(self.data)))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copying and pickling make a new leaf, younger than all before it; a graph is never copied."""
+        if self.vjp is not None:
+            raise TypeError("a tensor that an op made cannot be copied, its graph belongs to it: copy its detach()")
+        return Tensor, (self.data, self.requires_grad)
 
     def __repr__(self) -> str:
         return f"Tensor({self.data!r}{', requires_grad=True' if self.requires_grad else ''})"
@@ -156,11 +170,6 @@ def _freed(g: Array) -> NoReturn:
     raise RuntimeError(
         "this graph was freed by an earlier backward(): run the forward again, or add what shares it and sweep once"
     )
-
-
-def op_name(node: Tensor) -> str:
-    """The op that made a node, from where its `vjp` was defined."""
-    return node.vjp.__qualname__.partition(".")[0] if node.vjp else "leaf"
 
 
 def tape(output: Tensor) -> list[Tensor]:
@@ -187,8 +196,6 @@ def sweep(output: Tensor, cotangent: Array) -> Iterator[tuple[Tensor, Array]]:
     ------
     RuntimeError
         If an earlier sweep has freed part of the graph.
-    TypeError, ValueError
-        If a `vjp` returns anything but a tuple, or a gradient in another shape than its parent's.
     """
     nodes = tape(output)
     for node in nodes:
@@ -200,14 +207,7 @@ def sweep(output: Tensor, cotangent: Array) -> Iterator[tuple[Tensor, Array]]:
         if node in gradients:  # else no consumer had a derivative to give
             g = gradients.pop(node)
             yield node, g
-            returned = node.vjp(g) if node.vjp else ()
-            if not isinstance(returned, tuple):
-                raise TypeError(f"{op_name(node)}: a vjp returns a tuple, one gradient per argument: (gx,), not gx")
-            for parent, gradient in zip(node.parents, returned):
-                if parent is None or gradient is None:
-                    continue
-                if gradient.shape != parent.shape:
-                    raise ValueError(f"{op_name(node)}: a gradient of shape {gradient.shape} for {parent.shape}")
+            for parent, gradient in parents_gradients(node, g):
                 if parent not in gradients:
                     gradients[parent] = gradient
                 elif parent not in ours:
@@ -217,6 +217,32 @@ def sweep(output: Tensor, cotangent: Array) -> Iterator[tuple[Tensor, Array]]:
                     gradients[parent] += gradient
         if node.vjp:
             node.parents, node.vjp = (), _freed
+
+
+def parents_gradients(node: Tensor, g: Array) -> Iterator[tuple[Tensor, Array]]:
+    """What the `vjp` of a node makes of g: (parent, dL/dparent), in the parent's dtype.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If the `vjp` returns anything but a tuple, too few gradients, or one in another shape than its parent's.
+    """
+    returned = node.vjp(g) if node.vjp else ()
+    if not isinstance(returned, tuple):
+        raise TypeError(f"{node.op}: a vjp returns a tuple, one gradient per argument: (gx,), not gx")
+    if any(parent is not None for parent in node.parents[len(returned) :]):
+        raise ValueError(f"{node.op}: {len(returned)} gradients for {len(node.parents)} arguments")
+    for parent, gradient in zip(node.parents, returned):
+        if parent is None or gradient is None:
+            continue
+        if gradient.shape != parent.shape:
+            raise ValueError(f"{node.op}: a gradient of shape {gradient.shape} for {parent.shape}")
+        yield parent, gradient.astype(parent.dtype, copy=False)
+
+
+def unwrapped(operand: Any) -> Any:
+    """What the array function gets: a Tensor's array, a list as an array, all else as it is."""
+    return operand.data if isinstance(operand, Tensor) else asarray(operand) if isinstance(operand, list) else operand
 
 
 def op(function: Callable[..., tuple[Array, Vjp]]) -> Op:
@@ -236,11 +262,11 @@ def op(function: Callable[..., tuple[Array, Vjp]]) -> Op:
         for option, value in options.items():
             if isinstance(value, Tensor):
                 raise TypeError(f"{name}: pass the tensor {option} by position; a keyword gets no gradient")
-        y, vjp = function(*[x.data if isinstance(x, Tensor) else x for x in operands], **options)
+        y, vjp = function(*[unwrapped(x) for x in operands], **options)
         parents = tuple(x if isinstance(x, Tensor) and x.requires_grad else None for x in operands)
         if not any(parents):
             return Tensor(y)  # a constant: no graph, and vjp with all that it keeps is dropped
-        return Tensor(y, requires_grad=True, parents=parents, vjp=vjp)
+        return Tensor(y, requires_grad=True, parents=parents, vjp=vjp, op=name)
 
     registered = cast(Op, lifted)
     registered.raw = function

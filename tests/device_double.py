@@ -75,8 +75,8 @@ def _method(name):
 
 for name in ("neg", "abs"):
     setattr(ndarray, f"__{name}__", _unary(getattr(operator, name)))
-for name in ("lt", "le", "gt", "ge", "eq", "ne"):
-    setattr(ndarray, f"__{name}__", _binary(getattr(operator, name)))
+for name in ("lt", "le", "gt", "ge", "eq", "ne", "or_"):
+    setattr(ndarray, f"__{name.strip('_')}__", _binary(getattr(operator, name)))
 for name in ("add", "sub", "mul", "truediv", "pow", "matmul"):
     setattr(ndarray, f"__{name}__", _binary(getattr(operator, name)))
     setattr(ndarray, f"__r{name}__", _reflected(getattr(operator, name)))

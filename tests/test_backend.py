@@ -87,17 +87,21 @@ def test_missing_cupy_is_said(monkeypatch):
     assert str(caught.value).count(". ") == 0  # one sentence
 
 
-@pytest.mark.parametrize("found", ["no driver", 0])
+@pytest.mark.parametrize("found", ["cudaErrorInsufficientDriver", "cudaErrorNoDevice", 0])
 def test_missing_driver_or_device_is_said(monkeypatch, cupy, found):
     """Otherwise CuPy, which imports without a driver, fails at the first array, deep in some op."""
 
     def count():
-        if found == "no driver":
-            raise cupy.cuda.runtime.CUDARuntimeError("cudaErrorInsufficientDriver")
-        return found
+        if found:
+            raise cupy.cuda.runtime.CUDARuntimeError(found)
+        return 0
 
     runtime = types.SimpleNamespace(getDeviceCount=count, CUDARuntimeError=cupy.cuda.runtime.CUDARuntimeError)
     monkeypatch.setattr(cupy, "cuda", types.SimpleNamespace(runtime=runtime))
-    sentence = "reaches no driver.*cudaErrorInsufficientDriver" if found == "no driver" else "there is no GPU"
+    sentence = {
+        "cudaErrorInsufficientDriver": "it reaches no driver.*cudaErrorInsufficientDriver",
+        "cudaErrorNoDevice": "there is no GPU",
+        0: "there is no GPU",
+    }[found]
     with pytest.raises(backend.DeviceError, match=f'CuPy double is installed but {sentence}.*device "cpu"'):
         backend.device_module("cuda")

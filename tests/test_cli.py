@@ -4,6 +4,7 @@ import re
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 from minidpo import cli, ops
@@ -28,10 +29,12 @@ def test_check_fails_where_a_vjp_is_wrong(capsys, monkeypatch):
         return y, lambda g: (-vjp(g)[0],)
 
     monkeypatch.setitem(OPS, "tanh", tanh)
+    monkeypatch.setitem(OPS, "exp", lambda x: (ops.exp.raw(x)[0], lambda g: g @ np.ones(99)))
     assert cli.main(["check", "--cases", "3"]) == 1
     printed = capsys.readouterr()
     assert re.search(r"^tanh +FAILED +FAILED +3$", printed.out, re.MULTILINE)
-    assert printed.out.count("FAILED") == 2 and "all within" not in printed.out
+    assert re.search(r"^exp +FAILED +FAILED +3$", printed.out, re.MULTILINE)
+    assert "vjp raised" in printed.err and printed.out.count("FAILED") == 4 and "all within" not in printed.out
     assert "tanh: argument 0 at index" in printed.err and "vjp gives" in printed.err
 
 
@@ -50,6 +53,14 @@ def test_wrong_arguments_get_a_sentence(arguments, capsys):
     with pytest.raises(SystemExit) as caught:
         cli.main(arguments)
     assert caught.value.code == 2 and "minidpo" in capsys.readouterr().err
+
+
+def test_help_names_the_defaults(capsys):
+    """Otherwise a stranger does not know what the bare command does."""
+    with pytest.raises(SystemExit):
+        cli.main(["check", "--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "per op (default 100)" in shown and "(default 0)" in shown
 
 
 def test_python_m_minidpo_runs():

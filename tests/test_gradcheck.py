@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 
 from drawing import seeds
-from minidpo import Tensor, ops
+from minidpo import Tensor, gradcheck, ops
 from minidpo.gradcheck import GradientError, check_gradient, check_vjp
 
 S = np.random.default_rng(5).normal(size=(3, 3))  # square, so that a wrong transpose fits
@@ -110,13 +110,65 @@ def test_complex_step_is_exact_where_central_differences_round():
     assert errors["complex"] < 1e-15 < errors["central"] < 1e-8
 
 
+def test_a_forward_that_is_not_finite_is_refused():
+    """Otherwise a vjp is never looked at where nothing can be compared, and passes."""
+    for y in (np.nan, np.inf, -np.inf):
+        with pytest.raises(GradientError, match="nothing can be checked there"):
+            check_vjp(lambda x, y=y: (np.full_like(x, y), lambda g: (123 * g,)), S, rng=np.random.default_rng(0))
+
+
+def test_writing_into_the_arguments_is_found():
+    """Otherwise a forward or a vjp that spoils its input is compared with itself, and passes."""
+
+    def spoils_in_vjp(x):
+        def vjp(g):
+            x[...] = 0
+            return (2 * g * x,)
+
+        return x * x, vjp
+
+    def spoils_in_forward(x):
+        x *= 2
+        return x + 0, lambda g: (2 * g,)
+
+    for spoils in (spoils_in_vjp, spoils_in_forward):
+        with pytest.raises(GradientError, match=f"{spoils.__name__}: argument 0 was written into"):
+            check_vjp(spoils, S.copy(), rng=np.random.default_rng(0), method="complex")
+
+
+def test_a_vjp_that_raises_is_named():
+    """Otherwise one broken op ends the table of all."""
+
+    def raises(x):
+        return x * 2, lambda g: (g @ np.ones(99),)
+
+    with pytest.raises(GradientError, match="raises: vjp raised ValueError"):
+        check_vjp(raises, S, rng=np.random.default_rng(0))
+
+
+def test_the_largest_error_is_returned(monkeypatch):
+    """Otherwise a good direction hides a bad one."""
+    for errors, largest in (([1e-8, 5e-7, 1e-9], 5e-7), ([1e-8, math.nan, 1e-9], math.nan)):
+        planted = iter(errors)
+        monkeypatch.setattr(gradcheck, "_difference", lambda *args, planted=planted: next(planted))
+        worst = check_gradient(two_layers, parameters(), np.random.default_rng(0), directions=3)
+        assert worst == largest or (math.isnan(worst) and math.isnan(largest))
+    again = iter([1e-8, 5e-7, 1e-9])
+    monkeypatch.setattr(gradcheck, "_difference", lambda *args: next(again))
+    assert check_vjp(ops.exp, S, rng=np.random.default_rng(0)) == 5e-7
+
+
 @pytest.mark.parametrize(
     ("arguments", "options", "error"),
-    [((S,), {"method": "complexstep"}, ValueError), ((Tensor(S),), {}, TypeError)],
+    [
+        ((S,), {"method": "complexstep"}, ValueError),
+        ((S,), {"directions": 0}, ValueError),
+        ((Tensor(S),), {}, TypeError),
+    ],
 )
 def test_wrong_arguments_get_a_sentence(arguments, options, error):
     """Otherwise the reader looks for a mistake in the op."""
-    with pytest.raises(error, match=r"method must be|pass the \.data"):
+    with pytest.raises(error, match=r"method must be|directions must be|pass the \.data"):
         check_vjp(ops.exp, *arguments, rng=np.random.default_rng(0), **options)
 
 

@@ -8,7 +8,19 @@ import pytest
 import minidpo
 
 SOURCE = Path(minidpo.__file__).parent
-FLOORS = ["backend", "tensor", "ops", "gradcheck", "cases", "optim", "losses", "__init__", "cli", "__main__"]
+FLOORS = [
+    "backend",
+    "tensor",
+    "ops",
+    "gradcheck",
+    "cases",
+    "optim",
+    "losses",
+    "tokenizer",
+    "__init__",
+    "cli",
+    "__main__",
+]
 files = pytest.mark.parametrize("path", sorted(SOURCE.glob("*.py")), ids=lambda path: path.stem)
 
 

@@ -235,6 +235,31 @@ def law_of_causal_attention(q: arrays((4, 3)), k: arrays((4, 3)), v: arrays((4, 
     close(ops.causal_attention(q[cut:], k, v).data, y[cut:], atol=1e-13)
 
 
+@law
+def law_of_block_attention(qkv: arrays((7, 3, 2, 3)), cut: st.integers(1, 3)):
+    """Rows chosen | prompt | rejected give what either text gives alone; so do texts side by side."""
+    chosen, prompt, rejected = slice(0, 2), slice(2, 4), slice(4, 7)
+    blocks = ((chosen, slice(0, 4), 1), (prompt, prompt, 1), (rejected, slice(2, 7), 1))
+    y = ops.block_attention(qkv, np.array([2, 3, 0, 1, 2, 3, 4]), blocks).data
+    for text in ([2, 3, 0, 1], [2, 3, 4, 5, 6]):
+        alone = ops.causal_attention(*(qkv[text, i].swapaxes(0, 1) for i in range(3))).data
+        close(y[text], alone.swapaxes(0, 1), atol=1e-13)
+    places = np.array([0, 1, 2, 0, 1, 2, 0])
+    pair = ops.block_attention(qkv, places, ((slice(0, 6), slice(0, 6), 2),)).data
+    single = ops.block_attention(qkv, places, tuple((slice(i, i + 3), slice(i, i + 3), 1) for i in (0, 3))).data
+    close(pair, single, atol=1e-13)
+    assert not pair[6].any()
+
+
+@law
+def law_of_segment_sum(x: arrays((5,)), segment: st.lists(st.integers(0, 2), min_size=5, max_size=5)):
+    """Each entry counts once, in its segment; -inf in one leaves the others alone."""
+    y = ops.segment_sum(x, segment, 3).data
+    close(y, [math.fsum(v for v, s in zip(x, segment) if s == i) for i in range(3)], atol=1e-13)
+    spoilt = ops.segment_sum(np.array([*x, -np.inf]), [*segment, 3], 4).data
+    assert (spoilt[:3] == y).all() and spoilt[3] == -np.inf
+
+
 @pytest.mark.parametrize("name", OPS)
 def test_law(name):
     """Otherwise an op computes something, and its gradient check proves it a fine derivative of the wrong thing."""
@@ -289,6 +314,14 @@ def test_gradients_of_rows_at_the_edge_are_exact(name, row):
     check_vjp(OPS[name], x, rng=np.random.default_rng(0), method="complex")
     if not {1e4, -1e4} & set(row):  # there rounding, 1e4 * 1e-16 / 1e-6, drowns a central difference
         check_vjp(OPS[name], x, rng=np.random.default_rng(0), method="central")
+
+
+def test_float32_probabilities_sum_to_one_far_from_zero():
+    """Otherwise the gradient of a confident model is off by what its largest logit rounds to."""
+    x = np.array([[1e4, 1e4 - 1, 1e4 - 2.5]], dtype="float32")
+    p = [math.exp(v) for v in exactly(x[0].tolist())[0]]
+    close(ops.logsumexp.raw(x)[1](np.ones(1, dtype="float32"))[0], [p], rtol=1e-6)
+    close(ops.softmax.raw(x)[0], [p], rtol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from minidpo import Tensor, gradcheck, losses
+from minidpo import Tensor, gradcheck, losses, ops
 
 close = np.testing.assert_allclose
 four_logps = st.integers(1, 4).flatmap(lambda B: st.tuples(*[hnp.arrays(float, B, elements=st.floats(-50, 0))] * 4))
@@ -100,13 +100,36 @@ def test_far_log_ratios_are_finite_and_right(ratio, dtype):
     assert losses.dpo_gradient(w, zero, zero, zero, beta=1.0)[0].dtype == dtype
 
 
+def test_an_impossible_rejected_response_costs_nothing():
+    """Otherwise 0 * -inf, from a label smoothing of 0, is a nan."""
+    assert losses.dpo_loss(-1.0, -math.inf, -1.0, -1.0).loss.item() == 0
+
+
+def test_numpy_scalars_do_not_widen_the_loss():
+    """Otherwise a beta from np.linspace turns a float32 run into float64."""
+    four = [np.zeros(2, dtype="float32")] * 4
+    assert losses.dpo_loss(*four, beta=np.float64(0.1), label_smoothing=np.float64(0.1)).loss.dtype == "float32"
+    assert losses.dpo_gradient(*four, beta=np.float64(0.1))[0].dtype == "float32"
+    assert (
+        ops.layer_norm(np.ones((1, 2), "float32"), *np.ones((2, 2), "float32"), eps=np.float64(1e-5)).dtype == "float32"
+    )
+
+
+def test_the_closed_form_takes_no_tensor():
+    """Otherwise a reader waits for a graph that is not there."""
+    with pytest.raises(TypeError, match=r"pass the \.data"):
+        losses.dpo_gradient(Tensor(1.0), 1.0, 1.0, 1.0)
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
         ((np.ones(2), np.ones(2), np.ones(2), np.ones((2, 1))), r"one shape, not \(2,\), \(2,\), \(2,\), \(2, 1\)"),
         ((np.ones((2, 3)),) * 4, r"\(B,\), not \(2, 3\): sum over the tokens first"),
-        ((1.0, 1.0, 1.0, 1.0, 0.0), "beta must be positive, not 0.0"),
-        ((1.0, 1.0, 1.0, 1.0, math.nan), "beta must be positive, not nan"),
+        ((1.0, 1.0, 1.0, 1.0, 0.0), "beta must be positive and finite, not 0.0"),
+        ((1.0, 1.0, 1.0, 1.0, math.nan), "beta must be positive and finite, not nan"),
+        ((1.0, 1.0, 1.0, 1.0, math.inf), "beta must be positive and finite, not inf"),
+        ((np.ones(0),) * 4, "there is no pair"),
         ((1.0, 1.0, 1.0, 1.0, 0.1, 0.6), "at most 0.5, not 0.6"),
     ],
 )

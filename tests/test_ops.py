@@ -14,6 +14,7 @@ from minidpo import Tensor, ops
 from minidpo.cases import CASES
 from minidpo.gradcheck import STEP, check_vjp
 from minidpo.ops import OPS
+from minidpo.tensor import sweep
 
 every_op = pytest.mark.parametrize("name", OPS)
 
@@ -125,10 +126,14 @@ def kept_arrays(function):
     """Names and values of the arrays that a closure keeps, those of a vjp inside it included."""
     kept = {}
     for name, cell in zip(function.__code__.co_freevars, function.__closure__ or ()):
+        parts = cell.cell_contents if isinstance(cell.cell_contents, tuple | list) else ()
+        assert not any(isinstance(part, np.ndarray) for part in parts), "arrays are kept by name"
         if isinstance(cell.cell_contents, np.ndarray):
             kept[name] = cell.cell_contents
         elif isinstance(cell.cell_contents, types.FunctionType) and cell.cell_contents.__name__ == "vjp":
             kept["p"] = kept_arrays(cell.cell_contents)["y"]  # attention keeps what its softmax keeps
+        elif name == "vjps":  # and attention in blocks what each of its attentions keeps
+            kept |= kept_arrays(cell.cell_contents[0])
     return kept
 
 
@@ -142,6 +147,8 @@ def test_vjp_keeps_what_its_comment_says(name):
         "embedding": (np.ones((2, 3)), np.zeros(2, int)),
         "reshape": (np.ones((2, 3)), (6,)),
         "getitem": (np.ones((2, 3)), np.zeros(2, int)),
+        "segment_sum": (np.ones(2), np.zeros(2, int), 2),
+        "block_attention": (np.ones((2, 3, 1, 1)), np.arange(2), ((slice(0, 2), slice(0, 2), 1),)),
         "linear": (np.ones((2, 3)), np.ones((3, 3)), np.ones(3)),
         "layer_norm": (np.ones((2, 3)), np.ones(3), np.ones(3)),
     }
@@ -190,6 +197,35 @@ def test_an_index_outside_is_refused(name, bad):
     """Otherwise a wrong token id wraps around, and some other row learns in its place."""
     with pytest.raises(IndexError, match=rf"index {bad} at position \(1,\) is outside 0 <= index < 3"):
         OPS[name](np.ones((3, 3)), np.array([0, bad, 1]))
+
+
+@pytest.mark.parametrize("name", ["softmax", "log_softmax", "logsumexp"])
+@pytest.mark.parametrize("dtype", ["int8", "uint8", "bool"])
+def test_integer_logits_are_refused(name, dtype):
+    """Otherwise 127 - (-128) wraps around in int8, and the smaller logit wins."""
+    with pytest.raises(TypeError, match=f"logits must be floats, not {dtype}"):
+        OPS[name](np.array([1, 0], dtype=dtype))
+
+
+def test_lists_are_arrays():
+    """Otherwise a sum of two lists is their concatenation."""
+    assert ops.add([1.0, 2.0], [3.0, 4.0]).data.tolist() == [4, 6]
+    assert ops.mul([1.0, 2.0], 3).data.tolist() == [3, 6]
+    assert (Tensor([1.0, 2.0]) @ [1.0, 1.0]).item() == 3
+    assert ops.gather(np.ones((0, 3)), []).shape == ops.embedding(np.ones((3, 2)), []).shape[:1] == (0,)
+
+
+def test_a_constant_of_another_dtype_keeps_gradients_in_that_of_the_leaf():
+    """Otherwise one float64 bias doubles the width of every gradient below it."""
+    g = np.ones((2, 2))
+    for function in (
+        lambda h: ops.linear(h, np.eye(2), np.ones(2)),
+        lambda h: ops.layer_norm(h, np.ones(2), np.ones(2)),
+        lambda h: h * np.ones(2) @ np.eye(2),
+    ):
+        h = ops.exp(Tensor(np.ones((2, 2), dtype="float32"), requires_grad=True))
+        dtypes = {node.op: gradient.dtype.name for node, gradient in sweep(function(h), g)}
+        assert (dtypes["exp"], dtypes["leaf"]) == ("float32", "float32")
 
 
 def test_gather_wants_one_index_a_row():

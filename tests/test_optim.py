@@ -92,7 +92,7 @@ def test_an_optimizer_never_writes_into_an_array(optimizer_class):
     shared = np.ones(3, dtype="float32")
     shared.flags.writeable = False
     policy, reference = {"w": Tensor(shared, requires_grad=True)}, {"w": Tensor(shared)}
-    optimizer = optimizer_class(policy, learning_rate=0.1)
+    optimizer = optimizer_class(policy, learning_rate=np.float64(0.1))
     gradient = np.full(3, 2.0, dtype="float32")
     gradient.flags.writeable = False
     for _ in range(2):
@@ -100,7 +100,7 @@ def test_an_optimizer_never_writes_into_an_array(optimizer_class):
         optimizer.step()
     assert (reference["w"].data == 1).all() and (policy["w"].data < 1).all()
     assert policy["w"].dtype == "float32"
-    assert all(array.dtype == "float32" for state in optimizer.state.values() for array in state.values())
+    assert all(array.dtype == "float32" for array in optimizer.state.get("w", {}).values() if hasattr(array, "dtype"))
 
 
 @pytest.mark.parametrize("optimizer_class", OPTIMIZERS)
@@ -151,8 +151,69 @@ def test_a_gradient_that_is_not_finite_is_named(bad):
     """Otherwise clipping by max_norm/inf turns it into zeros or nan, and training goes on."""
     params = {name: Tensor(np.zeros(2), requires_grad=True) for name in ("good", "bad")}
     params["good"].grad, params["bad"].grad = np.ones(2), np.array([0.0, bad])
-    with pytest.raises(FloatingPointError, match=r"not finite in bad$"):
+    params["worse"] = Tensor(np.zeros(2), requires_grad=True)
+    params["worse"].grad = np.array([bad, bad])
+    with pytest.raises(FloatingPointError, match=r"not finite in bad, worse$"):
         optim.clip_global_norm(params, 1.0)
+
+
+def test_clipping_counts_a_tensor_once_and_writes_into_nothing():
+    """Otherwise tied weights are scaled twice, and whoever kept a gradient finds it changed."""
+    w = Tensor(np.zeros(2), requires_grad=True)
+    w.grad = kept = np.array([3.0, 4.0])
+    assert optim.clip_global_norm({"wte": w, "head": w}, 1.0) == 5
+    np.testing.assert_allclose(w.grad, [0.6, 0.8])
+    assert kept.tolist() == [3, 4]
+
+
+def test_clipping_survives_large_and_small_float32():
+    """Otherwise the square of 1e20 overflows, and that of 1e-25 is 0."""
+    w = Tensor(np.zeros(1, dtype="float32"), requires_grad=True)
+    for size in (1e20, 1e-25):
+        w.grad = np.array([size], dtype="float32")
+        assert optim.clip_global_norm({"w": w}, np.float64(1e30)) == pytest.approx(size)
+    assert w.grad.dtype == "float32"
+
+
+@pytest.mark.parametrize("max_norm", [-1.0, math.nan])
+def test_a_norm_is_not_negative(max_norm):
+    """Otherwise every gradient is reversed in silence."""
+    with pytest.raises(ValueError, match="max_norm must be at least 0"):
+        optim.clip_global_norm({}, max_norm)
+
+
+def test_one_tensor_under_two_names_is_refused():
+    """Otherwise tied weights move twice a step."""
+    w = Tensor(1.0, requires_grad=True)
+    with pytest.raises(ValueError, match="moved twice"):
+        optim.AdamW({"wte": w, "head": w})
+
+
+def test_a_late_parameter_has_its_own_count():
+    """Otherwise Adam's first step for it is too small: the correction would count steps it took no part in."""
+    params = {name: Tensor([1.0], requires_grad=True) for name in ("early", "late")}
+    optimizer = optim.AdamW(params, learning_rate=0.1, weight_decay=0.0)
+    for step in range(10):
+        params["early"].grad = np.ones(1)
+        params["late"].grad = np.ones(1) if step == 9 else None
+        optimizer.step()
+    np.testing.assert_allclose([params["early"].item(), params["late"].item()], [0.0, 0.9], atol=1e-6)
+
+
+def test_one_infinite_gradient_does_not_stay():
+    """Otherwise plain gradient descent remembers, as nan, what it has no momentum to remember."""
+    params = {"w": Tensor([1.0], requires_grad=True)}
+    optimizer = optim.SGD(params, learning_rate=0.1)
+    params["w"].grad = np.array([np.inf])
+    optimizer.step()
+    params["w"].data, params["w"].grad = np.ones(1), np.ones(1)
+    optimizer.step()
+    assert params["w"].data.tolist() == [0.9] and optimizer.state["w"] == {}
+
+
+def test_the_schedule_gives_python_numbers():
+    """Otherwise a peak from np.logspace turns float32 weights into float64."""
+    assert {type(optim.warmup_cosine(step, 9, peak=np.float64(1.0), warmup_steps=3)) for step in range(9)} == {float}
 
 
 def test_schedule():

@@ -6,6 +6,8 @@ import re
 import shlex
 from pathlib import Path
 
+from hypothesis import settings
+
 import minidpo
 from minidpo.cli import main
 
@@ -46,6 +48,13 @@ def test_the_commands_exist():
     for _, _, _, *arguments in commands:
         with contextlib.redirect_stdout(io.StringIO()):
             assert main([*arguments, "--cases", "1"]) == 0
+
+
+def test_thorough_draws_a_hundred_times_as_many():
+    """Otherwise `thorough` is another name for the same."""
+    assert "a hundred times\nas many" in README
+    thorough, dev = settings.get_profile("thorough"), settings.get_profile("dev")
+    assert thorough.max_examples == 100 * dev.max_examples and dev.derandomize and not thorough.derandomize
 
 
 def test_the_files_it_names_exist():
