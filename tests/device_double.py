@@ -108,6 +108,6 @@ cupy.split = lambda x, ends, axis: [device(part) for part in np.split(host(x), e
 cupy.concatenate = lambda arrays, axis: device(np.concatenate([host(x) for x in arrays], axis=axis))
 cupy.add = types.SimpleNamespace(at=lambda x, key, y: np.add.at(host(x), host(key), host(y)))
 for name in (
-    "arange broadcast_to exp expm1 imag isfinite isinf log log1p ones reshape take_along_axis tanh where zeros"
+    "arange broadcast_to exp expm1 imag isfinite isinf log log1p ones reshape take_along_axis tanh tile where zeros"
 ).split():
     setattr(cupy, name, _function(name))

@@ -1,5 +1,7 @@
 """The command line, as a stranger meets it."""
 
+import contextlib
+import io
 import re
 import subprocess
 import sys
@@ -47,6 +49,70 @@ def test_check_repeats_with_its_seed(capsys):
     assert printed[0] == printed[1] != printed[2]
 
 
+def test_oracles_prints_both_columns(capsys):
+    """Otherwise the mistakes are listed, and what finds them is not."""
+    assert cli.main(["oracles"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 13 and lines[1].split()[:2] == ["right", "1.0000000000"]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A model that a few steps of the real command made."""
+    folder = tmp_path_factory.mktemp("cli")
+    (folder / "names.txt").write_text("\n".join(["emma", "mia", "ava", "amelia", "emily", "ella", "", "mia"] * 3))
+    sizes = ["--n-embd", "8", "--n-layer", "1", "--n-head", "2", "--batch-size", "4", "--steps", "3"]
+    arguments = ["pretrain", "--data", str(folder / "names.txt"), "--out", str(folder / "model"), *sizes]
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        assert cli.main(arguments) == 0
+    return folder, arguments, printed.getvalue()
+
+
+def test_pretrain_says_what_it_does(trained):
+    """Otherwise a minute passes in silence."""
+    folder, _, printed = trained
+    assert re.search(r"^\d+ lines to train on, 1 held out, 8 ids, \d+ parameters$", printed, re.MULTILINE)
+    assert re.search(r"^step +3/3   held-out loss \d\.\d{4} nats a token   [\d,]+ tokens/s$", printed, re.MULTILINE)
+    assert (folder / "model" / "model.safetensors").exists()
+
+
+def test_sample_goes_on_from_the_prompt(trained, capsys):
+    """Otherwise the one thing that a language model does cannot be seen."""
+    command = ["sample", "--checkpoint", str(trained[0] / "model"), "--prompt", "em"]
+    assert cli.main(command) == 0
+    texts = capsys.readouterr().out.splitlines()
+    assert len(texts) == 5 and all(text.startswith("em") for text in texts)
+    assert cli.main(command) == 0 and capsys.readouterr().out.splitlines() == texts
+    assert cli.main([*command, "--samples", "2", "--temperature", "0"]) == 0
+    greedy = capsys.readouterr().out.splitlines()
+    assert len(greedy) == 2 and greedy[0] == greedy[1]
+
+
+def test_what_is_wrong_is_one_sentence(trained, capsys, tmp_path):
+    """Otherwise a stranger reads a traceback."""
+    folder, arguments, _ = trained
+    (tmp_path / "one.txt").write_text("same\nsame\n")
+    (tmp_path / "latin.txt").write_bytes(b"\xff\xfe\n")
+    for command, sentence in (
+        (arguments, "model exists already"),
+        (["sample", "--checkpoint", str(tmp_path / "none")], "config.json: cannot be read"),
+        (["sample", "--checkpoint", str(folder / "model"), "--prompt", "a\u00e9"], "character '\\xe9' at position 1"),
+        (["sample", "--checkpoint", str(folder / "model"), "--top-p", "2"], "top_p = 2.0 is out of range"),
+        (["pretrain", "--data", str(tmp_path / "none.txt"), "--out", str(tmp_path / "new")], "No such file"),
+        (["pretrain", "--data", str(tmp_path / "one.txt"), "--out", str(tmp_path / "new")], "two different lines"),
+        (["pretrain", "--data", str(tmp_path / "latin.txt"), "--out", str(tmp_path / "new")], "utf-8"),
+        (
+            ["pretrain", "--data", str(folder / "names.txt"), "--out", str(tmp_path / "new"), "--n-head", "3"],
+            "multiple",
+        ),
+    ):
+        assert cli.main(command) == 2
+        printed = capsys.readouterr()
+        assert sentence in printed.err and printed.err.count("\n") == 1, printed.err
+        assert printed.err.startswith(f"minidpo {command[0]}: ") and not (tmp_path / "new").exists()
+
+
 @pytest.mark.parametrize("arguments", [["check", "--cases", "0"], ["check", "--seed", "-1"], ["chekc"], []])
 def test_wrong_arguments_get_a_sentence(arguments, capsys):
     """Otherwise a typing error ends in a traceback."""
@@ -60,7 +126,7 @@ def test_help_names_the_defaults(capsys):
     with pytest.raises(SystemExit):
         cli.main(["check", "--help"])
     shown = " ".join(capsys.readouterr().out.split())
-    assert "per op (default 100)" in shown and "(default 0)" in shown
+    assert "per op (default: 100)" in shown and "(default: 0)" in shown
 
 
 def test_python_m_minidpo_runs():

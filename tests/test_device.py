@@ -11,8 +11,10 @@ from hypothesis import strategies as st
 
 from device_double import cupy, ndarray
 from drawing import cases, is_varied, seeds
-from minidpo import Tensor, gradcheck, losses, ops, optim
+from minidpo import Tensor, checkpoint, generation, gradcheck, losses, ops, optim, scoring, training
 from minidpo.ops import OPS
+from minidpo.tokenizer import Tokenizer
+from models import CONFIG, small
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -132,6 +134,54 @@ def test_checks_run_on_the_device():
 
     with pytest.raises(gradcheck.GradientError, match=r"wrong: argument 0 at index \(\d, \d\)"):
         gradcheck.check_vjp(wrong, x, rng=np.random.default_rng(0))
+
+
+def on_device(params):
+    return {name: Tensor(cupy.asarray(p.data), requires_grad=p.requires_grad) for name, p in params.items()}
+
+
+PAIRS = [([1, 2], [3, 4, 0], [3, 0]), ([4], [0], [1, 1, 2])]
+EXAMPLES = [(prompt, chosen) for prompt, chosen, _ in PAIRS]
+SCORES = {
+    "sequence": lambda params: scoring.sequence_logprob(params, CONFIG, [[1, 2]], [[3, 0]]),
+    "padded": lambda params: ops.sub(*scoring.padded_logprobs(params, CONFIG, PAIRS)),
+    "padded left": lambda params: ops.sub(*scoring.padded_logprobs(params, CONFIG, PAIRS, left=True)),
+    "shared": lambda params: ops.sub(*scoring.shared_logprobs(params, CONFIG, PAIRS)),
+    "packed": lambda params: scoring.packed_logprobs(params, CONFIG, EXAMPLES),
+}
+
+
+@pytest.mark.parametrize("route", SCORES)
+def test_scores_and_their_gradients_stay_on_the_device(route):
+    """Otherwise a layout, made on the host, meets the model's rows on the device."""
+    results = []
+    for params in (small(), on_device(small())):
+        logp = SCORES[route](params)
+        logp.backward(np.arange(1.0, 1.0 + logp.shape[0]))
+        results.append([logp.data, *[p.grad for p in params.values()]])
+    for value, expected in zip(results[1], results[0]):
+        assert type(value) is ndarray
+        np.testing.assert_allclose(value.get(), expected, rtol=1e-10, atol=1e-12)
+
+
+def test_a_training_step_a_sample_and_a_checkpoint_of_a_model_on_the_device(tmp_path):
+    """Otherwise training, sampling or saving works on the CPU alone."""
+    params = on_device(small())
+    for seed in range(2):
+        samples = [
+            generation.generate(p, CONFIG, [[1, 2], [3]], np.random.default_rng(seed), 5, top_p=0.9)
+            for p in (small(), params)
+        ]
+        assert samples[0].responses == samples[1].responses
+    checkpoint.save(tmp_path / "device", params, CONFIG, Tokenizer("abcd"))
+    loaded = checkpoint.load(tmp_path / "device").params
+    assert all((loaded[name].data == p.data.get()).all() for name, p in params.items())
+    losses_seen = []
+    for start in (small(), params):
+        rng = np.random.default_rng(0)
+        losses_seen.append(training.pretrain(start, CONFIG, EXAMPLES, EXAMPLES, rng, steps=3, batch_size=2))
+        assert all(type(p.data) is type(p.grad) for p in start.values())
+    assert losses_seen[0] == pytest.approx(losses_seen[1], rel=1e-9)
 
 
 def test_closed_form_gradient_stays_on_the_device():

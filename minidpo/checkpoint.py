@@ -1,0 +1,264 @@
+"""Checkpoints: safetensors and JSON, written whole or not at all, and never believed unread.
+
+A checkpoint is one folder:
+
+    model.safetensors    parameters under GPT-2's names, float32 or float64
+    config.json          Hugging Face's config of a GPT-2
+    tokenizer.json       the character vocabulary
+    state.safetensors    what training needs to go on: optimizer arrays, and JSON in the header's metadata
+
+It is written under another name, every file and the folder synced to disk, and then renamed as one.
+"""
+
+import dataclasses
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy
+
+from . import safetensors
+from .backend import to_host
+from .model import Config, Params, parameter_shapes
+from .safetensors import CheckpointError
+from .tensor import Tensor
+from .tokenizer import END_OF_TEXT, Tokenizer
+
+HUGGING_FACE = {
+    "model_type": "gpt2",
+    "architectures": ["GPT2LMHeadModel"],
+    "activation_function": "gelu_new",
+    "layer_norm_epsilon": 1e-5,
+    "tie_word_embeddings": True,
+    "scale_attn_weights": True,
+    "embd_pdrop": 0.0,
+    "attn_pdrop": 0.0,
+    "resid_pdrop": 0.0,
+    "bos_token_id": END_OF_TEXT,
+    "eos_token_id": END_OF_TEXT,
+}
+
+
+class Checkpoint(NamedTuple):
+    """What `load` returns."""
+
+    params: Params
+    config: Config
+    tokenizer: Tokenizer
+    verified: bool  # whether the weights carried a checksum, which then was right
+
+
+def write_synced(path: Path, content: bytes) -> None:
+    """Write a new file and wait until it is on the disk."""
+    with path.open("xb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    """Wait until the names in a folder are on the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def save(
+    folder: str | Path,
+    params: Params,
+    config: Config,
+    tokenizer: Tokenizer,
+    arrays: Mapping[str, numpy.ndarray] | None = None,
+    state: Mapping[str, Any] | None = None,
+) -> None:
+    """Write a checkpoint, whole or not at all.
+
+    Parameters
+    ----------
+    folder : path
+        Must not exist yet.
+    params, config, tokenizer
+        The model.
+    arrays, state : dict, optional
+        What training needs to go on: arrays by name, and anything that JSON holds.
+
+    Raises
+    ------
+    CheckpointError
+        If the folder exists, or the tokenizer is not the model's.
+    """
+    folder = Path(folder)
+    if folder.exists():
+        raise CheckpointError(f"{folder} exists already: a checkpoint is never overwritten")
+    if tokenizer.vocab_size != config.vocab_size:
+        raise CheckpointError(f"a vocabulary of {tokenizer.vocab_size} does not fit a model of {config.vocab_size}")
+    files = {
+        "model.safetensors": safetensors.to_bytes(
+            {name: to_host(p.data) for name, p in params.items()}, {"format": "pt"}
+        ),
+        "config.json": json.dumps({**HUGGING_FACE, **dataclasses.asdict(config)}, indent=2).encode(),
+        "tokenizer.json": tokenizer.to_json().encode(),
+        "state.safetensors": safetensors.to_bytes(
+            {name: to_host(x) for name, x in (arrays or {}).items()}, {"state": json.dumps(dict(state or {}))}
+        ),
+    }
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
+    temporary.mkdir()
+    try:
+        for name, content in files.items():
+            write_synced(temporary / name, content)
+        sync_folder(temporary)
+        temporary.rename(folder)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    sync_folder(folder.parent)
+
+
+def point_to_latest(folder: str | Path) -> None:
+    """Make a checkpoint the latest of those beside it; the last thing that is written."""
+    folder = Path(folder)
+    temporary = folder.with_name(f".latest.{uuid.uuid4().hex}")
+    write_synced(temporary, folder.name.encode())
+    temporary.replace(folder.with_name("latest"))
+    sync_folder(folder.parent)
+
+
+def latest(folder: str | Path) -> Path:
+    """The checkpoint that a folder means: itself, or the one that its `latest` names.
+
+    Raises
+    ------
+    CheckpointError
+        If `latest` does not name a checkpoint beside it.
+    """
+    folder = Path(folder)
+    pointer = folder / "latest"
+    if not pointer.exists():
+        return folder
+    name = read_text(pointer, most=255)
+    if name in ("", ".", "..") or name != Path(name).name or not (folder / name).is_dir():
+        raise CheckpointError(f"{pointer}: names {name!a}, which is no checkpoint beside it")
+    return folder / name
+
+
+def read_text(path: Path, most: int = 2**24) -> str:
+    """A text file of at most `most` bytes.
+
+    Raises
+    ------
+    CheckpointError
+        If it is missing, longer, or not UTF-8.
+    """
+    try:
+        with path.open("rb") as file:
+            content = file.read(most + 1)
+        if len(content) > most:
+            raise CheckpointError(f"{path}: longer than {most} bytes")
+        return content.decode()
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{path}: is not text in UTF-8") from error
+
+
+def read_config(path: Path) -> Config:
+    """The sizes in a Hugging Face config.json of a GPT-2.
+
+    Raises
+    ------
+    CheckpointError
+        If a size is missing or wrong, or the model is one that ours cannot be.
+    """
+    try:
+        content = json.loads(read_text(path))
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise CheckpointError(f"{path}: is not JSON") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: is not a JSON object")
+    for name in (
+        "model_type",
+        "activation_function",
+        "layer_norm_epsilon",
+        "tie_word_embeddings",
+        "scale_attn_weights",
+    ):
+        if content.get(name, HUGGING_FACE[name]) != HUGGING_FACE[name]:
+            raise CheckpointError(f"{path}: {name} is {content[name]!a}, here it can only be {HUGGING_FACE[name]!a}")
+    if content.get("n_inner") not in (None, 4 * content.get("n_embd", 0)):
+        raise CheckpointError(f"{path}: n_inner is {content['n_inner']!a}, here it can only be 4 n_embd")
+    try:
+        sizes: dict[str, Any] = {field.name: content.get(field.name) for field in dataclasses.fields(Config)}
+        return Config(**sizes)
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+
+
+def load(folder: str | Path, requires_grad: bool = False) -> Checkpoint:
+    """Read a checkpoint, or the latest of a folder of checkpoints; nothing is believed before it is checked.
+
+    Weights that Hugging Face saved are taken too: a prefix `transformer.` goes, and so do a tied head and the
+    buffers of old files.
+
+    Raises
+    ------
+    CheckpointError
+        If a file is missing, truncated, corrupted or foreign, or the files do not belong together.
+    """
+    folder = latest(folder)
+    config = read_config(folder / "config.json")
+    path = folder / "model.safetensors"
+    arrays, _, verified = safetensors.read(path)
+    arrays = {name.removeprefix("transformer."): array for name, array in arrays.items()}
+    head = arrays.pop("lm_head.weight", None)
+    if head is not None and not numpy.array_equal(head, arrays.get("wte.weight", head)):
+        raise CheckpointError(f"{path}: lm_head.weight is not wte.weight; here the head is tied")
+    arrays = {name: x for name, x in arrays.items() if not name.endswith((".attn.bias", ".attn.masked_bias"))}
+    if config.n_layer > len(arrays):
+        raise CheckpointError(f"{path}: {len(arrays)} arrays are too few for n_layer = {config.n_layer}")
+    shapes = parameter_shapes(config)
+    if shapes.keys() != arrays.keys():
+        missing, extra = sorted(shapes.keys() - arrays.keys()), sorted(arrays.keys() - shapes.keys())
+        what = f"{missing[0]!a} is missing" if missing else f"{extra[0]!a} is not a parameter of this model"
+        raise CheckpointError(f"{path}: {what}")
+    for name, shape in shapes.items():
+        if arrays[name].shape != shape or arrays[name].dtype.kind != "f":
+            raise CheckpointError(
+                f"{path}: {name} is {arrays[name].dtype} {arrays[name].shape}, config.json wants floats {shape}"
+            )
+    try:
+        tokenizer = Tokenizer.from_json(read_text(folder / "tokenizer.json"))
+    except CheckpointError:
+        raise
+    except ValueError as error:
+        raise CheckpointError(f"{folder / 'tokenizer.json'}: {error}") from error
+    if tokenizer.vocab_size != config.vocab_size:
+        raise CheckpointError(
+            f"{folder / 'tokenizer.json'}: {tokenizer.vocab_size} ids, but config.json says {config.vocab_size}"
+        )
+    params = {name: Tensor(arrays[name], requires_grad=requires_grad) for name in shapes}
+    return Checkpoint(params, config, tokenizer, verified)
+
+
+def load_state(folder: str | Path) -> tuple[dict[str, numpy.ndarray], dict[str, Any]]:
+    """The arrays and the state that `save` was given, for training to go on.
+
+    Raises
+    ------
+    CheckpointError
+        If the file is missing, truncated or corrupted.
+    """
+    path = latest(folder) / "state.safetensors"
+    arrays, metadata, _ = safetensors.read(path)
+    try:
+        state = json.loads(metadata.get("state", ""))
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise CheckpointError(f"{path}: holds no training state") from error
+    return arrays, state

@@ -1,0 +1,124 @@
+"""Wrong ways to score a response, each met in public code, and how two oracles find them.
+
+Each mutant is `scoring.sequence_logprob` for one prompt and response with one mistake. Seven are no
+distribution over responses, and the normalisation oracle sees it. Four are one, a wrong one: their
+probabilities sum to 1, and only the chain rule, one forward per prefix, tells them from the truth.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from . import ops
+from .backend import Array
+from .exact import chain_rule_logprob, complete_responses, total_probability
+from .model import Config, Params, batch_rows, row_logits
+from .scoring import sequence_logprob
+from .tokenizer import END_OF_TEXT
+
+Ids = Sequence[int]
+
+
+def logps(params: Params, config: Config, tokens: Ids, temperature: float = 1.0, start: int = 0) -> Array:
+    """Log-probabilities after each token of a text, (T, V); wrong at a temperature or places not from 0."""
+    rows = batch_rows([list(tokens)], config)
+    return ops.log_softmax(
+        row_logits(params, config, rows._replace(places=rows.places + start)).data / temperature
+    ).data
+
+
+def right(params: Params, config: Config, x: Ids, y: Ids) -> float:
+    return sequence_logprob(params, config, [list(x)], [list(y)]).item()
+
+
+def no_shift(params: Params, config: Config, x: Ids, y: Ids) -> float:
+    logp = logps(params, config, [*x, *y])
+    return sum(logp[len(x) + t, token].item() for t, token in enumerate(y))
+
+
+def first_token_masked(params: Params, config: Config, x: Ids, y: Ids) -> float:
+    logp = logps(params, config, [*x, *y])
+    return sum(logp[len(x) - 1 + t, token].item() for t, token in enumerate(y) if t > 0)
+
+
+def end_of_text_masked(params: Params, config: Config, x: Ids, y: Ids) -> float:
+    logp = logps(params, config, [*x, *y])
+    return sum(logp[len(x) - 1 + t, token].item() for t, token in enumerate(y) if token != END_OF_TEXT)
+
+
+def pads_scored(params: Params, config: Config, x: Ids, y: Ids) -> float:
+    return right(params, config, x, [*y, END_OF_TEXT])  # one pad, which has the id of end-of-text
+
+
+def wrong_slice_end(params: Params, config: Config, x: Ids, y: Ids) -> float:
+    logp = logps(params, config, [*x, *y])
+    return sum(logp[len(x) - 1 + t, token].item() for t, token in enumerate(y[:-1]))
+
+
+def last_prompt_token_scored(params: Params, config: Config, x: Ids, y: Ids) -> float:
+    return right(params, config, x[:-1], [x[-1], *y])
+
+
+def mean_for_sum(params: Params, config: Config, x: Ids, y: Ids) -> float:
+    return right(params, config, x, y) / len(y)
+
+
+def shift_by_two(params: Params, config: Config, x: Ids, y: Ids) -> float:
+    logp = logps(params, config, [*x, *y])
+    return sum(logp[len(x) - 2 + t, token].item() for t, token in enumerate(y))
+
+
+def dropped_prompt_token(params: Params, config: Config, x: Ids, y: Ids) -> float:
+    return right(params, config, x[1:], y)
+
+
+def wrong_temperature(params: Params, config: Config, x: Ids, y: Ids) -> float:
+    logp = logps(params, config, [*x, *y], temperature=2.0)
+    return sum(logp[len(x) - 1 + t, token].item() for t, token in enumerate(y))
+
+
+def wrong_positions(params: Params, config: Config, x: Ids, y: Ids) -> float:
+    logp = logps(params, config, [*x, *y], start=1)
+    return sum(logp[len(x) - 1 + t, token].item() for t, token in enumerate(y))
+
+
+Mutant = Callable[[Params, Config, Ids, Ids], float]
+NO_DISTRIBUTION: list[Mutant] = [
+    no_shift,
+    first_token_masked,
+    end_of_text_masked,
+    pads_scored,
+    wrong_slice_end,
+    last_prompt_token_scored,
+    mean_for_sum,
+]
+WRONG_DISTRIBUTION: list[Mutant] = [shift_by_two, dropped_prompt_token, wrong_temperature, wrong_positions]
+
+
+class Verdict(NamedTuple):
+    """What the two oracles say of one way to score."""
+
+    name: str
+    total_probability: float  # 1 for a distribution
+    chain_rule_gap: float  # the largest |score - chain rule| of a response, in nats; 0 for the right one
+
+
+def verdicts(params: Params, config: Config, prompt: Ids, cap: int) -> list[Verdict]:
+    """Both oracles on the right score and on every mutant, for one prompt of at least two tokens."""
+    truth = {
+        tuple(y): chain_rule_logprob(params, config, prompt, y) for y in complete_responses(config.vocab_size, cap)
+    }
+    table = []
+    for mutant in [right, *NO_DISTRIBUTION, *WRONG_DISTRIBUTION]:
+        score = functools.partial(mutant, params, config, prompt)
+        total = total_probability(score, config.vocab_size, cap)
+        table.append(Verdict(mutant.__name__, total, max(abs(score(y) - logp) for y, logp in truth.items())))
+    return table
+
+
+def as_text(table: list[Verdict]) -> str:
+    """The verdicts as text, one way to score a row."""
+    lines = [f"{'way to score':<26}{'sum of exp(score)':>18}{'off by (nats)':>16}"]
+    for verdict in table:
+        lines.append(f"{verdict.name:<26}{verdict.total_probability:>18.10f}{verdict.chain_rule_gap:>16.2e}")
+    return "\n".join(lines)

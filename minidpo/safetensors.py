@@ -1,0 +1,102 @@
+"""The safetensors format: 8 bytes of header length, a JSON header, the data. No pickle, nothing believed."""
+
+import hashlib
+import json
+import math
+import os
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeGuard
+
+import numpy
+
+DTYPES = {"F16": "<f2", "F32": "<f4", "F64": "<f8", "I32": "<i4", "I64": "<i8", "U8": "|u1", "BOOL": "|b1"}
+NAMES = {numpy.dtype(code): name for name, code in DTYPES.items()}
+MOST_HEADER = 100 * 2**20  # bytes; the limit of the format
+
+
+class CheckpointError(ValueError):
+    """A checkpoint cannot be read or written; the message names the file and the fault."""
+
+
+def to_bytes(arrays: Mapping[str, numpy.ndarray], metadata: Mapping[str, str]) -> bytes:
+    """Arrays in the safetensors format; the metadata gets a SHA-256 of the data."""
+    entries: dict[str, Any] = {}
+    chunks, end = [], 0
+    for name, array in arrays.items():
+        chunks.append(numpy.ascontiguousarray(array, dtype=array.dtype.newbyteorder("<")).tobytes())
+        start, end = end, end + len(chunks[-1])
+        entries[name] = {
+            "dtype": NAMES[array.dtype.newbyteorder("<")],
+            "shape": list(array.shape),
+            "data_offsets": [start, end],
+        }
+    data = b"".join(chunks)
+    header = {"__metadata__": {**metadata, "sha256": hashlib.sha256(data).hexdigest()}, **entries}
+    document = json.dumps(header).encode()
+    document += b" " * (-len(document) % 8)
+    return struct.pack("<Q", len(document)) + document + data
+
+
+def read(path: Path) -> tuple[dict[str, numpy.ndarray], dict[str, str], bool]:
+    """Arrays and metadata of a safetensors file, and whether it carried a checksum.
+
+    Lengths, offsets, shapes and dtypes are compared with the size of the file before anything is allocated.
+
+    Raises
+    ------
+    CheckpointError
+        If the file is missing, truncated, corrupted or of another kind.
+    """
+
+    def fault(sentence: str) -> CheckpointError:
+        return CheckpointError(f"{path}: {sentence}")
+
+    try:
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if size < 8:
+                raise fault(f"{size} bytes are too few for a safetensors file")
+            (length,) = struct.unpack("<Q", file.read(8))
+            if length > min(size - 8, MOST_HEADER):
+                raise fault(f"a header of {length} bytes cannot be in a file of {size}: truncated, or no safetensors")
+            header = json.loads(file.read(length))
+            data = file.read()
+    except OSError as error:
+        raise fault(f"cannot be read ({error.strerror})") from error
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise fault("the header is not JSON: corrupted, or no safetensors") from error
+    if not isinstance(header, dict):
+        raise fault("the header is not a JSON object")
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise fault("the metadata is not an object of strings")
+    if "sha256" in metadata and metadata["sha256"] != hashlib.sha256(data).hexdigest():
+        raise fault("the data does not match its SHA-256: truncated or corrupted")
+    arrays: dict[str, numpy.ndarray] = {}
+    spans: list[list[int]] = []
+    for name, entry in header.items():
+        fields = entry if isinstance(entry, dict) else {}
+        dtype, shape, span = fields.get("dtype"), fields.get("shape"), fields.get("data_offsets")
+        if not isinstance(dtype, str) or dtype not in DTYPES:
+            raise fault(f"{name!a} has dtype {dtype!a}, known are {', '.join(DTYPES)}")
+        if not (are_sizes(shape) and are_sizes(span)) or len(span) != 2:
+            raise fault(f"{name!a} has no shape or no place in the data")
+        count = math.prod(shape)
+        if not span[0] <= span[1] <= len(data) or span[1] - span[0] != count * numpy.dtype(DTYPES[dtype]).itemsize:
+            raise fault(
+                f"{name!a} of shape {shape} does not fit bytes {span[0]} to {span[1]} of {len(data)}: truncated?"
+            )
+        flat = numpy.frombuffer(data, DTYPES[dtype], count, offset=span[0]) if count else numpy.empty(0, DTYPES[dtype])
+        arrays[name] = flat.reshape(shape).copy()
+        spans.append(span)
+    spans.sort()
+    if [0, *(end for _, end in spans)] != [*(start for start, _ in spans), len(data)]:
+        raise fault("the arrays overlap, or do not fill the data")
+    return arrays, metadata, "sha256" in metadata
+
+
+def are_sizes(x: Any) -> TypeGuard[list[int]]:
+    """Whether x is a list of at most 64 integers that are not negative."""
+    return isinstance(x, list) and len(x) <= 64 and all(type(n) is int and n >= 0 for n in x)

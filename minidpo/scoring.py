@@ -1,0 +1,158 @@
+"""log pi(y|x), the log-probability of a response to a prompt, by three routes that must agree.
+
+The first is the seed of everything: concatenate, forward, slice, log_softmax, gather, sum. The second puts
+pairs into one padded batch. The third computes each pair's prompt once, though two responses follow it.
+A response that was not cut ends in end-of-text, which is scored like any token. The last token is never an
+input, so a text may end one past `n_positions`.
+"""
+
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+from . import ops
+from .backend import array_module, asarray, index_array
+from .model import Block, Config, Params, Rows, check_length, forward, row_logits
+from .tensor import Tensor
+from .tokenizer import END_OF_TEXT
+
+Pair = tuple[Sequence[int], Sequence[int], Sequence[int]]  # ids of prompt x, chosen y_w, rejected y_l
+Pick = tuple[int, int, int]  # the row that predicts a token, the token, and the response that it belongs to
+
+
+def sequence_logprob(params: Params, config: Config, prompt: Any, response: Any) -> Tensor:
+    """Log-probability of each response, in nats: log pi(y|x) = sum_t log pi(y_t | x, y_1 ... y_(t-1)).
+
+    Parameters
+    ----------
+    params : dict of str to Tensor
+    config : Config
+    prompt, response : integers, (B, Tp) and (B, Tr)
+
+    Returns
+    -------
+    Tensor, (B,)
+
+    Raises
+    ------
+    ValueError
+        If prompts or responses are empty, or a text is too long for the model.
+    """
+    prompt, response = asarray(prompt), asarray(response)
+    Tp, Tr = prompt.shape[1], response.shape[1]
+    if not (Tp and Tr):
+        raise ValueError(f"prompt and response need a token each, not {Tp} and {Tr}")
+    tokens = array_module(prompt).concatenate([prompt, response], axis=1)  # (B, Tp + Tr)
+    logits = forward(params, config, tokens[:, :-1])  # (B, Tp + Tr - 1) -> (B, Tp + Tr - 1, V)
+    logp = ops.log_softmax(logits[:, Tp - 1 :])  # the row of token t predicts token t + 1: (B, Tr, V)
+    return ops.sum(ops.gather(logp, response), axis=-1)  # (B, Tr, V) -> (B, Tr) -> (B,)
+
+
+def padded_logprobs(params: Params, config: Config, pairs: Sequence[Pair], left: bool = False) -> tuple[Tensor, Tensor]:
+    """log pi(y_w|x) and log pi(y_l|x) of each pair, from one forward of a padded batch.  -> (B,), (B,)
+
+    Chosen and rejected texts stand below each other, (2B, T), padded on the right or the `left`. What a pad
+    predicts is not selected, so that it contributes nothing even where it is -inf.
+
+    Raises
+    ------
+    ValueError
+        If a prompt or a response is empty, or a text is too long for the model.
+    """
+    texts = [(x, y) for x, y, _ in checked(pairs)] + [(x, y) for x, _, y in pairs]
+    T = max((len(x) + len(y) - 1 for x, y in texts), default=0)
+    tokens, real = [], []
+    picks: list[Pick] = []
+    for b, (x, y) in enumerate(texts):
+        inputs = [*x, *y][:-1]
+        pads = T - len(inputs)
+        tokens.append([END_OF_TEXT] * pads + inputs if left else inputs + [END_OF_TEXT] * pads)
+        real.append([False] * pads + [True] * len(inputs) if left else [True] * len(inputs) + [False] * pads)
+        first = b * T + (pads if left else 0) + len(x) - 1  # the row that predicts y_1
+        picks += [(first + t, token, b) for t, token in enumerate(y)]
+    logits = forward(params, config, tokens, real)  # (2B, T) -> (2B, T, V)
+    return picked_sums(ops.reshape(logits, (len(texts) * T, config.vocab_size)), picks, len(pairs))
+
+
+def shared_logprobs(params: Params, config: Config, pairs: Sequence[Pair]) -> tuple[Tensor, Tensor]:
+    """log pi(y_w|x) and log pi(y_l|x) of each pair, from one forward without pads.  -> (B,), (B,)
+
+    A pair's rows are chosen | prompt | rejected: each response and the prompt are then one slice of keys.
+    The prompt sees itself, either response itself and the prompt, and the last prompt row predicts both first
+    tokens.
+
+    Raises
+    ------
+    ValueError
+        If a prompt or a response is empty, or a text is too long for the model.
+    """
+    tokens: list[int] = []
+    places: list[int] = []
+    blocks: list[Block] = []
+    picks: list[Pick] = []
+    for b, (x, w, l) in enumerate(checked(pairs)):
+        check_length(len(x) + max(len(w), len(l)) - 1, config)
+        start, prompt = len(tokens), len(tokens) + len(w) - 1  # rows where the pair and its prompt begin
+        rejected, end = prompt + len(x), prompt + len(x) + len(l) - 1
+        tokens += [*w[:-1], *x, *l[:-1]]
+        places += [*range(len(x), len(x) + len(w) - 1), *range(len(x) + len(l) - 1)]
+        blocks.append((slice(prompt, rejected), slice(prompt, rejected), 1))
+        blocks += [(slice(start, prompt), slice(start, rejected), 1)] if start < prompt else []
+        blocks += [(slice(rejected, end), slice(prompt, end), 1)] if rejected < end else []
+        for y, rows, response in ((w, range(start, prompt), b), (l, range(rejected, end), len(pairs) + b)):
+            picks += zip([rejected - 1, *rows], y, [response] * len(y))
+    laid_out = Rows(index_array(tokens, config.vocab_size, array_module()), asarray(places), blocks)
+    return picked_sums(row_logits(params, config, laid_out), picks, len(pairs))
+
+
+def packed_logprobs(params: Params, config: Config, examples: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Tensor:
+    """Log-probability of every response token of (prompt, response) examples, from one forward without pads.
+
+    Texts of one length stand together and are one block; the tokens come in that order.  -> (M,)
+
+    Raises
+    ------
+    ValueError
+        If a prompt or a response is empty, or a text is too long for the model.
+    """
+    tokens: list[int] = []
+    places: list[int] = []
+    blocks: list[Block] = []
+    picks: list[Pick] = []
+    by_length = sorted(checked(examples), key=lambda example: len(example[0]) + len(example[1]))
+    for length, group in itertools.groupby(by_length, key=lambda example: len(example[0]) + len(example[1])):
+        check_length(length - 1, config)
+        start = len(tokens)
+        for x, y in group:
+            picks += [(len(tokens) + len(x) - 1 + t, token, 0) for t, token in enumerate(y)]
+            tokens += [*x, *y][:-1]
+            places += range(length - 1)
+        rows = slice(start, len(tokens))
+        blocks.append((rows, rows, (len(tokens) - start) // (length - 1)))
+    laid_out = Rows(index_array(tokens, config.vocab_size, array_module()), asarray(places), blocks)
+    return picked(row_logits(params, config, laid_out), picks)
+
+
+def checked(examples: Sequence[Any]) -> Sequence[Any]:
+    """The examples, tuples of lists of ids, if there are any and none has an empty part."""
+    if not len(examples):
+        raise ValueError("there is nothing to score")
+    for b, parts in enumerate(examples):
+        for name, ids in zip(("prompt", "chosen" if len(parts) > 2 else "response", "rejected"), parts):
+            if not len(ids):
+                raise ValueError(f"example {b}: the {name} has no token")
+    return examples
+
+
+def picked(logits: Tensor, picks: list[Pick]) -> Tensor:
+    """Log-probability of each picked token.  (N, V) -> (M,)"""
+    N, V = logits.shape
+    index_array([token for _, token, _ in picks], V, array_module())
+    flat = array_module(logits.data).asarray([row * V + token for row, token, _ in picks])
+    return ops.reshape(ops.log_softmax(logits), (N * V,))[flat]  # (N, V) -> (N V,) -> (M,)
+
+
+def picked_sums(logits: Tensor, picks: list[Pick], B: int) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of the picks, summed by response; B to 2B - 1 are the rejected.  (N, V) -> (B,), (B,)"""
+    sums = ops.segment_sum(picked(logits, picks), [response for _, _, response in picks], 2 * B)  # (M,) -> (2B,)
+    return sums[:B], sums[B:]

@@ -1,0 +1,283 @@
+"""Checkpoints: the same model back, or a sentence; never half of one."""
+
+import json
+import os
+import struct
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from minidpo import checkpoint, model, safetensors
+from minidpo.checkpoint import CheckpointError
+from minidpo.tokenizer import Tokenizer
+from models import CONFIG, small
+
+TOKENIZER = Tokenizer("abcd")
+FILES = ["config.json", "model.safetensors", "state.safetensors", "tokenizer.json"]
+
+
+@pytest.fixture
+def saved(tmp_path):
+    folder = tmp_path / "run" / "step-7"
+    state = {"step": 7, "rng": np.random.default_rng(3).bit_generator.state, "best": None}
+    checkpoint.save(folder, small(), CONFIG, TOKENIZER, {"m.wte.weight": np.arange(3.0)}, state)
+    return folder
+
+
+def test_everything_comes_back(saved):
+    """Otherwise a resumed run is another run."""
+    loaded = checkpoint.load(saved)
+    assert loaded.config == CONFIG and loaded.tokenizer.characters == "abcd" and loaded.verified
+    for name, p in small().items():
+        assert loaded.params[name].dtype == p.dtype and (loaded.params[name].data == p.data).all()
+        assert not loaded.params[name].requires_grad and loaded.params[name].data.flags.writeable
+    assert all(p.requires_grad for p in checkpoint.load(saved, requires_grad=True).params.values())
+    arrays, state = checkpoint.load_state(saved)
+    assert arrays["m.wte.weight"].tolist() == [0, 1, 2] and state["step"] == 7
+    rng = np.random.default_rng()
+    rng.bit_generator.state = state["rng"]
+    assert rng.random() == np.random.default_rng(3).random()
+    assert sorted(path.name for path in saved.iterdir()) == FILES
+
+
+def test_the_same_model_gives_the_same_bytes(saved, tmp_path):
+    """Otherwise two equal runs cannot be shown to be equal."""
+    checkpoint.save(tmp_path / "again", *checkpoint.load(saved)[:3], *checkpoint.load_state(saved))
+    for name in FILES:
+        assert (saved / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
+
+
+@given(
+    arrays=st.dictionaries(
+        st.text(min_size=1).filter(lambda name: name != "__metadata__"),
+        st.sampled_from(["<f2", "<f4", "<f8", "<i4", "<i8", "|u1", "|b1", ">f4"]).flatmap(
+            lambda dtype: hnp.arrays(dtype, hnp.array_shapes(min_dims=0, min_side=0, max_side=3))
+        ),
+        max_size=4,
+    ),
+    metadata=st.dictionaries(st.sampled_from(["format", "state", "\u00e9"]), st.text()),
+)
+def test_any_arrays_round_trip(tmp_path_factory, arrays, metadata):
+    """Otherwise the format loses a shape, a dtype or a byte order."""
+    path = tmp_path_factory.mktemp("st") / "x.safetensors"
+    path.write_bytes(safetensors.to_bytes(arrays, metadata))
+    loaded, kept, verified = safetensors.read(path)
+    assert verified and {key: kept[key] for key in metadata} == metadata and loaded.keys() == arrays.keys()
+    for name, array in arrays.items():
+        assert loaded[name].shape == array.shape and loaded[name].dtype == array.dtype.newbyteorder("<")
+        assert loaded[name].tobytes() == array.astype(array.dtype.newbyteorder("<")).tobytes()
+
+
+@given(cut=st.floats(0, 1, exclude_max=True))
+def test_a_truncated_file_is_refused(tmp_path_factory, cut):
+    """At any length: otherwise a full disk leaves a model that is half zeros."""
+    path = tmp_path_factory.mktemp("st") / "x.safetensors"
+    content = safetensors.to_bytes({"a": np.arange(6.0).reshape(2, 3), "b": np.ones(2, "f4")}, {})
+    path.write_bytes(content[: int(cut * len(content))])
+    with pytest.raises(CheckpointError, match=r"x\.safetensors: "):
+        safetensors.read(path)
+
+
+@given(place=st.floats(0, 1, exclude_max=True), flip=st.integers(1, 255))
+def test_a_corrupted_file_is_refused_or_harmless(tmp_path_factory, place, flip):
+    """One byte changed, anywhere: never another number; a changed byte of padding or of a name may pass."""
+    path = tmp_path_factory.mktemp("st") / "x.safetensors"
+    arrays = {"a": np.arange(6.0).reshape(2, 3), "b": np.ones(2, "f4")}
+    content = bytearray(safetensors.to_bytes(arrays, {}))
+    content[int(place * len(content))] ^= flip
+    path.write_bytes(content)
+    try:
+        loaded, _, verified = safetensors.read(path)
+    except CheckpointError as error:
+        assert str(path) in str(error)
+        return
+    assert [x.tobytes() for x in loaded.values()] == [x.tobytes() for x in arrays.values()] or not verified
+
+
+def with_header(path, header, data=b"", length=None):
+    document = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(document) if length is None else length) + document + data)
+
+
+F4 = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
+
+
+@pytest.mark.parametrize(
+    ("header", "data", "length", "sentence"),
+    [
+        ({}, b"", 2**63, "a header of 9223372036854775808 bytes cannot be"),
+        (b"{", b"", None, "the header is not JSON"),
+        (b"\xff\xfe", b"", None, "the header is not JSON"),
+        (b"[" * 100_000, b"", None, "the header is not JSON"),
+        ([1], b"", None, "not a JSON object"),
+        ({"__metadata__": {"a": 1}}, b"", None, "not an object of strings"),
+        ({"a": 3}, b"", None, "has dtype None, known are F16"),
+        ({"a": {**F4, "dtype": "BF16"}}, b"0" * 8, None, "has dtype 'BF16', known are F16"),
+        ({"a": {**F4, "dtype": ["F32"]}}, b"0" * 8, None, "has dtype"),
+        ({"a": {**F4, "shape": [-2]}}, b"0" * 8, None, "no shape or no place"),
+        ({"a": {**F4, "shape": [2.0]}}, b"0" * 8, None, "no shape or no place"),
+        ({"a": {**F4, "shape": [True, 2]}}, b"0" * 8, None, "no shape or no place"),
+        ({"a": {**F4, "data_offsets": [0]}}, b"0" * 8, None, "no shape or no place"),
+        ({"a": {**F4, "shape": [2**40, 2**40]}}, b"0" * 8, None, "does not fit bytes 0 to 8 of 8"),
+        ({"a": {**F4, "data_offsets": [8, 0]}}, b"0" * 8, None, "does not fit bytes 8 to 0"),
+        ({"a": F4}, b"0" * 4, None, "does not fit bytes 0 to 8 of 4"),
+        ({"a": F4}, b"0" * 9, None, "do not fill the data"),
+        ({"a": F4, "b": F4}, b"0" * 8, None, "overlap"),
+        ({"a": {**F4, "data_offsets": [4, 12]}}, b"0" * 12, None, "do not fill the data"),
+        ({"__metadata__": {"sha256": "0" * 64}, "a": F4}, b"0" * 8, None, "does not match its SHA-256"),
+    ],
+)
+def test_a_file_that_lies_is_refused(tmp_path, header, data, length, sentence):
+    """Otherwise a header from a stranger allocates a terabyte, or reads another array's bytes."""
+    path = tmp_path / "x.safetensors"
+    with_header(path, header, data, length)
+    with pytest.raises(CheckpointError, match=sentence) as caught:
+        safetensors.read(path)
+    assert str(caught.value).startswith(f"{path}: ")
+
+
+def test_a_foreign_file_without_a_checksum_is_taken_and_said_so(saved):
+    """Otherwise weights from elsewhere are refused, or pass for verified."""
+    arrays, _, _ = safetensors.read(saved / "model.safetensors")
+    renamed = {f"transformer.{name}": x for name, x in arrays.items()}
+    renamed["lm_head.weight"] = arrays["wte.weight"]
+    renamed["transformer.h.0.attn.bias"] = np.ones((1, 1, 8, 8), bool)
+    content = safetensors.to_bytes(renamed, {})
+    (saved / "model.safetensors").write_bytes(content.replace(b'"sha256"', b'"sha999"'))
+    loaded = checkpoint.load(saved)
+    assert not loaded.verified
+    assert all((loaded.params[name].data == x).all() for name, x in arrays.items())
+
+
+def rewritten(path, **changes):
+    content = {**json.loads(path.read_text()), **changes}
+    path.write_text(json.dumps({key: value for key, value in content.items() if value is not ...}))
+
+
+def untied(folder):
+    arrays, _, _ = safetensors.read(folder / "model.safetensors")
+    arrays["lm_head.weight"] = arrays["wte.weight"] + 1
+    (folder / "model.safetensors").write_bytes(safetensors.to_bytes(arrays, {}))
+
+
+def changed(folder, **changes):
+    arrays, _, _ = safetensors.read(folder / "model.safetensors")
+    arrays = {name: x for name, x in {**arrays, **changes}.items() if x is not None}
+    (folder / "model.safetensors").write_bytes(safetensors.to_bytes(arrays, {}))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "sentence"),
+    [
+        (lambda f: (f / "config.json").unlink(), "config.json: cannot be read"),
+        (lambda f: (f / "config.json").write_text("{"), "config.json: is not JSON"),
+        (lambda f: (f / "config.json").write_text("[]"), "config.json: is not a JSON object"),
+        (
+            lambda f: rewritten(f / "config.json", n_embd=...),
+            "n_embd must be a positive integer, not None",
+        ),
+        (lambda f: rewritten(f / "config.json", n_head=3), "config.json: n_embd = 8 must be a multiple"),
+        (lambda f: rewritten(f / "config.json", n_layer=10**12), "too few for n_layer"),
+        (lambda f: rewritten(f / "config.json", n_layer=1), "'h.1.attn.c_attn.bias' is not a parameter"),
+        (
+            lambda f: rewritten(f / "config.json", n_positions=9),
+            r"wpe.weight is float64 \(8, 8\), .* wants floats \(9, 8\)",
+        ),
+        (lambda f: rewritten(f / "config.json", activation_function="relu"), "activation_function is 'relu', here"),
+        (lambda f: rewritten(f / "config.json", model_type="llama"), "model_type is 'llama', here"),
+        (lambda f: rewritten(f / "config.json", n_inner=7), "n_inner is 7"),
+        (lambda f: (f / "tokenizer.json").write_text("{"), "tokenizer.json: a tokenizer must be JSON"),
+        (lambda f: (f / "tokenizer.json").write_bytes(b"\xff"), "tokenizer.json: is not text in UTF-8"),
+        (lambda f: (f / "tokenizer.json").write_text(Tokenizer("ab").to_json()), "3 ids, but config.json says 5"),
+        (lambda f: (f / "model.safetensors").unlink(), "model.safetensors: cannot be read"),
+        (lambda f: untied(f), "here the head is tied"),
+        (lambda f: changed(f, **{"wpe.weight": None}), "'wpe.weight' is missing"),
+        (lambda f: changed(f, **{"wpe.weight": np.ones((8, 8), int)}), "wpe.weight is int64"),
+        (lambda f: changed(f, extra=np.ones(1)), "'extra' is not a parameter"),
+    ],
+)
+def test_a_folder_that_does_not_belong_together_is_refused(saved, spoil, sentence):
+    """Otherwise a model is loaded that nobody saved."""
+    spoil(saved)
+    with pytest.raises(CheckpointError, match=sentence):
+        checkpoint.load(saved)
+
+
+def test_a_state_that_is_none_is_refused(saved):
+    """Otherwise training starts again from nothing, and calls it going on."""
+    (saved / "state.safetensors").write_bytes(safetensors.to_bytes({}, {}))
+    with pytest.raises(CheckpointError, match="holds no training state"):
+        checkpoint.load_state(saved)
+
+
+def test_nothing_is_overwritten(saved):
+    """Otherwise a failed save costs the model that was there."""
+    with pytest.raises(CheckpointError, match="exists already"):
+        checkpoint.save(saved, small(), CONFIG, TOKENIZER)
+    with pytest.raises(CheckpointError, match="a vocabulary of 3 does not fit a model of 5"):
+        checkpoint.save(saved.with_name("other"), small(), CONFIG, Tokenizer("ab"))
+
+
+@pytest.mark.parametrize("fails_at", range(9))
+def test_an_interrupted_save_leaves_nothing(tmp_path, monkeypatch, fails_at):
+    """Whichever disk write fails: otherwise a folder lies there that looks like a checkpoint."""
+    calls = iter(range(100))
+    fsync = os.fsync
+
+    def failing(descriptor):
+        if next(calls) == fails_at:
+            raise OSError("disk full")
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", failing)
+    folder = tmp_path / "run" / "step-1"
+    try:
+        checkpoint.save(folder, small(), CONFIG, TOKENIZER)
+        checkpoint.point_to_latest(folder)
+    except OSError:
+        monkeypatch.undo()
+        assert not folder.exists() or checkpoint.load(folder).verified
+        assert [path.name for path in folder.parent.iterdir() if path.name.startswith(".step")] == []
+    else:
+        assert fails_at > 7
+
+
+def test_the_latest_is_followed(saved):
+    """Otherwise one must know the number of the last step."""
+    checkpoint.point_to_latest(saved)
+    assert checkpoint.latest(saved.parent) == saved == checkpoint.latest(saved)
+    second = saved.with_name("step-8")
+    checkpoint.save(second, model.init(CONFIG, np.random.default_rng(0)), CONFIG, TOKENIZER)
+    assert checkpoint.load(saved.parent).params["wte.weight"].dtype == "float64"  # the pointer comes last
+    checkpoint.point_to_latest(second)
+    assert checkpoint.load(saved.parent).params["wte.weight"].dtype == "float32"
+
+
+@pytest.mark.parametrize("name", ["../elsewhere", "missing", "/etc", "", "..", "x" * 300])
+def test_a_pointer_elsewhere_is_refused(saved, name):
+    """Otherwise a run folder from a stranger reads any folder of the machine."""
+    (saved.parent / "latest").write_text(name)
+    with pytest.raises(CheckpointError, match="latest: "):
+        checkpoint.load(saved.parent)
+
+
+def test_hugging_face_finds_the_same_logits(saved, tmp_path):
+    """Otherwise the weights cannot be taken along."""
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    params = {name: type(p)(p.data.astype("float32")) for name, p in small().items()}
+    checkpoint.save(tmp_path / "ours", params, CONFIG, TOKENIZER)
+    theirs = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "ours").eval()
+    tokens = np.random.default_rng(0).integers(0, 5, (3, 8))
+    with torch.no_grad():
+        logits = theirs(torch.tensor(tokens)).logits.numpy()
+    ours = model.forward(params, CONFIG, tokens).data
+    np.testing.assert_allclose(ours, logits, atol=1e-5 * abs(logits).max())
+    theirs.save_pretrained(tmp_path / "theirs")
+    for name in ("tokenizer.json", "state.safetensors"):
+        (tmp_path / "theirs" / name).write_bytes((tmp_path / "ours" / name).read_bytes())
+    back = checkpoint.load(tmp_path / "theirs")
+    assert not back.verified and all((back.params[name].data == p.data).all() for name, p in params.items())

@@ -1,0 +1,94 @@
+"""Enumeration, and the two oracles that tell a score from a mistake."""
+
+import math
+
+import numpy as np
+import pytest
+
+from minidpo import exact, mutants, scoring
+from minidpo.model import Config
+from models import small
+
+WORLDS = [(2, 1, [1]), (2, 4, [1, 1]), (3, 3, [2, 1]), (4, 3, [2, 1, 3]), (5, 2, [0, 4, 4, 1])]
+worlds = pytest.mark.parametrize(("vocab_size", "cap", "prompt"), WORLDS)
+
+
+def model(vocab_size, cap, prompt):
+    config = Config(vocab_size, len(prompt) + cap + 2, 8, 2, 2)
+    return small(1, config), config
+
+
+@worlds
+def test_complete_responses(vocab_size, cap, prompt):
+    """Otherwise a sum over all responses is a sum over some."""
+    responses = [tuple(y) for y in exact.complete_responses(vocab_size, cap)]
+    n = vocab_size - 1
+    assert len(set(responses)) == len(responses) == sum(n**k for k in range(cap + 1))
+    for y in responses:
+        assert 0 not in y[:-1] and (y[-1] == 0 or len(y) == cap) and 1 <= len(y) <= cap
+
+
+def test_a_world_too_large_is_refused():
+    """Otherwise a laptop enumerates until it stops answering."""
+    with pytest.raises(ValueError, match="1111 responses are too many to enumerate, 1000 at the most"):
+        exact.complete_responses(11, 3, most=1000)
+
+
+@worlds
+def test_probabilities_sum_to_one(vocab_size, cap, prompt):
+    """The normalisation oracle, on all three routes: otherwise the score is no log-probability."""
+    params, config = model(vocab_size, cap, prompt)
+
+    def first(y):
+        return scoring.sequence_logprob(params, config, [prompt], [y]).item()
+
+    def padded(y):
+        return scoring.padded_logprobs(params, config, [(prompt, y, [1] * cap)], left=True)[0].item()
+
+    def shared(y):
+        return scoring.shared_logprobs(params, config, [(prompt, [0], y)])[1].item()
+
+    for score in (first, padded, shared):
+        assert abs(exact.total_probability(score, vocab_size, cap) - 1) < 1e-10
+
+
+@worlds
+def test_the_chain_rule_is_a_distribution_too(vocab_size, cap, prompt):
+    """Otherwise the judge of the judges is wrong."""
+    params, config = model(vocab_size, cap, prompt)
+    total = exact.total_probability(lambda y: exact.chain_rule_logprob(params, config, prompt, y), vocab_size, cap)
+    assert abs(total - 1) < 1e-10
+
+
+@pytest.mark.parametrize(("vocab_size", "cap", "prompt"), [(3, 3, [2, 1]), (4, 3, [2, 1, 3]), (5, 2, [1, 4, 4, 1])])
+def test_every_mutant_breaks_what_it_must(vocab_size, cap, prompt):
+    """Otherwise one of these mistakes, each met in public code, could be ours."""
+    params, config = model(vocab_size, cap, prompt)
+    table = {verdict.name: verdict for verdict in mutants.verdicts(params, config, prompt, cap)}
+    assert len(table) == 12
+    right = table.pop("right")
+    assert abs(right.total_probability - 1) < 1e-10 and right.chain_rule_gap < 1e-10
+    for mutant in mutants.NO_DISTRIBUTION:
+        verdict = table.pop(mutant.__name__)
+        assert abs(verdict.total_probability - 1) > 1e-3 and verdict.chain_rule_gap > 1e-3, verdict
+    for mutant in mutants.WRONG_DISTRIBUTION:
+        verdict = table.pop(mutant.__name__)
+        assert abs(verdict.total_probability - 1) < 1e-10 and verdict.chain_rule_gap > 1e-3, verdict
+    assert not table
+
+
+def test_some_mistakes_can_be_counted():
+    """Dropping a factor from a distribution leaves as many as it has values: the table's numbers mean something."""
+    params, config = model(4, 3, [2, 1, 3])
+    table = {verdict.name: verdict for verdict in mutants.verdicts(params, config, [2, 1, 3], 3)}
+    assert table["first_token_masked"].total_probability == pytest.approx(4)
+    scored = math.exp(scoring.sequence_logprob(params, config, [[2, 1]], [[3]]).item())
+    assert table["last_prompt_token_scored"].total_probability == pytest.approx(scored)
+
+
+def test_the_table_shows_both_oracles():
+    """Otherwise a reader sees that a mutant is wrong, and not which oracle says so."""
+    params, config = model(3, 2, [2, 1])
+    lines = mutants.as_text(mutants.verdicts(params, config, [2, 1], 2)).splitlines()
+    assert len(lines) == 13 and lines[1].split() == ["right", "1.0000000000", lines[1].split()[2]]
+    assert np.isfinite([float(cell) for line in lines[1:] for cell in line.split()[1:]]).all()

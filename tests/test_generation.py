@@ -1,0 +1,145 @@
+"""Sampling: the same numbers as a full forward, the right distribution, and a stop at the right place."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from minidpo import generation, model, scoring
+from minidpo.generation import Cache, draw, generate
+from minidpo.tokenizer import END_OF_TEXT
+from models import CONFIG, ids, small
+
+close = np.testing.assert_allclose
+prompts = st.lists(ids(1, 5), min_size=1, max_size=3)
+
+
+@given(tokens=st.lists(ids(6, 6), min_size=1, max_size=3), cuts=st.lists(st.integers(1, 3), min_size=1, max_size=3))
+def test_the_cache_gives_the_logits_of_a_full_forward(tokens, cuts):
+    """Otherwise sampling draws from another model than scoring scores."""
+    params, tokens = small(), np.array(tokens)
+    full = model.forward(params, CONFIG, tokens).data
+    cache, start = Cache(params, CONFIG, len(tokens), 6), 0
+    for cut in [*cuts, 6]:
+        end = min(start + cut, 6)
+        if start < end:
+            close(cache.extend(tokens[:, start:end]), full[:, end - 1], rtol=1e-10, atol=1e-10)
+        start = end
+
+
+@given(
+    prompts=prompts, seed=st.integers(0, 99), cap=st.integers(1, 9), temperature=st.sampled_from([0.0, 0.5, 1.0, 3.0])
+)
+def test_what_was_recorded_is_what_scoring_says(prompts, seed, cap, temperature):
+    """Cut rows included: otherwise a sampled response cannot be weighed by its own probability."""
+    params = small()
+    out = generate(params, CONFIG, prompts, np.random.default_rng(seed), cap, temperature, top_k=4, top_p=0.95)
+    for prompt, response, logprobs in zip(prompts, out.responses, out.logprobs):
+        score = scoring.sequence_logprob(params, CONFIG, [prompt], [response]).item()
+        close(math.fsum(logprobs), score, rtol=1e-10, atol=1e-10)
+        assert len(logprobs) == len(response)
+
+
+@given(prompts=prompts, seed=st.integers(0, 99), cap=st.integers(1, 9))
+def test_a_response_is_complete(prompts, seed, cap):
+    """It ends in end-of-text or at a cap, and holds no other: otherwise a model that stops is heard on."""
+    out = generate(small(), CONFIG, prompts, np.random.default_rng(seed), cap)
+    for prompt, response in zip(prompts, out.responses):
+        most = min(cap, CONFIG.n_positions + 1 - len(prompt))
+        assert END_OF_TEXT not in response[:-1]
+        assert 1 <= len(response) <= most and (response[-1] == END_OF_TEXT or len(response) == most)
+
+
+@given(prompts=prompts, seed=st.integers(0, 99))
+def test_a_prompt_s_sample_does_not_depend_on_when_others_end(prompts, seed):
+    """Otherwise two models cannot be compared under the same random numbers."""
+
+    class Same:
+        def random(self, n):
+            return np.full(n, self.numbers.random())
+
+    def sample(prompts):
+        rng = Same()
+        rng.numbers = np.random.default_rng(seed)
+        return generate(small(), CONFIG, prompts, rng, 9).responses
+
+    equal = [prompt for prompt in prompts if len(prompt) == len(prompts[0])]
+    assert sample(equal) == [sample([prompt])[0] for prompt in equal]
+
+
+def test_greedy_takes_the_likeliest():
+    """Otherwise temperature 0 is not the limit of small temperatures."""
+    params, rng = small(), np.random.default_rng(0)
+    greedy = generate(params, CONFIG, [[1, 2], [3]], rng, 5, temperature=0)
+    cold = generate(params, CONFIG, [[1, 2], [3]], rng, 5, temperature=1e-6)
+    assert greedy.responses == cold.responses == generate(params, CONFIG, [[1, 2], [3]], rng, 5, top_k=1).responses
+    text = [1, 2]
+    for token in greedy.responses[0]:
+        assert token == model.forward(params, CONFIG, [text]).data[0, -1].argmax()
+        text.append(token)
+
+
+def expected(logp, temperature, top_k, top_p):
+    """The distribution by its definition, one token at a time."""
+    p = np.exp(logp / temperature - np.max(logp / temperature))
+    order = sorted(range(len(p)), key=lambda i: -p[i])[:top_k]
+    total, kept, mass = sum(p[i] for i in order), [], 0.0
+    for i in order:
+        if top_p is None or mass < top_p:
+            kept.append(i)
+        mass += p[i] / total
+    return np.array([p[i] if i in kept else 0.0 for i in range(len(p))]) / sum(p[i] for i in kept)
+
+
+@given(
+    logits=st.lists(st.floats(-4, 4), min_size=5, max_size=5, unique=True),
+    temperature=st.floats(0.3, 3),
+    top_k=st.sampled_from([None, 1, 2, 4, 9]),
+    top_p=st.sampled_from([None, 0.1, 0.5, 0.9, 1.0]),
+)
+def test_tokens_are_drawn_from_the_distribution(logits, temperature, top_k, top_p):
+    """Otherwise samples lie about the model: a grid of uniform numbers must reach each token by its probability."""
+    logp = np.array(logits) - np.logaddexp.reduce(logits)
+    n = 2000
+    uniform = (np.arange(n) + 0.5) / n
+    tokens = draw(np.tile(logp, (n, 1)), uniform, temperature, top_k, top_p)
+    close(np.bincount(tokens, minlength=5) / n, expected(logp, temperature, top_k, top_p), atol=1.5 / n)
+    edge = np.array([0.0, np.nextafter(1.0, 0.0)])
+    assert (
+        expected(logp, temperature, top_k, top_p)[draw(np.tile(logp, (2, 1)), edge, temperature, top_k, top_p)] > 0
+    ).all()
+
+
+def test_sampling_builds_no_graph():
+    """Otherwise a long sample keeps every activation."""
+    cache = Cache(small(), CONFIG, 1, 3)
+    assert not any(p.requires_grad for p in cache.params.values())
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"max_new_tokens": 0}, "max_new_tokens = 0 is out of range"),
+        ({"temperature": -1.0}, "temperature = -1.0 is out of range"),
+        ({"temperature": math.nan}, "temperature = nan is out of range"),
+        ({"top_k": 0}, "top_k = 0 is out of range"),
+        ({"top_p": 0.0}, "top_p = 0.0 is out of range"),
+        ({"top_p": 1.1}, "top_p = 1.1 is out of range"),
+        ({"prompt": []}, "at least one prompt"),
+        ({"prompt": [[1], []]}, "at least one token"),
+        ({"prompt": [[1] * 9]}, "9 tokens is longer than the model's n_positions = 8"),
+    ],
+)
+def test_wrong_arguments_are_refused(options, sentence):
+    """Otherwise a typing error becomes a strange sample."""
+    arguments = {"prompt": [[1]], "max_new_tokens": 3, **options}
+    with pytest.raises(ValueError, match=sentence):
+        generate(small(), CONFIG, rng=np.random.default_rng(0), **arguments)
+
+
+def test_unknown_ids_are_refused():
+    """Otherwise a prompt of another vocabulary is continued all the same."""
+    with pytest.raises(IndexError, match="index 5"):
+        generation.generate(small(), CONFIG, [[5]], np.random.default_rng(0), 2)

@@ -1,0 +1,168 @@
+"""The transformer: what it must not see, what must not matter, and its gradient as a whole."""
+
+import re
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from minidpo import gradcheck, model, ops
+from minidpo.model import Config
+from models import CONFIG, small
+
+tokens = hnp.arrays(int, st.tuples(st.integers(1, 3), st.integers(1, CONFIG.n_positions)), elements=st.integers(0, 4))
+close = np.testing.assert_allclose
+
+
+def logits(tokens, real=None):
+    return model.forward(small(), CONFIG, tokens, real).data
+
+
+@given(tokens=tokens, data=st.data())
+def test_the_future_changes_nothing(tokens, data):
+    """Causality: otherwise the model reads the answer that it is asked for."""
+    T = tokens.shape[1]
+    t = data.draw(st.integers(0, T - 1))
+    changed = tokens.copy()
+    changed[:, t] = (changed[:, t] + data.draw(st.integers(1, 4))) % 5
+    before, after = logits(tokens), logits(changed)
+    assert (before[:, :t] == after[:, :t]).all()
+    assert (before[:, t] != after[:, t]).any()
+
+
+@given(tokens=tokens, data=st.data())
+def test_rows_of_a_batch_do_not_see_each_other(tokens, data):
+    """Otherwise one text's score depends on what else is in its batch, and in which order."""
+    order = data.draw(st.permutations(range(len(tokens))))
+    close(logits(tokens[list(order)]), logits(tokens)[list(order)], atol=1e-12)
+    close(logits(tokens)[:1], logits(tokens[:1]), atol=1e-12)
+
+
+@given(tokens=tokens, data=st.data())
+def test_pads_change_nothing(tokens, data):
+    """On either side: otherwise a short text is another text in a batch of long ones."""
+    B, T = tokens.shape
+    wide = np.full((B, T + 3), data.draw(st.integers(0, 4)))
+    real = np.zeros((B, T + 3), bool)
+    shift = data.draw(st.lists(st.integers(0, 3), min_size=B, max_size=B))
+    for b in range(B):
+        wide[b, shift[b] : shift[b] + T], real[b, shift[b] : shift[b] + T] = tokens[b], True
+    padded = logits(wide, real)
+    for b in range(B):
+        close(padded[b, shift[b] : shift[b] + T], logits(tokens)[b], atol=1e-12)
+
+
+@pytest.mark.parametrize("method", ["central", "complex"])
+@pytest.mark.parametrize("only", [None, *model.parameter_shapes(CONFIG)])
+def test_the_gradient_of_a_whole_loss(only, method):
+    """In every parameter, and in all at once: otherwise one matrix of the model learns something else."""
+    rng = np.random.default_rng(1)
+    batch, targets = rng.integers(0, 5, (2, 2, 6))
+    params = small()
+    for name, p in params.items():
+        p.requires_grad = only in (None, name)
+
+    def loss(params):
+        return -ops.mean(ops.gather(ops.log_softmax(model.forward(params, CONFIG, batch)), targets))
+
+    bound = {"central": 1e-8, "complex": 1e-14}[method]
+    assert gradcheck.check_gradient(loss, params, rng, directions=3, method=method) < bound
+
+
+def test_every_parameter_matters():
+    """Otherwise a matrix is made, saved and never used."""
+    batch = np.array([[1, 2, 3, 4, 0, 1, 2, 3]])
+    before = logits(batch)
+    for name in model.parameter_shapes(CONFIG):
+        params = small()
+        params[name].data = params[name].data * 1.1
+        moved = model.forward(params, CONFIG, batch).data - before
+        if name.endswith("c_attn.bias"):  # a shift of all keys changes no softmax, but those of queries and values do
+            params = small()
+            key_bias = np.zeros(24)
+            key_bias[8:16] = 1
+            params[name].data = params[name].data + key_bias
+            close(model.forward(params, CONFIG, batch).data, before, atol=1e-12)
+        assert abs(moved).max() > 1e-4, name
+
+
+def test_the_table_is_the_code():
+    """Otherwise the one place where keys and shapes are stated states others."""
+    table = re.findall(r"^    (\S+\.weight)(, \.bias)?|^    (\S+\.bias)", model.__doc__, re.MULTILINE)
+    names = [name for weight, bias, alone in table for name in ([weight] if weight else [alone])
+             + ([weight.replace("weight", "bias")] if bias else [])]  # fmt: skip
+    one_layer = [name.replace("h.0.", "h.i.") for name in model.parameter_shapes(CONFIG) if "h.1." not in name]
+    assert names == one_layer
+    sizes = {"V": 5, "C": 8, "n_positions": 8}
+    for name, shape in re.findall(
+        r"^    (\S+\.(?:weight|bias))(?:, \.bias)? +\(([^)]*)\)", model.__doc__, re.MULTILINE
+    ):
+        parts = re.findall(r"(\d*)(\w+)", shape)
+        expected = tuple(int(factor or 1) * sizes[letter] for factor, letter in parts)
+        assert model.parameter_shapes(CONFIG)[name.replace("h.i.", "h.0.")] == expected
+
+
+def test_init_is_gpt_2_s():
+    """Otherwise deep models start with a residual that grows with every layer."""
+    config = Config(vocab_size=50, n_positions=64, n_embd=64, n_layer=8, n_head=4)
+    params = model.init(config, np.random.default_rng(0))
+    for name, p in params.items():
+        assert p.dtype == "float32" and p.requires_grad
+        if "bias" in name:
+            assert not p.data.any()
+        elif "ln_" in name:
+            assert (p.data == 1).all()
+        else:
+            assert p.data.std() == pytest.approx(0.02 / 4 if "c_proj" in name else 0.02, rel=0.1), name
+
+
+def test_float32_stays_float32():
+    """Otherwise one constant doubles the memory of the whole model."""
+    params = model.init(CONFIG, np.random.default_rng(0))
+    loss = ops.mean(ops.log_softmax(model.forward(params, CONFIG, [[1, 2, 3]])))
+    loss.backward()
+    assert loss.dtype == "float32" and all(p.grad.dtype == "float32" for p in params.values())
+
+
+def test_frozen_is_a_copy_without_a_graph():
+    """Otherwise the reference moves with the policy, or is trained."""
+    params = small()
+    reference = model.frozen(params)
+    before = model.forward(reference, CONFIG, [[1, 2]])
+    for p in params.values():
+        p.data += 1.0  # as nothing here would, but a user may
+    assert (model.forward(reference, CONFIG, [[1, 2]]).data == before.data).all()
+    assert not before.requires_grad and before.vjp is None
+
+
+@pytest.mark.parametrize(
+    ("tokens", "real", "error", "sentence"),
+    [
+        (np.zeros((1, 9), int), None, ValueError, "9 tokens is longer than the model's n_positions = 8"),
+        (np.zeros((1, 12), int), np.array([[True] * 9 + [False] * 3]), ValueError, "9 tokens is longer"),
+        (np.array([[1, 5]]), None, IndexError, "index 5 at position (0, 1) is outside 0 <= index < 5"),
+        (np.array([[1, -1]]), None, IndexError, "index -1"),
+        (np.array([[1, 2, 3]]), np.array([[True, False, True]]), ValueError, "row 0 has a pad between"),
+    ],
+)
+def test_wrong_tokens_are_refused(tokens, real, error, sentence):
+    """Otherwise a text that is too long, or of another vocabulary, gets some logits all the same."""
+    with pytest.raises(error, match=re.escape(sentence)):
+        logits(tokens, real)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "sentence"),
+    [
+        ((5, 8, 8, 2, 3), "n_embd = 8 must be a multiple of n_head = 3"),
+        ((5, 8, 8, 0, 2), "n_layer must be a positive integer, not 0"),
+        ((5, 8.0, 8, 2, 2), "n_positions must be a positive integer, not 8.0"),
+        ((5, True, 8, 2, 2), "n_positions must be a positive integer, not True"),
+    ],
+)
+def test_wrong_sizes_are_refused(sizes, sentence):
+    """Otherwise the error comes from a reshape, three files away."""
+    with pytest.raises(ValueError, match=sentence):
+        Config(*sizes)

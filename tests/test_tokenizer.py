@@ -1,0 +1,83 @@
+"""Characters and ids, there and back."""
+
+import re
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from minidpo.tokenizer import END_OF_TEXT, REPLACEMENT, Tokenizer, UnknownCharacterError
+
+texts = st.text(st.characters(exclude_categories=()), max_size=20)  # surrogates and controls too
+
+
+@given(text=texts, more=texts)
+def test_round_trip(text, more):
+    """Otherwise a text is not what the model was shown."""
+    tokenizer = Tokenizer.from_text(text + more)
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text and len(ids) == len(text)
+    assert all(0 < i < tokenizer.vocab_size for i in ids)
+    assert tokenizer.vocab_size == len(set(text + more)) + 1
+
+
+@given(text=texts)
+def test_json_round_trip(text):
+    """Otherwise a checkpoint's ids mean other characters when it is loaded."""
+    tokenizer = Tokenizer.from_text(text)
+    document = tokenizer.to_json()
+    assert document.isascii() and Tokenizer.from_json(document).characters == tokenizer.characters
+
+
+@given(text=texts)
+def test_no_text_spells_end_of_text(text):
+    """Otherwise a customer can end the model's turn by typing."""
+    assert END_OF_TEXT not in Tokenizer.from_text(text).encode(text)
+    assert Tokenizer.from_text(text).decode([END_OF_TEXT]) == ""
+
+
+@given(known=texts.filter(bool), unknown=st.characters())
+def test_an_unknown_character_is_named(known, unknown):
+    """Otherwise a reader hunts for one odd character in a megabyte."""
+    tokenizer = Tokenizer.from_text(known + "\n")
+    if unknown in tokenizer.characters:
+        return
+    text = f"{known}\n{unknown}"
+    where = f"character {unknown!a} at position {len(known) + 1}"
+    with pytest.raises(UnknownCharacterError, match=re.escape(f"{where} is not in the vocabulary")):
+        tokenizer.encode(text)
+    line = text.count("\n") + 1
+    with pytest.raises(UnknownCharacterError, match=re.escape(f"{where} in pairs.txt, line {line} is not")):
+        tokenizer.encode(text, file="pairs.txt")
+
+
+def test_replacement_is_a_choice():
+    """Otherwise unknown characters vanish without anyone's consent, or cannot be tolerated at all."""
+    tokenizer = Tokenizer.from_text("ab", replacement=True)
+    assert tokenizer.decode(tokenizer.encode("axb\ufffd")) == f"a{REPLACEMENT}b{REPLACEMENT}"
+    with pytest.raises(UnknownCharacterError):
+        Tokenizer.from_text("ab").encode("x")
+
+
+@pytest.mark.parametrize("bad", [-1, 3, 99])
+def test_an_id_outside_is_refused(bad):
+    """Otherwise -1 decodes as the last character."""
+    with pytest.raises(ValueError, match=f"id {bad} is outside the vocabulary, 0 <= id < 3"):
+        Tokenizer("ab").decode([1, bad])
+
+
+@pytest.mark.parametrize(
+    ("document", "sentence"),
+    [
+        ("{", "must be JSON"),
+        ("[1]", '"type": "characters"'),
+        ('{"type": "BPE"}', '"type": "characters"'),
+        ('{"type": "characters", "characters": 3}', "must be a string"),
+        ('{"type": "characters", "characters": "aba"}', "'a' is there more than once"),
+        ("[" * 100_000, "must be JSON"),
+    ],
+)
+def test_a_wrong_document_is_refused(document, sentence):
+    """Otherwise a file of another kind becomes a vocabulary."""
+    with pytest.raises(ValueError, match=sentence):
+        Tokenizer.from_json(document)
