@@ -58,7 +58,7 @@ def pretrain(options: argparse.Namespace) -> int:
     """Train a model on the lines of a file and save it."""
     if options.out.exists():
         raise checkpoint.CheckpointError(f"{options.out} exists already: choose another folder, nothing is overwritten")
-    lines = [line for line in options.data.read_text(encoding="utf-8").splitlines() if line]
+    lines = [line for line in options.data.read_text(encoding="utf-8-sig").split("\n") if line]
     split_rng, init_rng, batch_rng = numpy.random.default_rng(options.seed).spawn(3)
     tokenizer = Tokenizer.from_text("".join(lines), replacement=options.replacement)
     train, held_out = training.split(lines, 0.1, split_rng)

@@ -65,8 +65,8 @@ def draw(
     p = numpy.exp(scaled - scaled[:, :1])
     p[:, logp.shape[1] if top_k is None else top_k :] = 0
     p /= p.sum(axis=-1, keepdims=True)
-    before = numpy.cumsum(p, axis=-1) - p  # what the likelier ones have together
-    p[before >= (1 if top_p is None else top_p)] = 0
+    if top_p is not None:
+        p[numpy.cumsum(p, axis=-1) - p >= top_p] = 0  # what the likelier ones have together is enough
     reached = numpy.cumsum(p, axis=-1)
     choice = (reached <= uniform[:, None] * reached[:, -1:]).sum(axis=-1)
     choice = numpy.minimum(choice, (p > 0).sum(axis=-1) - 1)  # rounding may reach past the last

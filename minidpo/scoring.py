@@ -60,7 +60,7 @@ def padded_logprobs(params: Params, config: Config, pairs: Sequence[Pair], left:
         If a prompt or a response is empty, or a text is too long for the model.
     """
     texts = [(x, y) for x, y, _ in checked(pairs)] + [(x, y) for x, _, y in pairs]
-    T = max((len(x) + len(y) - 1 for x, y in texts), default=0)
+    T = max(len(x) + len(y) - 1 for x, y in texts)
     tokens, real = [], []
     picks: list[Pick] = []
     for b, (x, y) in enumerate(texts):

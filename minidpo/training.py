@@ -73,7 +73,7 @@ def pretrain(
     evaluate_every: int = 250,
     report: Report = lambda metrics: None,
 ) -> float:
-    """Maximise the likelihood of the examples with AdamW; `params` are changed in place of their arrays.
+    """Maximise the likelihood of the examples with AdamW; each tensor of `params` ends with another array.
 
     Parameters
     ----------

@@ -99,6 +99,14 @@ def test_a_text_may_end_one_past_the_context(route):
         route(small(), CONFIG, [too_long])
 
 
+def test_a_packed_text_may_end_one_past_the_context():
+    """Otherwise a line that just fits cannot be trained on."""
+    params, fits = small(), ([1, 2, 3, 4], [1, 1, 1, 1, 0])
+    close(scoring.packed_logprobs(params, CONFIG, [fits]).data.sum(), chain_rule_logprob(params, CONFIG, *fits))
+    with pytest.raises(ValueError, match="a text of 9 tokens is longer than the model's n_positions = 8"):
+        scoring.packed_logprobs(params, CONFIG, [fits, ([1], [1] * 9)])
+
+
 @pytest.mark.parametrize("route", ROUTES)
 @pytest.mark.parametrize("bad", [5, -1])
 def test_a_token_outside_the_vocabulary_is_refused(route, bad):
