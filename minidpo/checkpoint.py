@@ -11,8 +11,10 @@ It is written under another name, every file and the folder synced to disk, and 
 """
 
 import dataclasses
+import hashlib
 import json
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Mapping
@@ -35,12 +37,17 @@ HUGGING_FACE = {
     "layer_norm_epsilon": 1e-5,
     "tie_word_embeddings": True,
     "scale_attn_weights": True,
+    "scale_attn_by_inverse_layer_idx": False,
+    "add_cross_attention": False,
     "embd_pdrop": 0.0,
     "attn_pdrop": 0.0,
     "resid_pdrop": 0.0,
     "bos_token_id": END_OF_TEXT,
     "eos_token_id": END_OF_TEXT,
 }
+
+FIXED = ["model_type", "activation_function", "layer_norm_epsilon", "tie_word_embeddings", "scale_attn_weights"]
+FIXED += ["scale_attn_by_inverse_layer_idx", "add_cross_attention"]  # what ours cannot vary
 
 
 class Checkpoint(NamedTuple):
@@ -49,7 +56,7 @@ class Checkpoint(NamedTuple):
     params: Params
     config: Config
     tokenizer: Tokenizer
-    verified: bool  # whether the weights carried a checksum, which then was right
+    verified: bool  # whether weights, config and tokenizer carried checksums, which then were right
 
 
 def write_synced(path: Path, content: bytes) -> None:
@@ -91,24 +98,31 @@ def save(
     Raises
     ------
     CheckpointError
-        If the folder exists, or the tokenizer is not the model's.
+        If the folder exists, the parts do not belong together, or the state is not JSON.
     """
     folder = Path(folder)
     if folder.exists():
         raise CheckpointError(f"{folder} exists already: a checkpoint is never overwritten")
     if tokenizer.vocab_size != config.vocab_size:
         raise CheckpointError(f"a vocabulary of {tokenizer.vocab_size} does not fit a model of {config.vocab_size}")
+    weights = {name: to_host(p.data) for name, p in params.items()}
+    check_weights(weights, config, folder)
+    try:
+        training = json.dumps(dict(state or {}), allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{folder}: the state is not JSON ({error})") from error
     files = {
-        "model.safetensors": safetensors.to_bytes(
-            {name: to_host(p.data) for name, p in params.items()}, {"format": "pt"}
-        ),
         "config.json": json.dumps({**HUGGING_FACE, **dataclasses.asdict(config)}, indent=2).encode(),
         "tokenizer.json": tokenizer.to_json().encode(),
-        "state.safetensors": safetensors.to_bytes(
-            {name: to_host(x) for name, x in (arrays or {}).items()}, {"state": json.dumps(dict(state or {}))}
-        ),
     }
+    sums = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
+    files["model.safetensors"] = safetensors.to_bytes(weights, {"format": "pt", **sums})
+    kept = {name: to_host(x) for name, x in (arrays or {}).items()}
+    files["state.safetensors"] = safetensors.to_bytes(kept, {"state": training})
+    created = [parent for parent in folder.parents if not parent.exists()]
     folder.parent.mkdir(parents=True, exist_ok=True)
+    for parent in created:
+        sync_folder(parent.parent)
     temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
     temporary.mkdir()
     try:
@@ -123,11 +137,23 @@ def save(
 
 
 def point_to_latest(folder: str | Path) -> None:
-    """Make a checkpoint the latest of those beside it; the last thing that is written."""
+    """Make a checkpoint the latest of those beside it; the last thing that is written.
+
+    Raises
+    ------
+    CheckpointError
+        If there is no such folder.
+    """
     folder = Path(folder)
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} is no checkpoint: nothing to point to")
     temporary = folder.with_name(f".latest.{uuid.uuid4().hex}")
-    write_synced(temporary, folder.name.encode())
-    temporary.replace(folder.with_name("latest"))
+    try:
+        write_synced(temporary, folder.name.encode())
+        temporary.replace(folder.with_name("latest"))
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
     sync_folder(folder.parent)
 
 
@@ -179,26 +205,23 @@ def read_config(path: Path) -> Config:
     """
     try:
         content = json.loads(read_text(path))
-    except (json.JSONDecodeError, RecursionError) as error:
+    except CheckpointError:
+        raise
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: is not JSON") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: is not a JSON object")
-    for name in (
-        "model_type",
-        "activation_function",
-        "layer_norm_epsilon",
-        "tie_word_embeddings",
-        "scale_attn_weights",
-    ):
+    for name in FIXED:
         if content.get(name, HUGGING_FACE[name]) != HUGGING_FACE[name]:
             raise CheckpointError(f"{path}: {name} is {content[name]!a}, here it can only be {HUGGING_FACE[name]!a}")
-    if content.get("n_inner") not in (None, 4 * content.get("n_embd", 0)):
-        raise CheckpointError(f"{path}: n_inner is {content['n_inner']!a}, here it can only be 4 n_embd")
     try:
         sizes: dict[str, Any] = {field.name: content.get(field.name) for field in dataclasses.fields(Config)}
-        return Config(**sizes)
+        config = Config(**sizes)
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}") from error
+    if content.get("n_inner") not in (None, 4 * config.n_embd):
+        raise CheckpointError(f"{path}: n_inner is {content['n_inner']!a}, here it can only be 4 n_embd")
+    return config
 
 
 def load(folder: str | Path, requires_grad: bool = False) -> Checkpoint:
@@ -215,24 +238,20 @@ def load(folder: str | Path, requires_grad: bool = False) -> Checkpoint:
     folder = latest(folder)
     config = read_config(folder / "config.json")
     path = folder / "model.safetensors"
-    arrays, _, verified = safetensors.read(path)
-    arrays = {name.removeprefix("transformer."): array for name, array in arrays.items()}
+    stored, metadata, verified = safetensors.read(path)
+    for name in ("config.json", "tokenizer.json"):
+        content = read_text(folder / name).encode()
+        verified = verified and name in metadata
+        if name in metadata and metadata[name] != hashlib.sha256(content).hexdigest():
+            raise CheckpointError(f"{folder / name}: does not match the SHA-256 in {path.name}: changed or corrupted")
+    arrays = {name.removeprefix("transformer."): array for name, array in stored.items()}
+    if len(arrays) < len(stored):
+        raise CheckpointError(f"{path}: a parameter is there twice, with and without the prefix transformer.")
     head = arrays.pop("lm_head.weight", None)
     if head is not None and not numpy.array_equal(head, arrays.get("wte.weight", head)):
         raise CheckpointError(f"{path}: lm_head.weight is not wte.weight; here the head is tied")
-    arrays = {name: x for name, x in arrays.items() if not name.endswith((".attn.bias", ".attn.masked_bias"))}
-    if config.n_layer > len(arrays):
-        raise CheckpointError(f"{path}: {len(arrays)} arrays are too few for n_layer = {config.n_layer}")
-    shapes = parameter_shapes(config)
-    if shapes.keys() != arrays.keys():
-        missing, extra = sorted(shapes.keys() - arrays.keys()), sorted(arrays.keys() - shapes.keys())
-        what = f"{missing[0]!a} is missing" if missing else f"{extra[0]!a} is not a parameter of this model"
-        raise CheckpointError(f"{path}: {what}")
-    for name, shape in shapes.items():
-        if arrays[name].shape != shape or arrays[name].dtype.kind != "f":
-            raise CheckpointError(
-                f"{path}: {name} is {arrays[name].dtype} {arrays[name].shape}, config.json wants floats {shape}"
-            )
+    arrays = {name: x for name, x in arrays.items() if not re.fullmatch(r"h\.\d+\.attn\.(masked_)?bias", name)}
+    check_weights(arrays, config, path)
     try:
         tokenizer = Tokenizer.from_json(read_text(folder / "tokenizer.json"))
     except CheckpointError:
@@ -243,8 +262,26 @@ def load(folder: str | Path, requires_grad: bool = False) -> Checkpoint:
         raise CheckpointError(
             f"{folder / 'tokenizer.json'}: {tokenizer.vocab_size} ids, but config.json says {config.vocab_size}"
         )
-    params = {name: Tensor(arrays[name], requires_grad=requires_grad) for name in shapes}
+    params = {name: Tensor(arrays[name], requires_grad=requires_grad) for name in parameter_shapes(config)}
     return Checkpoint(params, config, tokenizer, verified)
+
+
+def check_weights(arrays: Mapping[str, numpy.ndarray], config: Config, path: Path) -> None:
+    """Refuse arrays that are not the parameters of a model of these sizes, all in float32 or all in float64."""
+    if config.n_layer > len(arrays):
+        raise CheckpointError(f"{path}: {len(arrays)} arrays are too few for n_layer = {config.n_layer}")
+    shapes = parameter_shapes(config)
+    if shapes.keys() != arrays.keys():
+        missing, extra = sorted(shapes.keys() - arrays.keys()), sorted(arrays.keys() - shapes.keys())
+        what = f"{missing[0]!a} is missing" if missing else f"{extra[0]!a} is not a parameter of this model"
+        raise CheckpointError(f"{path}: {what}")
+    dtype = arrays["wte.weight"].dtype
+    for name, shape in shapes.items():
+        x = arrays[name]
+        if x.shape != shape or x.dtype != dtype or dtype not in ("float32", "float64"):
+            raise CheckpointError(
+                f"{path}: {name} is {x.dtype} {x.shape}; the config wants {shape}, and all float32 or all float64"
+            )
 
 
 def load_state(folder: str | Path) -> tuple[dict[str, numpy.ndarray], dict[str, Any]]:
@@ -259,6 +296,8 @@ def load_state(folder: str | Path) -> tuple[dict[str, numpy.ndarray], dict[str, 
     arrays, metadata, _ = safetensors.read(path)
     try:
         state = json.loads(metadata.get("state", ""))
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: holds no training state") from error
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{path}: the training state is not a JSON object")
     return arrays, state

@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -58,7 +59,13 @@ def pretrain(options: argparse.Namespace) -> int:
     """Train a model on the lines of a file and save it."""
     if options.out.exists():
         raise checkpoint.CheckpointError(f"{options.out} exists already: choose another folder, nothing is overwritten")
-    lines = [line for line in options.data.read_text(encoding="utf-8-sig").split("\n") if line]
+    try:
+        text = options.data.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{options.data}: byte {error.start} is not UTF-8") from error
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=options.out.parent).close()  # rather now than after the training
+    lines = [line for line in text.split("\n") if line]
     split_rng, init_rng, batch_rng = numpy.random.default_rng(options.seed).spawn(3)
     tokenizer = Tokenizer.from_text("".join(lines), replacement=options.replacement)
     train, held_out = training.split(lines, 0.1, split_rng)
@@ -188,5 +195,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return options.run(options)
     except (OSError, ValueError, FloatingPointError) as error:
-        print(f"minidpo {options.command}: {error}", file=sys.stderr)
-        return 2
+        fault = str(error)
+    except MemoryError as error:
+        fault = f"not enough memory ({error}): a smaller model, a smaller batch or shorter lines may fit"
+    print(f"minidpo {options.command}: {fault}", file=sys.stderr)
+    return 2

@@ -25,8 +25,10 @@ def complete_responses(vocab_size: int, cap: int, most: int = 100_000) -> list[l
     Raises
     ------
     ValueError
-        If there are more than `most`, with their number.
+        If there are none, or more than `most`, with their number.
     """
+    if vocab_size < 2 or cap < 1:
+        raise ValueError(f"a vocabulary of {vocab_size} and a cap of {cap} leave nothing to enumerate")
     n = vocab_size - 1
     count = sum(n**length for length in range(cap + 1))
     if count > most:

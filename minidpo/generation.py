@@ -1,5 +1,6 @@
 """Sampling from the model, with a cache of keys and values."""
 
+import operator
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -58,18 +59,20 @@ def draw(
 
     (B, V), (B,) -> (B,)
     """
+    if numpy.isnan(logp).any():
+        raise FloatingPointError("the model's log-probabilities are nan: there is nothing to draw from")
     if temperature == 0:
         return logp.argmax(axis=-1)
     order = numpy.argsort(-logp, axis=-1, kind="stable")  # likeliest first
-    scaled = numpy.take_along_axis(logp, order, axis=-1).astype("float64") / temperature
-    p = numpy.exp(scaled - scaled[:, :1])
+    ordered = numpy.take_along_axis(logp, order, axis=-1).astype("float64")
+    below = numpy.maximum(ordered - ordered[:, :1], -1e3 * temperature)  # e^-1000 is 0 already
+    p = numpy.exp(below / temperature)
     p[:, logp.shape[1] if top_k is None else top_k :] = 0
     p /= p.sum(axis=-1, keepdims=True)
     if top_p is not None:
         p[numpy.cumsum(p, axis=-1) - p >= top_p] = 0  # what the likelier ones have together is enough
     reached = numpy.cumsum(p, axis=-1)
-    choice = (reached <= uniform[:, None] * reached[:, -1:]).sum(axis=-1)
-    choice = numpy.minimum(choice, (p > 0).sum(axis=-1) - 1)  # rounding may reach past the last
+    choice = (reached <= uniform[:, None] * reached[:, -1:]).sum(axis=-1)  # uniform < 1: never past the last kept
     return numpy.take_along_axis(order, choice[:, None], axis=-1)[:, 0]
 
 
@@ -91,8 +94,8 @@ def generate(
     config : Config
     prompt : integers, (B, Tp), or B lists of any lengths
     rng : numpy.random.Generator
-        Gives one uniform number per prompt and step, also to those that are done: what is drawn for one
-        prompt does not depend on when another ends.
+        Gives one uniform number per prompt and step, also to those that are done or whose prompt still
+        goes on: for prompts of one length, what is drawn for one does not depend on when another ends.
     max_new_tokens : int
         Length cap of a response; the context is another: a text may end one past `n_positions`.
     temperature : float
@@ -109,13 +112,15 @@ def generate(
     Raises
     ------
     ValueError
-        If there is no prompt, one is empty or fills the context, or a number is out of its range.
+        If there is no prompt, one is empty or longer than the context, or a number is out of its range.
+    FloatingPointError
+        If the model gives nan.
 
     References
     ----------
     Fan et al. 2018 (arXiv 1805.04833) for top-k, Holtzman et al. 2020 (arXiv 1904.09751) for top-p.
     """
-    texts = [[int(token) for token in ids] for ids in prompt]
+    texts = [[operator.index(token) for token in ids] for ids in prompt]
     lengths = [len(text) for text in texts]
     if not texts or not all(lengths):
         raise ValueError("generation needs at least one prompt, and each prompt at least one token")

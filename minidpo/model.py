@@ -131,6 +131,9 @@ def check_length(length: int, config: Config) -> None:
 def batch_rows(tokens: Any, config: Config, real: Any = None) -> Rows:
     """The rows of a batch, (B, T) -> N = B T; where `real`, (B, T), is false stands a pad, which is in no block."""
     tokens = asarray(tokens)
+    if tokens.ndim != 2 or (real is not None and asarray(real).shape != tokens.shape):
+        masks = "" if real is None else f", and `real` the same, not {asarray(real).shape}"
+        raise ValueError(f"tokens must be (B, T), not {tokens.shape}{masks}")
     xp, (B, T) = array_module(tokens), tokens.shape
     tokens = index_array(tokens, config.vocab_size, xp).reshape(B * T)
     if real is None:

@@ -316,6 +316,8 @@ def segment_sum(x, segment, count):
     """Sums of the entries of each segment: y_s = sum_i x_i [segment_i = s].  (M), integers (M) -> (count)"""
     xp = array_module(x)
     segment = index_array(segment, count, xp)
+    if segment.shape != x.shape or x.ndim != 1:
+        raise ValueError(f"segment_sum: one segment for each entry is wanted, (M), not {x.shape} and {segment.shape}")
     y = xp.zeros(count, dtype=x.dtype)
     xp.add.at(y, segment, x)
 
@@ -499,7 +501,7 @@ def block_attention(qkv, places, blocks):
 
     Row n holds the query, key and value of one token, which stands at places[n] in its text. A block
     (queries, keys, count) is two slices of rows, each of `count` texts of one length; a query sees those keys
-    of its text that do not stand later. What is in no block gets 0.
+    of its text that do not stand later. No two blocks share a query; what is in no block gets 0.
     """
     xp, (_, _, H, D) = array_module(qkv), qkv.shape
     y = xp.zeros((qkv.shape[0], H, D), dtype=qkv.dtype)

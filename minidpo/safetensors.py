@@ -11,7 +11,8 @@ from typing import Any, TypeGuard
 
 import numpy
 
-DTYPES = {"F16": "<f2", "F32": "<f4", "F64": "<f8", "I32": "<i4", "I64": "<i8", "U8": "|u1", "BOOL": "|b1"}
+DTYPES = {"F16": "<f2", "F32": "<f4", "F64": "<f8", "I8": "|i1", "I16": "<i2", "I32": "<i4", "I64": "<i8"}
+DTYPES |= {"U8": "|u1", "U16": "<u2", "U32": "<u4", "U64": "<u8", "BOOL": "|b1"}
 NAMES = {numpy.dtype(code): name for name, code in DTYPES.items()}
 MOST_HEADER = 100 * 2**20  # bytes; the limit of the format
 
@@ -21,10 +22,18 @@ class CheckpointError(ValueError):
 
 
 def to_bytes(arrays: Mapping[str, numpy.ndarray], metadata: Mapping[str, str]) -> bytes:
-    """Arrays in the safetensors format; the metadata gets a SHA-256 of the data."""
+    """Arrays in the safetensors format; the metadata gets a SHA-256 of the data and one of the rest of the header.
+
+    Raises
+    ------
+    CheckpointError
+        If the format knows no such dtype, or an array is named `__metadata__`.
+    """
     entries: dict[str, Any] = {}
     chunks, end = [], 0
     for name, array in arrays.items():
+        if name == "__metadata__" or array.dtype.newbyteorder("<") not in NAMES:
+            raise CheckpointError(f"an array {name!a} of {array.dtype} cannot be written")
         chunks.append(numpy.ascontiguousarray(array, dtype=array.dtype.newbyteorder("<")).tobytes())
         start, end = end, end + len(chunks[-1])
         entries[name] = {
@@ -33,8 +42,8 @@ def to_bytes(arrays: Mapping[str, numpy.ndarray], metadata: Mapping[str, str]) -
             "data_offsets": [start, end],
         }
     data = b"".join(chunks)
-    header = {"__metadata__": {**metadata, "sha256": hashlib.sha256(data).hexdigest()}, **entries}
-    document = json.dumps(header).encode()
+    sums = {"sha256": hashlib.sha256(data).hexdigest(), "header_sha256": header_sum(metadata, entries)}
+    document = json.dumps({"__metadata__": {**metadata, **sums}, **entries}).encode()
     document += b" " * (-len(document) % 8)
     return struct.pack("<Q", len(document)) + document + data
 
@@ -65,15 +74,20 @@ def read(path: Path) -> tuple[dict[str, numpy.ndarray], dict[str, str], bool]:
             data = file.read()
     except OSError as error:
         raise fault(f"cannot be read ({error.strerror})") from error
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except CheckpointError:
+        raise
+    except (ValueError, RecursionError) as error:  # not UTF-8, no JSON, a number without end, or too deep
         raise fault("the header is not JSON: corrupted, or no safetensors") from error
     if not isinstance(header, dict):
         raise fault("the header is not a JSON object")
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise fault("the metadata is not an object of strings")
-    if "sha256" in metadata and metadata["sha256"] != hashlib.sha256(data).hexdigest():
+    sums = {key: metadata.pop(key) for key in ("sha256", "header_sha256") if key in metadata}
+    if sums.get("sha256", hashlib.sha256(data).hexdigest()) != hashlib.sha256(data).hexdigest():
         raise fault("the data does not match its SHA-256: truncated or corrupted")
+    if "header_sha256" in sums and sums["header_sha256"] != header_sum(metadata, header):
+        raise fault("the header does not match its SHA-256: corrupted")
     arrays: dict[str, numpy.ndarray] = {}
     spans: list[list[int]] = []
     for name, entry in header.items():
@@ -89,12 +103,20 @@ def read(path: Path) -> tuple[dict[str, numpy.ndarray], dict[str, str], bool]:
                 f"{name!a} of shape {shape} does not fit bytes {span[0]} to {span[1]} of {len(data)}: truncated?"
             )
         flat = numpy.frombuffer(data, DTYPES[dtype], count, offset=span[0]) if count else numpy.empty(0, DTYPES[dtype])
-        arrays[name] = flat.reshape(shape).copy()
+        try:
+            arrays[name] = flat.reshape(shape).copy()
+        except ValueError as error:  # of no entries, and yet too large for NumPy
+            raise fault(f"{name!a} cannot have shape {shape}") from error
         spans.append(span)
     spans.sort()
     if [0, *(end for _, end in spans)] != [*(start for start, _ in spans), len(data)]:
         raise fault("the arrays overlap, or do not fill the data")
-    return arrays, metadata, "sha256" in metadata
+    return arrays, metadata, len(sums) == 2
+
+
+def header_sum(metadata: Mapping[str, str], entries: Mapping[str, Any]) -> str:
+    """SHA-256 of a header but for the sums themselves."""
+    return hashlib.sha256(json.dumps([dict(metadata), dict(entries)], sort_keys=True).encode()).hexdigest()
 
 
 def are_sizes(x: Any) -> TypeGuard[list[int]]:

@@ -39,6 +39,8 @@ def sequence_logprob(params: Params, config: Config, prompt: Any, response: Any)
         If prompts or responses are empty, or a text is too long for the model.
     """
     prompt, response = asarray(prompt), asarray(response)
+    if not prompt.ndim == response.ndim == 2 or len(prompt) != len(response):
+        raise ValueError(f"prompt and response must be (B, Tp) and (B, Tr), not {prompt.shape} and {response.shape}")
     Tp, Tr = prompt.shape[1], response.shape[1]
     if not (Tp and Tr):
         raise ValueError(f"prompt and response need a token each, not {Tp} and {Tr}")

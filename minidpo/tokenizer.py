@@ -1,5 +1,6 @@
 """The character vocabulary: one id for each character, and id 0 for the end of a text."""
 
+import collections
 import json
 from collections.abc import Iterable
 
@@ -27,9 +28,9 @@ class Tokenizer:
     """
 
     def __init__(self, characters: str):
-        repeated = {c for c in characters if characters.count(c) > 1}
-        if repeated:
-            raise ValueError(f"characters must differ, but {min(repeated)!r} is there more than once")
+        if len(set(characters)) < len(characters):
+            ((repeated, _),) = collections.Counter(characters).most_common(1)
+            raise ValueError(f"characters must differ, but {repeated!a} is there more than once")
         self.characters = characters
         self._ids = {c: i for i, c in enumerate(characters, start=END_OF_TEXT + 1)}
 
@@ -93,7 +94,7 @@ class Tokenizer:
         """
         try:
             content = json.loads(document)
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"a tokenizer must be JSON ({error})") from error
         if not (isinstance(content, dict) and content.get("type") == "characters"):
             raise ValueError('a tokenizer must be a JSON object of "type": "characters"')

@@ -98,25 +98,40 @@ def pretrain(
     Raises
     ------
     FloatingPointError
-        If the loss or a gradient is not finite, with the step.
+        If a loss or a gradient is not finite, with the step.
+    ValueError
+        If there are no examples, or a number is out of its range.
     """
+    if not (examples and held_out and steps >= 0 and evaluate_every >= 1 and learning_rate > 0):
+        raise ValueError(
+            f"nothing to do with {len(examples)} examples, {len(held_out)} held out, {steps} steps, evaluation every "
+            f"{evaluate_every} and learning rate {learning_rate}"
+        )
     optimizer = optim.AdamW(params, learning_rate=learning_rate, betas=(0.9, 0.99), weight_decay=0.01)
     started, tokens = time.monotonic(), 0
-    for step in range(steps + 1):
-        if step % evaluate_every == 0 or step == steps:
-            seconds = time.monotonic() - started
-            held_out_loss = held_out_nll(params, config, held_out)
-            report({"step": step, "eval_loss": held_out_loss, "tokens_per_second": tokens / max(seconds, 1e-9)})
-        if step == steps:
-            return held_out_loss
+
+    def measured(step: int) -> float:
+        seconds = time.monotonic() - started
+        loss = held_out_nll(params, config, held_out)
+        if not numpy.isfinite(loss):
+            raise FloatingPointError(f"the held-out loss is {loss} at step {step}: lower the learning rate")
+        report({"step": step, "eval_loss": loss, "tokens_per_second": tokens / max(seconds, 1e-9)})
+        return loss
+
+    for step in range(steps):
+        if step % evaluate_every == 0:
+            measured(step)
         optimizer.learning_rate = optim.warmup_cosine(step, steps, learning_rate, warmup_steps)
         batch = [examples[i] for i in rng.integers(0, len(examples), batch_size)]
         loss = nll(params, config, batch)
         if not numpy.isfinite(loss.item()):
-            raise FloatingPointError(f"the loss is {loss.item()} at step {step}: a lower learning rate may help")
+            raise FloatingPointError(f"the loss is {loss.item()} at step {step}: lower the learning rate")
         optimizer.zero_grad()
         loss.backward()
-        optim.clip_global_norm(params, max_norm)
+        try:
+            optim.clip_global_norm(params, max_norm)
+        except FloatingPointError as error:
+            raise FloatingPointError(f"{error} at step {step}: lower the learning rate") from error
         optimizer.step()
         tokens += sum(len(response) for _, response in batch)
-    raise ValueError(f"steps must not be negative, but is {steps}")
+    return measured(steps)

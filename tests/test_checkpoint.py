@@ -94,7 +94,7 @@ def test_a_corrupted_file_is_refused_or_harmless(tmp_path_factory, place, flip):
     except CheckpointError as error:
         assert str(path) in str(error)
         return
-    assert [x.tobytes() for x in loaded.values()] == [x.tobytes() for x in arrays.values()] or not verified
+    assert [repr(x) for x in loaded.values()] == [repr(x) for x in arrays.values()] or not verified
 
 
 def with_header(path, header, data=b"", length=None):
@@ -123,6 +123,9 @@ F4 = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
         ({"a": {**F4, "data_offsets": [0]}}, b"0" * 8, None, "no shape or no place"),
         ({"a": {**F4, "shape": [2**40, 2**40]}}, b"0" * 8, None, "does not fit bytes 0 to 8 of 8"),
         ({"a": {**F4, "data_offsets": [8, 0]}}, b"0" * 8, None, "does not fit bytes 8 to 0"),
+        ({"a": {**F4, "shape": [0, 2**62, 2**62], "data_offsets": [0, 0]}}, b"", None, "cannot have shape"),
+        ({"a": {**F4, "shape": [2] * 65}}, b"0" * 8, None, "no shape or no place"),
+        (b'{"a": ' + b"1" * 9_999 + b"}", b"", None, "the header is not JSON"),
         ({"a": F4}, b"0" * 4, None, "does not fit bytes 0 to 8 of 4"),
         ({"a": F4}, b"0" * 9, None, "do not fill the data"),
         ({"a": F4, "b": F4}, b"0" * 8, None, "overlap"),
@@ -146,7 +149,7 @@ def test_a_foreign_file_without_a_checksum_is_taken_and_said_so(saved):
     renamed["lm_head.weight"] = arrays["wte.weight"]
     renamed["transformer.h.0.attn.bias"] = np.ones((1, 1, 8, 8), bool)
     content = safetensors.to_bytes(renamed, {})
-    (saved / "model.safetensors").write_bytes(content.replace(b'"sha256"', b'"sha999"'))
+    (saved / "model.safetensors").write_bytes(content.replace(b'sha256"', b'sha999"'))
     loaded = checkpoint.load(saved)
     assert not loaded.verified
     assert all((loaded.params[name].data == x).all() for name, x in arrays.items())
@@ -184,11 +187,22 @@ def changed(folder, **changes):
         (lambda f: rewritten(f / "config.json", n_layer=1), "'h.1.attn.c_attn.bias' is not a parameter"),
         (
             lambda f: rewritten(f / "config.json", n_positions=9),
-            r"wpe.weight is float64 \(8, 8\), .* wants floats \(9, 8\)",
+            r"wpe.weight is float64 \(8, 8\); the config wants \(9, 8\)",
         ),
         (lambda f: rewritten(f / "config.json", activation_function="relu"), "activation_function is 'relu', here"),
         (lambda f: rewritten(f / "config.json", model_type="llama"), "model_type is 'llama', here"),
         (lambda f: rewritten(f / "config.json", n_inner=7), "n_inner is 7"),
+        (lambda f: rewritten(f / "config.json", n_embd={}), "n_embd must be a positive integer, not {}"),
+        (lambda f: rewritten(f / "config.json", layer_norm_epsilon=1e-6), "layer_norm_epsilon is 1e-06, here"),
+        (lambda f: rewritten(f / "config.json", tie_word_embeddings=False), "tie_word_embeddings is False, here"),
+        (lambda f: rewritten(f / "config.json", scale_attn_weights=False), "scale_attn_weights is False, here"),
+        (
+            lambda f: rewritten(f / "config.json", scale_attn_by_inverse_layer_idx=True),
+            "layer_idx is True, here",
+        ),
+        (lambda f: rewritten(f / "config.json", add_cross_attention=True), "add_cross_attention is True, here"),
+        (lambda f: (f / "config.json").write_text("[" * 99_999), "config.json: is not JSON"),
+        (lambda f: (f / "config.json").write_text("1" * 9_999), "config.json: is not JSON"),
         (lambda f: (f / "tokenizer.json").write_text("{"), "tokenizer.json: a tokenizer must be JSON"),
         (lambda f: (f / "tokenizer.json").write_bytes(b"\xff"), "tokenizer.json: is not text in UTF-8"),
         (lambda f: (f / "tokenizer.json").write_text(Tokenizer("ab").to_json()), "3 ids, but config.json says 5"),
@@ -197,20 +211,90 @@ def changed(folder, **changes):
         (lambda f: changed(f, **{"wpe.weight": None}), "'wpe.weight' is missing"),
         (lambda f: changed(f, **{"wpe.weight": np.ones((8, 8), int)}), "wpe.weight is int64"),
         (lambda f: changed(f, extra=np.ones(1)), "'extra' is not a parameter"),
+        (lambda f: changed(f, **{"x.attn.bias": np.ones(1)}), "'x.attn.bias' is not a parameter"),
+        (lambda f: changed(f, **{"wpe.weight": np.ones((8, 8), "f4")}), "all float32 or all float64"),
+        (lambda f: changed(f, **{"transformer.wpe.weight": np.ones((8, 8))}), "there twice"),
     ],
 )
 def test_a_folder_that_does_not_belong_together_is_refused(saved, spoil, sentence):
     """Otherwise a model is loaded that nobody saved."""
+    changed(saved)  # now without checksums of the other files
     spoil(saved)
     with pytest.raises(CheckpointError, match=sentence):
         checkpoint.load(saved)
 
 
-def test_a_state_that_is_none_is_refused(saved):
+@pytest.mark.parametrize("state", [{}, {"state": "[1]"}, {"state": "1" * 9_999}])
+def test_a_state_that_is_none_is_refused(saved, state):
     """Otherwise training starts again from nothing, and calls it going on."""
-    (saved / "state.safetensors").write_bytes(safetensors.to_bytes({}, {}))
-    with pytest.raises(CheckpointError, match="holds no training state"):
+    (saved / "state.safetensors").write_bytes(safetensors.to_bytes({}, state))
+    with pytest.raises(CheckpointError, match=r"holds no training state|not a JSON object"):
         checkpoint.load_state(saved)
+
+
+@pytest.mark.parametrize(
+    ("name", "old", "new"),
+    [
+        ("state.safetensors", b'\\"step\\": 7', b'\\"step\\": 9'),
+        ("state.safetensors", b'"F64"', b'"I64"'),
+        ("model.safetensors", b'"F64"', b'"I64"'),
+        ("tokenizer.json", b"abcd", b"abce"),
+        ("config.json", b'"n_head": 2', b'"n_head": 4'),
+    ],
+)
+def test_a_change_that_still_makes_sense_is_refused(saved, name, old, new):
+    """Otherwise a flipped bit in a step, a dtype, a character or a size gives another model, verified."""
+    content = (saved / name).read_bytes()
+    assert old in content
+    (saved / name).write_bytes(content.replace(old, new, 1))
+    with pytest.raises(CheckpointError, match=f"{name}.* does not match (its|the) SHA-256"):
+        checkpoint.load(saved)
+        checkpoint.load_state(saved)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ({"arrays": {"__metadata__": np.ones(1)}}, "'__metadata__' of float64 cannot be written"),
+        ({"arrays": {"a": np.ones(1, complex)}}, "'a' of complex128 cannot be written"),
+        ({"state": {"step": np.int64(3)}}, "the state is not JSON"),
+        ({"state": {"loss": float("nan")}}, "the state is not JSON"),
+        ({"params": {"wte.weight": small()["wte.weight"]}}, "1 arrays are too few|is missing"),
+        ({"params": {**small(), "extra": small()["ln_f.bias"]}}, "'extra' is not a parameter"),
+    ],
+)
+def test_what_could_not_be_loaded_is_not_saved(tmp_path, arguments, sentence):
+    """Otherwise the mistake is found when the run that made it is over."""
+    with pytest.raises(CheckpointError, match=sentence):
+        checkpoint.save(tmp_path / "x", **{"params": small(), "config": CONFIG, "tokenizer": TOKENIZER, **arguments})
+    assert not list(tmp_path.iterdir())
+
+
+def test_each_file_is_whole_before_it_is_synced(tmp_path, monkeypatch):
+    """Otherwise what reaches the disk is the file as it was before its last bytes."""
+    sizes = {}
+    monkeypatch.setattr(
+        os, "fsync", lambda fd: sizes.update({os.readlink(f"/proc/self/fd/{fd}"): os.fstat(fd).st_size})
+    )
+    checkpoint.save(tmp_path / "new" / "run" / "step-1", small(), CONFIG, TOKENIZER)
+    written = {path.rpartition("/")[2]: size for path, size in sizes.items()}
+    for name in FILES:
+        assert written[name] == (tmp_path / "new" / "run" / "step-1" / name).stat().st_size
+    assert {"new", "run"} <= set(written) and tmp_path.name in written  # the folders that hold new names
+
+
+def test_a_pointer_is_written_whole_or_not_at_all(saved, monkeypatch):
+    """Otherwise a full disk leaves odd files, or a pointer to nothing."""
+    with pytest.raises(CheckpointError, match="nothing to point to"):
+        checkpoint.point_to_latest(saved.with_name("nope"))
+
+    def full(descriptor):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="disk full"):
+        checkpoint.point_to_latest(saved)
+    assert [path.name for path in saved.parent.iterdir()] == [saved.name]
 
 
 def test_nothing_is_overwritten(saved):

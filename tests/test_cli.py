@@ -3,13 +3,14 @@
 import contextlib
 import io
 import re
+import shutil
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 
-from minidpo import cli, ops
+from minidpo import checkpoint, cli, generation, ops, training
 from minidpo.ops import OPS
 
 
@@ -87,6 +88,57 @@ def test_sample_goes_on_from_the_prompt(trained, capsys):
     assert cli.main([*command, "--samples", "2", "--temperature", "0"]) == 0
     greedy = capsys.readouterr().out.splitlines()
     assert len(greedy) == 2 and greedy[0] == greedy[1]
+    for options, same in (
+        (["--top-k", "1", "--samples", "2"], True),
+        (["--top-p", "1e-9", "--samples", "2"], True),
+        (["--seed", "9", "--samples", "2"], False),
+    ):
+        assert cli.main([*command, *options]) == 0
+        assert (capsys.readouterr().out.splitlines() == greedy) is same
+    assert cli.main([*command, "--max-new-tokens", "1"]) == 0
+    assert all(len(text) <= 3 for text in capsys.readouterr().out.splitlines())
+
+
+def test_unverified_weights_are_said_to_be(trained, capsys, tmp_path):
+    """Otherwise weights from a stranger pass for checked ones."""
+    copied = shutil.copytree(trained[0] / "model", tmp_path / "copy")
+    weights = copied / "model.safetensors"
+    weights.write_bytes(weights.read_bytes().replace(b'sha256"', b'sha999"'))
+    assert cli.main(["sample", "--checkpoint", str(copied)]) == 0
+    assert "no checksum" in capsys.readouterr().err
+
+
+def test_sample_begins_a_text_as_training_did(trained, capsys, monkeypatch):
+    """Otherwise the model is asked to go on from something that it never saw."""
+    asked = []
+    monkeypatch.setattr(cli, "generate", lambda *args: asked.append(args) or generation.Generation([], []))
+    assert cli.main(["sample", "--checkpoint", str(trained[0] / "model"), "--prompt", "a", "--samples", "2"]) == 0
+    assert asked[0][2] == [[0, 1], [0, 1]]
+
+
+def test_pretrain_passes_its_options_on(trained, capsys, monkeypatch, tmp_path):
+    """Otherwise an option is printed in the help, and ignored."""
+    asked = {}
+    monkeypatch.setattr(training, "pretrain", lambda *args, **options: asked.update(options, examples=args[2]))
+    data = tmp_path / "lines.txt"
+    data.write_bytes("\ufeffab\r\n\nb\u2028a\r\nba\n".encode())
+    command = ["pretrain", "--data", str(data), "--out", str(tmp_path / "m"), "--n-embd", "8", "--n-head", "2"]
+    assert cli.main([*command, "--learning-rate", "0.5", "--batch-size", "3", "--steps", "7", "--replacement"]) == 0
+    assert (asked["learning_rate"], asked["batch_size"], asked["steps"]) == (0.5, 3, 7)
+    assert len(asked["examples"]) == 2  # of three lines: no empty one, and a line separator ends none
+    saved = checkpoint.load(tmp_path / "m")
+    assert saved.tokenizer.characters == "ab\u2028\ufffd" and saved.config.n_positions == 4
+
+
+def test_too_little_memory_is_one_sentence(trained, capsys, monkeypatch, tmp_path):
+    """Otherwise a model that is too large ends in a traceback."""
+
+    def no_memory(*args, **options):
+        raise MemoryError("Unable to allocate 191. GiB")
+
+    monkeypatch.setattr(training, "pretrain", no_memory)
+    assert cli.main([*trained[1][:4], str(tmp_path / "m")]) == 2
+    assert "not enough memory (Unable to allocate 191. GiB)" in capsys.readouterr().err
 
 
 def test_what_is_wrong_is_one_sentence(trained, capsys, tmp_path):
@@ -101,7 +153,7 @@ def test_what_is_wrong_is_one_sentence(trained, capsys, tmp_path):
         (["sample", "--checkpoint", str(folder / "model"), "--top-p", "2"], "top_p = 2.0 is out of range"),
         (["pretrain", "--data", str(tmp_path / "none.txt"), "--out", str(tmp_path / "new")], "No such file"),
         (["pretrain", "--data", str(tmp_path / "one.txt"), "--out", str(tmp_path / "new")], "two different lines"),
-        (["pretrain", "--data", str(tmp_path / "latin.txt"), "--out", str(tmp_path / "new")], "utf-8"),
+        (["pretrain", "--data", str(tmp_path / "latin.txt"), "--out", str(tmp_path / "new")], "byte 0 is not UTF-8"),
         (
             ["pretrain", "--data", str(folder / "names.txt"), "--out", str(tmp_path / "new"), "--n-head", "3"],
             "multiple",

@@ -24,12 +24,18 @@ def test_complete_responses(vocab_size, cap, prompt):
     responses = [tuple(y) for y in exact.complete_responses(vocab_size, cap)]
     n = vocab_size - 1
     assert len(set(responses)) == len(responses) == sum(n**k for k in range(cap + 1))
+    assert [len(y) for y in responses] == sorted(len(y) for y in responses)
     for y in responses:
         assert 0 not in y[:-1] and (y[-1] == 0 or len(y) == cap) and 1 <= len(y) <= cap
 
 
 def test_a_world_too_large_is_refused():
     """Otherwise a laptop enumerates until it stops answering."""
+    for vocab_size, cap in ((1, 2), (3, 0)):
+        with pytest.raises(ValueError, match="nothing to enumerate"):
+            exact.complete_responses(vocab_size, cap)
+    with pytest.raises(ValueError, match="101010101 responses are too many to enumerate, 100000 at the most"):
+        exact.complete_responses(101, 4)
     with pytest.raises(ValueError, match="1111 responses are too many to enumerate, 1000 at the most"):
         exact.complete_responses(11, 3, most=1000)
 

@@ -69,6 +69,32 @@ def test_a_prompt_s_sample_does_not_depend_on_when_others_end(prompts, seed):
     assert sample(equal) == [sample([prompt])[0] for prompt in equal]
 
 
+def test_each_prompt_has_its_own_random_numbers():
+    """Otherwise ten samples of one prompt are one sample ten times."""
+    out = generate(small(), CONFIG, [[1]] * 8, np.random.default_rng(0), 8)
+    assert len({tuple(response) for response in out.responses}) > 4
+
+
+def test_nan_and_tiny_temperatures():
+    """Otherwise a broken model, or a temperature of almost 0, draws the least likely token."""
+    logp = np.log([[0.7, 0.2, 0.1]])
+    assert draw(logp, np.array([0.999]), 1e-320, None, None).tolist() == [0]
+    with pytest.raises(FloatingPointError, match="nan"):
+        draw(logp * np.nan, np.array([0.5]), 1.0, None, None)
+
+
+def test_ties_go_to_the_first():
+    """Otherwise the same seed gives another sample on another machine."""
+    assert draw(np.log(np.full((1, 20), 0.05)), np.array([0.0]), 1.0, 1, None).tolist() == [0]
+
+
+def test_the_cache_has_the_model_s_dtype():
+    """Otherwise sampling in float32 pays for float64."""
+    params = model.init(CONFIG, np.random.default_rng(0))
+    cache = Cache(params, CONFIG, 1, 3)
+    assert cache.keys_values.dtype == cache.extend(np.array([[1, 2]])).dtype == "float32"
+
+
 def test_greedy_takes_the_likeliest():
     """Otherwise temperature 0 is not the limit of small temperatures."""
     params, rng = small(), np.random.default_rng(0)
@@ -112,6 +138,13 @@ def test_tokens_are_drawn_from_the_distribution(logits, temperature, top_k, top_
     ).all()
 
 
+def test_the_defaults_leave_the_model_s_distribution_alone():
+    """Otherwise a sample that nobody asked to be tempered is."""
+    bare = generate(small(), CONFIG, [[1, 2], [3]], np.random.default_rng(0), 6)
+    said = generate(small(), CONFIG, [[1, 2], [3]], np.random.default_rng(0), 6, temperature=1.0, top_k=None, top_p=1.0)
+    assert bare == said != generate(small(), CONFIG, [[1, 2], [3]], np.random.default_rng(0), 6, temperature=2.0)
+
+
 def test_sampling_builds_no_graph():
     """Otherwise a long sample keeps every activation."""
     cache = Cache(small(), CONFIG, 1, 3)
@@ -141,5 +174,7 @@ def test_wrong_arguments_are_refused(options, sentence):
 
 def test_unknown_ids_are_refused():
     """Otherwise a prompt of another vocabulary is continued all the same."""
+    with pytest.raises(TypeError, match="integer"):
+        generation.generate(small(), CONFIG, [[1.7]], np.random.default_rng(0), 2)
     with pytest.raises(IndexError, match="index 5"):
         generation.generate(small(), CONFIG, [[5]], np.random.default_rng(0), 2)

@@ -207,6 +207,13 @@ def test_integer_logits_are_refused(name, dtype):
         OPS[name](np.array([1, 0], dtype=dtype))
 
 
+def test_one_segment_for_each_entry():
+    """Otherwise broadcasting adds one entry to several sums."""
+    for x, segment in ((np.ones(1), [0, 1]), (np.ones((1, 2)), [[0, 1]])):
+        with pytest.raises(ValueError, match="one segment for each entry"):
+            ops.segment_sum(x, segment, 2)
+
+
 def test_lists_are_arrays():
     """Otherwise a sum of two lists is their concatenation."""
     assert ops.add([1.0, 2.0], [3.0, 4.0]).data.tolist() == [4, 6]

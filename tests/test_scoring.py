@@ -129,6 +129,9 @@ def test_an_empty_part_is_refused(route, empty):
 
 def test_the_first_route_refuses_empty_parts_too():
     """Otherwise the seed of everything scores nothing as certain."""
+    for prompt, response in (([1], [2]), ([[1]], [[2], [3]])):
+        with pytest.raises(ValueError, match=re.escape("must be (B, Tp) and (B, Tr), not")):
+            scoring.sequence_logprob(small(), CONFIG, prompt, response)
     for prompt, response in (([[]], [[1]]), ([[1]], [[]])):
         with pytest.raises(ValueError, match=re.escape("need a token each")):
             scoring.sequence_logprob(small(), CONFIG, np.array(prompt, int), np.array(response, int))

@@ -19,6 +19,7 @@ def test_round_trip(text, more):
     assert tokenizer.decode(ids) == text and len(ids) == len(text)
     assert all(0 < i < tokenizer.vocab_size for i in ids)
     assert tokenizer.vocab_size == len(set(text + more)) + 1
+    assert tokenizer.characters == "".join(sorted(tokenizer.characters))  # not in the order of a set
 
 
 @given(text=texts)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minidpo import gradcheck, model, training
+from minidpo import gradcheck, model, optim, training
 from minidpo.exact import chain_rule_logprob
 from minidpo.model import Config
 from minidpo.tokenizer import Tokenizer
@@ -102,6 +102,41 @@ def test_measuring_changes_nothing():
     assert all((trained[0][name].data == trained[1][name].data).all() for name in trained[0])
 
 
+def test_the_loop_is_its_parts():
+    """AdamW, the schedule, clipping, fresh gradients: otherwise one of them is named and not done."""
+    params, others = small(), small()
+    examples = [([0], [1, 2, 0]), ([0, 3], [4, 0]), ([0], [2, 2, 0]), ([0], [0])]
+    training.pretrain(params, CONFIG, examples, examples, np.random.default_rng(5), 4, 2, 0.01, 2, max_norm=0.1)
+    optimizer = optim.AdamW(others, 0.0, betas=(0.9, 0.99), weight_decay=0.01)
+    rng = np.random.default_rng(5)
+    for rate in (0.005, 0.01, 0.01, 0.005):
+        loss = training.nll(others, CONFIG, [examples[i] for i in rng.integers(0, 4, 2)])
+        for p in others.values():
+            p.grad = None
+        loss.backward()
+        assert optim.clip_global_norm(others, 0.1) > 0.1
+        optimizer.learning_rate = rate
+        optimizer.step()
+    for name in params:
+        close(params[name].data, others[name].data, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("wrong", [{"steps": -1}, {"evaluate_every": 0}, {"learning_rate": -1.0}, {"examples": []}])
+def test_wrong_arguments_are_refused(wrong):
+    """Otherwise a negative rate trains uphill, and is saved."""
+    examples = [([0], [1, 0])]
+    arguments = {"examples": examples, "held_out": examples, "rng": np.random.default_rng(0), "steps": 1, **wrong}
+    with pytest.raises(ValueError, match="nothing to do with"):
+        training.pretrain(small(), CONFIG, **arguments)
+
+
+def test_a_run_that_breaks_names_its_step():
+    """Otherwise nan weights are saved, and sampled from."""
+    examples = [([0], [1, 2, 0])]
+    with np.errstate(all="ignore"), pytest.raises((FloatingPointError, ValueError), match=r"at step \d+|finite"):
+        training.pretrain(small(), CONFIG, examples, examples, np.random.default_rng(0), 3, 2, 1e300, 0)
+
+
 def test_a_loss_that_is_not_finite_stops_the_run():
     """Otherwise the run goes on to the end, and saves nan."""
     tokenizer = Tokenizer("ab")
@@ -109,5 +144,5 @@ def test_a_loss_that_is_not_finite_stops_the_run():
     params = model.init(config, np.random.default_rng(0))
     params["wte.weight"].data = params["wte.weight"].data * np.float32(np.nan)
     examples = training.line_examples(["ab"], tokenizer)
-    with pytest.raises(FloatingPointError, match="the loss is nan at step 0"):
+    with pytest.raises(FloatingPointError, match="held-out loss is nan at step 0"):
         training.pretrain(params, config, examples, examples, np.random.default_rng(0), 5)
