@@ -1,5 +1,7 @@
 """The transformer: what it must not see, what must not matter, and its gradient as a whole."""
 
+import dataclasses
+import math
 import re
 
 import numpy as np
@@ -18,6 +20,52 @@ close = np.testing.assert_allclose
 
 def logits(tokens, real=None):
     return model.forward(small(), CONFIG, tokens, real).data
+
+
+def gpt_2(params, n_layer, n_head, text):
+    """GPT-2 read off its description, one text and one head at a time, in plain NumPy."""
+    w = {name: p.data for name, p in params.items()}
+
+    def norm(name, x):
+        centred = x - x.mean(-1, keepdims=True)
+        return centred / np.sqrt(x.var(-1, keepdims=True) + 1e-5) * w[f"{name}.weight"] + w[f"{name}.bias"]
+
+    def affine(name, x):
+        return x @ w[f"{name}.weight"] + w[f"{name}.bias"]
+
+    x = np.stack([w["wte.weight"][token] + w["wpe.weight"][place] for place, token in enumerate(text)])
+    for i in range(n_layer):
+        q, k, v = np.split(affine(f"h.{i}.attn.c_attn", norm(f"h.{i}.ln_1", x)), 3, axis=-1)
+        size = q.shape[1] // n_head
+        heads = np.zeros_like(q)
+        for columns in (slice(h * size, (h + 1) * size) for h in range(n_head)):
+            for t in range(len(text)):
+                scores = np.exp([q[t, columns] @ k[s, columns] / math.sqrt(size) for s in range(t + 1)])
+                heads[t, columns] = scores / scores.sum() @ v[: t + 1, columns]
+        x = x + affine(f"h.{i}.attn.c_proj", heads)
+        hidden = affine(f"h.{i}.mlp.c_fc", norm(f"h.{i}.ln_2", x))
+        hidden = hidden / 2 * (1 + np.tanh(math.sqrt(2 / math.pi) * (hidden + 0.044715 * hidden**3)))
+        x = x + affine(f"h.{i}.mlp.c_proj", hidden)
+    return norm("ln_f", x) @ w["wte.weight"].T
+
+
+@given(tokens=tokens, seed=st.integers(0, 9))
+def test_the_logits_are_gpt_2_s(tokens, seed):
+    """Otherwise it is some transformer, and its weights mean nothing anywhere else."""
+    expected = [gpt_2(small(seed), CONFIG.n_layer, CONFIG.n_head, text) for text in tokens]
+    close(model.forward(small(seed), CONFIG, tokens).data, expected, rtol=1e-10, atol=1e-10)
+
+
+def test_a_row_of_pads_alone_is_no_text():
+    """Otherwise an empty text in a batch is an error from attention."""
+    real = np.array([[True, True], [False, False]])
+    close(logits(np.array([[1, 2], [3, 4]]), real)[0], logits(np.array([[1, 2]]))[0], atol=1e-12)
+
+
+def test_a_config_cannot_change():
+    """Otherwise a model's sizes and its weights drift apart."""
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        CONFIG.n_layer = 3
 
 
 @given(tokens=tokens, data=st.data())
