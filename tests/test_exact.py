@@ -36,6 +36,7 @@ def test_a_world_too_large_is_refused():
             exact.complete_responses(vocab_size, cap)
     with pytest.raises(ValueError, match="101010101 responses are too many to enumerate, 100000 at the most"):
         exact.complete_responses(101, 4)
+    assert len(exact.complete_responses(11, 3, most=1111)) == 1111
     with pytest.raises(ValueError, match="1111 responses are too many to enumerate, 1000 at the most"):
         exact.complete_responses(11, 3, most=1000)
 

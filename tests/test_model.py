@@ -62,6 +62,18 @@ def test_a_row_of_pads_alone_is_no_text():
     close(logits(np.array([[1, 2], [3, 4]]), real)[0], logits(np.array([[1, 2]]))[0], atol=1e-12)
 
 
+@pytest.mark.parametrize("shape", [(0, 3), (2, 0)])
+def test_an_empty_batch_has_no_logits(shape):
+    """Otherwise the last, empty batch of a loop is an error."""
+    assert logits(np.zeros(shape, int)).shape == (*shape, 5)
+
+
+def test_the_smallest_model():
+    """Otherwise a size of 1, which is one, is refused."""
+    config = Config(1, 1, 1, 1, 1)
+    assert model.forward(small(0, config), config, [[0]]).shape == (1, 1, 1)
+
+
 def test_a_config_cannot_change():
     """Otherwise a model's sizes and its weights drift apart."""
     with pytest.raises(dataclasses.FrozenInstanceError):
@@ -163,6 +175,7 @@ def test_init_is_gpt_2_s():
         elif "ln_" in name:
             assert (p.data == 1).all()
         else:
+            assert abs(p.data.mean()) < 0.002
             assert p.data.std() == pytest.approx(0.02 / 4 if "c_proj" in name else 0.02, rel=0.03), name
 
 
@@ -195,6 +208,7 @@ def test_frozen_is_a_copy_without_a_graph():
         (np.array([1, 2]), None, ValueError, "tokens must be (B, T), not (2,)"),
         (np.array([[1, 2]]), np.array([[True]]), ValueError, "and `real` the same, not (1, 1)"),
         (np.array([[1, 2, 3]]), np.array([[True, False, True]]), ValueError, "row 0 has a pad between"),
+        (np.array([[1, 2, 3, 4]]), np.array([[False, True, False, True]]), ValueError, "row 0 has a pad between"),
     ],
 )
 def test_wrong_tokens_are_refused(tokens, real, error, sentence):
