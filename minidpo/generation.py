@@ -2,7 +2,7 @@
 
 import operator
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy
 
@@ -79,7 +79,7 @@ def draw(
 def generate(
     params: Params,
     config: Config,
-    prompt: Sequence[Sequence[int]],
+    prompt: Sequence[Any],
     rng: numpy.random.Generator,
     max_new_tokens: int,
     temperature: float = 1.0,
@@ -92,7 +92,7 @@ def generate(
     ----------
     params : dict of str to Tensor
     config : Config
-    prompt : integers, (B, Tp), or B lists of any lengths
+    prompt : integers, (B, Tp), or B lists of any lengths, or a single one
     rng : numpy.random.Generator
         Gives one uniform number per prompt and step, also to those that are done or whose prompt still
         goes on: for prompts of one length, what is drawn for one does not depend on when another ends.
@@ -120,6 +120,8 @@ def generate(
     ----------
     Fan et al. 2018 (arXiv 1805.04833) for top-k, Holtzman et al. 2020 (arXiv 1904.09751) for top-p.
     """
+    if len(prompt) and numpy.ndim(prompt[0]) == 0:
+        prompt = [prompt]
     texts = [[operator.index(token) for token in ids] for ids in prompt]
     lengths = [len(text) for text in texts]
     if not texts or not all(lengths):

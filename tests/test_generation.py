@@ -75,6 +75,14 @@ def test_each_prompt_has_its_own_random_numbers():
     assert len({tuple(response) for response in out.responses}) > 4
 
 
+def test_a_single_prompt_is_a_batch_of_one():
+    """Otherwise the simplest call of all fails on a bracket."""
+    for prompt in ([1, 2], np.array([1, 2]), [[1, 2]]):
+        assert generate(small(), CONFIG, prompt, np.random.default_rng(0), 4) == generate(
+            small(), CONFIG, np.array([[1, 2]]), np.random.default_rng(0), 4
+        )
+
+
 def test_nan_and_tiny_temperatures():
     """Otherwise a broken model, or a temperature of almost 0, draws the least likely token."""
     logp = np.log([[0.7, 0.2, 0.1]])
