@@ -195,8 +195,8 @@ def read_text(path: Path, most: int = 2**24) -> str:
         raise CheckpointError(f"{path}: is not text in UTF-8") from error
 
 
-def read_config(path: Path) -> Config:
-    """The sizes in a Hugging Face config.json of a GPT-2.
+def read_config(path: Path, document: str) -> Config:
+    """The sizes in a Hugging Face config.json of a GPT-2, read from `path`.
 
     Raises
     ------
@@ -204,9 +204,7 @@ def read_config(path: Path) -> Config:
         If a size is missing or wrong, or the model is one that ours cannot be.
     """
     try:
-        content = json.loads(read_text(path))
-    except CheckpointError:
-        raise
+        content = json.loads(document)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: is not JSON") from error
     if not isinstance(content, dict):
@@ -236,13 +234,13 @@ def load(folder: str | Path, requires_grad: bool = False) -> Checkpoint:
         If a file is missing, truncated, corrupted or foreign, or the files do not belong together.
     """
     folder = latest(folder)
-    config = read_config(folder / "config.json")
+    documents = {name: read_text(folder / name) for name in ("config.json", "tokenizer.json")}
+    config = read_config(folder / "config.json", documents["config.json"])
     path = folder / "model.safetensors"
     stored, metadata, verified = safetensors.read(path)
-    for name in ("config.json", "tokenizer.json"):
-        content = read_text(folder / name).encode()
+    for name, document in documents.items():
         verified = verified and name in metadata
-        if name in metadata and metadata[name] != hashlib.sha256(content).hexdigest():
+        if name in metadata and metadata[name] != hashlib.sha256(document.encode()).hexdigest():
             raise CheckpointError(f"{folder / name}: does not match the SHA-256 in {path.name}: changed or corrupted")
     arrays = {name.removeprefix("transformer."): array for name, array in stored.items()}
     if len(arrays) < len(stored):
@@ -253,9 +251,7 @@ def load(folder: str | Path, requires_grad: bool = False) -> Checkpoint:
     arrays = {name: x for name, x in arrays.items() if not re.fullmatch(r"h\.\d+\.attn\.(masked_)?bias", name)}
     check_weights(arrays, config, path)
     try:
-        tokenizer = Tokenizer.from_json(read_text(folder / "tokenizer.json"))
-    except CheckpointError:
-        raise
+        tokenizer = Tokenizer.from_json(documents["tokenizer.json"])
     except ValueError as error:
         raise CheckpointError(f"{folder / 'tokenizer.json'}: {error}") from error
     if tokenizer.vocab_size != config.vocab_size:

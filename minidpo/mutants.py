@@ -1,4 +1,4 @@
-"""Wrong ways to score a response, each met in public code, and how two oracles find them.
+"""Wrong ways to score a response, and how two oracles find them.
 
 Each mutant is `scoring.sequence_logprob` for one prompt and response with one mistake. Seven are no
 distribution over responses, and the normalisation oracle sees it. Four are one, a wrong one: their

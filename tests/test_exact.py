@@ -69,7 +69,7 @@ def test_the_chain_rule_is_a_distribution_too(vocab_size, cap, prompt):
 
 @pytest.mark.parametrize(("vocab_size", "cap", "prompt"), [(3, 3, [2, 1]), (4, 3, [2, 1, 3]), (5, 2, [1, 4, 4, 1])])
 def test_every_mutant_breaks_what_it_must(vocab_size, cap, prompt):
-    """Otherwise one of these mistakes, each met in public code, could be ours."""
+    """Otherwise one of these mistakes could be ours."""
     params, config = model(vocab_size, cap, prompt)
     table = {verdict.name: verdict for verdict in mutants.verdicts(params, config, prompt, cap)}
     assert len(table) == 12
