@@ -5,6 +5,7 @@ import json
 from collections.abc import Iterable
 
 END_OF_TEXT = 0  # the id of the one special token; no text can spell it, because it has no character
+TURN = "\n"  # the character that ends a prompt, before its response
 REPLACEMENT = "\ufffd"  # Unicode's own character for one that is not known
 
 

@@ -1,4 +1,4 @@
-"""The DPO loss: three routes to its gradient, and the facts about it that are widely got wrong."""
+"""The DPO loss and its kin: routes to their gradients, and the facts about them that are widely got wrong."""
 
 import math
 
@@ -31,22 +31,93 @@ def test_loss_is_the_paper_s(logps, beta, e):
     close(out.reward_w.data, beta * (logps[0] - logps[2]))
 
 
-@given(logps=four_logps, beta=betas, e=smoothings, seed=st.integers(0, 99))
-def test_gradient_three_ways(logps, beta, e, seed):
-    """Autograd = closed form = numerical: otherwise one of the three that the reader sees is wrong."""
+@given(logps=four_logps, beta=betas)
+def test_ipo_is_the_paper_s(logps, beta):
+    """Equation 17, one pair at a time in plain Python: otherwise the finite target 1/(2 tau) is another."""
     w, l, ref_w, ref_l = logps
+    squares = [((a - c) - (b - d) - 1 / (2 * beta)) ** 2 for a, b, c, d in zip(w, l, ref_w, ref_l)]
+    out = losses.ipo_loss(*logps, beta=beta)
+    close(out.loss.item(), sum(squares) / len(squares), rtol=1e-9, atol=1e-12)
+    close(out.reward_w.data, beta * (w - ref_w))
+    close(out.reward_l.data, beta * (l - ref_l))
+    close(out.margin.data, (w - ref_w) - (l - ref_l))
+
+
+@given(logps=four_logps, beta=betas, e=smoothings)
+def test_reference_free_is_dpo_with_a_uniform_reference(logps, beta, e):
+    """The same constant for both responses: otherwise "reference-free" is another loss under that name."""
+    w, l, constant, _ = logps
+    free, uniform = losses.reference_free_loss(w, l, beta, e), losses.dpo_loss(w, l, constant, constant, beta, e)
+    close(free.loss.item(), uniform.loss.item(), rtol=1e-9, atol=1e-12)
+    close(free.margin.data, uniform.margin.data, atol=1e-12)
+    close(free.reward_w.data, beta * w)
+    close(free.reward_l.data, beta * l)
+
+
+def routes(kind, ref_w, ref_l, beta, e):
+    """Loss and closed form of a kind, as functions of the two log-probabilities of the policy."""
+    return {
+        "dpo": (
+            lambda w, l: losses.dpo_loss(w, l, ref_w, ref_l, beta, e),
+            lambda w, l: losses.dpo_gradient(w, l, ref_w, ref_l, beta, e),
+        ),
+        "ipo": (
+            lambda w, l: losses.ipo_loss(w, l, ref_w, ref_l, beta),
+            lambda w, l: losses.ipo_gradient(w, l, ref_w, ref_l, beta),
+        ),
+        "reference-free": (
+            lambda w, l: losses.reference_free_loss(w, l, beta, e),
+            lambda w, l: losses.reference_free_gradient(w, l, beta, e),
+        ),
+    }[kind]
+
+
+KINDS = ["dpo", "ipo", "reference-free"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@given(logps=four_logps, beta=betas, e=smoothings, seed=st.integers(0, 99))
+def test_gradient_four_ways(kind, logps, beta, e, seed):
+    """Autograd = closed form = central = complex step: otherwise one of those that the reader sees is wrong."""
+    w, l, ref_w, ref_l = logps
+    loss, gradient = routes(kind, ref_w, ref_l, beta, e)
     leaves = {"w": Tensor(w, requires_grad=True), "l": Tensor(l, requires_grad=True)}
-
-    def loss(params):
-        return losses.dpo_loss(params["w"], params["l"], ref_w, ref_l, beta, e).loss
-
-    loss(leaves).backward()
-    closed_w, closed_l = losses.dpo_gradient(*logps, beta, e)
+    loss(leaves["w"], leaves["l"]).loss.backward()
+    closed_w, closed_l = gradient(w, l)
     close(leaves["w"].grad, closed_w, rtol=1e-12, atol=1e-15)
     close(leaves["l"].grad, closed_l, rtol=1e-12, atol=1e-15)
     rng = np.random.default_rng(seed)
-    assert gradcheck.check_gradient(loss, leaves, rng, method="central") < 1e-6
-    assert gradcheck.check_gradient(loss, leaves, rng, method="complex") < 1e-12
+    for method, bound in (("central", 1e-6), ("complex", 1e-12)):
+        error = gradcheck.check_gradient(
+            lambda params: loss(params["w"], params["l"]).loss, leaves, rng, 5, method=method
+        )
+        assert error < bound
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@given(same=hnp.arrays(float, (2, 3), elements=st.floats(-50, 0)), beta=betas, e=smoothings)
+def test_identical_responses_have_no_gradient(kind, same, beta, e):
+    """What pushes one and the same text up and down pushes nowhere: otherwise a tie trains the model."""
+    logp, ref = same
+    loss, _ = routes(kind, ref, ref, beta, e)
+    leaf = Tensor(logp, requires_grad=True)
+    loss(leaf, leaf).loss.backward()
+    assert (leaf.grad == 0).all()
+
+
+@given(logps=four_logps, beta=betas, shift=st.floats(-9, 9))
+def test_ipo_sees_only_the_gap_between_references(logps, beta, shift):
+    """Otherwise the normaliser Z(x) would matter to IPO, though to DPO it does not."""
+    w, l, ref_w, ref_l = logps
+    shifted = losses.ipo_loss(w, l, ref_w + shift, ref_l + shift, beta).loss.item()
+    close(shifted, losses.ipo_loss(*logps, beta).loss.item(), rtol=1e-6, atol=1e-9)
+
+
+def test_ipo_at_the_reference():
+    """Loss 1/(4 beta^2), gradient -+1/(beta B): not log 2, and not beta/2, as one reads off DPO."""
+    four = [np.array([-3.0, -4.0]), np.array([-5.0, -1.0])] * 2
+    close(losses.ipo_loss(*four, beta=0.5).loss.item(), 1.0)
+    close(losses.ipo_gradient(*four, beta=0.5)[0], [-1.0, -1.0])
 
 
 def test_worked_example():
@@ -97,7 +168,23 @@ def test_far_log_ratios_are_finite_and_right(ratio, dtype):
     out.loss.backward()
     assert out.loss.dtype == dtype and leaf.grad.dtype == dtype
     assert (out.loss.item(), leaf.grad[0]) == ((0, 0) if ratio > 0 else (1e4, -1))
-    assert losses.dpo_gradient(w, zero, zero, zero, beta=1.0)[0].dtype == dtype
+    closed = losses.dpo_gradient(w, zero, zero, zero, beta=1.0)[0]
+    assert closed.dtype == dtype and closed[0] == leaf.grad[0]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("ratio", [1e4, -1e4])
+def test_every_kind_is_right_far_out(kind, ratio):
+    """Softplus of -z is 0 or -z out there, a square a square: otherwise the kin break where DPO holds."""
+    w, zero, e = np.array([ratio]), np.zeros(1), 0.25
+    loss, gradient = routes(kind, zero, zero, 0.5, e)
+    z = ratio / 2
+    logistic = ((1 - e) * max(0, -z) + e * max(0, z), -0.5 * ((ratio < 0) - e))
+    expected = {"ipo": ((ratio - 1) ** 2, 2 * (ratio - 1))}.get(kind, logistic)
+    leaf = Tensor(w, requires_grad=True)
+    out = loss(leaf, zero)
+    out.loss.backward()
+    close([out.loss.item(), leaf.grad[0], gradient(w, zero)[0][0]], [expected[0], expected[1], expected[1]], rtol=1e-12)
 
 
 def test_an_impossible_rejected_response_costs_nothing():
@@ -117,8 +204,9 @@ def test_numpy_scalars_do_not_widen_the_loss():
 
 def test_the_closed_form_takes_no_tensor():
     """Otherwise a reader waits for a graph that is not there."""
-    with pytest.raises(TypeError, match=r"pass the \.data"):
-        losses.dpo_gradient(Tensor(1.0), 1.0, 1.0, 1.0)
+    for gradient, count in ((losses.dpo_gradient, 4), (losses.ipo_gradient, 4), (losses.reference_free_gradient, 2)):
+        with pytest.raises(TypeError, match=r"pass the \.data"):
+            gradient(*[1.0] * (count - 1), Tensor(1.0))
 
 
 @pytest.mark.parametrize(
@@ -136,5 +224,20 @@ def test_the_closed_form_takes_no_tensor():
 @pytest.mark.parametrize("function", [losses.dpo_loss, losses.dpo_gradient])
 def test_wrong_arguments_are_refused(function, arguments, sentence):
     """Otherwise (B,) and (B, 1) broadcast to (B, B), and every pair is compared with every other."""
+    with pytest.raises(ValueError, match=sentence):
+        function(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("function", "arguments", "sentence"),
+    [
+        (losses.ipo_loss, (1.0, 1.0, 1.0, 1.0, 0.0), "beta must be positive"),
+        (losses.ipo_gradient, (np.ones(2), np.ones(2), np.ones(2), np.ones(1)), "4 log-probabilities"),
+        (losses.reference_free_loss, (np.ones(2), np.ones((2, 1))), r"the 2 log-probabilities must have one shape"),
+        (losses.reference_free_gradient, (1.0, 1.0, 0.1, 0.7), "at most 0.5"),
+    ],
+)
+def test_the_kin_refuse_the_same(function, arguments, sentence):
+    """Otherwise a guard that dpo_loss has is missing next door."""
     with pytest.raises(ValueError, match=sentence):
         function(*arguments)
