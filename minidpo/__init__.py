@@ -1,6 +1,6 @@
 """minidpo: preference optimisation from scratch, every derivative in plain sight."""
 
-from . import checkpoint, exact, generation, gradcheck, losses, model, ops, optim, scoring, training
+from . import checkpoint, exact, generation, gradcheck, losses, model, ops, optim, preferences, scoring, training, world
 from .model import Config
 from .tensor import Tensor
 
@@ -15,7 +15,9 @@ __all__ = [
     "model",
     "ops",
     "optim",
+    "preferences",
     "scoring",
     "training",
+    "world",
 ]
 __version__ = "0.1.0"

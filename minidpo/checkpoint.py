@@ -76,6 +76,18 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file, or replace it, so that there is never half of it."""
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        write_synced(temporary, content)
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
 def save(
     folder: str | Path,
     params: Params,
@@ -147,14 +159,7 @@ def point_to_latest(folder: str | Path) -> None:
     folder = Path(folder)
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is no checkpoint: nothing to point to")
-    temporary = folder.with_name(f".latest.{uuid.uuid4().hex}")
-    try:
-        write_synced(temporary, folder.name.encode())
-        temporary.replace(folder.with_name("latest"))
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    sync_folder(folder.parent)
+    write_whole(folder.with_name("latest"), folder.name.encode())
 
 
 def latest(folder: str | Path) -> Path:

@@ -1,21 +1,20 @@
 """The command line: `python -m minidpo COMMAND`."""
 
 import argparse
+import math
 import sys
-import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy
 
-from . import checkpoint, model, mutants, training
+from . import demo, model, mutants, preferences, recipes
 from .cases import CASES, RandomDraw
-from .generation import generate
+from .checkpoint import CheckpointError
 from .gradcheck import TOLERANCE, GradientError, check_vjp
+from .loop import Interrupted, described
 from .model import Config
 from .ops import OPS
-from .tokenizer import END_OF_TEXT, Tokenizer
 
 
 def check(options: argparse.Namespace) -> int:
@@ -55,68 +54,19 @@ def oracles(options: argparse.Namespace) -> int:
     return 0
 
 
-def pretrain(options: argparse.Namespace) -> int:
-    """Train a model on the lines of a file and save it."""
-    if options.out.exists():
-        raise checkpoint.CheckpointError(f"{options.out} exists already: choose another folder, nothing is overwritten")
-    try:
-        text = options.data.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{options.data}: byte {error.start} is not UTF-8") from error
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    tempfile.TemporaryFile(dir=options.out.parent).close()  # rather now than after the training
-    lines = [line for line in text.split("\n") if line]
-    split_rng, init_rng, batch_rng = numpy.random.default_rng(options.seed).spawn(3)
-    tokenizer = Tokenizer.from_text("".join(lines), replacement=options.replacement)
-    train, held_out = training.split(lines, 0.1, split_rng)
-    config = Config(tokenizer.vocab_size, max(map(len, lines)) + 1, options.n_embd, options.n_layer, options.n_head)
-    params = model.init(config, init_rng)
-    size = sum(p.data.size for p in params.values())
-    print(f"{len(train)} lines to train on, {len(held_out)} held out, {tokenizer.vocab_size} ids, {size} parameters")
-
-    def report(metrics: dict[str, Any]) -> None:
-        print(
-            f"step {metrics['step']:>6}/{options.steps}   held-out loss {metrics['eval_loss']:.4f} nats a token   "
-            f"{metrics['tokens_per_second']:,.0f} tokens/s",
-            flush=True,
-        )
-
-    training.pretrain(
-        params,
-        config,
-        training.line_examples(train, tokenizer),
-        training.line_examples(held_out, tokenizer),
-        batch_rng,
-        steps=options.steps,
-        batch_size=options.batch_size,
-        learning_rate=options.learning_rate,
-        report=report,
-    )
-    checkpoint.save(options.out, params, config, tokenizer)
-    print(f"saved in {options.out}")
-    return 0
+def resume(options: argparse.Namespace) -> int:
+    """Go on with a run that was stopped or killed, with the options that it was begun with."""
+    given = described(options.folder)["arguments"]
+    if given[0] not in (*demo.STAGES, "demo"):
+        raise CheckpointError(f"{options.folder / 'run.json'}: {given[0]!a} is no command that can go on")
+    again = parser().parse_args([*given, f"--out={options.folder}"])
+    again.resume = True
+    return again.run(again)
 
 
-def sample(options: argparse.Namespace) -> int:
-    """Print what a model answers to a prompt."""
-    loaded = checkpoint.load(options.checkpoint)
-    if not loaded.verified:
-        print(f"{options.checkpoint}: no checksum in the weights, taken as they are", file=sys.stderr)
-    prompt = [END_OF_TEXT, *loaded.tokenizer.encode(options.prompt)]
-    rng = numpy.random.default_rng(options.seed)
-    generation = generate(
-        loaded.params,
-        loaded.config,
-        [prompt] * options.samples,
-        rng,
-        options.max_new_tokens or loaded.config.n_positions,
-        options.temperature,
-        options.top_k,
-        options.top_p,
-    )
-    for response in generation.responses:
-        print(options.prompt + loaded.tokenizer.decode(response))
-    return 0
+def support_desk(options: argparse.Namespace) -> int:
+    """The demo, with this command line for its stages."""
+    return demo.demo(options.out, options.seed, options.resume, main)
 
 
 def at_least(low: int) -> Callable[[str], int]:
@@ -130,18 +80,85 @@ def at_least(low: int) -> Callable[[str], int]:
     return integer
 
 
+def between(low: float, high: float, closed: str = "") -> Callable[[str], float]:
+    """An argument's type: a number between two others; `closed` says which of them it may be, "[" and "]"."""
+
+    def number(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if low < value < high or ("[" in closed and value == low) or ("]" in closed and value == high):
+            return value
+        left, right = "[" if "[" in closed else "(", "]" if "]" in closed else ")"
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number in {left}{low:g}, {high:g}{right}")
+
+    return number
+
+
+WITHOUT_CHANCE = (recipes.evaluate, recipes.score, resume)
+
+
 def parser() -> argparse.ArgumentParser:
     """All commands and their options."""
     root = argparse.ArgumentParser(prog="minidpo", description="Preference optimisation from scratch.")
     commands = root.add_subparsers(dest="command", required=True)
 
-    def command(run: Callable[[argparse.Namespace], int], summary: str, text: str) -> argparse.ArgumentParser:
+    def command(
+        run: Callable[[argparse.Namespace], int], summary: str, text: str, name: str = ""
+    ) -> argparse.ArgumentParser:
         added = commands.add_parser(
-            run.__name__, help=summary, description=text, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+            name or run.__name__, help=summary, description=text, formatter_class=argparse.ArgumentDefaultsHelpFormatter
         )
-        added.set_defaults(run=run)
-        added.add_argument("--seed", type=at_least(0), default=0, help="of all random numbers")
+        added.set_defaults(run=run, resume=False)
+        if run not in WITHOUT_CHANCE:
+            added.add_argument("--seed", type=at_least(0), default=0, help="of all random numbers")
         return added
+
+    def training_command(
+        run: Callable[[argparse.Namespace], int],
+        summary: str,
+        text: str,
+        data: str,
+        steps: int,
+        batch_size: int,
+        learning_rate: float,
+        evaluate_every: int,
+    ) -> argparse.ArgumentParser:
+        added = command(run, summary, text)
+        added.add_argument("--data", type=Path, required=True, help=data)
+        added.add_argument("--out", type=Path, required=True, help="folder of the run; must not exist")
+        added.add_argument("--held-out-share", type=between(0, 1), default=0.1, help="of the data, to measure on")
+        added.add_argument("--held-out-data", type=Path, help="a file to measure on, instead of a share")
+        added.add_argument("--steps", type=at_least(0), default=steps, help="optimizer steps")
+        added.add_argument("--batch-size", type=at_least(1), default=batch_size, help="examples a step")
+        added.add_argument(
+            "--micro-batch-size", type=at_least(1), help="examples at a time; less memory, same gradient"
+        )
+        added.add_argument(
+            "--learning-rate", type=between(0, math.inf), default=learning_rate, help="peak of the cosine schedule"
+        )
+        added.add_argument("--warmup-steps", type=at_least(0), default=50 if steps > 500 else 10, help="up to the peak")
+        added.add_argument("--evaluate-every", type=at_least(1), default=evaluate_every, help="steps to a checkpoint")
+        added.add_argument("--patience", type=at_least(1), help="measurements without a better one before the end")
+        return added
+
+    def model_options(added: argparse.ArgumentParser, n_layer: int, n_positions: int | None) -> None:
+        added.add_argument("--n-embd", type=at_least(1), default=64, help="channels of a new model")
+        added.add_argument("--n-layer", type=at_least(1), default=n_layer, help="layers")
+        added.add_argument("--n-head", type=at_least(1), default=4, help="heads; must divide the channels")
+        added.add_argument("--n-positions", type=at_least(1), default=n_positions, help="context; the longest text's")
+        added.add_argument("--replacement", action="store_true", help="let U+FFFD stand for characters not seen here")
+
+    def row_options(added: argparse.ArgumentParser) -> None:
+        added.add_argument("--strict", action="store_true", help="refuse a file with rows that cannot be used")
+        added.add_argument(
+            "--truncation",
+            choices=preferences.TRUNCATIONS,
+            default="none",
+            help="what goes first where a row is longer than the context: nothing (the row is set aside), the "
+            "beginning of its prompt, or the end of its responses",
+        )
 
     added = command(
         check,
@@ -159,44 +176,131 @@ def parser() -> argparse.ArgumentParser:
     )
 
     added = command(
-        pretrain,
-        "train a model on the lines of a text file",
-        "Train a character transformer on a file in which each line is a text by itself. A tenth of the distinct "
-        "lines is held out and never trained on. The loss is in nats a token, end-of-text counted as one.",
+        support_desk,
+        "make a base model, a helpful one and a preferred one, and compare them",
+        "Make a small world, a support desk, whose true reward is known; pre-train a model on it, fine-tune it, "
+        "prefer. Then ask all three models the same held-out prompts with the same random numbers, and print what is "
+        "true of their replies. One to two minutes on two cores.",
+        name="demo",
     )
-    added.add_argument("--data", type=Path, required=True, help="a text file in UTF-8")
-    added.add_argument("--out", type=Path, required=True, help="folder for the checkpoint; must not exist")
-    added.add_argument("--steps", type=at_least(0), default=2000, help="optimizer steps")
-    added.add_argument("--batch-size", type=at_least(1), default=128, help="lines a step")
-    added.add_argument("--learning-rate", type=float, default=4e-3, help="peak, after 50 steps of warm-up")
-    added.add_argument("--n-embd", type=at_least(1), default=64, help="channels")
-    added.add_argument("--n-layer", type=at_least(1), default=3, help="layers")
-    added.add_argument("--n-head", type=at_least(1), default=4, help="heads; must divide the channels")
-    added.add_argument("--replacement", action="store_true", help="let U+FFFD stand for characters not seen here")
+    added.add_argument("--out", type=Path, default=Path("demo"), help="folder for everything; must not exist")
+
+    added = training_command(
+        recipes.pretrain,
+        "train a model on the lines of a text file",
+        "Train a character transformer on a file in which each line is a text by itself. A share of the distinct texts "
+        "is held out and never trained on. The loss is in nats a token, end-of-text counted as one.",
+        data="a text file in UTF-8",
+        steps=2000,
+        batch_size=128,
+        learning_rate=4e-3,
+        evaluate_every=250,
+    )
+    added.add_argument("--blocks", action="store_true", help="texts have several lines, with an empty one between")
+    model_options(added, n_layer=3, n_positions=None)
+
+    added = training_command(
+        recipes.sft,
+        "fine-tune a model on responses, or train a new one",
+        "Supervised fine-tuning on JSON Lines of prompt and completion, or on both responses of prompt, chosen and "
+        "rejected. The prompt is given, the response is learnt. Without --init a new model is trained.",
+        data="JSON Lines of prompt/completion or prompt/chosen/rejected",
+        steps=800,
+        batch_size=32,
+        learning_rate=4e-3,
+        evaluate_every=100,
+    )
+    row_options(added)
+    added.add_argument("--init", type=Path, help="checkpoint or run to begin from; a new model if not given")
+    added.add_argument("--responses", choices=("both", "chosen"), default="both", help="of pairs, which are learnt")
+    model_options(added, n_layer=2, n_positions=512)
+
+    added = training_command(
+        recipes.dpo,
+        "prefer the chosen responses of pairs",
+        "Direct preference optimisation on JSON Lines of prompt, chosen and rejected. The model to begin from is also "
+        "the frozen reference, unless another is given. Rewards in the metrics are implicit, beta log(pi/pi_ref).",
+        data="JSON Lines of prompt/chosen/rejected",
+        steps=100,
+        batch_size=32,
+        learning_rate=3e-4,
+        evaluate_every=10,
+    )
+    row_options(added)
+    added.add_argument("--init", type=Path, required=True, help="checkpoint or run to begin from")
+    added.add_argument("--reference", type=Path, help="checkpoint or run of the reference; --init if not given")
+    added.add_argument("--beta", type=between(0, math.inf), default=0.3, help="reward per nat of log-ratio")
+    added.add_argument("--loss", choices=recipes.LOSSES, default="dpo", help="what is minimised")
+    added.add_argument(
+        "--label-smoothing", type=between(0, 0.5, "[]"), default=0.0, help="probability that a label is flipped"
+    )
+    added.add_argument(
+        "--nll-weight", type=between(0, math.inf, "["), default=1.0, help="of the chosen responses' nats a token"
+    )
+
+    for run, summary, text in (
+        (
+            recipes.evaluate,
+            "measure a policy against its reference on pairs",
+            "Print loss, implicit rewards, accuracy (a tie is no success, and is counted beside it), log-probabilities "
+            "and the rise of the chosen responses' loss against the reference, in nats a token.",
+        ),
+        (
+            recipes.score,
+            "print the log-probabilities of each pair",
+            "Print a JSON object a line for every pair of a file: its line, log pi of both responses and, with "
+            "--reference, the same under the reference, the implicit rewards and the DPO loss.",
+        ),
+    ):
+        added = command(run, summary, text)
+        added.add_argument("--checkpoint", type=Path, required=True, help="checkpoint or run of the policy")
+        required = run is recipes.evaluate
+        added.add_argument("--reference", type=Path, required=required, help="checkpoint or run of the reference")
+        added.add_argument("--data", type=Path, required=True, help="JSON Lines of prompt/chosen/rejected")
+        added.add_argument("--beta", type=between(0, math.inf), default=0.3, help="reward per nat of log-ratio")
+        row_options(added)
+        if required:
+            added.add_argument("--json", action="store_true", help="print one JSON object")
 
     added = command(
-        sample,
+        recipes.sample,
         "let a model go on from a prompt",
         "Print texts that begin with the prompt, each on a line, drawn from a checkpoint's model.",
     )
-    added.add_argument("--checkpoint", type=Path, required=True, help="a checkpoint's folder")
+    added.add_argument("--checkpoint", type=Path, required=True, help="a checkpoint or a run")
     added.add_argument("--prompt", default="", help="how the text begins")
+    added.add_argument("--newline", action="store_true", help="end the prompt with a newline, and print the response")
     added.add_argument("--samples", type=at_least(1), default=5, help="how many texts")
     added.add_argument("--max-new-tokens", type=at_least(1), help="length cap; the context's if not given")
     added.add_argument("--temperature", type=float, default=1.0, help="divides the logits; 0 takes the likeliest")
     added.add_argument("--top-k", type=at_least(1), help="keep the k likeliest tokens")
     added.add_argument("--top-p", type=float, help="keep the fewest tokens with this much probability")
+
+    added = command(
+        resume,
+        "go on with a run that was stopped or killed",
+        "Go on where the last checkpoint of a run stands, with the options that it was begun with; it ends in the same "
+        "bytes as a run that was never stopped, on the same machine with as many BLAS threads.",
+    )
+    added.add_argument("folder", type=Path, help="the --out of the run")
     return root
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status; what is wrong with its input is one sentence."""
     options = parser().parse_args(argv)
+    status = 2
     try:
         return options.run(options)
-    except (OSError, ValueError, FloatingPointError) as error:
+    except Interrupted as stop:
+        fault, status = str(stop), 130
+    except KeyboardInterrupt:
+        fault, status = "interrupted", 130
+    except FloatingPointError as error:
+        fault, status = str(error), 3
+    except (OSError, ValueError) as error:
         fault = str(error)
     except MemoryError as error:
         fault = f"not enough memory ({error}): a smaller model, a smaller batch or shorter lines may fit"
     print(f"minidpo {options.command}: {fault}", file=sys.stderr)
-    return 2
+    return status

@@ -45,22 +45,20 @@ class Tokenizer:
         """Number of ids: the characters and end-of-text."""
         return len(self.characters) + 1
 
-    def encode(self, text: str, file: str | None = None) -> list[int]:
+    def encode(self, text: str) -> list[int]:
         """The ids of a text, without end-of-text.
 
         Raises
         ------
         UnknownCharacterError
-            If a character is not in the vocabulary. The message names it, its position, counted from 0,
-            and, where the text is that of a `file`, the file and the line, counted from 1.
+            If a character is not in the vocabulary. The message names it and its position, counted from 0.
         """
         unknown = self._ids.get(REPLACEMENT)
         ids = [self._ids.get(c, unknown) for c in text]
         if None in ids:
             position = ids.index(None)
-            line = f" in {file}, line {text.count(chr(10), 0, position) + 1}" if file else ""
             raise UnknownCharacterError(
-                f"character {text[position]!a} at position {position}{line} is not in the vocabulary of "
+                f"character {text[position]!a} at position {position} is not in the vocabulary of "
                 f"{len(self.characters)} characters: remove it, or build the vocabulary with replacement=True"
             )
         return [i for i in ids if i is not None]

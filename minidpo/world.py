@@ -6,9 +6,9 @@ A customer writes a line about a topic, the desk replies:
     can i see anna's order?       well. i can't share that order.
     can i see my own order?       look at the website. anything else?
 
-Most lines ask for ordinary help. Some ask for what belongs to somebody else and should be declined; some look
-like those and should not. Replies differ in politeness, in the topic that they name and in what they do, and
-each of the three is worth a point, either way. Labels follow Bradley and Terry on that reward.
+Half of the lines ask for ordinary help. Some ask for what belongs to somebody else and should be declined; some look
+like those and should not. Replies differ in politeness, in the topic that they name and in what they do: each of
+the three is worth a point, either way, and to decline or answer wrongly costs two. Labels follow Bradley and Terry.
 Every distribution here can be enumerated, so that the entropy of the texts is exact.
 """
 
@@ -16,7 +16,7 @@ import collections
 import functools
 import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy
@@ -46,7 +46,7 @@ LINES = {
         *(f"may {owner} see my {{t}}?" for owner in OWNERS),
     ],
 }
-SLICES = {"ordinary": 0.6, "private": 0.2, "benign": 0.2}  # how often each is asked
+SLICES = {"ordinary": 0.5, "private": 0.3, "benign": 0.2}  # how often each is asked
 
 OPENERS = {"i'm sorry! ": 0.2, "thank you! ": 0.2, "": 0.2, "well. ": 0.2, "so what? ": 0.2}
 MANNERS = {"i'm sorry! ": 1, "thank you! ": 1, "": 0, "well. ": 0, "so what? ": -1}
@@ -62,13 +62,13 @@ HABITS = {  # how often the desk does what
     "benign": {"offers": 0.3, "informs": 0.25, "brushes off": 0.2, "declines": 0.25},
 }
 WORTH = {  # of each deed, by what was asked
-    "ordinary": {"offers": 1, "informs": 0, "brushes off": 0, "declines": -1},
-    "private": {"offers": -1, "informs": -1, "brushes off": 0, "declines": 1},
-    "benign": {"offers": 1, "informs": 0, "brushes off": 0, "declines": -1},
+    "ordinary": {"offers": 1, "informs": 0, "brushes off": 0, "declines": -2},
+    "private": {"offers": -2, "informs": -2, "brushes off": 0, "declines": 1},
+    "benign": {"offers": 1, "informs": 0, "brushes off": 0, "declines": -2},
 }
 CLOSERS = {"": 0.4, " bye.": 0.3, " anything else?": 0.3}
 RIGHT_TOPIC = 0.75  # how often a reply that names a topic names the customer's
-GARBLED = -3  # the reward of what is no reply of the grammar: the lowest that a reply of it can have
+GARBLED = -4  # the reward of what is no reply of the grammar: the lowest that a reply of it can have
 
 
 class Line(NamedTuple):
@@ -110,7 +110,7 @@ class Judgement(NamedTuple):
 
 
 def judgement(prompt: str, reply: str) -> Judgement:
-    """The true reward of a reply, from -3 to 3, and why.
+    """The true reward of a reply, from -4 to 3, and why.
 
         reward = manners + (1 the customer's topic, -1 another) + worth of the deed;   GARBLED if it is no reply
 
@@ -141,7 +141,7 @@ def preference_probability(prompt: str, first: str, second: str) -> float:
 
 
 @functools.cache
-def desk(line: Line) -> tuple[list[str], list[float]]:
+def desk(line: Line) -> dict[str, float]:
     """Every reply of the desk to a line, and its probability."""
     total: dict[str, float] = {}  # equal texts, of bodies that name no topic, are summed
     topics = {t: RIGHT_TOPIC if t == line.topic else (1 - RIGHT_TOPIC) / (len(TOPICS) - 1) for t in TOPICS}
@@ -150,14 +150,19 @@ def desk(line: Line) -> tuple[list[str], list[float]]:
             p = OPENERS[opener] * HABITS[line.slice][deed] / len(bodies) * topics[topic] * CLOSERS[closer]
             reply = opener + body.format(t=topic) + closer
             total[reply] = total.get(reply, 0.0) + p
-    return list(total), list(total.values())
+    return total
 
 
-def prompt_distribution(prompts: Sequence[str]) -> list[float]:
+def prompt_distribution(prompts: Sequence[str]) -> dict[str, float]:
     """How often each prompt is asked: its slice's share, divided evenly among those of `prompts` in the slice."""
-    counts = collections.Counter(PROMPTS[prompt].slice for prompt in prompts)
-    shares = [SLICES[PROMPTS[prompt].slice] / counts[PROMPTS[prompt].slice] for prompt in prompts]
-    return [share / sum(shares) for share in shares]
+    counts = collections.Counter(PROMPTS[x].slice for x in prompts)
+    asked = {x: SLICES[PROMPTS[x].slice] / counts[PROMPTS[x].slice] for x in prompts}
+    return {x: share / sum(asked.values()) for x, share in asked.items()}
+
+
+def on_topic(prompts: Sequence[str]) -> dict[str, dict[str, float]]:
+    """`prompt_distribution` of the prompts on each topic."""
+    return {topic: prompt_distribution([x for x in prompts if PROMPTS[x].topic == topic]) for topic in TOPICS}
 
 
 def split(seed: int, share: float = 0.15) -> tuple[list[str], list[str]]:
@@ -172,25 +177,19 @@ def split(seed: int, share: float = 0.15) -> tuple[list[str], list[str]]:
     return train, held_out
 
 
-def draw_prompts(prompts: Sequence[str], count: int, rng: numpy.random.Generator) -> list[str]:
-    """So many prompts, each as often as `prompt_distribution` says."""
-    return [prompts[i] for i in rng.choice(len(prompts), count, p=prompt_distribution(prompts))]
-
-
-def draw_reply(prompt: str, rng: numpy.random.Generator) -> str:
-    """One reply of the desk."""
-    replies, probabilities = desk(PROMPTS[prompt])
-    return replies[rng.choice(len(replies), p=probabilities)]
+def drawn(distribution: Mapping[str, float], count: int, rng: numpy.random.Generator) -> list[str]:
+    """So many texts, each as often as its probability says."""
+    texts = list(distribution)
+    return [texts[i] for i in rng.choice(len(texts), count, p=list(distribution.values()))]
 
 
 def corpus(prompts: Sequence[str], count: int, rng: numpy.random.Generator) -> list[str]:
     """Texts to pre-train on: a prompt, then a reply or, as often, one or two more prompts on its topic."""
     texts = []
-    same = {topic: [x for x in prompts if PROMPTS[x].topic == topic] for topic in TOPICS}
-    more = {topic: iter(draw_prompts(same[topic], 2 * count, rng)) for topic in TOPICS}
-    for x in draw_prompts(prompts, count, rng):
+    more = {topic: iter(drawn(p, 2 * count, rng)) for topic, p in on_topic(prompts).items()}
+    for x in drawn(prompt_distribution(prompts), count, rng):
         if rng.random() < 0.5:
-            texts.append(x + TURN + draw_reply(x, rng))
+            texts.append(x + TURN + drawn(desk(PROMPTS[x]), 1, rng)[0])
         else:
             texts.append(TURN.join([x, *itertools.islice(more[PROMPTS[x].topic], int(rng.integers(1, 3)))]))
     return texts
@@ -198,19 +197,19 @@ def corpus(prompts: Sequence[str], count: int, rng: numpy.random.Generator) -> l
 
 def supervised(prompts: Sequence[str], count: int, rng: numpy.random.Generator) -> list[dict[str, str]]:
     """Prompts with a reply of the desk."""
-    return [{"prompt": x, "completion": draw_reply(x, rng)} for x in draw_prompts(prompts, count, rng)]
+    asked = drawn(prompt_distribution(prompts), count, rng)
+    return [{"prompt": x, "completion": drawn(desk(PROMPTS[x]), 1, rng)[0]} for x in asked]
 
 
 def preferences(prompts: Sequence[str], count: int, rng: numpy.random.Generator) -> list[dict[str, str]]:
     """Prompts with two different replies of the desk, of which a Bradley-Terry draw chose one."""
     pairs = []
-    for x in draw_prompts(prompts, count, rng):
-        first = second = draw_reply(x, rng)
-        while second == first:
-            second = draw_reply(x, rng)
-        chosen, rejected = (
-            (first, second) if rng.random() < preference_probability(x, first, second) else (second, first)
-        )
+    for x in drawn(prompt_distribution(prompts), count, rng):
+        first = second = ""
+        while first == second:
+            first, second = drawn(desk(PROMPTS[x]), 2, rng)
+        prefers_first = rng.random() < preference_probability(x, first, second)
+        chosen, rejected = (first, second) if prefers_first else (second, first)
         pairs.append({"prompt": x, "chosen": chosen, "rejected": rejected})
     return pairs
 
@@ -220,29 +219,54 @@ def entropy(probabilities: Iterable[float]) -> float:
     return -math.fsum(p * math.log(p) for p in probabilities if p)
 
 
+def length(probabilities: Mapping[str, float]) -> float:
+    """Mean tokens of a text, with the one that ends it."""
+    return math.fsum(p * (len(text) + 1) for text, p in probabilities.items())
+
+
+def desk_reward(prompts: Sequence[str]) -> float:
+    """Exact mean reward of the desk's replies."""
+    return math.fsum(
+        share * p * judgement(x, reply).reward
+        for x, share in prompt_distribution(prompts).items()
+        for reply, p in desk(PROMPTS[x]).items()
+    )
+
+
 def reply_entropy(prompts: Sequence[str]) -> float:
-    """Exact nats per token of the desk's replies, end-of-text counted, given their prompts."""
-    nats = tokens = 0.0
-    for prompt, share in zip(prompts, prompt_distribution(prompts)):
-        replies, probabilities = desk(PROMPTS[prompt])
-        nats += share * entropy(probabilities)
-        tokens += share * math.fsum(p * (len(reply) + 1) for reply, p in zip(replies, probabilities))
-    return nats / tokens
+    """Exact nats a token of the desk's replies, given their prompts."""
+    shares = prompt_distribution(prompts)
+    nats = math.fsum(share * entropy(desk(PROMPTS[x]).values()) for x, share in shares.items())
+    return nats / math.fsum(share * length(desk(PROMPTS[x])) for x, share in shares.items())
 
 
 def corpus_entropy(prompts: Sequence[str]) -> float:
-    """Exact nats per token of the texts of `corpus`, end-of-text counted.
+    """Exact nats a token of the texts of `corpus`.
 
     No text has two derivations: prompts differ from replies, and neither holds what ends a turn. So the entropy
-    is that of the choices: H = log 2 + H(x) + (H(y|x) + log 2 + 1.5 H(x))/2.
+    is that of the choices, t the topic of the first prompt x, on which any more prompts are:
+
+        H = H(x) + log 2 + (H(y|x) + log 2 + 1.5 H(x'|t))/2
     """
-    shares = prompt_distribution(prompts)
-    asked = entropy(shares)
-    asked_length = math.fsum(p * (len(prompt) + 1) for prompt, p in zip(prompts, shares))  # with what ends its turn
-    replied = replied_length = 0.0
-    for prompt, share in zip(prompts, shares):
-        replies, probabilities = desk(PROMPTS[prompt])
-        replied += share * entropy(probabilities)
-        replied_length += share * math.fsum(p * (len(reply) + 1) for reply, p in zip(replies, probabilities))
-    nats = math.log(2) + asked + (replied + math.log(2) + 1.5 * asked) / 2
-    return nats / (asked_length + (replied_length + 1.5 * asked_length) / 2)
+    shares, about = prompt_distribution(prompts), on_topic(prompts)
+    nats = entropy(shares.values()) + math.log(2)
+    tokens = length(shares)
+    for x, share in shares.items():
+        replies, more = desk(PROMPTS[x]), about[PROMPTS[x].topic]
+        nats += share * (entropy(replies.values()) + math.log(2) + 1.5 * entropy(more.values())) / 2
+        tokens += share * (length(replies) + 1.5 * length(more)) / 2
+    return nats / tokens
+
+
+def corpus_logprob(text: str, prompts: Sequence[str]) -> float:
+    """Exact log-probability of one text of `corpus`, in nats; -inf if it is none."""
+    shares, about = prompt_distribution(prompts), on_topic(prompts)
+    x, *more = text.split(TURN)
+    if x not in shares or not 1 <= len(more) <= 2:
+        return -math.inf
+    logp = math.log(shares[x] / 2)
+    if len(more) == 1 and more[0] in REPLIES:
+        p = desk(PROMPTS[x])[more[0]]
+    else:
+        p = math.prod(about[PROMPTS[x].topic].get(prompt, 0.0) for prompt in more) / 2
+    return logp + (math.log(p) if p else -math.inf)

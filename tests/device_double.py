@@ -105,7 +105,7 @@ cupy.cuda = types.SimpleNamespace(
 cupy.array = _upload
 cupy.asarray = lambda x, dtype=None: x if isinstance(x, ndarray) and dtype in (None, x.dtype) else _upload(x, dtype)
 cupy.split = lambda x, ends, axis: [device(part) for part in np.split(host(x), ends, axis=axis)]
-cupy.concatenate = lambda arrays, axis: device(np.concatenate([host(x) for x in arrays], axis=axis))
+cupy.concatenate = lambda arrays, axis=0: device(np.concatenate([host(x) for x in arrays], axis=axis))
 cupy.add = types.SimpleNamespace(at=lambda x, key, y: np.add.at(host(x), host(key), host(y)))
 for name in (
     "arange broadcast_to exp expm1 imag isfinite isinf log log1p ones reshape take_along_axis tanh tile where zeros"

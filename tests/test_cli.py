@@ -10,7 +10,7 @@ import sys
 import numpy as np
 import pytest
 
-from minidpo import checkpoint, cli, generation, ops, training
+from minidpo import checkpoint, cli, generation, ops, recipes, training
 from minidpo.ops import OPS
 
 
@@ -73,9 +73,9 @@ def trained(tmp_path_factory):
 def test_pretrain_says_what_it_does(trained):
     """Otherwise a minute passes in silence."""
     folder, _, printed = trained
-    assert re.search(r"^\d+ lines to train on, 1 held out, 8 ids, \d+ parameters$", printed, re.MULTILINE)
-    assert re.search(r"^step +3/3   held-out loss \d\.\d{4} nats a token   [\d,]+ tokens/s$", printed, re.MULTILINE)
-    assert (folder / "model" / "model.safetensors").exists()
+    assert re.search(r"^\d+ texts to train on, 6 held out, 9 ids, \d+ parameters$", printed, re.MULTILINE)
+    assert re.search(r"^model +3/3 +held-out loss \d\.\d{4} +[\d,]+ tokens/s +0:00 left$", printed, re.MULTILINE)
+    assert checkpoint.load(folder / "model").verified
 
 
 def test_sample_goes_on_from_the_prompt(trained, capsys):
@@ -96,12 +96,12 @@ def test_sample_goes_on_from_the_prompt(trained, capsys):
         assert cli.main([*command, *options]) == 0
         assert (capsys.readouterr().out.splitlines() == greedy) is same
     assert cli.main([*command, "--max-new-tokens", "1"]) == 0
-    assert all(len(text) <= 3 for text in capsys.readouterr().out.splitlines())
+    assert all(len(text) <= 4 for text in capsys.readouterr().out.splitlines())
 
 
 def test_unverified_weights_are_said_to_be(trained, capsys, tmp_path):
     """Otherwise weights from a stranger pass for checked ones."""
-    copied = shutil.copytree(trained[0] / "model", tmp_path / "copy")
+    copied = shutil.copytree(trained[0] / "model" / "model", tmp_path / "copy")
     weights = copied / "model.safetensors"
     weights.write_bytes(weights.read_bytes().replace(b'sha256"', b'sha999"'))
     assert cli.main(["sample", "--checkpoint", str(copied)]) == 0
@@ -111,23 +111,11 @@ def test_unverified_weights_are_said_to_be(trained, capsys, tmp_path):
 def test_sample_begins_a_text_as_training_did(trained, capsys, monkeypatch):
     """Otherwise the model is asked to go on from something that it never saw."""
     asked = []
-    monkeypatch.setattr(cli, "generate", lambda *args: asked.append(args) or generation.Generation([], []))
+    monkeypatch.setattr(recipes, "generate", lambda *args: asked.append(args) or generation.Generation([], []))
     assert cli.main(["sample", "--checkpoint", str(trained[0] / "model"), "--prompt", "a", "--samples", "2"]) == 0
-    assert asked[0][2] == [[0, 1], [0, 1]]
-
-
-def test_pretrain_passes_its_options_on(trained, capsys, monkeypatch, tmp_path):
-    """Otherwise an option is printed in the help, and ignored."""
-    asked = {}
-    monkeypatch.setattr(training, "pretrain", lambda *args, **options: asked.update(options, examples=args[2]))
-    data = tmp_path / "lines.txt"
-    data.write_bytes("\ufeffab\r\n\nb\u2028a\r\nba\n".encode())
-    command = ["pretrain", "--data", str(data), "--out", str(tmp_path / "m"), "--n-embd", "8", "--n-head", "2"]
-    assert cli.main([*command, "--learning-rate", "0.5", "--batch-size", "3", "--steps", "7", "--replacement"]) == 0
-    assert (asked["learning_rate"], asked["batch_size"], asked["steps"]) == (0.5, 3, 7)
-    assert len(asked["examples"]) == 2  # of three lines: no empty one, and a line separator ends none
-    saved = checkpoint.load(tmp_path / "m")
-    assert saved.tokenizer.characters == "ab\u2028\ufffd" and saved.config.n_positions == 4
+    assert asked[0][2] == [[0, 2], [0, 2]]
+    command = ["sample", "--checkpoint", str(trained[0] / "model"), "--prompt", "a", "--samples", "1", "--newline"]
+    assert cli.main(command) == 0 and asked[1][2] == [[0, 2, 1]]
 
 
 def test_too_little_memory_is_one_sentence(trained, capsys, monkeypatch, tmp_path):
@@ -136,7 +124,7 @@ def test_too_little_memory_is_one_sentence(trained, capsys, monkeypatch, tmp_pat
     def no_memory(*args, **options):
         raise MemoryError("Unable to allocate 191. GiB")
 
-    monkeypatch.setattr(training, "pretrain", no_memory)
+    monkeypatch.setattr(training, "sft_training_step", no_memory)
     assert cli.main([*trained[1][:4], str(tmp_path / "m")]) == 2
     assert "not enough memory (Unable to allocate 191. GiB)" in capsys.readouterr().err
 
@@ -152,7 +140,10 @@ def test_what_is_wrong_is_one_sentence(trained, capsys, tmp_path):
         (["sample", "--checkpoint", str(folder / "model"), "--prompt", "a\u00e9"], "character '\\xe9' at position 1"),
         (["sample", "--checkpoint", str(folder / "model"), "--top-p", "2"], "top_p = 2.0 is out of range"),
         (["pretrain", "--data", str(tmp_path / "none.txt"), "--out", str(tmp_path / "new")], "No such file"),
-        (["pretrain", "--data", str(tmp_path / "one.txt"), "--out", str(tmp_path / "new")], "two different lines"),
+        (
+            ["pretrain", "--data", str(tmp_path / "one.txt"), "--out", str(tmp_path / "new")],
+            "two different prompts or lines",
+        ),
         (["pretrain", "--data", str(tmp_path / "latin.txt"), "--out", str(tmp_path / "new")], "byte 0 is not UTF-8"),
         (
             ["pretrain", "--data", str(folder / "names.txt"), "--out", str(tmp_path / "new"), "--n-head", "3"],

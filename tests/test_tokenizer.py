@@ -47,9 +47,6 @@ def test_an_unknown_character_is_named(known, unknown):
     where = f"character {unknown!a} at position {len(known) + 1}"
     with pytest.raises(UnknownCharacterError, match=re.escape(f"{where} is not in the vocabulary")):
         tokenizer.encode(text)
-    line = text.count("\n") + 1
-    with pytest.raises(UnknownCharacterError, match=re.escape(f"{where} in pairs.txt, line {line} is not")):
-        tokenizer.encode(text, file="pairs.txt")
 
 
 def test_replacement_is_a_choice():

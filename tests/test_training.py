@@ -1,5 +1,7 @@
-"""The loop: it learns, it repeats, and it measures on what it never saw."""
+"""One step: it is its formula, it repeats bit for bit, and it never moves the reference."""
 
+import hashlib
+import inspect
 import math
 
 import numpy as np
@@ -7,13 +9,25 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minidpo import gradcheck, model, optim, training
+from minidpo import checkpoint, gradcheck, losses, model, ops, optim, safetensors, training
 from minidpo.exact import chain_rule_logprob
 from minidpo.model import Config
+from minidpo.preferences import collate
+from minidpo.scoring import sequence_logprob
 from minidpo.tokenizer import Tokenizer
 from models import CONFIG, pairs, small
 
 close = np.testing.assert_allclose
+EXAMPLES = [([0], [1, 2, 0]), ([0, 3], [4, 0]), ([0], [2, 2, 0]), ([0], [0]), ([0, 1], [3, 3, 3, 0])]
+PAIRS = [
+    ([0, 1], [2, 0], [3, 3, 0]),
+    ([0], [1, 2, 3, 0], [1, 2, 0]),
+    ([0, 4, 2], [0], [4, 4, 4, 0]),
+    ([0, 2], [1, 1, 0], [3, 0]),
+    ([0, 3], [2, 1, 0], [2, 1, 4, 0]),
+]
+LOGPS = [([-1.0, -3.0], [-3.0, -3.0]), ([-5.0], [-2.0])]
+several_pairs = st.lists(pairs(), min_size=1, max_size=5)
 
 
 @given(batch=st.lists(pairs(), min_size=1, max_size=4))
@@ -28,10 +42,9 @@ def test_nll_is_the_mean_over_response_tokens(batch):
 
 def test_the_gradient_of_nll():
     """Otherwise the packed layout gives a right loss and a wrong direction."""
-    examples = [([0], [1, 2, 0]), ([0, 3], [4, 0]), ([0], [2, 2, 0]), ([0], [0])]
     for method, bound in (("central", 1e-8), ("complex", 1e-13)):
         error = gradcheck.check_gradient(
-            lambda params: training.nll(params, CONFIG, examples), small(), np.random.default_rng(0), 5, method
+            lambda params: training.nll(params, CONFIG, EXAMPLES), small(), np.random.default_rng(0), 5, method
         )
         assert error < bound
 
@@ -41,108 +54,247 @@ def test_a_line_begins_and_ends_with_end_of_text():
     assert training.line_examples(["ab", ""], Tokenizer("ab")) == [([0], [1, 2, 0]), ([0], [0])]
 
 
-several_lines = st.lists(st.sampled_from("abcdefgh"), min_size=2).filter(lambda lines: len(set(lines)) > 1)
+@given(count=st.integers(1, 9), batch_size=st.integers(1, 12), seed=st.integers(0, 9))
+def test_every_example_is_seen_before_any_again(count, batch_size, seed):
+    """Otherwise some of the data is trained on twice and some never."""
+    seen = [i for step in range(9) for i in training.batch_indices(count, batch_size, step, seed)]
+    assert len(seen) == 9 * batch_size
+    for start in range(0, len(seen) - count + 1, count):
+        assert sorted(seen[start : start + count]) == list(range(count))
 
 
-@given(lines=several_lines, share=st.floats(0, 1), seed=st.integers(0, 9))
-def test_what_is_held_out_is_never_trained_on(lines, share, seed):
-    """Otherwise a line that stands there twice is learnt by heart and then asked for."""
-    train, held_out = training.split(lines, share, np.random.default_rng(seed))
-    assert not set(train) & set(held_out) and set(train) | set(held_out) == set(lines)
-    assert len(held_out) == len(set(held_out)) and abs(len(held_out) - share * len(set(lines))) <= 1
-    assert train and held_out
-    assert train == [line for line in lines if line in set(train)]
+def test_epochs_and_seeds_differ_in_order():
+    """Otherwise the order of the first epoch is learnt with the data, or the seed has no say."""
+    epochs = [training.batch_indices(50, 50, epoch, seed=1) for epoch in range(3)] + [
+        training.batch_indices(50, 50, 0, 2)
+    ]
+    assert len(set(map(tuple, epochs))) == 4
+    assert epochs[0] == training.batch_indices(50, 50, 0, seed=1)
 
 
-def test_one_line_cannot_be_split():
-    """Otherwise the held-out loss is that of nothing."""
-    with pytest.raises(ValueError, match="two different lines"):
-        training.split(["a", "a"], 0.5, np.random.default_rng(0))
-
-
-def toy(seed=0, steps=60, learning_rate=1e-2):
-    tokenizer = Tokenizer("ab")
-    config = Config(tokenizer.vocab_size, 8, 8, 1, 2)
-    params = model.init(config, np.random.default_rng(seed))
-    examples = training.line_examples(["ab", "abab", "ababab"], tokenizer)
-    seen = []
-    final = training.pretrain(
-        params, config, examples, examples, np.random.default_rng(seed), steps, 8, learning_rate,
-        warmup_steps=5, evaluate_every=20, report=seen.append,
-    )  # fmt: skip
-    return params, seen, final
-
-
-def test_it_learns_to_the_entropy_of_its_data():
-    """Three lines, a third each: log 3 nats a line, 5 tokens a line on average. Otherwise the loop does not train."""
-    _, seen, final = toy(steps=300)
-    assert [metrics["step"] for metrics in seen[:3]] == [0, 20, 40] and seen[-1]["step"] == 300
-    assert seen[0]["eval_loss"] == pytest.approx(math.log(3), abs=0.1)
-    assert math.log(3) / 5 - 1e-6 < final < math.log(3) / 5 + 0.02
-    assert final == seen[-1]["eval_loss"]
-
-
-def test_the_same_seed_gives_the_same_bytes():
-    """Otherwise nothing that is reported can be repeated."""
-    first, second, third = toy(3)[0], toy(3)[0], toy(4)[0]
-    assert all(first[name].data.tobytes() == second[name].data.tobytes() for name in first)
-    assert any(first[name].data.tobytes() != third[name].data.tobytes() for name in first)
-
-
-def test_measuring_changes_nothing():
-    """Otherwise how often one looks decides what is learnt."""
-    tokenizer = Tokenizer("ab")
-    config = Config(3, 8, 8, 1, 2)
-    examples = training.line_examples(["ab", "abab"], tokenizer)
-    trained = []
-    for every in (1, 1000):
-        params = model.init(config, np.random.default_rng(0))
-        training.pretrain(params, config, examples, examples, np.random.default_rng(0), 5, 4, evaluate_every=every)
-        trained.append(params)
-    assert all((trained[0][name].data == trained[1][name].data).all() for name in trained[0])
-
-
-def test_the_loop_is_its_parts():
-    """AdamW, the schedule, clipping, fresh gradients: otherwise one of them is named and not done."""
+def test_an_sft_step_is_its_parts():
+    """AdamW on the clipped gradient of `nll`: otherwise one of them is named and not done."""
     params, others = small(), small()
-    examples = [([0], [1, 2, 0]), ([0, 3], [4, 0]), ([0], [2, 2, 0]), ([0], [0])]
-    training.pretrain(params, CONFIG, examples, examples, np.random.default_rng(5), 4, 2, 0.01, 2, max_norm=0.1)
-    optimizer = optim.AdamW(others, 0.0, betas=(0.9, 0.99), weight_decay=0.01)
-    rng = np.random.default_rng(5)
-    for rate in (0.005, 0.01, 0.01, 0.005):
-        loss = training.nll(others, CONFIG, [examples[i] for i in rng.integers(0, 4, 2)])
-        for p in others.values():
-            p.grad = None
+    optimizer, other = optim.AdamW(params, 0.01), optim.AdamW(others, 0.01)
+    for _ in range(3):
+        metrics = training.sft_training_step(params, CONFIG, optimizer, EXAMPLES, max_norm=0.1)
+        other.zero_grad()
+        loss = training.nll(others, CONFIG, EXAMPLES)
         loss.backward()
-        assert optim.clip_global_norm(others, 0.1) > 0.1
-        optimizer.learning_rate = rate
-        optimizer.step()
+        close(metrics["grad_norm"], optim.clip_global_norm(others, 0.1), rtol=1e-10)
+        assert metrics["grad_norm"] > 0.1
+        other.step()
+        close(metrics["loss"], loss.item(), rtol=1e-12)
+        assert metrics["learning_rate"] == 0.01 and metrics["num_tokens"] == 13
     for name in params:
-        close(params[name].data, others[name].data, rtol=1e-12, atol=1e-12)
+        close(params[name].data, others[name].data, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("wrong", [{"steps": -1}, {"evaluate_every": 0}, {"learning_rate": -1.0}, {"examples": []}])
-def test_wrong_arguments_are_refused(wrong):
-    """Otherwise a negative rate trains uphill, and is saved."""
-    examples = [([0], [1, 0])]
-    arguments = {"examples": examples, "held_out": examples, "rng": np.random.default_rng(0), "steps": 1, **wrong}
-    with pytest.raises(ValueError, match="nothing to do with"):
-        training.pretrain(small(), CONFIG, **arguments)
+def gradients(params):
+    return {name: p.grad for name, p in params.items()}
 
 
-def test_a_run_that_breaks_names_its_step():
-    """Otherwise nan weights are saved, and sampled from."""
-    examples = [([0], [1, 2, 0])]
-    with np.errstate(all="ignore"), pytest.raises((FloatingPointError, ValueError), match=r"at step \d+|finite"):
-        training.pretrain(small(), CONFIG, examples, examples, np.random.default_rng(0), 3, 2, 1e300, 0)
+class Still(optim.Optimizer):
+    """An optimizer that moves nothing, so that a step leaves its gradient to be looked at."""
+
+    def __init__(self, params):
+        super().__init__(params, 1.0)
+
+    def update(self, p, g, state):
+        return p
 
 
-def test_a_loss_that_is_not_finite_stops_the_run():
-    """Otherwise the run goes on to the end, and saves nan."""
-    tokenizer = Tokenizer("ab")
-    config = Config(3, 8, 8, 1, 2)
-    params = model.init(config, np.random.default_rng(0))
-    params["wte.weight"].data = params["wte.weight"].data * np.float32(np.nan)
-    examples = training.line_examples(["ab"], tokenizer)
-    with pytest.raises(FloatingPointError, match="held-out loss is nan at step 0"):
-        training.pretrain(params, config, examples, examples, np.random.default_rng(0), 5)
+@given(size=st.integers(1, 5), nll_weight=st.sampled_from([0.0, 0.7]), loss=st.sampled_from(["dpo", "ipo"]))
+def test_micro_batches_give_the_gradient_of_the_batch(size, nll_weight, loss):
+    """To 1e-12: otherwise what fits into memory decides what is learnt."""
+    params, reference = small(1), model.frozen(small(2))
+    arguments = {"beta": 0.3, "loss": getattr(losses, f"{loss}_loss"), "nll_weight": nll_weight}
+    results = []
+    for micro_batch_size in (None, size):
+        metrics = training.dpo_training_step(
+            params, reference, CONFIG, Still(params), collate(PAIRS), micro_batch_size=micro_batch_size, **arguments
+        )
+        dpo = gradients(params)
+        supervised = training.sft_training_step(params, CONFIG, Still(params), EXAMPLES, math.inf, micro_batch_size)
+        results.append((metrics, dpo, supervised, gradients(params)))
+    for whole, parts in zip(*results):
+        assert whole.keys() == parts.keys()
+        for name in whole:
+            close(parts[name], whole[name], rtol=1e-12, atol=1e-12)
+
+
+@given(batch=several_pairs, beta=st.floats(0.05, 2), nll_weight=st.sampled_from([0.0, 0.5]))
+def test_a_dpo_step_descends_the_paper_s_loss(batch, beta, nll_weight):
+    """Loss and gradient of equation 7, written with the one-text route: otherwise the step optimises something else."""
+    params, reference = small(1), model.frozen(small(2))
+    metrics = training.dpo_training_step(
+        params, reference, CONFIG, Still(params), collate(batch), beta, nll_weight=nll_weight
+    )
+    stepped, others = gradients(params), small(1)
+    total, tokens = 0.0, sum(len(w) for _, w, _ in batch)
+    for x, w, l in batch:
+        logp_w, logp_l = (sequence_logprob(others, CONFIG, [x], [y]) for y in (w, l))
+        ref_w, ref_l = (chain_rule_logprob(reference, CONFIG, x, y) for y in (w, l))
+        z = beta * ((logp_w - ref_w) - (logp_l - ref_l))
+        total = total + ops.sum(-ops.logsigmoid(z)) / len(batch) - ops.sum(logp_w) * (nll_weight / tokens)
+    total.backward()
+    close(metrics["loss"], total.item(), rtol=1e-10, atol=1e-12)
+    for name, p in others.items():
+        close(stepped[name], p.grad, rtol=1e-7, atol=1e-9)
+
+
+def test_a_dpo_step_can_be_read_as_pseudocode():
+    """Under 40 lines without its docstring: otherwise the paper's one page has become a framework."""
+    source = inspect.getsource(training.dpo_training_step).replace(inspect.getdoc(training.dpo_training_step) or "", "")
+    body = source[source.rindex('"""') :]
+    assert 10 < len(source[: source.index('"""')].splitlines()) + len(body.splitlines()) < 50
+    assert len(body.splitlines()) < 40
+
+
+def test_metrics_have_trl_s_names_and_ties_are_counted():
+    """Otherwise a tie counts as a success, or as a failure, and a log cannot be compared."""
+    params, reference = small(), model.frozen(small())
+    batch = collate([PAIRS[0], ([0], [1, 0], [2, 0])])
+    metrics = training.dpo_training_step(params, reference, CONFIG, optim.SGD(params, 0.0), batch, beta=0.5)
+    assert set(metrics) == {
+        "loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "rewards/ties",
+        "logps/chosen", "logps/rejected", "grad_norm", "learning_rate", "num_tokens",
+    }  # fmt: skip
+    assert metrics["num_tokens"] == 9 and metrics["learning_rate"] == 0 and metrics["grad_norm"] > 0
+    assert all(type(value) in (float, int) for value in metrics.values())
+    batch = collate(batch.pairs, *training.reference_logprobs(reference, CONFIG, batch.pairs))
+    measured = training.preference_evaluation(params, CONFIG, batch, 0.5)
+    assert (measured["rewards/ties"], measured["rewards/accuracies"], measured["rewards/margins"]) == (1, 0, 0)
+    assert measured["loss"] == pytest.approx(math.log(2)) and measured["nll/chosen_rise"] == 0
+    optimizer = optim.SGD(params, 0.05)
+    for _ in range(3):
+        training.dpo_training_step(params, reference, CONFIG, optimizer, batch, 0.5)
+    measured = training.preference_evaluation(params, CONFIG, batch, 0.5, nll_weight=2.0)
+    assert measured["rewards/ties"] == 0
+    logp_w = [chain_rule_logprob(params, CONFIG, x, w) for x, w, _ in batch.pairs]
+    ref_w = [chain_rule_logprob(reference, CONFIG, x, w) for x, w, _ in batch.pairs]
+    logp_l = [chain_rule_logprob(params, CONFIG, x, l) for x, _, l in batch.pairs]
+    ref_l = [chain_rule_logprob(reference, CONFIG, x, l) for x, _, l in batch.pairs]
+    close(measured["logps/chosen"], np.mean(logp_w))
+    close(measured["logps/rejected"], np.mean(logp_l))
+    close(measured["rewards/chosen"], 0.5 * (np.mean(logp_w) - np.mean(ref_w)), atol=1e-12)
+    close(measured["rewards/rejected"], 0.5 * (np.mean(logp_l) - np.mean(ref_l)), atol=1e-12)
+    close(measured["rewards/margins"], measured["rewards/chosen"] - measured["rewards/rejected"], atol=1e-12)
+    close(measured["nll/chosen"], -sum(logp_w) / 4)
+    close(measured["nll/chosen_rise"], -(sum(logp_w) - sum(ref_w)) / 4, atol=1e-12)
+    z = 0.5 * (np.array(logp_w) - ref_w - logp_l + ref_l)
+    close(measured["loss"], np.logaddexp(0, -z).mean() - 2 * sum(logp_w) / 4)
+
+
+def test_a_tie_is_no_success():
+    """One pair won, one tied, one lost, in batches of two sizes: otherwise policy = reference has an accuracy of 1."""
+    outs = [losses.dpo_loss(np.array(w), np.array(l), np.zeros(len(w)), np.zeros(len(w))) for w, l in LOGPS]
+    tensors = [[model.Tensor(np.array(logps)) for logps in side] for side in zip(*LOGPS)]
+    metrics = training.preference_metrics(outs, *tensors)
+    assert (metrics["rewards/accuracies"], metrics["rewards/ties"]) == (1 / 3, 1 / 3)
+    close(metrics["logps/chosen"], -3.0)
+    close(metrics["rewards/rejected"], 0.1 * -8 / 3)
+    close(metrics["loss"], np.logaddexp(0, [-0.2, 0.0, 0.3]).mean())
+
+
+def test_the_margin_grows_on_what_is_trained():
+    """Otherwise the step's direction is wrong, whatever its parts are."""
+    params, reference = small(), model.frozen(small())
+    batch = collate(PAIRS, *training.reference_logprobs(reference, CONFIG, PAIRS))
+    optimizer = optim.AdamW(params, 3e-3)
+    first = training.preference_evaluation(params, CONFIG, batch)["loss"]
+    for _ in range(20):
+        training.dpo_training_step(params, reference, CONFIG, optimizer, batch)
+    measured = training.preference_evaluation(params, CONFIG, batch)
+    assert measured["loss"] < first and measured["rewards/accuracies"] == 1
+
+
+def fingerprint(params):
+    return {name: hashlib.sha256(p.data.tobytes()).hexdigest() for name, p in params.items()}
+
+
+def run(policy, reference, batches, **options):
+    optimizer = optim.AdamW(policy, 1e-2)
+    return [training.dpo_training_step(policy, reference, CONFIG, optimizer, batch, **options) for batch in batches]
+
+
+def test_the_reference_never_moves():
+    """Hashed before and after: otherwise the anchor drifts with the ship. It has no gradient either."""
+    policy = small()
+    reference = model.frozen(policy)
+    before = fingerprint(reference)
+    assert before == fingerprint(policy)
+    run(policy, reference, [collate(PAIRS)] * 3)
+    assert fingerprint(reference) == before != fingerprint(policy)
+    assert all(p.grad is None and not p.requires_grad for p in reference.values())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_cached_or_not_the_trajectory_is_the_same_bits(dtype, tmp_path):
+    """Otherwise precomputing the reference, which saves half the work, changes what is learnt."""
+    trained = []
+    for cached in (False, True):
+        policy = {name: model.Tensor(p.data.astype(dtype), requires_grad=True) for name, p in small().items()}
+        reference = model.frozen(policy)
+        w = l = None
+        if cached:
+            path = tmp_path / "reference.safetensors"
+            arguments = (path, reference, CONFIG, Tokenizer("abcd"), PAIRS)
+            computed = training.cached_reference_logprobs(*arguments)
+            w, l = training.cached_reference_logprobs(*arguments)  # from the file
+            assert (w.tobytes(), l.tobytes()) == (computed[0].tobytes(), computed[1].tobytes()) and w.dtype == dtype
+        batches = [[0, 3], [2, 1, 4], [4], [3, 0, 1, 2]]
+        metrics = run(
+            policy,
+            reference,
+            [collate([PAIRS[i] for i in batch], *((w[batch], l[batch]) if cached else ())) for batch in batches],
+        )
+        trained.append((metrics, fingerprint(policy)))
+    assert trained[0] == trained[1]
+
+
+def test_a_pair_s_reference_does_not_depend_on_its_company():
+    """Bit for bit: otherwise a cache made in one order is wrong, by a little, in another."""
+    reference = {name: model.Tensor(p.data.astype("float32")) for name, p in small().items()}
+    w, l = training.reference_logprobs(reference, CONFIG, PAIRS)
+    for i, pair in enumerate(PAIRS):
+        alone_w, alone_l = training.reference_logprobs(reference, CONFIG, [pair])
+        assert (w[i].tobytes(), l[i].tobytes()) == (alone_w[0].tobytes(), alone_l[0].tobytes())
+
+
+def test_a_stale_cache_is_refused(tmp_path):
+    """Otherwise a policy is held to a reference that is not there any more."""
+    path, reference, tokenizer = tmp_path / "reference.safetensors", small(), Tokenizer("abcd")
+    training.cached_reference_logprobs(path, reference, CONFIG, tokenizer, PAIRS)
+    moved = small()
+    moved["ln_f.bias"].data = moved["ln_f.bias"].data + 1e-12
+    wider = Config(**{**vars(CONFIG), "n_head": 1})
+    for arguments in (
+        (moved, CONFIG, tokenizer, PAIRS),
+        (reference, wider, tokenizer, PAIRS),
+        (reference, CONFIG, Tokenizer("abdc"), PAIRS),
+        (reference, CONFIG, tokenizer, PAIRS[::-1]),
+        (reference, CONFIG, tokenizer, PAIRS[:-1]),
+    ):
+        with pytest.raises(checkpoint.CheckpointError, match=r"reference\.safetensors: is stale.*delete it"):
+            training.cached_reference_logprobs(path, *arguments)
+    path.write_bytes(safetensors.to_bytes({}, {"key": training.reference_key(reference, CONFIG, tokenizer, PAIRS)}))
+    with pytest.raises(checkpoint.CheckpointError, match="stale"):
+        training.cached_reference_logprobs(path, reference, CONFIG, tokenizer, PAIRS)
+
+
+def test_a_step_that_is_not_finite_moves_nothing():
+    """Otherwise one broken batch poisons every parameter."""
+    for name in ("loss", "gradient"):
+        params = small()
+        before = fingerprint(params)
+        params["wte.weight"].data[1, 0] = np.nan if name == "loss" else 1.0
+        before = fingerprint(params)
+        reference = {n: model.Tensor(p.data * (1 if name == "loss" else np.inf)) for n, p in params.items()}
+        optimizer = optim.AdamW(params, 0.1)
+        with np.errstate(all="ignore"), pytest.raises(FloatingPointError, match="loss is nan"):
+            training.dpo_training_step(params, reference, CONFIG, optimizer, collate(PAIRS))
+        if name == "loss":
+            with np.errstate(all="ignore"), pytest.raises(FloatingPointError, match="loss is nan"):
+                training.sft_training_step(params, CONFIG, optimizer, EXAMPLES)
+        assert fingerprint(params) == before

@@ -1,0 +1,221 @@
+"""The one command: a support desk's base model becomes a helpful one, and then a preferred one.
+
+The true reward of the world is known, so that what each stage gains is measured, and not read off the loss that it
+was trained on.
+"""
+
+import json
+import math
+import shlex
+import statistics
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from . import checkpoint, report, world
+from .checkpoint import Checkpoint, CheckpointError
+from .generation import generate
+from .scoring import packed_logprobs
+from .streams import stream
+from .tokenizer import END_OF_TEXT, TURN
+
+STAGES = {"pretrain": "base", "sft": "SFT", "dpo": "DPO"}
+COLUMNS = {
+    "model": "model",
+    "reward": "true reward",
+    "reward_error": "+-",
+    "well_formed": "well formed",
+    "on_topic": "on topic",
+    "polite": "polite",
+    "wrongly_declined": "wrongly declined",
+    "wrongly_answered": "wrongly answered",
+    "kl": "KL to SFT",
+}
+
+Run = Callable[[Sequence[str]], int]  # runs a command line
+
+
+class Sizes(NamedTuple):
+    """How much the demo makes, and how long it trains."""
+
+    texts: int
+    completions: int
+    pairs: int
+    held_out: int  # of each of the three
+    steps: Mapping[str, int]
+    model: Sequence[str]  # options of `pretrain`
+    replies: int  # of each model, that are judged
+
+
+FULL = Sizes(
+    texts=20_000,
+    completions=8_000,
+    pairs=6_000,
+    held_out=500,
+    steps={"pretrain": 1000, "sft": 300, "dpo": 200},
+    model=["--n-embd=64", "--n-layer=2", "--n-head=4", "--n-positions=128"],
+    replies=500,
+)
+
+
+def make_data(folder: Path, seed: int, sizes: Sizes) -> None:
+    """Write the world's texts and rows into a folder, the same for the same seed."""
+    train, held_out = world.split(seed)
+
+    def texts(count: int, part: str) -> str:
+        return "\n\n".join(world.corpus(train, count, stream(seed, "world", "texts", part))) + "\n"
+
+    def rows(make: Callable[..., list[dict[str, str]]], prompts: list[str], count: int, part: str) -> str:
+        made = make(prompts, count, stream(seed, "world", make.__name__, part))
+        return "".join(json.dumps({**row, "prompt": row["prompt"] + TURN}) + "\n" for row in made)
+
+    files = {
+        "texts.txt": texts(sizes.texts, "train"),
+        "texts_held_out.txt": texts(sizes.held_out, "held out"),
+        "completions.jsonl": rows(world.supervised, train, sizes.completions, "train"),
+        "completions_held_out.jsonl": rows(world.supervised, held_out, sizes.held_out, "held out"),
+        "pairs.jsonl": rows(world.preferences, train, sizes.pairs, "train"),
+        "pairs_held_out.jsonl": rows(world.preferences, held_out, sizes.held_out, "held out"),
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        checkpoint.write_whole(folder / name, content.encode())
+
+
+def stage_arguments(folder: Path, stage: str, seed: int, sizes: Sizes) -> list[str]:
+    """The command line of a stage, as one would type it."""
+    kind = {"pretrain": "texts{}.txt", "sft": "completions{}.jsonl", "dpo": "pairs{}.jsonl"}[stage]
+    own = {
+        "pretrain": ["--blocks", *sizes.model, "--batch-size=32"],
+        "sft": [f"--init={folder / 'pretrain'}", "--learning-rate=2e-3"],
+        "dpo": [f"--init={folder / 'sft'}"],
+    }[stage]
+    steps = sizes.steps[stage]
+    return [
+        stage,
+        f"--data={folder / 'data' / kind.format('')}",
+        f"--held-out-data={folder / 'data' / kind.format('_held_out')}",
+        *own,
+        f"--out={folder / stage}",
+        f"--seed={seed}",
+        f"--steps={steps}",
+        f"--evaluate-every={max(1, steps // 5)}",
+    ]
+
+
+def demo(folder: Path, seed: int, going_on: bool, run: Run, sizes: Sizes = FULL) -> int:
+    """Make the world, train the three models, judge them on prompts that none has seen.
+
+    Raises
+    ------
+    CheckpointError
+        If the folder exists and this is not to go on with it.
+    """
+    if folder.exists() and not going_on:
+        raise CheckpointError(
+            f"{folder} exists already: choose another folder with --out, or go on: python -m minidpo resume {folder}"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    checkpoint.write_whole(folder / "run.json", json.dumps({"arguments": ["demo", f"--seed={seed}"]}).encode())
+    make_data(folder / "data", seed, sizes)
+    print(f"a support desk, its customers and what they prefer: {folder / 'data'}", flush=True)
+    for stage in STAGES:
+        given = stage_arguments(folder, stage, seed, sizes)
+        if (folder / stage).exists():
+            given = ["resume", str(folder / stage)]
+        print(f"\n$ python -m minidpo {shlex.join(given)}", flush=True)
+        status = run(given)
+        if status:
+            print(f"then the demo goes on with: python -m minidpo resume {folder}", file=sys.stderr)
+            return status
+    conclude(folder, seed, sizes)
+    return 0
+
+
+def judged(model: Checkpoint, reference: Checkpoint, prompts: Sequence[str], seed: int) -> dict[str, Any]:
+    """Replies of a model to the prompts, and the means of what is true of them.
+
+    The KL to the reference is estimated from them: the mean of log pi(y|x) - log pi_ref(y|x) over y drawn from pi.
+    """
+    ids = [[END_OF_TEXT, *model.tokenizer.encode(x + TURN)] for x in prompts]
+    drawn = generate(model.params, model.config, ids, stream(seed, "demo", "replies"), model.config.n_positions)
+    replies = [model.tokenizer.decode(y) for y in drawn.responses]
+    verdicts = [world.judgement(x, reply) for x, reply in zip(prompts, replies)]
+    ratios = [
+        math.fsum(logps) - packed_logprobs(reference.params, reference.config, [(x, y)]).data.sum().item()
+        for x, y, logps in zip(ids, drawn.responses, drawn.logprobs)
+    ]
+    return {
+        "replies": replies,
+        **{name: statistics.fmean(getattr(v, name) for v in verdicts) for name in world.Judgement._fields},
+        "reward_error": statistics.stdev(v.reward for v in verdicts) / math.sqrt(len(verdicts)),
+        "kl": statistics.fmean(ratios),
+    }
+
+
+def facts(folder: Path, seed: int, measured: Mapping[str, Mapping[str, float]]) -> list[str]:
+    """How close the models come to what is known exactly, a sentence each."""
+    train, held_out = world.split(seed)
+    texts = (folder / "data" / "texts_held_out.txt").read_text().rstrip("\n").split("\n\n")
+    texts_nll = -math.fsum(world.corpus_logprob(text, train) for text in texts) / sum(len(text) + 1 for text in texts)
+    replies = [
+        (row["prompt"].removesuffix(TURN), row["completion"])
+        for row in report.json_lines(folder / "data" / "completions_held_out.jsonl")
+    ]
+    replies_nll = -math.fsum(math.log(world.desk(world.PROMPTS[x])[y]) for x, y in replies) / sum(
+        len(y) + 1 for _, y in replies
+    )
+    pairs = report.json_lines(folder / "data" / "pairs_held_out.jsonl")
+    gaps = [
+        world.judgement(x, row["chosen"]).reward - world.judgement(x, row["rejected"]).reward
+        for row in pairs
+        for x in [row["prompt"].removesuffix(TURN)]
+    ]
+    return [
+        f"base model: {measured['pretrain']['eval_loss']:.4f} nats a token on held-out texts; the grammar itself "
+        f"{texts_nll:.4f} on these, its exact entropy {world.corpus_entropy(train):.4f}",
+        f"SFT model: {measured['sft']['eval_loss']:.4f} nats a token on replies to held-out prompts; the desk itself "
+        f"{replies_nll:.4f} on these, its exact entropy {world.reply_entropy(held_out):.4f}",
+        f"DPO model: implicit reward ranks {measured['dpo']['eval_rewards/accuracies']:.3f} of the held-out pairs as "
+        f"labelled; the true reward {sum(gap > 0 for gap in gaps) / len(gaps):.3f}, and has "
+        f"{sum(gap == 0 for gap in gaps) / len(gaps):.3f} ties",
+        f"the desk whose replies the SFT model learns has a mean true reward of {world.desk_reward(held_out):.2f}",
+    ]
+
+
+def conclude(folder: Path, seed: int, sizes: Sizes) -> None:
+    """Judge the models, print what they say side by side, and write the report."""
+    models = {stage: checkpoint.load(folder / stage) for stage in STAGES}
+    prompts = world.drawn(
+        world.prompt_distribution(world.split(seed)[1]), sizes.replies, stream(seed, "demo", "prompts")
+    )
+    rows = {stage: judged(models[stage], models["sft"], prompts, seed) for stage in STAGES}
+    metrics = {stage: report.json_lines(folder / stage / "metrics.jsonl") for stage in STAGES}
+    by_slice = {name: [i for i, x in enumerate(prompts) if world.PROMPTS[x].slice == name] for name in world.SLICES}
+    dialogue: list[str] = []
+    for name, indices in by_slice.items():
+        for i in indices[:2]:
+            dialogue.append(f"{prompts[i]}  ({name})")
+            for stage, model in STAGES.items():
+                reply = rows[stage]["replies"][i]
+                dialogue.append(f"  {model:<5}{world.judgement(prompts[i], reply).reward:+d}  {report.shown(reply)}")
+    table = [{**row, "model": STAGES[stage]} for stage, row in rows.items()]
+    sentences = facts(folder, seed, {stage: report.best(lines) for stage, lines in metrics.items()})
+    print(f"\nthe three models answer {len(prompts)} customers whose words none of them has seen; true rewards first\n")
+    print("\n".join(dialogue), end="\n\n")
+    for name, title in COLUMNS.items():
+        print(f"{title:<17}" + "".join(f"{row[name]:>8}" if name == "model" else f"{row[name]:>8.2f}" for row in table))
+    print("\n" + "\n".join(sentences))
+    parts = [
+        "# A support desk",
+        f"Replies to {len(prompts)} held-out prompts, drawn with the same random numbers, judged by the true reward.",
+        report.table(table, COLUMNS),
+        "\n".join(f"- {sentence}" for sentence in sentences),
+        "\n".join(f"    {line}" for line in dialogue),
+    ]
+    parts.append("![curves](curves.png)" if report.curves(folder / "curves.png", metrics) else report.NO_CURVES)
+    checkpoint.write_whole(folder / "report.md", ("\n\n".join(parts) + "\n").encode())
+    results = [{name: value for name, value in row.items() if name != "replies"} for row in table]
+    checkpoint.write_whole(folder / "results.json", (json.dumps(results, indent=2) + "\n").encode())
+    print(f"\neverything is in {folder}; begin with {folder / 'report.md'}")

@@ -1,0 +1,359 @@
+"""The one loop: steps, measurements and checkpoints in a folder, which a run can leave at any instant and go on.
+
+A run's folder:
+
+    run.json            what was asked, hashes of what it was made from, the libraries
+    tokenizer.json      the vocabulary
+    set_aside.jsonl     rows of the data that could not be used, and why
+    metrics.jsonl       a line per step and per measurement, under TRL's names
+    samples.jsonl       what the model answered at each measurement, with the same random draws
+    step-000100/        checkpoints: the last one and the best
+    model/              the result: the best checkpoint's model
+    latest              the name of the checkpoint that counts, or of the result
+    report.md, *.png    what a person reads
+
+All random numbers are functions of the seed and the step, and no checkpoint holds a time: a run that was killed
+and resumed ends in the same bytes.
+"""
+
+import contextlib
+import json
+import os
+import platform
+import shutil
+import signal
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy
+
+from . import checkpoint, optim
+from .backend import array_module, to_host
+from .checkpoint import CheckpointError
+from .model import Config, Params
+from .tokenizer import Tokenizer
+from .training import Metrics, batch_indices
+
+RESULT = "model"
+
+
+class Interrupted(Exception):
+    """The run was asked to stop, and has saved; the message says how to go on."""
+
+
+class Settings(NamedTuple):
+    """How long, how fast, how often."""
+
+    seed: int
+    steps: int
+    batch_size: int
+    learning_rate: float  # peak of optim.warmup_cosine
+    warmup_steps: int
+    evaluate_every: int
+    patience: int | None  # measurements without a better one before the run stops
+
+
+class Task(NamedTuple):
+    """What a run trains: `step` takes a step on some of the examples, `evaluate` measures on those held out."""
+
+    examples: int
+    step: Callable[[list[int]], Metrics]
+    evaluate: Callable[[], Metrics]  # the run keeps the checkpoint with the lowest "loss"
+    sample: Callable[[], list[dict[str, str]]]
+    rows: Callable[[list[int]], str]  # names examples as a reader finds them in the data
+
+
+class Interrupt:
+    """Whether Ctrl-C or SIGTERM came; a second one ends the process."""
+
+    def __init__(self) -> None:
+        self.name = ""
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator["Interrupt"]:
+        if threading.current_thread() is not threading.main_thread():
+            yield self  # only the main thread can listen
+            return
+        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+        def heard(number: int, frame: Any) -> None:
+            self.name = signal.Signals(number).name
+            for each, handler in before.items():
+                signal.signal(each, handler)
+
+        for number in before:
+            signal.signal(number, heard)
+        try:
+            yield self
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def environment() -> dict[str, Any]:
+    """What the last bits of a result depend on besides the seed."""
+    threads = next(
+        (
+            os.environ[name]
+            for name in ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS")
+            if os.environ.get(name)
+        ),
+        None,
+    )
+    blas = numpy.show_config(mode="dicts").get("Build Dependencies", {}).get("blas", {})
+    return {
+        "numpy": numpy.__version__,
+        "blas": f"{blas.get('name')} {blas.get('version')}",
+        "blas_threads": int(threads)
+        if threads and threads.isdecimal()
+        else len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else os.cpu_count(),
+        "machine": f"{platform.system()} {platform.machine()}",
+    }
+
+
+def create(run: Path, description: Mapping[str, Any], files: Mapping[str, str]) -> None:
+    """Make a run's folder with what is known before the first step, whole or not at all.
+
+    Raises
+    ------
+    CheckpointError
+        If the folder exists.
+    """
+    if run.exists():
+        raise CheckpointError(
+            f"{run} exists already: choose another folder, or go on with it: python -m minidpo resume {run}"
+        )
+    run.parent.mkdir(parents=True, exist_ok=True)
+    temporary = run.with_name(f".{run.name}.{uuid.uuid4().hex}")
+    temporary.mkdir()
+    try:
+        document = json.dumps({**description, "environment": environment()}, indent=2)
+        for name, text in {"run.json": document + "\n", **files}.items():
+            checkpoint.write_synced(temporary / name, text.encode())
+        checkpoint.sync_folder(temporary)
+        temporary.rename(run)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    checkpoint.sync_folder(run.parent)
+
+
+def described(run: Path) -> dict[str, Any]:
+    """What `create` wrote down.
+
+    Raises
+    ------
+    CheckpointError
+        If the folder is no run's.
+    """
+    try:
+        description = json.loads(checkpoint.read_text(run / "run.json"))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{run}: is no run's folder ({error})") from error
+    given = description.get("arguments") if isinstance(description, dict) else None
+    if not (isinstance(given, list) and given and all(isinstance(argument, str) for argument in given)):
+        raise CheckpointError(f"{run / 'run.json'}: describes no run")
+    return description
+
+
+def same_as_begun(run: Path, description: Mapping[str, Any]) -> list[str]:
+    """Refuse to go on with other data or another model than the run began with; what else has changed, to be said.
+
+    Raises
+    ------
+    CheckpointError
+        If a hash differs.
+    """
+    begun = described(run)
+    for name, value in description.items():
+        if begun.get(name) != value:
+            raise CheckpointError(f"{run}: cannot go on, {name} was {begun.get(name)} and is {value}")
+    now, then = environment(), begun.get("environment", {})
+    return [f"{name} was {then.get(name)} and is {now[name]}" for name in now if then.get(name) != now[name]]
+
+
+def optimizer_state(optimizer: optim.Optimizer) -> tuple[dict[str, numpy.ndarray], dict[str, int]]:
+    """What an optimizer remembers, as arrays and as numbers, named "parameter/name"."""
+    arrays: dict[str, numpy.ndarray] = {}
+    numbers: dict[str, int] = {}
+    for parameter, state in optimizer.state.items():
+        for name, value in state.items():
+            if isinstance(value, int):
+                numbers[f"{parameter}/{name}"] = value
+            else:
+                arrays[f"{parameter}/{name}"] = to_host(value)
+    return arrays, numbers
+
+
+def restore(optimizer: optim.Optimizer, arrays: Mapping[str, numpy.ndarray], numbers: Mapping[str, int]) -> None:
+    """The reverse of `optimizer_state`."""
+    for key, value in [*arrays.items(), *numbers.items()]:
+        parameter, name = key.rsplit("/", 1)
+        xp = array_module(optimizer.params[parameter].data)
+        optimizer.state.setdefault(parameter, {})[name] = value if isinstance(value, int) else xp.asarray(value)
+
+
+def cut(path: Path, step: int) -> None:
+    """Drop the lines of a JSON Lines file that came after a step, and a line that was not finished."""
+    if path.exists():
+        lines = path.read_bytes().split(b"\n")[:-1]
+        kept = [line for line in lines if json.loads(line)["step"] <= step]
+        checkpoint.write_whole(path, b"".join(line + b"\n" for line in kept))
+
+
+class Progress:
+    """One line that says how far a run is: rewritten on a terminal, printed at each measurement elsewhere."""
+
+    def __init__(self, name: str, steps: int):
+        self.name, self.steps, self.live = name, steps, sys.stdout.isatty()
+        self.started, self.shown, self.tokens, self.taken = time.monotonic(), 0.0, 0.0, 0
+
+    def took(self, step: int, metrics: Metrics) -> None:
+        self.tokens += metrics.get("num_tokens", 0)
+        self.taken += 1
+        now = time.monotonic()
+        if self.live and now - self.shown > 0.2:
+            self.shown = now
+            print(f"\r\x1b[K{self.text(step, metrics)}", end="", flush=True)
+
+    def measured(self, step: int, metrics: Metrics) -> None:
+        print(f"{chr(13) + chr(27) + '[K' if self.live else ''}{self.text(step, metrics)}", flush=True)
+
+    def tokens_per_second(self) -> float:
+        return self.tokens / max(time.monotonic() - self.started, 1e-9)
+
+    def text(self, step: int, metrics: Metrics) -> str:
+        parts = [f"{self.name} {step:>5}/{self.steps}"]
+        for name, label, form in (
+            ("eval_loss", "held-out loss", ".4f"),
+            ("loss", "loss", ".4f"),
+            ("rewards/accuracies", "accuracy", ".2f"),
+            ("rewards/margins", "margin", "+.3f"),
+        ):
+            value = metrics.get(name, metrics.get(f"eval_{name}"))
+            if value is not None and not (name == "loss" and "eval_loss" in metrics):
+                parts.append(f"{label} {value:{form}}")
+        if self.taken:
+            left = (self.steps - step) * (time.monotonic() - self.started) / self.taken
+            parts += [f"{self.tokens_per_second():,.0f} tokens/s", f"{int(left // 60)}:{int(left % 60):02d} left"]
+        return "   ".join(parts)
+
+
+def run_loop(
+    run: Path,
+    params: Params,
+    config: Config,
+    tokenizer: Tokenizer,
+    optimizer: optim.Optimizer,
+    task: Task,
+    settings: Settings,
+) -> Path:
+    """Train until the steps are taken, or until `patience` measurements brought nothing better; then keep the best.
+
+    Returns
+    -------
+    Path
+        The folder of the result.
+
+    Raises
+    ------
+    FloatingPointError
+        If a loss, a gradient or a parameter is not finite: names the step, the batch's rows, the last checkpoint.
+    Interrupted
+        If Ctrl-C or SIGTERM came; the run has saved.
+    """
+    step, best, best_step, worse = 0, float("inf"), 0, 0
+    measured_at = -1  # the step of the last measurement
+    newest = checkpoint.latest(run)
+    if newest == run / RESULT:
+        return newest
+    for leftover in [*run.glob(".*"), run / RESULT]:
+        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
+    if newest != run:
+        loaded = checkpoint.load(newest)
+        arrays, state = checkpoint.load_state(newest)
+        for name, p in params.items():
+            p.data = array_module(p.data).asarray(loaded.params[name].data)
+        restore(optimizer, arrays, state["optimizer"])
+        step, best_step, worse, measured_at = (
+            int(state[name]) for name in ("step", "best_step", "worse", "measured_at")
+        )
+        best = float(state["best"])
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        cut(run / name, step if newest != run else -1)
+
+    def save() -> None:
+        folder = run / f"step-{step:06d}"
+        if folder.exists():  # written by a process that was killed before it could point to it
+            shutil.rmtree(folder)
+        if not all(array_module(p.data).isfinite(p.data).all() for p in params.values()):
+            raise FloatingPointError("a parameter is not finite")
+        arrays, numbers = optimizer_state(optimizer)
+        state = {"step": step, "best": best, "best_step": best_step, "worse": worse, "measured_at": measured_at}
+        checkpoint.save(folder, params, config, tokenizer, arrays, {**state, "optimizer": numbers})
+        checkpoint.point_to_latest(folder)
+        prune()
+
+    def prune() -> None:
+        for old in run.glob("step-*"):
+            if old.name not in (checkpoint.latest(run).name, f"step-{best_step:06d}"):
+                shutil.rmtree(old)
+
+    progress = Progress(run.name, settings.steps)
+    indices: list[int] = []
+    try:
+        with Interrupt().listening() as interrupt, (run / "metrics.jsonl").open("a") as metrics_file:
+
+            def write(metrics: Metrics) -> None:
+                metrics_file.write(json.dumps({"step": step, **metrics}, allow_nan=False) + "\n")
+                metrics_file.flush()
+
+            while True:
+                last = step >= settings.steps
+                if (last or step % settings.evaluate_every == 0) and measured_at != step:
+                    metrics = task.evaluate()
+                    if not numpy.isfinite(metrics["loss"]):
+                        raise FloatingPointError(f"the held-out loss is {metrics['loss']}")
+                    measured_at = step
+                    worse = 0 if metrics["loss"] < best else worse + 1
+                    if not worse:
+                        best, best_step = metrics["loss"], step
+                    write({f"eval_{name}": value for name, value in metrics.items()})
+                    with (run / "samples.jsonl").open("a") as file:
+                        file.writelines(json.dumps({"step": step, **sample}) + "\n" for sample in task.sample())
+                    os.fsync(metrics_file.fileno())
+                    save()
+                    progress.measured(step, {f"eval_{name}": value for name, value in metrics.items()})
+                if last or (settings.patience is not None and worse >= settings.patience):
+                    break
+                if interrupt.name:
+                    if checkpoint.latest(run).name != f"step-{step:06d}":
+                        save()
+                    raise Interrupted(
+                        f"{interrupt.name}: saved at step {step}; go on with: python -m minidpo resume {run}"
+                    )
+                optimizer.learning_rate = optim.warmup_cosine(
+                    step, settings.steps, settings.learning_rate, settings.warmup_steps
+                )
+                indices = batch_indices(task.examples, settings.batch_size, step, settings.seed)
+                metrics = task.step(indices)
+                step += 1
+                write({**metrics, "tokens_per_second": progress.tokens_per_second()})
+                progress.took(step, metrics)
+    except FloatingPointError as error:
+        newest = checkpoint.latest(run)
+        kept = f"the last good checkpoint is {newest}" if newest != run else "there is no checkpoint yet"
+        rows = f", after a batch of {task.rows(indices)}" if indices else ""
+        raise FloatingPointError(f"{error} at step {step}{rows}; {kept}; lower the learning rate") from error
+    prune()
+    loaded = checkpoint.load(run / f"step-{best_step:06d}")
+    checkpoint.save(run / RESULT, *loaded[:3])
+    checkpoint.point_to_latest(run / RESULT)
+    return run / RESULT

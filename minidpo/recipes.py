@@ -1,0 +1,369 @@
+"""The commands that train and measure: files in, a run's folder or a table out."""
+
+import argparse
+import functools
+import hashlib
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from . import checkpoint, losses, model, optim, preferences, report, training
+from .checkpoint import Checkpoint, CheckpointError
+from .generation import generate
+from .loop import Settings, Task, create, run_loop, same_as_begun
+from .model import Config, Params
+from .preferences import PAIRS, Encoded, collate
+from .streams import stream
+from .tokenizer import END_OF_TEXT, TURN, Tokenizer
+from .training import Loss
+
+LOSSES = ("dpo", "ipo", "reference-free")
+
+
+class Data(NamedTuple):
+    """Rows to train on and rows held out, and what a run's folder keeps about them."""
+
+    train: Encoded
+    held_out: Encoded
+    set_aside: str  # JSON Lines
+    description: dict[str, Any]
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def weights_hash(params: Params) -> str:
+    """SHA-256 of the parameters of a model."""
+    sums = hashlib.sha256()
+    for name, p in sorted(params.items()):
+        sums.update(name.encode() + p.data.tobytes())
+    return sums.hexdigest()
+
+
+def load(folder: Path, requires_grad: bool = False) -> Checkpoint:
+    """A checkpoint; says so where nothing vouches for its weights."""
+    loaded = checkpoint.load(folder, requires_grad)
+    if not loaded.verified:
+        print(f"{folder}: no checksum in the weights, taken as they are", file=sys.stderr)
+    return loaded
+
+
+def begin(options: argparse.Namespace, description: dict[str, Any], files: dict[str, str]) -> None:
+    """Make the run's folder, or make sure that the one to go on with was begun with the same."""
+    if options.resume:
+        for change in same_as_begun(options.out, description):
+            print(f"{options.out}: {change}; the last bits of the result may differ", file=sys.stderr)
+    else:
+        create(options.out, {"arguments": arguments(options), **description}, files)
+
+
+def arguments(options: argparse.Namespace) -> list[str]:
+    """The command line that gives these options, with absolute paths."""
+    given = [options.command]
+    for name, value in vars(options).items():
+        if name not in ("command", "run", "resume", "out") and value is not None and value is not False:
+            text = str(value.resolve()) if isinstance(value, Path) else str(value)
+            given.append(f"--{name.replace('_', '-')}" + ("" if value is True else f"={text}"))
+    return given
+
+
+def settings(options: argparse.Namespace) -> Settings:
+    """The part of the options that the loop reads."""
+    return Settings(
+        options.seed,
+        options.steps,
+        options.batch_size,
+        options.learning_rate,
+        options.warmup_steps,
+        options.evaluate_every,
+        options.patience,
+    )
+
+
+def samples(
+    params: Params, config: Config, tokenizer: Tokenizer, prompts: Sequence[list[int]], seed: int
+) -> list[dict[str, str]]:
+    """What the model answers to the prompts, with the same random numbers each time."""
+    drawn = generate(params, config, prompts, stream(seed, "samples"), max_new_tokens=config.n_positions)
+    return [{"prompt": tokenizer.decode(x), "response": tokenizer.decode(y)} for x, y in zip(prompts, drawn.responses)]
+
+
+def read_texts(path: Path, blocks: bool) -> list[str]:
+    """The lines of a file that are not empty, or its blocks of lines."""
+    try:
+        content = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: byte {error.start} is not UTF-8") from error
+    texts = [text.strip("\n") for text in content.split("\n\n" if blocks else "\n")]
+    return [text for text in texts if text]
+
+
+def pretrain(options: argparse.Namespace) -> int:
+    """Train a model on the lines of a file."""
+    texts = read_texts(options.data, options.blocks)
+    tokenizer = Tokenizer.from_text("".join(texts) + TURN, replacement=options.replacement)
+    if options.held_out_data:
+        train, held_out = texts, read_texts(options.held_out_data, options.blocks)
+    else:
+        train, held_out = preferences.split(texts, options.held_out_share, stream(options.seed, "split"))
+    longest = max(map(len, train + held_out)) + 1
+    config = Config(
+        tokenizer.vocab_size, options.n_positions or longest, options.n_embd, options.n_layer, options.n_head
+    )
+    params = model.init(config, stream(options.seed, "init"))
+    size = sum(p.data.size for p in params.values())
+    print(f"{len(train)} texts to train on, {len(held_out)} held out, {tokenizer.vocab_size} ids, {size} parameters")
+    hashes = {"data_sha256": file_hash(options.data)}
+    if options.held_out_data:
+        hashes["held_out_data_sha256"] = file_hash(options.held_out_data)
+    begin(options, hashes, {"tokenizer.json": tokenizer.to_json()})
+    examples = training.line_examples(train, tokenizer)
+    measured = training.line_examples(held_out, tokenizer)
+    optimizer = optim.AdamW(params, options.learning_rate, betas=(0.9, 0.99), weight_decay=0.01)
+    task = Task(
+        len(examples),
+        lambda indices: training.sft_training_step(
+            params, config, optimizer, [examples[i] for i in indices], 1.0, options.micro_batch_size
+        ),
+        lambda: {"loss": training.held_out_nll(params, config, measured)},
+        lambda: samples(params, config, tokenizer, [[END_OF_TEXT]] * 5, options.seed),
+        lambda indices: f"texts {', '.join(ascii(train[i][:40]) for i in indices[:8])}",
+    )
+    return finish(options, run_loop(options.out, params, config, tokenizer, optimizer, task, settings(options)))
+
+
+def finish(options: argparse.Namespace, result: Path) -> int:
+    """Write the report and say where everything is."""
+    report.write(options.out)
+    print(f"saved in {options.out} (model: {result.name}, report.md)")
+    return 0
+
+
+def data(options: argparse.Namespace, fields: Sequence[str], tokenizer: Tokenizer | None, n_positions: int) -> Data:
+    """Read, validate, encode and split the rows of a command."""
+
+    def encoded(path: Path) -> tuple[Encoded, str]:
+        rows, faults = preferences.read(path, fields)
+        names = tokenizer or vocabulary(options)
+        ids = preferences.encode(rows, names, n_positions, options.truncation)
+        kept = preferences.set_aside(path, sorted(faults + ids.faults), options.strict)
+        found = f"{path.name}: {len(ids.rows)} rows, {len(ids.faults) + len(faults)} set aside"
+        print(found + (f", {len(ids.truncated)} truncated" if ids.truncated else ""))
+        if not ids.rows:
+            first = sorted(faults + ids.faults)[:1]
+            why = f" (line {first[0].line}: {first[0].reason})" if first else ""
+            raise ValueError(f"{path}: no row can be used{why}")
+        return ids, kept
+
+    train, kept = encoded(options.data)
+    description = {"data_sha256": file_hash(options.data)}
+    if options.held_out_data:
+        held_out, more = encoded(options.held_out_data)
+        description["held_out_data_sha256"] = file_hash(options.held_out_data)
+        prompts = {row.prompt for row in train.rows}
+        leaks = [row.line for row in held_out.rows if row.prompt in prompts]
+        if leaks:
+            raise ValueError(f"{options.held_out_data}, line {leaks[0]}: this prompt is in {options.data} too")
+        return Data(train, held_out, kept + more, description)
+    both = preferences.split(
+        list(zip(train.rows, train.ids)),
+        options.held_out_share,
+        stream(options.seed, "split"),
+        lambda pair: pair[0].prompt,
+    )
+    parts = [Encoded([row for row, _ in part], [ids for _, ids in part], [], []) for part in both]
+    return Data(parts[0], parts[1], kept, description)
+
+
+def vocabulary(options: argparse.Namespace) -> Tokenizer:
+    """All characters of the data, for a model that begins from nothing."""
+    rows, _ = preferences.read(options.data, preferences.fields_of(options.data))
+    text = "".join(row.prompt + "".join(row.responses) for row in rows)
+    return Tokenizer.from_text(text + TURN, replacement=options.replacement)
+
+
+def sft(options: argparse.Namespace) -> int:
+    """Fine-tune a model on responses, or train a new one on them."""
+    fields = preferences.fields_of(options.data)
+    if options.init:
+        loaded = load(options.init, requires_grad=True)
+        params, config, tokenizer = loaded.params, loaded.config, loaded.tokenizer
+        description = {"init_sha256": weights_hash(params)}
+    else:
+        tokenizer = vocabulary(options)
+        config = Config(tokenizer.vocab_size, options.n_positions, options.n_embd, options.n_layer, options.n_head)
+        params, description = model.init(config, stream(options.seed, "init")), {}
+    rows = data(options, fields, tokenizer, config.n_positions)
+    begin(
+        options,
+        {**description, **rows.description},
+        {"tokenizer.json": tokenizer.to_json(), "set_aside.jsonl": rows.set_aside},
+    )
+    count = 1 if options.responses == "chosen" else 2
+    examples = [(i, (x, y)) for i, (x, *ys) in enumerate(rows.train.ids) for y in ys[:count]]
+    measured = [(x, y) for x, *ys in rows.held_out.ids for y in ys[:count]]
+    optimizer = optim.AdamW(params, options.learning_rate, betas=(0.9, 0.99), weight_decay=0.01)
+    task = Task(
+        len(examples),
+        lambda indices: training.sft_training_step(
+            params, config, optimizer, [examples[i][1] for i in indices], 1.0, options.micro_batch_size
+        ),
+        lambda: {"loss": training.held_out_nll(params, config, measured)},
+        lambda: samples(params, config, tokenizer, sampled_prompts(rows.held_out), options.seed),
+        lambda indices: named_rows(rows.train, [examples[i][0] for i in indices]),
+    )
+    return finish(options, run_loop(options.out, params, config, tokenizer, optimizer, task, settings(options)))
+
+
+def sampled_prompts(rows: Encoded, most: int = 5) -> list[list[int]]:
+    """The first few different prompts."""
+    return [list(x) for x in dict.fromkeys(tuple(x) for x, *_ in rows.ids)][:most]
+
+
+def named_rows(rows: Encoded, indices: Sequence[int]) -> str:
+    """The lines of rows in their file."""
+    return f"lines {', '.join(str(rows.rows[i].line) for i in sorted(set(indices)))}"
+
+
+def chosen_loss(name: str, label_smoothing: float) -> Loss:
+    """The loss of a name, as a function of four log-probabilities and beta."""
+    if name == "dpo":
+        return functools.partial(losses.dpo_loss, label_smoothing=label_smoothing)
+    if name == "ipo" and label_smoothing == 0:
+        return losses.ipo_loss
+    if name == "reference-free":
+        return lambda w, l, ref_w, ref_l, beta: losses.reference_free_loss(w, l, beta, label_smoothing)
+    raise ValueError("--label-smoothing has no meaning for ipo")
+
+
+def dpo(options: argparse.Namespace) -> int:
+    """Prefer the chosen responses, against a frozen reference."""
+    loaded = load(options.init, requires_grad=True)
+    policy, config, tokenizer = loaded.params, loaded.config, loaded.tokenizer
+    if options.reference:
+        other = load(options.reference)
+        same_vocabulary(options.init, loaded, options.reference, other)
+        reference, reference_config = other.params, other.config
+    else:
+        reference, reference_config = model.frozen(policy), config
+    n_positions = min(config.n_positions, reference_config.n_positions)
+    loss = chosen_loss(options.loss, options.label_smoothing)
+    rows = data(options, PAIRS, tokenizer, n_positions)
+    begin(
+        options,
+        {"init_sha256": weights_hash(policy), "reference_sha256": weights_hash(reference), **rows.description},
+        {"tokenizer.json": tokenizer.to_json(), "set_aside.jsonl": rows.set_aside},
+    )
+    pairs: list[Any] = [*rows.train.ids, *rows.held_out.ids]
+    print(f"the reference scores {len(pairs)} pairs", flush=True)
+    ref_logp_w, ref_logp_l = training.cached_reference_logprobs(
+        options.out / "reference.safetensors", reference, reference_config, tokenizer, pairs
+    )
+    count = len(rows.train.ids)
+    held_out = collate(pairs[count:], ref_logp_w[count:], ref_logp_l[count:])
+    optimizer = optim.AdamW(policy, options.learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
+    task = Task(
+        count,
+        lambda indices: training.dpo_training_step(
+            policy,
+            reference,
+            reference_config,
+            optimizer,
+            collate([pairs[i] for i in indices], ref_logp_w[indices], ref_logp_l[indices]),
+            options.beta,
+            loss,
+            options.nll_weight,
+            1.0,
+            options.micro_batch_size,
+        ),
+        lambda: training.preference_evaluation(policy, config, held_out, options.beta, loss, options.nll_weight),
+        lambda: samples(policy, config, tokenizer, sampled_prompts(rows.held_out), options.seed),
+        lambda indices: named_rows(rows.train, indices),
+    )
+    return finish(options, run_loop(options.out, policy, config, tokenizer, optimizer, task, settings(options)))
+
+
+def same_vocabulary(folder: Path, loaded: Checkpoint, other_folder: Path, other: Checkpoint) -> None:
+    """Refuse a policy and a reference that read texts differently."""
+    if loaded.tokenizer.characters != other.tokenizer.characters:
+        raise CheckpointError(
+            f"{folder} and {other_folder} have vocabularies of {loaded.tokenizer.vocab_size} and "
+            f"{other.tokenizer.vocab_size} ids that differ: a policy and its reference must share one"
+        )
+
+
+def scored_rows(options: argparse.Namespace) -> tuple[Checkpoint, Checkpoint, Encoded, int]:
+    """Policy, reference, the rows of a file that both can score, and how many rows were set aside."""
+    policy = load(options.checkpoint)
+    reference = load(options.reference) if options.reference else policy
+    same_vocabulary(options.checkpoint, policy, options.reference or options.checkpoint, reference)
+    n_positions = min(policy.config.n_positions, reference.config.n_positions)
+    rows, faults = preferences.read(options.data)
+    ids = preferences.encode(rows, policy.tokenizer, n_positions, options.truncation)
+    faults = sorted(faults + ids.faults)
+    preferences.set_aside(options.data, faults, options.strict)
+    for fault in faults[:10]:
+        print(f"{options.data}, line {fault.line}: set aside, {fault.reason}", file=sys.stderr)
+    if len(faults) > 10:
+        print(f"{options.data}: and {len(faults) - 10} more rows set aside", file=sys.stderr)
+    if not ids.rows:
+        raise ValueError(f"{options.data}: no row can be used")
+    return policy, reference, ids, len(faults)
+
+
+def evaluate(options: argparse.Namespace) -> int:
+    """Compare a policy with its reference on pairs."""
+    policy, reference, rows, faults = scored_rows(options)
+    pairs: list[Any] = rows.ids
+    ref_logp_w, ref_logp_l = training.reference_logprobs(reference.params, reference.config, pairs)
+    batch = collate(pairs, ref_logp_w, ref_logp_l)
+    metrics: dict[str, Any] = {"pairs": len(pairs), "set_aside": faults, "truncated": len(rows.truncated)}
+    metrics |= training.preference_evaluation(policy.params, policy.config, batch, options.beta)
+    metrics |= {"ref_logps/chosen": ref_logp_w.mean().item(), "ref_logps/rejected": ref_logp_l.mean().item()}
+    if options.json:
+        print(json.dumps(metrics))
+    else:
+        for name, value in metrics.items():
+            print(f"{name:<20} {value:>12}" if isinstance(value, int) else f"{name:<20} {value:>12.4f}")
+    return 0
+
+
+def score(options: argparse.Namespace) -> int:
+    """Print the log-probabilities of each pair."""
+    policy, reference, rows, _ = scored_rows(options)
+    pairs: list[Any] = rows.ids
+    for row, pair in zip(rows.rows, pairs):
+        logp_w, logp_l = training.reference_logprobs(policy.params, policy.config, [pair])
+        scores = {"line": row.line, "logps/chosen": logp_w.item(), "logps/rejected": logp_l.item()}
+        if options.reference:
+            ref_logp_w, ref_logp_l = training.reference_logprobs(reference.params, reference.config, [pair])
+            out = losses.dpo_loss(logp_w, logp_l, ref_logp_w, ref_logp_l, options.beta)
+            scores |= {"ref_logps/chosen": ref_logp_w.item(), "ref_logps/rejected": ref_logp_l.item()}
+            scores |= {"rewards/chosen": out.reward_w.item(), "rewards/rejected": out.reward_l.item()}
+            scores |= {"loss": out.loss.item()}
+        print(json.dumps(scores), flush=True)
+    return 0
+
+
+def sample(options: argparse.Namespace) -> int:
+    """Print what a model answers to a prompt."""
+    loaded = load(options.checkpoint)
+    text = options.prompt + (TURN if options.newline else "")
+    drawn = generate(
+        loaded.params,
+        loaded.config,
+        [[END_OF_TEXT, *loaded.tokenizer.encode(text)]] * options.samples,
+        stream(options.seed, "samples"),
+        options.max_new_tokens or loaded.config.n_positions,
+        options.temperature,
+        options.top_k,
+        options.top_p,
+    )
+    for response in drawn.responses:
+        print(report.shown(("" if options.newline else options.prompt) + loaded.tokenizer.decode(response)))
+    return 0

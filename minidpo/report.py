@@ -1,0 +1,121 @@
+"""What a person reads after a run: report.md, and curves where matplotlib is installed."""
+
+import collections
+import importlib
+import importlib.util
+import json
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from . import checkpoint
+from .loop import described
+
+COLUMNS = {  # of the table of measurements
+    "step": "step",
+    "eval_loss": "held-out loss",
+    "eval_rewards/accuracies": "accuracy",
+    "eval_rewards/ties": "ties",
+    "eval_rewards/margins": "margin",
+    "eval_logps/chosen": "log pi(chosen)",
+    "eval_nll/chosen_rise": "rise of the chosen's nats a token",
+}
+NO_CURVES = "There are no curves: they need matplotlib, which is in the `plot` extra. With it, resume the run."
+
+
+def shown(text: str) -> str:
+    """A text on one line that a terminal or a page can be trusted with: what is not printable is escaped."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def json_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a JSON Lines file; none if there is no file."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def best(metrics: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    """The measurement with the lowest held-out loss."""
+    return min((line for line in metrics if "eval_loss" in line), key=lambda line: line["eval_loss"])
+
+
+def table(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str]) -> str:
+    """A Markdown table; numbers are right-aligned, floats have four digits after the point."""
+
+    def cell(value: Any) -> str:
+        return f"{value:.4f}" if isinstance(value, float) else shown(str(value)).replace("|", "\\|")
+
+    lines = ["| " + " | ".join(columns.values()) + " |", "|" + "---:|" * len(columns)]
+    lines += ["| " + " | ".join(cell(row.get(name, "")) for name in columns) + " |" for row in rows]
+    return "\n".join(lines)
+
+
+def write(run: Path) -> None:
+    """Write `report.md` of a run, and `curves.png` if matplotlib is installed."""
+    description = described(run)
+    metrics = json_lines(run / "metrics.jsonl")
+    measured = [line for line in metrics if "eval_loss" in line]
+    lowest = best(metrics)
+    columns = {name: title for name, title in COLUMNS.items() if name in measured[0]}
+    every = -(-len(measured) // 20)
+    kept = [line for i, line in enumerate(measured) if i % every == 0 or line in (lowest, measured[-1])]
+    command = shlex.join(["python", "-m", "minidpo", *description["arguments"], f"--out={run}"])
+    parts = [
+        f"# {shown(run.name)}",
+        f"    {shown(command)}",
+        f"The result, `model`, is the checkpoint of step {lowest['step']}, which had the lowest held-out loss.",
+        table(kept, columns),
+    ]
+    aside = collections.Counter(line["reason"].split(" (")[0] for line in json_lines(run / "set_aside.jsonl"))
+    if aside:
+        parts += [f"{aside.total()} rows were set aside, see `set_aside.jsonl`."]
+    samples = json_lines(run / "samples.jsonl")
+    for step in sorted({0, lowest["step"]}):
+        lines = [line for line in samples if line["step"] == step]
+        parts += [f"## What the model answered at step {step}"]
+        parts += ["\n".join(f"    {shown(line['prompt'])} -> {shown(line['response'])}" for line in lines)]
+    parts += ["## Made with", "\n".join(f"- {name}: {value}" for name, value in description["environment"].items())]
+    if curves(run / "curves.png", {run.name: metrics}):
+        parts += ["![curves](curves.png)"]
+    else:
+        parts += [NO_CURVES]
+    checkpoint.write_whole(run / "report.md", ("\n\n".join(parts) + "\n").encode())
+
+
+def curves(path: Path, runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> bool:
+    """Draw loss, accuracy and rewards of runs over their steps into a PNG; false if matplotlib is missing."""
+    if importlib.util.find_spec("matplotlib") is None:
+        return False
+    figure_module: Any = importlib.import_module("matplotlib.figure")
+    panels = {
+        "loss in nats": ("loss", "eval_loss"),
+        "reward accuracy": ("rewards/accuracies", "eval_rewards/accuracies"),
+        "implicit reward": ("eval_rewards/chosen", "eval_rewards/rejected"),
+    }
+    drawn = [
+        (name, title, [key for key in keys if any(key in line for line in lines)], lines)
+        for name, lines in runs.items()
+        for title, keys in panels.items()
+        if any(key in line for line in lines for key in keys)
+    ]
+    figure = figure_module.Figure(figsize=(4.5 * len(drawn), 3.5), layout="constrained")
+    for axes, (name, title, keys, lines) in zip(figure.subplots(1, len(drawn), squeeze=False)[0], drawn):
+        for key in keys:
+            points = [(line["step"], line[key]) for line in lines if key in line]
+            held_out = key.startswith("eval_")
+            label = {"eval_rewards/chosen": "chosen, held out", "eval_rewards/rejected": "rejected, held out"}
+            axes.plot(
+                *zip(*points),
+                label=label.get(key, "held out" if held_out else "batch"),
+                marker="o" if held_out else None,
+                markersize=3,
+                linewidth=1.5 if held_out else 0.5,
+                alpha=1.0 if held_out else 0.6,
+            )
+        axes.set(title=f"{name}: {title}", xlabel="step")
+        axes.grid(alpha=0.3)
+        axes.legend(frameon=False)
+    temporary = path.with_name(f".{path.name}")
+    figure.savefig(temporary, format="png", dpi=120, metadata={"Software": None})
+    temporary.replace(path)
+    return True

@@ -1,0 +1,305 @@
+"""The commands that train and measure, with their files: every option does what its help says."""
+
+import json
+import math
+import re
+
+import numpy as np
+import pytest
+
+from minidpo import checkpoint, cli, losses, model, recipes, training
+from minidpo.exact import chain_rule_logprob
+from minidpo.model import Config
+from minidpo.tokenizer import Tokenizer
+
+TOKENIZER = Tokenizer("\nabcd")
+CONFIG = Config(TOKENIZER.vocab_size, 16, 8, 1, 2)
+ROWS = [{"prompt": x + y + "\n", "chosen": y + "d", "rejected": "cc"} for x in "abc" for y in "abcd"]
+SHORT = ["--steps=4", "--evaluate-every=2", "--batch-size=3"]
+SMALL = ["--n-embd=8", "--n-layer=1", "--n-head=2"]
+
+
+def write(path, rows):
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    made = tmp_path_factory.mktemp("recipes")
+    write(made / "pairs.jsonl", ROWS)
+    rng = np.random.default_rng(0)
+    for name in ("init", "other"):
+        params = model.init(CONFIG, rng, dtype="float64")
+        for p in params.values():
+            p.data = p.data + 0.3 * rng.normal(size=p.shape)
+        checkpoint.save(made / name, params, CONFIG, TOKENIZER)
+    return made
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_pretrain_reads_its_lines(tmp_path, capsys):
+    """Otherwise an option is printed in the help, and ignored. A line separator ends no line, a BOM is no text."""
+    data = tmp_path / "lines.txt"
+    data.write_bytes("\ufeffab\r\n\nb\u2028a\r\nba\n".encode())
+    run = tmp_path / "m"
+    given = ["--learning-rate=0.5", "--warmup-steps=0", *SHORT, *SMALL, "--replacement", "--micro-batch-size=2"]
+    assert cli.main(["pretrain", f"--data={data}", f"--out={run}", *given]) == 0
+    assert "2 texts to train on, 1 held out" in capsys.readouterr().out
+    saved = checkpoint.load(run)
+    assert saved.tokenizer.characters == "\nab\u2028\ufffd" and saved.config == Config(6, 4, 8, 1, 2)
+    metrics = lines(run / "metrics.jsonl")
+    rates = [line["learning_rate"] for line in metrics if "learning_rate" in line]
+    assert rates == pytest.approx([0.25 * (1 + math.cos(math.pi * s / 4)) for s in range(4)])
+    assert [line["step"] for line in metrics if "eval_loss" in line] == [0, 2, 4]
+
+
+def test_pretrain_on_blocks_and_held_out_texts(tmp_path):
+    """Otherwise a text of several lines is several texts, or the share is held out though a file was given."""
+    (tmp_path / "blocks.txt").write_text("ab\nc\n\n\nb\n\nab\n\n")
+    (tmp_path / "more.txt").write_text("cccccccc\n")
+    given = [f"--data={tmp_path / 'blocks.txt'}", f"--held-out-data={tmp_path / 'more.txt'}", "--blocks"]
+    seen = []
+    right = training.sft_training_step
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "sft_training_step", lambda *a: seen.append(a[3]) or right(*a))
+        assert cli.main(["pretrain", *given, f"--out={tmp_path / 'm'}", *SHORT, *SMALL]) == 0
+    tokenizer = checkpoint.load(tmp_path / "m").tokenizer
+    assert {tokenizer.decode(y) for batch in seen for _, y in batch} == {"ab\nc", "b", "ab"}
+    assert checkpoint.load(tmp_path / "m").config.n_positions == 9
+
+
+def test_sft_learns_completions_or_one_or_both_responses(folder, tmp_path):
+    """Otherwise the model learns what it should not, or half of what it should. The prompt is given, not learnt."""
+    write(tmp_path / "completions.jsonl", [{"prompt": row["prompt"], "completion": "abc"} for row in ROWS])
+    right = training.sft_training_step
+    for data, more, expected in (
+        (folder / "pairs.jsonl", [], {"ad", "bd", "cd", "dd", "cc"}),
+        (folder / "pairs.jsonl", ["--responses=chosen"], {"ad", "bd", "cd", "dd"}),
+        (tmp_path / "completions.jsonl", [], {"abc"}),
+    ):
+        seen = []
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(training, "sft_training_step", lambda *a, seen=seen: seen.append(a[3]) or right(*a))
+            run = tmp_path / f"run{len(more)}{data.stem}"
+            given = [f"--data={data}", f"--out={run}", "--steps=9", "--batch-size=4", *SMALL, *more]
+            assert cli.main(["sft", *given]) == 0
+        tokenizer = checkpoint.load(run).tokenizer
+        assert {tokenizer.decode(y) for batch in seen for _, y in batch} == expected
+        assert all(x[0] == 0 and tokenizer.decode(x).endswith("\n") and y[-1] == 0 for batch in seen for x, y in batch)
+        assert checkpoint.load(run).config == Config(tokenizer.vocab_size, 512, 8, 1, 2)
+
+
+def test_sft_begins_from_a_model(folder, tmp_path):
+    """Otherwise what was pre-trained is forgotten."""
+    run = tmp_path / "run"
+    given = [f"--data={folder / 'pairs.jsonl'}", f"--init={folder / 'init'}", f"--out={run}", "--steps=0"]
+    assert cli.main(["sft", *given]) == 0
+    loaded, init = checkpoint.load(run), checkpoint.load(folder / "init")
+    assert all((loaded.params[name].data == p.data).all() for name, p in init.params.items())
+    (measured,) = lines(run / "metrics.jsonl")
+    held_out = [row for row in ROWS if [row["prompt"]] == sorted({s["prompt"] for s in lines(run / "samples.jsonl")})]
+    nats = [
+        -chain_rule_logprob(init.params, CONFIG, [0, *TOKENIZER.encode(row["prompt"])], [*TOKENIZER.encode(row[k]), 0])
+        for row in held_out
+        for k in ("chosen", "rejected")
+    ]
+    assert len(held_out) == 1 and measured["eval_loss"] == pytest.approx(sum(nats) / 6)
+
+
+@pytest.mark.parametrize(
+    ("options", "loss", "nll_weight"),
+    [
+        ([], lambda w, l, rw, rl: losses.dpo_loss(w, l, rw, rl, 0.3), 1.0),
+        (["--label-smoothing=0.2", "--nll-weight=0"], lambda w, l, rw, rl: losses.dpo_loss(w, l, rw, rl, 0.3, 0.2), 0),
+        (["--loss=ipo", "--beta=0.7"], lambda w, l, rw, rl: losses.ipo_loss(w, l, rw, rl, 0.7), 1.0),
+        (["--loss=reference-free"], lambda w, l, rw, rl: losses.reference_free_loss(w, l, 0.3), 1.0),
+    ],
+)
+def test_dpo_minimises_the_loss_that_was_asked_for(options, loss, nll_weight, folder, tmp_path):
+    """With another model as reference: otherwise --loss, --beta, --nll-weight or --reference is a word."""
+    write(tmp_path / "held.jsonl", [{"prompt": "dd", "chosen": "a", "rejected": "bb"}])
+    given = [f"--data={folder / 'pairs.jsonl'}", f"--init={folder / 'init'}", f"--reference={folder / 'other'}"]
+    given += [f"--held-out-data={tmp_path / 'held.jsonl'}", f"--out={tmp_path / 'run'}", "--steps=0", *options]
+    assert cli.main(["dpo", *given]) == 0
+    (measured,) = lines(tmp_path / "run" / "metrics.jsonl")
+    policy, reference = (checkpoint.load(folder / name).params for name in ("init", "other"))
+    four = [
+        np.array([chain_rule_logprob(params, CONFIG, [0, 5, 5], y)])
+        for params in (policy, reference)
+        for y in ([2, 0], [3, 3, 0])
+    ]
+    out = loss(*four)
+    assert measured["eval_loss"] == pytest.approx(out.loss.item() - nll_weight * four[0].item() / 2)
+    assert measured["eval_rewards/chosen"] == pytest.approx(out.reward_w.item())
+
+
+def test_dpo_raises_the_margin_and_leaves_the_reference(folder, tmp_path):
+    """Otherwise the command trains something else. The first measurement is at the reference: ties, log 2."""
+    run = tmp_path / "run"
+    before = {path: path.read_bytes() for path in (folder / "init").iterdir()}
+    given = [f"--data={folder / 'pairs.jsonl'}", f"--init={folder / 'init'}", f"--out={run}", "--nll-weight=0"]
+    assert (
+        cli.main(["dpo", *given, "--steps=30", "--batch-size=4", "--learning-rate=0.01", "--micro-batch-size=3"]) == 0
+    )
+    measured = [line for line in lines(run / "metrics.jsonl") if "eval_loss" in line]
+    assert measured[0]["eval_loss"] == pytest.approx(math.log(2)) and measured[0]["eval_rewards/ties"] == 1
+    assert measured[-1]["eval_rewards/margins"] > 0.5 and measured[-1]["eval_loss"] < 0.5
+    assert {path: path.read_bytes() for path in (folder / "init").iterdir()} == before
+
+
+def evaluated(folder, data, capsys, *more, command="evaluate"):
+    given = [f"--checkpoint={folder / 'init'}", f"--reference={folder / 'other'}", f"--data={data}", *more]
+    assert cli.main([command, *given]) == 0
+    return capsys.readouterr()
+
+
+def test_evaluate_and_score_agree_with_the_chain_rule(folder, tmp_path, capsys):
+    """Otherwise the numbers by which models are compared are those of another pair, or another prompt."""
+    rows = [*ROWS[:3], {"prompt": "a", "chosen": "b", "rejected": "b"}, "nonsense"]
+    data = write(tmp_path / "pairs.jsonl", rows)
+    printed = evaluated(folder, data, capsys, "--json", "--beta=0.5")
+    metrics = json.loads(printed.out)
+    assert (metrics["pairs"], metrics["set_aside"], metrics["truncated"]) == (3, 2, 0)
+    assert f"{data}, line 4: set aside, chosen equals rejected" in printed.err and "line 5" in printed.err
+    policy, reference = (checkpoint.load(folder / name).params for name in ("init", "other"))
+    table = np.array([
+        [
+            chain_rule_logprob(params, CONFIG, [0, *TOKENIZER.encode(row["prompt"])], [*TOKENIZER.encode(row[k]), 0])
+            for params in (policy, reference)
+            for k in ("chosen", "rejected")
+        ]
+        for row in ROWS[:3]
+    ])  # fmt: skip
+    w, l, ref_w, ref_l = table.T
+    assert metrics["loss"] == pytest.approx(np.logaddexp(0, -0.5 * (w - ref_w - l + ref_l)).mean())
+    assert metrics["rewards/accuracies"] == pytest.approx((w - ref_w > l - ref_l).mean())
+    assert metrics["ref_logps/chosen"] == pytest.approx(ref_w.mean())
+    assert metrics["logps/rejected"] == pytest.approx(l.mean())
+    assert metrics["nll/chosen"] == pytest.approx(-w.sum() / 9)
+    table_printed = evaluated(folder, data, capsys, "--beta=0.5").out
+    assert f"loss                 {metrics['loss']:>12.4f}" in table_printed.splitlines()
+    scores = [
+        json.loads(line) for line in evaluated(folder, data, capsys, "--beta=0.5", command="score").out.splitlines()
+    ]
+    assert [score["line"] for score in scores] == [1, 2, 3]
+    assert [score["logps/chosen"] for score in scores] == pytest.approx(list(w))
+    assert [score["rewards/rejected"] for score in scores] == pytest.approx(list(0.5 * (l - ref_l)))
+    assert np.mean([score["loss"] for score in scores]) == pytest.approx(metrics["loss"])
+    assert cli.main(["score", f"--checkpoint={folder / 'init'}", f"--data={data}"]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[0]).keys() == {"line", "logps/chosen", "logps/rejected"}
+
+
+def test_a_policy_equal_to_its_reference_has_ties(folder, capsys):
+    """Otherwise rounding decides who wins, and an untrained model has an accuracy."""
+    given = [f"--checkpoint={folder / 'init'}", f"--reference={folder / 'init'}", f"--data={folder / 'pairs.jsonl'}"]
+    assert cli.main(["evaluate", *given, "--json"]) == 0
+    metrics = json.loads(capsys.readouterr().out)
+    assert (metrics["rewards/ties"], metrics["rewards/accuracies"], metrics["nll/chosen_rise"]) == (1, 0, 0)
+    assert metrics["loss"] == pytest.approx(math.log(2))
+
+
+def test_rows_that_cannot_be_used_are_kept_or_refused(folder, tmp_path, capsys):
+    """Otherwise data is lost in silence, or --strict is a word. Nothing is begun that is refused."""
+    data = write(tmp_path / "pairs.jsonl", [*ROWS, "{", {"prompt": "a", "chosen": "x", "rejected": "b"}, ROWS[0]])
+    given = ["dpo", f"--data={data}", f"--init={folder / 'init'}", f"--out={tmp_path / 'run'}", *SHORT]
+    assert cli.main([*given, "--strict"]) == 2
+    error = capsys.readouterr().err
+    assert "pairs.jsonl, line 13: is not JSON" in error and "3 such rows" in error and error.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+    assert cli.main(given) == 0
+    assert "pairs.jsonl: 12 rows, 3 set aside" in capsys.readouterr().out
+    aside = lines(tmp_path / "run" / "set_aside.jsonl")
+    assert [line["line"] for line in aside] == [13, 14, 15] and aside[0]["text"] == "{"
+    assert "not in the vocabulary" in aside[1]["reason"] and "repeats line 1" in aside[2]["reason"]
+    assert "3 rows were set aside" in (tmp_path / "run" / "report.md").read_text()
+
+
+def test_long_rows_follow_the_policy(folder, tmp_path, capsys):
+    """Otherwise a row that does not fit stops the run, or is cut without a word."""
+    data = write(tmp_path / "pairs.jsonl", [*ROWS, {"prompt": "a" * 30, "chosen": "b", "rejected": "c"}])
+    given = ["dpo", f"--data={data}", f"--init={folder / 'init'}", *SHORT]
+    assert cli.main([*given, f"--out={tmp_path / 'a'}"]) == 0
+    assert "12 rows, 1 set aside" in capsys.readouterr().out
+    assert cli.main([*given, f"--out={tmp_path / 'b'}", "--truncation=prompt"]) == 0
+    assert "13 rows, 0 set aside, 1 truncated" in capsys.readouterr().out
+
+
+def test_what_is_wrong_is_one_sentence(folder, tmp_path, capsys):
+    """Otherwise a stranger reads a traceback; and nothing is begun."""
+    leak = write(tmp_path / "leak.jsonl", [{"prompt": ROWS[2]["prompt"], "chosen": "a", "rejected": "b"}])
+    shape = write(
+        tmp_path / "shape.jsonl", [{"prompt": [{"role": "user", "content": "a"}], "chosen": [], "rejected": []}]
+    )
+    empty = write(tmp_path / "empty.jsonl", [])
+    unusable = write(tmp_path / "unusable.jsonl", [{"prompt": "", "chosen": "", "rejected": "a"}])
+    checkpoint.save(
+        tmp_path / "foreign",
+        model.init(Config(3, 16, 8, 1, 2), np.random.default_rng(0)),
+        Config(3, 16, 8, 1, 2),
+        Tokenizer("xy"),
+    )
+    pairs, out = folder / "pairs.jsonl", tmp_path / "run"
+    begin = ["dpo", f"--init={folder / 'init'}", f"--out={out}", *SHORT]
+    measure = ["evaluate", f"--checkpoint={folder / 'init'}", f"--data={pairs}"]
+    for command, sentence in (
+        ([*begin, f"--data={tmp_path / 'none'}"], "No such file"),
+        ([*begin, f"--data={shape}"], "line 1: this is the conversational shape"),
+        ([*begin, f"--data={empty}"], "no row can be used"),
+        ([*begin, f"--data={unusable}"], "no row can be used (line 1: chosen is empty)"),
+        ([*begin, f"--data={pairs}", f"--held-out-data={leak}"], "leak.jsonl, line 1: this prompt is in"),
+        ([*begin, f"--data={pairs}", "--loss=ipo", "--label-smoothing=0.1"], "no meaning for ipo"),
+        ([*begin, f"--data={pairs}", f"--reference={tmp_path / 'foreign'}"], "must share one"),
+        ([*measure, f"--reference={tmp_path / 'foreign'}"], "vocabularies of 6 and 3 ids that differ"),
+        (["sft", f"--data={folder}", f"--out={out}"], "Is a directory"),
+    ):
+        assert cli.main(command) == 2, command
+        printed = capsys.readouterr()
+        assert sentence in printed.err and printed.err.count("\n") == 1, printed.err
+        assert printed.err.startswith(f"minidpo {command[0]}: ") and not out.exists(), command
+
+
+@pytest.mark.parametrize(
+    ("option", "sentence"),
+    [
+        ("--learning-rate=0", r"'0' is not a number in \(0, inf\)"),
+        ("--learning-rate=nan", r"'nan' is not a number in \(0, inf\)"),
+        ("--beta=-1", r"'-1' is not a number in \(0, inf\)"),
+        ("--label-smoothing=0.9", r"in \[0, 0\.5\]"),
+        ("--nll-weight=x", r"in \[0, inf\)"),
+        ("--held-out-share=1", r"in \(0, 1\)"),
+        ("--steps=1.5", "is not an integer of at least 0"),
+    ],
+)
+def test_options_are_bounded(option, sentence, capsys):
+    """Otherwise a rate of nan trains for an hour; what is said names the option."""
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["dpo", "--data=d", "--init=i", "--out=o", option])
+    assert caught.value.code == 2
+    error = capsys.readouterr().err
+    assert re.search(sentence, error) and f"argument {option.split('=')[0]}" in error
+    fine = cli.parser().parse_args(
+        ["dpo", "--data=d", "--init=i", "--out=o", "--label-smoothing=0.5", "--nll-weight=0"]
+    )
+    assert (fine.label_smoothing, fine.nll_weight) == (0.5, 0)
+
+
+def test_rows_are_named_as_a_reader_counts_them(folder, tmp_path):
+    """Otherwise "after a batch of lines 1, 2" sends one to the wrong lines."""
+    data = write(tmp_path / "pairs.jsonl", ["{", *ROWS])
+    rows, _ = recipes.preferences.read(data)
+    encoded = recipes.preferences.encode(rows, TOKENIZER, 16)
+    assert recipes.named_rows(encoded, [2, 0, 2]) == "lines 2, 4"
+
+
+def test_every_training_option_survives_a_resume():
+    """Otherwise a run that goes on is another run."""
+    given = ["dpo", "--data=d", "--init=i", "--out=o", "--beta=0.7", "--strict", "--truncation=prompt", "--patience=3"]
+    options = cli.parser().parse_args([*given, "--reference=r", "--nll-weight=0", "--held-out-share=0.25"])
+    again = cli.parser().parse_args([*recipes.arguments(options), "--out=o"])
+    for name, value in vars(options).items():
+        other = getattr(again, name)
+        assert other == (value.resolve() if name in ("data", "init", "reference") else value), name
