@@ -1,0 +1,166 @@
+"""The one command, on a small scale: three models, the same customers, the same random numbers."""
+
+import json
+import math
+import re
+
+import numpy as np
+import pytest
+
+from minidpo import checkpoint, cli, demo, report, world
+from minidpo.exact import chain_rule_logprob
+from minidpo.streams import stream
+from minidpo.tokenizer import TURN
+
+SIZES = demo.Sizes(
+    texts=60,
+    completions=40,
+    pairs=40,
+    held_out=10,
+    steps={"pretrain": 4, "sft": 3, "dpo": 2},
+    model=["--n-embd=8", "--n-layer=1", "--n-head=2", "--n-positions=110"],
+    replies=30,
+)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A demo, and what it printed."""
+    folder = tmp_path_factory.mktemp("demo") / "desk"
+    with pytest.MonkeyPatch.context() as patch:
+        printed = []
+        patch.setattr(
+            "builtins.print", lambda *args, end="\n", **options: printed.append(" ".join(map(str, args)) + end)
+        )
+        assert demo.demo(folder, 0, False, cli.main, SIZES) == 0
+    return folder, "".join(printed)
+
+
+def test_it_makes_three_models_from_commands_that_it_prints(made):
+    """Otherwise a reader cannot repeat a stage by hand, or a stage begins from nothing."""
+    folder, printed = made
+    commands = re.findall(r"^\$ python -m minidpo (\w+) (.*)$", printed, re.MULTILINE)
+    assert [name for name, _ in commands] == ["pretrain", "sft", "dpo"]
+    assert f"--init={folder / 'pretrain'}" in commands[1][1] and f"--init={folder / 'sft'}" in commands[2][1]
+    assert all("--held-out-data=" in given and "--seed=0" in given for _, given in commands)
+    for stage in demo.STAGES:
+        assert checkpoint.load(folder / stage).verified
+    assert {path.name for path in (folder / "data").iterdir()} == {
+        f"{kind}{part}" for kind in ("texts", "completions", "pairs")
+        for part in ((".txt", "_held_out.txt") if kind == "texts" else (".jsonl", "_held_out.jsonl"))
+    }  # fmt: skip
+
+
+def test_what_is_held_out_was_never_met(made):
+    """By prompt: otherwise the last table measures memory."""
+    folder, _ = made
+    train, held_out = world.split(0)
+    for name in ("completions", "pairs"):
+        for part, prompts in (("", train), ("_held_out", held_out)):
+            rows = report.json_lines(folder / "data" / f"{name}{part}.jsonl")
+            assert rows and {row["prompt"] for row in rows} <= {x + TURN for x in prompts}
+    texts = (folder / "data" / "texts.txt").read_text().rstrip("\n").split("\n\n")
+    assert len(texts) == 60 and all(math.isfinite(world.corpus_logprob(text, train)) for text in texts)
+
+
+def test_the_table_is_that_of_the_replies(made):
+    """Otherwise what is printed is not what the models said: judged and counted again, from the checkpoints."""
+    folder, printed = made
+    rows = json.loads((folder / "results.json").read_text())
+    assert [row["model"] for row in rows] == ["base", "SFT", "DPO"]
+    prompts = world.drawn(world.prompt_distribution(world.split(0)[1]), 30, stream(0, "demo", "prompts"))
+    sft = checkpoint.load(folder / "sft")
+    for stage, row in zip(demo.STAGES, rows):
+        model = checkpoint.load(folder / stage)
+        again = demo.judged(model, sft, prompts, 0)
+        rewards = [world.judgement(x, reply).reward for x, reply in zip(prompts, again["replies"])]
+        assert row["reward"] == pytest.approx(np.mean(rewards)) == again["reward"]
+        assert row["reward_error"] == pytest.approx(np.std(rewards, ddof=1) / math.sqrt(30))
+        assert f"{again['reward']:.2f}" in re.search(r"^true reward .*$", printed, re.MULTILINE)[0]
+    assert rows[1]["kl"] == pytest.approx(0, abs=1e-4)
+    shown = [name for name in world.SLICES if f"({name})" in printed]
+    assert shown == list(world.SLICES) and "  DPO  " in printed
+
+
+def test_the_kl_is_the_mean_log_ratio_of_the_replies(made):
+    """One forward per prefix: otherwise "how far" is a number of another kind."""
+    folder, _ = made
+    dpo, base = checkpoint.load(folder / "dpo"), checkpoint.load(folder / "pretrain")
+    prompts = ["my order is late.", "may anna see my bill?"]
+    got = demo.judged(dpo, base, prompts, 5)
+    ids = [[0, *dpo.tokenizer.encode(x + TURN)] for x in prompts]
+    ratios = []
+    for x, reply in zip(ids, got["replies"]):
+        y = dpo.tokenizer.encode(reply)
+        y += [0] * (len(x) + len(y) < dpo.config.n_positions + 1)
+        ratios.append(
+            chain_rule_logprob(dpo.params, dpo.config, x, y) - chain_rule_logprob(base.params, base.config, x, y)
+        )
+    assert got["kl"] == pytest.approx(np.mean(ratios), abs=1e-4)
+
+
+def test_the_facts_are_exact(made):
+    """Otherwise "the grammar itself" is an opinion."""
+    folder, printed = made
+    train, held_out = world.split(0)
+    assert f"its exact entropy {world.corpus_entropy(train):.4f}" in printed
+    assert f"its exact entropy {world.reply_entropy(held_out):.4f}" in printed
+    assert f"mean true reward of {world.desk_reward(held_out):.2f}" in printed
+    texts = (folder / "data" / "texts_held_out.txt").read_text().rstrip("\n").split("\n\n")
+    nats = -sum(world.corpus_logprob(text, train) for text in texts) / sum(len(text) + 1 for text in texts)
+    assert f"the grammar itself {nats:.4f} on these" in printed
+    replies = [
+        (row["prompt"][:-1], row["completion"])
+        for row in report.json_lines(folder / "data" / "completions_held_out.jsonl")
+    ]
+    nats = -sum(math.log(world.desk(world.PROMPTS[x])[y]) for x, y in replies) / sum(len(y) + 1 for _, y in replies)
+    assert f"the desk itself {nats:.4f} on these" in printed
+    pairs = report.json_lines(folder / "data" / "pairs_held_out.jsonl")
+    gaps = [
+        world.judgement(p["prompt"][:-1], p["chosen"]).reward - world.judgement(p["prompt"][:-1], p["rejected"]).reward
+        for p in pairs
+    ]
+    right, ties = np.mean(np.array(gaps) > 0), np.mean(np.array(gaps) == 0)
+    assert f"the true reward {right:.3f}, and has {ties:.3f} ties" in printed
+
+
+def test_the_report_says_what_was_printed(made):
+    """Otherwise what is left on the next morning is another result."""
+    folder, printed = made
+    written = (folder / "report.md").read_text()
+    for line in printed[printed.index("three models answer") :].splitlines()[2:12]:
+        assert line in written
+    assert "| SFT |" in written and ("![curves](curves.png)" in written) == (folder / "curves.png").exists()
+
+
+def test_it_goes_on_where_it_was_stopped(made, tmp_path, capsys):
+    """In the middle of a stage: otherwise the first two models are trained again, or the third is another."""
+    folder = tmp_path / "desk"
+    calls = []
+
+    def stopped(given):
+        calls.append(given[0])
+        return cli.main(given) if given[0] != "dpo" else 130
+
+    assert demo.demo(folder, 0, False, stopped, SIZES) == 130
+    assert calls == ["pretrain", "sft", "dpo"]
+    assert f"then the demo goes on with: python -m minidpo resume {folder}" in capsys.readouterr().err
+    with pytest.raises(checkpoint.CheckpointError, match="exists already: choose another folder with --out, or go on"):
+        demo.demo(folder, 0, False, cli.main, SIZES)
+    assert demo.demo(folder, 0, True, cli.main, SIZES) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("$ python -m minidpo resume") == 2
+    for stage in demo.STAGES:
+        first, again = (base / stage / "model" / "model.safetensors" for base in (made[0], folder))
+        assert first.read_bytes() == again.read_bytes()
+    assert (folder / "results.json").read_bytes() == (made[0] / "results.json").read_bytes()
+
+
+def test_the_command_line_reaches_it(tmp_path, monkeypatch, capsys):
+    """Otherwise the README's first command does something else; resume knows a demo's folder."""
+    asked = []
+    monkeypatch.setattr(demo, "demo", lambda *args: asked.append(args) or 0)
+    assert cli.main(["demo", f"--out={tmp_path / 'a'}", "--seed=4"]) == 0
+    (tmp_path / "run.json").write_text('{"arguments": ["demo", "--seed=3"]}')
+    assert cli.main(["resume", str(tmp_path)]) == 0
+    assert asked == [(tmp_path / "a", 4, False, cli.main), (tmp_path, 3, True, cli.main)]
