@@ -69,6 +69,12 @@ def support_desk(options: argparse.Namespace) -> int:
     return demo.demo(options.out, options.seed, options.resume, main)
 
 
+def judge(options: argparse.Namespace) -> int:
+    """Print the true reward of models of the demo's world."""
+    demo.judge(options.checkpoint, options.reference, options.seed, options.replies)
+    return 0
+
+
 def at_least(low: int) -> Callable[[str], int]:
     """An argument's type: an integer that is not below `low`."""
 
@@ -185,6 +191,16 @@ def parser() -> argparse.ArgumentParser:
     )
     added.add_argument("--out", type=Path, default=Path("demo"), help="folder for everything; must not exist")
 
+    added = command(
+        judge,
+        "measure the true reward of models of the demo's world",
+        "Ask models the demo's held-out prompts and print what is true of their replies, a column per model. The seed "
+        "must be that of the demo that they were trained in: it decides what was held out.",
+    )
+    added.add_argument("--checkpoint", type=Path, nargs="+", required=True, help="checkpoints or runs")
+    added.add_argument("--reference", type=Path, required=True, help="checkpoint or run that the KL is measured to")
+    added.add_argument("--replies", type=at_least(2), default=500, help="prompts, each answered once")
+
     added = training_command(
         recipes.pretrain,
         "train a model on the lines of a text file",
@@ -229,13 +245,13 @@ def parser() -> argparse.ArgumentParser:
     row_options(added)
     added.add_argument("--init", type=Path, required=True, help="checkpoint or run to begin from")
     added.add_argument("--reference", type=Path, help="checkpoint or run of the reference; --init if not given")
-    added.add_argument("--beta", type=between(0, math.inf), default=0.3, help="reward per nat of log-ratio")
+    added.add_argument("--beta", type=between(0, math.inf), default=0.2, help="reward per nat of log-ratio")
     added.add_argument("--loss", choices=recipes.LOSSES, default="dpo", help="what is minimised")
     added.add_argument(
         "--label-smoothing", type=between(0, 0.5, "[]"), default=0.0, help="probability that a label is flipped"
     )
     added.add_argument(
-        "--nll-weight", type=between(0, math.inf, "["), default=1.0, help="of the chosen responses' nats a token"
+        "--nll-weight", type=between(0, math.inf, "["), default=2.0, help="of the chosen responses' nats a token"
     )
 
     for run, summary, text in (
@@ -257,7 +273,7 @@ def parser() -> argparse.ArgumentParser:
         required = run is recipes.evaluate
         added.add_argument("--reference", type=Path, required=required, help="checkpoint or run of the reference")
         added.add_argument("--data", type=Path, required=True, help="JSON Lines of prompt/chosen/rejected")
-        added.add_argument("--beta", type=between(0, math.inf), default=0.3, help="reward per nat of log-ratio")
+        added.add_argument("--beta", type=between(0, math.inf), default=0.2, help="reward per nat of log-ratio")
         row_options(added)
         if required:
             added.add_argument("--json", action="store_true", help="print one JSON object")
@@ -295,7 +311,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Interrupted as stop:
         fault, status = str(stop), 130
     except KeyboardInterrupt:
-        fault, status = "interrupted", 130
+        out = getattr(options, "out", None)
+        begun = out is not None and (out / "run.json").exists()
+        fault, status = "interrupted" + (f"; go on with: python -m minidpo resume {out}" if begun else ""), 130
     except FloatingPointError as error:
         fault, status = str(error), 3
     except (OSError, ValueError) as error:

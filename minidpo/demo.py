@@ -53,7 +53,7 @@ FULL = Sizes(
     completions=8_000,
     pairs=6_000,
     held_out=500,
-    steps={"pretrain": 1000, "sft": 300, "dpo": 200},
+    steps={"pretrain": 1000, "sft": 300, "dpo": 300},
     model=["--n-embd=64", "--n-layer=2", "--n-head=4", "--n-positions=128"],
     replies=500,
 )
@@ -154,6 +154,35 @@ def judged(model: Checkpoint, reference: Checkpoint, prompts: Sequence[str], see
     }
 
 
+def as_text(rows: Sequence[Mapping[str, Any]]) -> str:
+    """What is true of the replies, a column per model."""
+    width = max(8, *(len(str(row["model"])) + 2 for row in rows))
+    lines = []
+    for name, title in COLUMNS.items():
+        cells = (f"{row[name]:>{width}}" if name == "model" else f"{row[name]:>{width}.2f}" for row in rows)
+        lines.append(f"{title:<17}" + "".join(cells))
+    return "\n".join(lines)
+
+
+def held_out_prompts(seed: int, count: int) -> list[str]:
+    """What customers ask who are met for the first time."""
+    return world.drawn(world.prompt_distribution(world.split(seed)[1]), count, stream(seed, "demo", "prompts"))
+
+
+def judge(folders: Sequence[Path], reference: Path, seed: int, replies: int) -> None:
+    """Print what is true of the replies of models to held-out prompts of the world of a seed.
+
+    Raises
+    ------
+    ValueError
+        If a model has other characters than the world.
+    """
+    prompts = held_out_prompts(seed, replies)
+    anchor = checkpoint.load(reference)
+    rows = [{"model": folder.name, **judged(checkpoint.load(folder), anchor, prompts, seed)} for folder in folders]
+    print(as_text(rows).replace("KL to SFT", f"KL to {reference.name}"))
+
+
 def facts(folder: Path, seed: int, measured: Mapping[str, Mapping[str, float]]) -> list[str]:
     """How close the models come to what is known exactly, a sentence each."""
     train, held_out = world.split(seed)
@@ -187,9 +216,7 @@ def facts(folder: Path, seed: int, measured: Mapping[str, Mapping[str, float]]) 
 def conclude(folder: Path, seed: int, sizes: Sizes) -> None:
     """Judge the models, print what they say side by side, and write the report."""
     models = {stage: checkpoint.load(folder / stage) for stage in STAGES}
-    prompts = world.drawn(
-        world.prompt_distribution(world.split(seed)[1]), sizes.replies, stream(seed, "demo", "prompts")
-    )
+    prompts = held_out_prompts(seed, sizes.replies)
     rows = {stage: judged(models[stage], models["sft"], prompts, seed) for stage in STAGES}
     metrics = {stage: report.json_lines(folder / stage / "metrics.jsonl") for stage in STAGES}
     by_slice = {name: [i for i, x in enumerate(prompts) if world.PROMPTS[x].slice == name] for name in world.SLICES}
@@ -204,8 +231,7 @@ def conclude(folder: Path, seed: int, sizes: Sizes) -> None:
     sentences = facts(folder, seed, {stage: report.best(lines) for stage, lines in metrics.items()})
     print(f"\nthe three models answer {len(prompts)} customers whose words none of them has seen; true rewards first\n")
     print("\n".join(dialogue), end="\n\n")
-    for name, title in COLUMNS.items():
-        print(f"{title:<17}" + "".join(f"{row[name]:>8}" if name == "model" else f"{row[name]:>8.2f}" for row in table))
+    print(as_text(table))
     print("\n" + "\n".join(sentences))
     parts = [
         "# A support desk",
@@ -216,6 +242,7 @@ def conclude(folder: Path, seed: int, sizes: Sizes) -> None:
     ]
     parts.append("![curves](curves.png)" if report.curves(folder / "curves.png", metrics) else report.NO_CURVES)
     checkpoint.write_whole(folder / "report.md", ("\n\n".join(parts) + "\n").encode())
-    results = [{name: value for name, value in row.items() if name != "replies"} for row in table]
+    models_found = [{name: value for name, value in row.items() if name != "replies"} for row in table]
+    results = {"models": models_found, "dialogue": dialogue, "facts": sentences}
     checkpoint.write_whole(folder / "results.json", (json.dumps(results, indent=2) + "\n").encode())
     print(f"\neverything is in {folder}; begin with {folder / 'report.md'}")

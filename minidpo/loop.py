@@ -17,7 +17,9 @@ and resumed ends in the same bytes.
 """
 
 import contextlib
+import dataclasses
 import json
+import math
 import os
 import platform
 import shutil
@@ -95,25 +97,21 @@ class Interrupt:
                 signal.signal(number, handler)
 
 
+def blas_threads() -> int | None:
+    """How many threads a matrix product may use: what the environment says, else the cores at hand."""
+    for name in ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS"):
+        if os.environ.get(name, "").isdecimal():
+            return int(os.environ[name])
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
 def environment() -> dict[str, Any]:
     """What the last bits of a result depend on besides the seed."""
-    threads = next(
-        (
-            os.environ[name]
-            for name in ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS")
-            if os.environ.get(name)
-        ),
-        None,
-    )
     blas = numpy.show_config(mode="dicts").get("Build Dependencies", {}).get("blas", {})
     return {
         "numpy": numpy.__version__,
         "blas": f"{blas.get('name')} {blas.get('version')}",
-        "blas_threads": int(threads)
-        if threads and threads.isdecimal()
-        else len(os.sched_getaffinity(0))
-        if hasattr(os, "sched_getaffinity")
-        else os.cpu_count(),
+        "blas_threads": blas_threads(),
         "machine": f"{platform.system()} {platform.machine()}",
     }
 
@@ -179,6 +177,24 @@ def same_as_begun(run: Path, description: Mapping[str, Any]) -> list[str]:
     return [f"{name} was {then.get(name)} and is {now[name]}" for name in now if then.get(name) != now[name]]
 
 
+@dataclasses.dataclass
+class State:
+    """How far a run is, besides its parameters and its optimizer."""
+
+    step: int = 0  # steps taken
+    measured_at: int = -1  # the step of the last measurement
+    best: float = math.inf  # the lowest held-out loss
+    best_step: int = 0
+    worse: int = 0  # measurements since then
+
+    def measured(self, loss: float) -> None:
+        """Take in a held-out loss."""
+        self.measured_at = self.step
+        self.worse = 0 if loss < self.best else self.worse + 1
+        if not self.worse:
+            self.best, self.best_step = loss, self.step
+
+
 def optimizer_state(optimizer: optim.Optimizer) -> tuple[dict[str, numpy.ndarray], dict[str, int]]:
     """What an optimizer remembers, as arrays and as numbers, named "parameter/name"."""
     arrays: dict[str, numpy.ndarray] = {}
@@ -192,12 +208,59 @@ def optimizer_state(optimizer: optim.Optimizer) -> tuple[dict[str, numpy.ndarray
     return arrays, numbers
 
 
-def restore(optimizer: optim.Optimizer, arrays: Mapping[str, numpy.ndarray], numbers: Mapping[str, int]) -> None:
-    """The reverse of `optimizer_state`."""
-    for key, value in [*arrays.items(), *numbers.items()]:
-        parameter, name = key.rsplit("/", 1)
-        xp = array_module(optimizer.params[parameter].data)
-        optimizer.state.setdefault(parameter, {})[name] = value if isinstance(value, int) else xp.asarray(value)
+def save(
+    run: Path, params: Params, config: Config, tokenizer: Tokenizer, optimizer: optim.Optimizer, state: State
+) -> None:
+    """Write a checkpoint, make it the one that counts, and drop those that are neither it nor the best.
+
+    Raises
+    ------
+    FloatingPointError
+        If a parameter is not finite; nothing is written then.
+    """
+    folder = run / step_name(state.step)
+    if folder.exists():  # written by a process that was killed before it could point to it
+        shutil.rmtree(folder)
+    if not all(array_module(p.data).isfinite(p.data).all() for p in params.values()):
+        raise FloatingPointError("a parameter is not finite")
+    arrays, numbers = optimizer_state(optimizer)
+    checkpoint.save(folder, params, config, tokenizer, arrays, {**vars(state), "optimizer": numbers})
+    checkpoint.point_to_latest(folder)
+    prune(run, state)
+
+
+def prune(run: Path, state: State) -> None:
+    """Remove the checkpoints that are neither the last nor the best."""
+    for folder in run.glob("step-*"):
+        if folder.name not in (step_name(state.step), step_name(state.best_step)):
+            shutil.rmtree(folder)
+
+
+def step_name(step: int) -> str:
+    """The name of the checkpoint of a step."""
+    return f"step-{step:06d}"
+
+
+def restore(folder: Path, params: Params, optimizer: optim.Optimizer) -> State:
+    """Set parameters and optimizer to those of a checkpoint that `save` wrote.
+
+    Raises
+    ------
+    CheckpointError
+        If the checkpoint is not of such a run.
+    """
+    loaded = checkpoint.load(folder)
+    arrays, content = checkpoint.load_state(folder)
+    try:
+        for key, value in [*arrays.items(), *content.pop("optimizer").items()]:
+            parameter, name = key.rsplit("/", 1)
+            xp = array_module(params[parameter].data)
+            optimizer.state.setdefault(parameter, {})[name] = value if isinstance(value, int) else xp.asarray(value)
+        for name, p in params.items():
+            p.data = array_module(p.data).asarray(loaded.params[name].data)
+        return State(**content)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{folder}: its training state is not that of this run ({error!r})") from error
 
 
 def cut(path: Path, step: int) -> None:
@@ -216,7 +279,7 @@ class Progress:
         self.started, self.shown, self.tokens, self.taken = time.monotonic(), 0.0, 0.0, 0
 
     def took(self, step: int, metrics: Metrics) -> None:
-        self.tokens += metrics.get("num_tokens", 0)
+        self.tokens += metrics.get("tokens", 0)
         self.taken += 1
         now = time.monotonic()
         if self.live and now - self.shown > 0.2:
@@ -269,91 +332,59 @@ def run_loop(
     Interrupted
         If Ctrl-C or SIGTERM came; the run has saved.
     """
-    step, best, best_step, worse = 0, float("inf"), 0, 0
-    measured_at = -1  # the step of the last measurement
     newest = checkpoint.latest(run)
     if newest == run / RESULT:
         return newest
-    for leftover in [*run.glob(".*"), run / RESULT]:
+    for leftover in [*run.glob(".*"), run / RESULT]:  # of a process that was killed
         shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
-    if newest != run:
-        loaded = checkpoint.load(newest)
-        arrays, state = checkpoint.load_state(newest)
-        for name, p in params.items():
-            p.data = array_module(p.data).asarray(loaded.params[name].data)
-        restore(optimizer, arrays, state["optimizer"])
-        step, best_step, worse, measured_at = (
-            int(state[name]) for name in ("step", "best_step", "worse", "measured_at")
-        )
-        best = float(state["best"])
+    state = State() if newest == run else restore(newest, params, optimizer)
     for name in ("metrics.jsonl", "samples.jsonl"):
-        cut(run / name, step if newest != run else -1)
-
-    def save() -> None:
-        folder = run / f"step-{step:06d}"
-        if folder.exists():  # written by a process that was killed before it could point to it
-            shutil.rmtree(folder)
-        if not all(array_module(p.data).isfinite(p.data).all() for p in params.values()):
-            raise FloatingPointError("a parameter is not finite")
-        arrays, numbers = optimizer_state(optimizer)
-        state = {"step": step, "best": best, "best_step": best_step, "worse": worse, "measured_at": measured_at}
-        checkpoint.save(folder, params, config, tokenizer, arrays, {**state, "optimizer": numbers})
-        checkpoint.point_to_latest(folder)
-        prune()
-
-    def prune() -> None:
-        for old in run.glob("step-*"):
-            if old.name not in (checkpoint.latest(run).name, f"step-{best_step:06d}"):
-                shutil.rmtree(old)
-
+        cut(run / name, -1 if newest == run else state.step)
     progress = Progress(run.name, settings.steps)
     indices: list[int] = []
     try:
         with Interrupt().listening() as interrupt, (run / "metrics.jsonl").open("a") as metrics_file:
 
             def write(metrics: Metrics) -> None:
-                metrics_file.write(json.dumps({"step": step, **metrics}, allow_nan=False) + "\n")
+                metrics_file.write(json.dumps({"step": state.step, **metrics}, allow_nan=False) + "\n")
                 metrics_file.flush()
 
             while True:
-                last = step >= settings.steps
-                if (last or step % settings.evaluate_every == 0) and measured_at != step:
-                    metrics = task.evaluate()
-                    if not numpy.isfinite(metrics["loss"]):
-                        raise FloatingPointError(f"the held-out loss is {metrics['loss']}")
-                    measured_at = step
-                    worse = 0 if metrics["loss"] < best else worse + 1
-                    if not worse:
-                        best, best_step = metrics["loss"], step
-                    write({f"eval_{name}": value for name, value in metrics.items()})
+                last = state.step >= settings.steps
+                if (last or state.step % settings.evaluate_every == 0) and state.measured_at != state.step:
+                    metrics = {f"eval_{name}": value for name, value in task.evaluate().items()}
+                    if not math.isfinite(metrics["eval_loss"]):
+                        raise FloatingPointError(f"the held-out loss is {metrics['eval_loss']}")
+                    state.measured(metrics["eval_loss"])
+                    write(metrics)
                     with (run / "samples.jsonl").open("a") as file:
-                        file.writelines(json.dumps({"step": step, **sample}) + "\n" for sample in task.sample())
+                        file.writelines(json.dumps({"step": state.step, **sample}) + "\n" for sample in task.sample())
                     os.fsync(metrics_file.fileno())
-                    save()
-                    progress.measured(step, {f"eval_{name}": value for name, value in metrics.items()})
-                if last or (settings.patience is not None and worse >= settings.patience):
+                    save(run, params, config, tokenizer, optimizer, state)
+                    progress.measured(state.step, metrics)
+                if last or (settings.patience is not None and state.worse >= settings.patience):
                     break
                 if interrupt.name:
-                    if checkpoint.latest(run).name != f"step-{step:06d}":
-                        save()
+                    if checkpoint.latest(run).name != step_name(state.step):
+                        save(run, params, config, tokenizer, optimizer, state)
                     raise Interrupted(
-                        f"{interrupt.name}: saved at step {step}; go on with: python -m minidpo resume {run}"
+                        f"{interrupt.name}: saved at step {state.step}; go on with: python -m minidpo resume {run}"
                     )
                 optimizer.learning_rate = optim.warmup_cosine(
-                    step, settings.steps, settings.learning_rate, settings.warmup_steps
+                    state.step, settings.steps, settings.learning_rate, settings.warmup_steps
                 )
-                indices = batch_indices(task.examples, settings.batch_size, step, settings.seed)
+                indices = batch_indices(task.examples, settings.batch_size, state.step, settings.seed)
                 metrics = task.step(indices)
-                step += 1
+                state.step += 1
                 write({**metrics, "tokens_per_second": progress.tokens_per_second()})
-                progress.took(step, metrics)
+                progress.took(state.step, metrics)
     except FloatingPointError as error:
         newest = checkpoint.latest(run)
         kept = f"the last good checkpoint is {newest}" if newest != run else "there is no checkpoint yet"
         rows = f", after a batch of {task.rows(indices)}" if indices else ""
-        raise FloatingPointError(f"{error} at step {step}{rows}; {kept}; lower the learning rate") from error
-    prune()
-    loaded = checkpoint.load(run / f"step-{best_step:06d}")
-    checkpoint.save(run / RESULT, *loaded[:3])
+        raise FloatingPointError(f"{error} at step {state.step}{rows}; {kept}; lower the learning rate") from error
+    prune(run, state)
+    best = checkpoint.load(run / step_name(state.best_step))
+    checkpoint.save(run / RESULT, best.params, best.config, best.tokenizer)
     checkpoint.point_to_latest(run / RESULT)
     return run / RESULT

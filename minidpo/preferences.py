@@ -268,7 +268,7 @@ def set_aside(path: Path, faults: Sequence[Fault], strict: bool) -> str:
             f"{path}, line {faults[0].line}: {faults[0].reason} ({len(faults)} such rows; without --strict they are "
             "set aside)"
         )
-    return "".join(json.dumps(fault._asdict()) + "\n" for fault in faults)
+    return "".join(json.dumps({"file": path.name, **fault._asdict()}) + "\n" for fault in faults)
 
 
 def collate(pairs: Sequence[Any], ref_logp_w: Array | None = None, ref_logp_l: Array | None = None) -> Batch:

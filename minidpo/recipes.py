@@ -5,7 +5,7 @@ import functools
 import hashlib
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,7 +28,7 @@ class Data(NamedTuple):
     train: Encoded
     held_out: Encoded
     set_aside: str  # JSON Lines
-    description: dict[str, Any]
+    hashes: dict[str, str]
 
 
 def file_hash(path: Path) -> str:
@@ -37,12 +37,10 @@ def file_hash(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def weights_hash(params: Params) -> str:
-    """SHA-256 of the parameters of a model."""
-    sums = hashlib.sha256()
-    for name, p in sorted(params.items()):
-        sums.update(name.encode() + p.data.tobytes())
-    return sums.hexdigest()
+def data_files(options: argparse.Namespace) -> list[tuple[str, Path]]:
+    """The files that a run is made from, by the name under which their hashes are kept."""
+    files = [("data_sha256", options.data), ("held_out_data_sha256", options.held_out_data)]
+    return [(name, path) for name, path in files if path is not None]
 
 
 def load(folder: Path, requires_grad: bool = False) -> Checkpoint:
@@ -99,31 +97,49 @@ def read_texts(path: Path, blocks: bool) -> list[str]:
         content = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: byte {error.start} is not UTF-8") from error
-    texts = [text.strip("\n") for text in content.split("\n\n" if blocks else "\n")]
-    return [text for text in texts if text]
+    texts = [text.strip("\n") for text in content.split("\n\n" if blocks else "\n") if text.strip("\n")]
+    if not texts:
+        raise ValueError(f"{path}: there is no text in it")
+    return texts
 
 
 def pretrain(options: argparse.Namespace) -> int:
     """Train a model on the lines of a file."""
     texts = read_texts(options.data, options.blocks)
-    tokenizer = Tokenizer.from_text("".join(texts) + TURN, replacement=options.replacement)
     if options.held_out_data:
         train, held_out = texts, read_texts(options.held_out_data, options.blocks)
     else:
         train, held_out = preferences.split(texts, options.held_out_share, stream(options.seed, "split"))
-    longest = max(map(len, train + held_out)) + 1
-    config = Config(
-        tokenizer.vocab_size, options.n_positions or longest, options.n_embd, options.n_layer, options.n_head
-    )
+    tokenizer = Tokenizer.from_text("".join(texts) + TURN, replacement=options.replacement)
+    examples, measured = (training.line_examples(part, tokenizer) for part in (train, held_out))
+    longest = max(len(y) for _, y in examples + measured)
+    n_positions = options.n_positions or longest
+    if longest > n_positions:
+        raise ValueError(f"a text has {longest - 1} characters, more than fit into --n-positions {n_positions}")
+    config = Config(tokenizer.vocab_size, n_positions, options.n_embd, options.n_layer, options.n_head)
     params = model.init(config, stream(options.seed, "init"))
     size = sum(p.data.size for p in params.values())
     print(f"{len(train)} texts to train on, {len(held_out)} held out, {tokenizer.vocab_size} ids, {size} parameters")
-    hashes = {"data_sha256": file_hash(options.data)}
-    if options.held_out_data:
-        hashes["held_out_data_sha256"] = file_hash(options.held_out_data)
+    hashes = {name: file_hash(path) for name, path in data_files(options)}
     begin(options, hashes, {"tokenizer.json": tokenizer.to_json()})
-    examples = training.line_examples(train, tokenizer)
-    measured = training.line_examples(held_out, tokenizer)
+    prompts = [[END_OF_TEXT]] * 5
+    return likelihood_run(
+        options, params, config, tokenizer, examples, measured, prompts,
+        lambda indices: f"texts {', '.join(ascii(train[i][:40]) for i in indices[:8])}",
+    )  # fmt: skip
+
+
+def likelihood_run(
+    options: argparse.Namespace,
+    params: Params,
+    config: Config,
+    tokenizer: Tokenizer,
+    examples: Sequence[training.Example],
+    measured: Sequence[training.Example],
+    prompts: Sequence[list[int]],
+    rows: Callable[[list[int]], str],
+) -> int:
+    """Train on the likelihood of examples: what pre-training and fine-tuning share."""
     optimizer = optim.AdamW(params, options.learning_rate, betas=(0.9, 0.99), weight_decay=0.01)
     task = Task(
         len(examples),
@@ -131,8 +147,8 @@ def pretrain(options: argparse.Namespace) -> int:
             params, config, optimizer, [examples[i] for i in indices], 1.0, options.micro_batch_size
         ),
         lambda: {"loss": training.held_out_nll(params, config, measured)},
-        lambda: samples(params, config, tokenizer, [[END_OF_TEXT]] * 5, options.seed),
-        lambda indices: f"texts {', '.join(ascii(train[i][:40]) for i in indices[:8])}",
+        lambda: samples(params, config, tokenizer, prompts, options.seed),
+        rows,
     )
     return finish(options, run_loop(options.out, params, config, tokenizer, optimizer, task, settings(options)))
 
@@ -144,13 +160,12 @@ def finish(options: argparse.Namespace, result: Path) -> int:
     return 0
 
 
-def data(options: argparse.Namespace, fields: Sequence[str], tokenizer: Tokenizer | None, n_positions: int) -> Data:
+def data(options: argparse.Namespace, fields: Sequence[str], tokenizer: Tokenizer, n_positions: int) -> Data:
     """Read, validate, encode and split the rows of a command."""
 
     def encoded(path: Path) -> tuple[Encoded, str]:
         rows, faults = preferences.read(path, fields)
-        names = tokenizer or vocabulary(options)
-        ids = preferences.encode(rows, names, n_positions, options.truncation)
+        ids = preferences.encode(rows, tokenizer, n_positions, options.truncation)
         kept = preferences.set_aside(path, sorted(faults + ids.faults), options.strict)
         found = f"{path.name}: {len(ids.rows)} rows, {len(ids.faults) + len(faults)} set aside"
         print(found + (f", {len(ids.truncated)} truncated" if ids.truncated else ""))
@@ -161,15 +176,14 @@ def data(options: argparse.Namespace, fields: Sequence[str], tokenizer: Tokenize
         return ids, kept
 
     train, kept = encoded(options.data)
-    description = {"data_sha256": file_hash(options.data)}
+    hashes = {name: file_hash(path) for name, path in data_files(options)}
     if options.held_out_data:
         held_out, more = encoded(options.held_out_data)
-        description["held_out_data_sha256"] = file_hash(options.held_out_data)
         prompts = {row.prompt for row in train.rows}
-        leaks = [row.line for row in held_out.rows if row.prompt in prompts]
-        if leaks:
-            raise ValueError(f"{options.held_out_data}, line {leaks[0]}: this prompt is in {options.data} too")
-        return Data(train, held_out, kept + more, description)
+        leak = next((row.line for row in held_out.rows if row.prompt in prompts), None)
+        if leak is not None:
+            raise ValueError(f"{options.held_out_data}, line {leak}: this prompt is in {options.data} too")
+        return Data(train, held_out, kept + more, hashes)
     both = preferences.split(
         list(zip(train.rows, train.ids)),
         options.held_out_share,
@@ -177,12 +191,12 @@ def data(options: argparse.Namespace, fields: Sequence[str], tokenizer: Tokenize
         lambda pair: pair[0].prompt,
     )
     parts = [Encoded([row for row, _ in part], [ids for _, ids in part], [], []) for part in both]
-    return Data(parts[0], parts[1], kept, description)
+    return Data(parts[0], parts[1], kept, hashes)
 
 
-def vocabulary(options: argparse.Namespace) -> Tokenizer:
+def vocabulary(options: argparse.Namespace, fields: Sequence[str]) -> Tokenizer:
     """All characters of the data, for a model that begins from nothing."""
-    rows, _ = preferences.read(options.data, preferences.fields_of(options.data))
+    rows, _ = preferences.read(options.data, fields)
     text = "".join(row.prompt + "".join(row.responses) for row in rows)
     return Tokenizer.from_text(text + TURN, replacement=options.replacement)
 
@@ -193,31 +207,24 @@ def sft(options: argparse.Namespace) -> int:
     if options.init:
         loaded = load(options.init, requires_grad=True)
         params, config, tokenizer = loaded.params, loaded.config, loaded.tokenizer
-        description = {"init_sha256": weights_hash(params)}
+        description = {"init_sha256": training.fingerprint(params)}
     else:
-        tokenizer = vocabulary(options)
+        tokenizer = vocabulary(options, fields)
         config = Config(tokenizer.vocab_size, options.n_positions, options.n_embd, options.n_layer, options.n_head)
         params, description = model.init(config, stream(options.seed, "init")), {}
     rows = data(options, fields, tokenizer, config.n_positions)
     begin(
         options,
-        {**description, **rows.description},
+        {**description, **rows.hashes},
         {"tokenizer.json": tokenizer.to_json(), "set_aside.jsonl": rows.set_aside},
     )
     count = 1 if options.responses == "chosen" else 2
     examples = [(i, (x, y)) for i, (x, *ys) in enumerate(rows.train.ids) for y in ys[:count]]
     measured = [(x, y) for x, *ys in rows.held_out.ids for y in ys[:count]]
-    optimizer = optim.AdamW(params, options.learning_rate, betas=(0.9, 0.99), weight_decay=0.01)
-    task = Task(
-        len(examples),
-        lambda indices: training.sft_training_step(
-            params, config, optimizer, [examples[i][1] for i in indices], 1.0, options.micro_batch_size
-        ),
-        lambda: {"loss": training.held_out_nll(params, config, measured)},
-        lambda: samples(params, config, tokenizer, sampled_prompts(rows.held_out), options.seed),
-        lambda indices: named_rows(rows.train, [examples[i][0] for i in indices]),
-    )
-    return finish(options, run_loop(options.out, params, config, tokenizer, optimizer, task, settings(options)))
+    return likelihood_run(
+        options, params, config, tokenizer, [example for _, example in examples], measured,
+        sampled_prompts(rows.held_out), lambda indices: named_rows(rows.train, [examples[i][0] for i in indices]),
+    )  # fmt: skip
 
 
 def sampled_prompts(rows: Encoded, most: int = 5) -> list[list[int]]:
@@ -256,7 +263,11 @@ def dpo(options: argparse.Namespace) -> int:
     rows = data(options, PAIRS, tokenizer, n_positions)
     begin(
         options,
-        {"init_sha256": weights_hash(policy), "reference_sha256": weights_hash(reference), **rows.description},
+        {
+            "init_sha256": training.fingerprint(policy),
+            "reference_sha256": training.fingerprint(reference),
+            **rows.hashes,
+        },
         {"tokenizer.json": tokenizer.to_json(), "set_aside.jsonl": rows.set_aside},
     )
     pairs: list[Any] = [*rows.train.ids, *rows.held_out.ids]
@@ -272,7 +283,7 @@ def dpo(options: argparse.Namespace) -> int:
         lambda indices: training.dpo_training_step(
             policy,
             reference,
-            reference_config,
+            config,
             optimizer,
             collate([pairs[i] for i in indices], ref_logp_w[indices], ref_logp_l[indices]),
             options.beta,

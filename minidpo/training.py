@@ -96,7 +96,7 @@ def sft_training_step(
         loss += swept(-ops.sum(packed_logprobs(params, config, part)) * (1 / tokens))
     grad_norm = optim.clip_global_norm(params, max_norm)
     optimizer.step()
-    return {"loss": loss, "grad_norm": grad_norm, "learning_rate": optimizer.learning_rate, "num_tokens": tokens}
+    return {"loss": loss, "grad_norm": grad_norm, "learning_rate": optimizer.learning_rate, "tokens": tokens}
 
 
 def reference_logprobs(reference: Params, config: Config, pairs: Sequence[Pair]) -> tuple[Array, Array]:
@@ -157,7 +157,7 @@ def dpo_training_step(
     step = {
         "grad_norm": grad_norm,
         "learning_rate": optimizer.learning_rate,
-        "num_tokens": tokens + sum(len(l) for *_, l in batch.pairs),
+        "tokens": tokens + sum(len(l) for *_, l in batch.pairs),
     }
     return {**metrics, "loss": sum(value for value, *_ in outs), **step}
 
@@ -206,13 +206,19 @@ def preference_evaluation(
     return {**metrics, "nll/chosen": chosen_nll, "nll/chosen_rise": chosen_nll - ref_nll}
 
 
+def fingerprint(params: Params) -> str:
+    """A SHA-256 of names, types, shapes and contents of parameters."""
+    sums = hashlib.sha256()
+    for name, p in sorted(params.items()):
+        sums.update(f" {name} {p.dtype} {p.shape} ".encode())
+        sums.update(to_host(p.data).tobytes())
+    return sums.hexdigest()
+
+
 def reference_key(reference: Params, config: Config, tokenizer: Tokenizer, pairs: Sequence[Pair]) -> str:
     """A SHA-256 of all that the reference's log-probabilities depend on."""
-    key = hashlib.sha256(f"{config} {tokenizer.to_json()} {json.dumps(list(pairs))}".encode())
-    for name, p in sorted(reference.items()):
-        key.update(f" {name} {p.dtype} {p.shape} ".encode())
-        key.update(to_host(p.data).tobytes())
-    return key.hexdigest()
+    parts = (fingerprint(reference), str(config), tokenizer.to_json(), json.dumps(list(pairs)))
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
 def cached_reference_logprobs(

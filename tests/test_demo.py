@@ -66,7 +66,7 @@ def test_what_is_held_out_was_never_met(made):
 def test_the_table_is_that_of_the_replies(made):
     """Otherwise what is printed is not what the models said: judged and counted again, from the checkpoints."""
     folder, printed = made
-    rows = json.loads((folder / "results.json").read_text())
+    rows = json.loads((folder / "results.json").read_text())["models"]
     assert [row["model"] for row in rows] == ["base", "SFT", "DPO"]
     prompts = world.drawn(world.prompt_distribution(world.split(0)[1]), 30, stream(0, "demo", "prompts"))
     sft = checkpoint.load(folder / "sft")
@@ -154,6 +154,18 @@ def test_it_goes_on_where_it_was_stopped(made, tmp_path, capsys):
         first, again = (base / stage / "model" / "model.safetensors" for base in (made[0], folder))
         assert first.read_bytes() == again.read_bytes()
     assert (folder / "results.json").read_bytes() == (made[0] / "results.json").read_bytes()
+
+
+def test_judge_measures_any_model(made, capsys):
+    """As the demo does: otherwise a collapse cannot be seen by whoever caused it."""
+    folder, printed = made
+    given = ["--reference", str(folder / "sft"), "--replies", "30"]
+    assert cli.main(["judge", "--checkpoint", *(str(folder / stage) for stage in demo.STAGES), *given]) == 0
+    table = capsys.readouterr().out.splitlines()
+    assert table[0].split() == ["model", "pretrain", "sft", "dpo"] and table[-1].startswith("KL to sft")
+    for line, again in zip(demo.COLUMNS.values(), table):
+        shown = next(row for row in printed.splitlines() if row.startswith(line))
+        assert line in ("model", "KL to SFT") or shown.split() == again.split()
 
 
 def test_the_command_line_reaches_it(tmp_path, monkeypatch, capsys):

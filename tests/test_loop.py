@@ -284,8 +284,8 @@ def test_a_terminal_sees_a_live_line_and_a_log_does_not(capsys, monkeypatch):
     for live in (False, True):
         monkeypatch.setattr(sys.stdout, "isatty", lambda live=live: live)
         progress = loop.Progress("run", 100)
-        progress.took(7, {"loss": 1.5, "num_tokens": 30})
-        progress.took(8, {"loss": 1.25, "num_tokens": 30})
+        progress.took(7, {"loss": 1.5, "tokens": 30})
+        progress.took(8, {"loss": 1.25, "tokens": 30})
         printed = capsys.readouterr().out
         assert ("\r" in printed and "loss 1.5000" in printed) if live else printed == ""
         progress.measured(10, {"eval_loss": 2.0, "eval_rewards/accuracies": 0.5, "eval_rewards/margins": -0.1})
@@ -298,11 +298,27 @@ def test_the_optimizer_comes_back(tmp_path):
     params = model.init(CONFIG, np.random.default_rng(0))
     optimizer = optim.AdamW(params, 1e-2)
     training.sft_training_step(params, CONFIG, optimizer, [([0], [1, 0])])
-    arrays, numbers = loop.optimizer_state(optimizer)
-    assert numbers["wte.weight/t"] == 1 and arrays["wte.weight/m"].shape == params["wte.weight"].shape
-    again = optim.AdamW(params, 1e-2)
-    loop.restore(again, arrays, numbers)
-    assert again.state.keys() == optimizer.state.keys()
-    for name, state in optimizer.state.items():
-        assert again.state[name].keys() == state.keys() and again.state[name]["t"] == state["t"]
-        assert (again.state[name]["m"] == state["m"]).all() and (again.state[name]["v"] == state["v"]).all()
+    state = loop.State(step=7, measured_at=6, best=1.5, best_step=6, worse=0)
+    loop.save(tmp_path, params, CONFIG, TOKENIZER, optimizer, state)
+    others = model.init(CONFIG, np.random.default_rng(1))
+    again = optim.AdamW(others, 1e-2)
+    assert loop.restore(tmp_path / "step-000007", others, again) == state
+    assert again.state.keys() == optimizer.state.keys() and again.state["wte.weight"]["t"] == 1
+    for name, kept in optimizer.state.items():
+        assert again.state[name].keys() == kept.keys() == {"t", "m", "v"}
+        assert all(np.array_equal(again.state[name][key], kept[key]) for key in kept)
+        assert (others[name].data == params[name].data).all()
+
+
+def test_a_checkpoint_of_no_run_is_no_place_to_go_on(tmp_path):
+    """Otherwise a model that somebody put there is trained on with a fresh optimizer, or ends in a traceback."""
+    params = model.init(CONFIG, np.random.default_rng(0))
+    for number, (arrays, state) in enumerate([
+        ({}, {}),
+        ({}, {**vars(loop.State()), "best": 1.0, "optimizer": [1]}),
+        ({"x/m": np.zeros(1)}, {**vars(loop.State()), "best": 1.0, "optimizer": {}}),
+        ({}, {"step": 1, "optimizer": {}, "more": 2}),
+    ]):  # fmt: skip
+        checkpoint.save(tmp_path / str(number), params, CONFIG, TOKENIZER, arrays, state)
+        with pytest.raises(checkpoint.CheckpointError, match="its training state is not that of this run"):
+            loop.restore(tmp_path / str(number), params, optim.AdamW(params))

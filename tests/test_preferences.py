@@ -216,7 +216,7 @@ def test_strict_refuses_and_the_default_keeps(tmp_path):
     """Otherwise "strict" is a word, or what was set aside is gone."""
     faults = [Fault(3, "is not JSON", "{"), Fault(5, "chosen is empty", "\u001b[31m")]
     lines = preferences.set_aside(tmp_path / "x.jsonl", faults, strict=False).splitlines()
-    assert [json.loads(line) for line in lines] == [fault._asdict() for fault in faults]
+    assert [json.loads(line) for line in lines] == [{"file": "x.jsonl", **fault._asdict()} for fault in faults]
     assert "\x1b" not in "".join(lines)
     with pytest.raises(ValueError, match=r"x\.jsonl, line 3: is not JSON \(2 such rows; without --strict"):
         preferences.set_aside(tmp_path / "x.jsonl", faults, strict=True)

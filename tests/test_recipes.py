@@ -113,10 +113,10 @@ def test_sft_begins_from_a_model(folder, tmp_path):
 @pytest.mark.parametrize(
     ("options", "loss", "nll_weight"),
     [
-        ([], lambda w, l, rw, rl: losses.dpo_loss(w, l, rw, rl, 0.3), 1.0),
-        (["--label-smoothing=0.2", "--nll-weight=0"], lambda w, l, rw, rl: losses.dpo_loss(w, l, rw, rl, 0.3, 0.2), 0),
-        (["--loss=ipo", "--beta=0.7"], lambda w, l, rw, rl: losses.ipo_loss(w, l, rw, rl, 0.7), 1.0),
-        (["--loss=reference-free"], lambda w, l, rw, rl: losses.reference_free_loss(w, l, 0.3), 1.0),
+        ([], lambda w, l, rw, rl: losses.dpo_loss(w, l, rw, rl, 0.2), 2.0),
+        (["--label-smoothing=0.2", "--nll-weight=0"], lambda w, l, rw, rl: losses.dpo_loss(w, l, rw, rl, 0.2, 0.2), 0),
+        (["--loss=ipo", "--beta=0.7"], lambda w, l, rw, rl: losses.ipo_loss(w, l, rw, rl, 0.7), 2.0),
+        (["--loss=reference-free"], lambda w, l, rw, rl: losses.reference_free_loss(w, l, 0.2), 2.0),
     ],
 )
 def test_dpo_minimises_the_loss_that_was_asked_for(options, loss, nll_weight, folder, tmp_path):
@@ -149,6 +149,39 @@ def test_dpo_raises_the_margin_and_leaves_the_reference(folder, tmp_path):
     assert measured[0]["eval_loss"] == pytest.approx(math.log(2)) and measured[0]["eval_rewards/ties"] == 1
     assert measured[-1]["eval_rewards/margins"] > 0.5 and measured[-1]["eval_loss"] < 0.5
     assert {path: path.read_bytes() for path in (folder / "init").iterdir()} == before
+
+
+def test_a_reference_may_have_another_shape(folder, tmp_path):
+    """Otherwise the policy is scored with the reference's sizes."""
+    config = Config(TOKENIZER.vocab_size, 12, 4, 2, 1)
+    checkpoint.save(tmp_path / "small", model.init(config, np.random.default_rng(3)), config, TOKENIZER)
+    given = [f"--data={folder / 'pairs.jsonl'}", f"--init={folder / 'init'}", f"--reference={tmp_path / 'small'}"]
+    assert cli.main(["dpo", *given, f"--out={tmp_path / 'run'}", *SHORT, "--nll-weight=0"]) == 0
+    assert (
+        cli.main(["dpo", *given, f"--out={tmp_path / 'again'}", "--steps=1", "--batch-size=11", "--nll-weight=0"]) == 0
+    )
+    (first, *_) = (line for line in lines(tmp_path / "again" / "metrics.jsonl") if "loss" in line)
+    policy = checkpoint.load(folder / "init").params
+    held_out = {line["prompt"] for line in lines(tmp_path / "again" / "samples.jsonl")}
+    logps = [
+        chain_rule_logprob(policy, CONFIG, [0, *TOKENIZER.encode(row["prompt"])], [*TOKENIZER.encode(row["chosen"]), 0])
+        for row in ROWS
+        if row["prompt"] not in held_out
+    ]
+    assert first["logps/chosen"] == pytest.approx(np.mean(logps)) and len(logps) == 11
+
+
+def test_sft_and_dpo_hold_out_the_same_prompts(folder, tmp_path):
+    """Otherwise DPO is measured on responses that fine-tuning has learnt by heart."""
+    held_out = []
+    for seed in range(3):
+        for command, more in (("sft", SMALL), ("dpo", [f"--init={folder / 'init'}"])):
+            run = tmp_path / f"{command}{seed}"
+            given = [command, f"--data={folder / 'pairs.jsonl'}", f"--out={run}", f"--seed={seed}", "--steps=0", *more]
+            assert cli.main([*given, "--held-out-share=0.4"]) == 0
+            held_out.append({line["prompt"] for line in lines(run / "samples.jsonl")})
+    assert all(held_out[i] == held_out[i + 1] and len(held_out[i]) == 5 for i in (0, 2, 4))
+    assert held_out[0] != held_out[2] != held_out[4]
 
 
 def evaluated(folder, data, capsys, *more, command="evaluate"):

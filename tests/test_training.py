@@ -1,6 +1,5 @@
 """One step: it is its formula, it repeats bit for bit, and it never moves the reference."""
 
-import hashlib
 import inspect
 import math
 
@@ -85,7 +84,7 @@ def test_an_sft_step_is_its_parts():
         assert metrics["grad_norm"] > 0.1
         other.step()
         close(metrics["loss"], loss.item(), rtol=1e-12)
-        assert metrics["learning_rate"] == 0.01 and metrics["num_tokens"] == 13
+        assert metrics["learning_rate"] == 0.01 and metrics["tokens"] == 13
     for name in params:
         close(params[name].data, others[name].data, rtol=1e-9, atol=1e-9)
 
@@ -158,9 +157,9 @@ def test_metrics_have_trl_s_names_and_ties_are_counted():
     metrics = training.dpo_training_step(params, reference, CONFIG, optim.SGD(params, 0.0), batch, beta=0.5)
     assert set(metrics) == {
         "loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "rewards/ties",
-        "logps/chosen", "logps/rejected", "grad_norm", "learning_rate", "num_tokens",
+        "logps/chosen", "logps/rejected", "grad_norm", "learning_rate", "tokens",
     }  # fmt: skip
-    assert metrics["num_tokens"] == 9 and metrics["learning_rate"] == 0 and metrics["grad_norm"] > 0
+    assert metrics["tokens"] == 9 and metrics["learning_rate"] == 0 and metrics["grad_norm"] > 0
     assert all(type(value) in (float, int) for value in metrics.values())
     batch = collate(batch.pairs, *training.reference_logprobs(reference, CONFIG, batch.pairs))
     measured = training.preference_evaluation(params, CONFIG, batch, 0.5)
@@ -209,8 +208,18 @@ def test_the_margin_grows_on_what_is_trained():
     assert measured["loss"] < first and measured["rewards/accuracies"] == 1
 
 
-def fingerprint(params):
-    return {name: hashlib.sha256(p.data.tobytes()).hexdigest() for name, p in params.items()}
+fingerprint = training.fingerprint
+
+
+def test_a_fingerprint_sees_every_bit():
+    """Otherwise two models that differ pass for one, and a cache or a run goes on with the wrong one."""
+    one, other = small(), small()
+    assert fingerprint(one) == fingerprint(other)
+    other["h.1.mlp.c_fc.bias"].data[3] = np.nextafter(other["h.1.mlp.c_fc.bias"].data[3], 9)
+    assert fingerprint(one) != fingerprint(other)
+    x = np.zeros((2, 3))
+    arrays = (x, x.T, x.astype("float32"), np.zeros((3, 2), "float32"))
+    assert len({fingerprint({"a": model.Tensor(y)}) for y in arrays} | {fingerprint({"b": model.Tensor(x)})}) == 5
 
 
 def run(policy, reference, batches, **options):

@@ -1,0 +1,60 @@
+"""The demo over several seeds: what each stage gains, how long it takes, and what happens without an anchor.
+
+    python benchmarks/demo.py --seeds 0 1 2
+
+writes benchmarks/results/demo.json, whose figures the README shows.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from minidpo import demo, report
+
+RESULTS = Path(__file__).parent / "results" / "demo.json"
+
+
+def command(*arguments):
+    """Run a command line of minidpo; what it prints goes to the terminal."""
+    subprocess.run([sys.executable, "-m", "minidpo", *map(str, arguments)], check=True)
+
+
+def one_seed(folder, seed):
+    """The demo of a seed, its seconds, and DPO once more at beta 0.1 without the likelihood term."""
+    started = time.perf_counter()
+    command("demo", "--out", folder, "--seed", seed)
+    seconds = time.perf_counter() - started
+    data = folder / "data"
+    given = [f"--data={data / 'pairs.jsonl'}", f"--held-out-data={data / 'pairs_held_out.jsonl'}", f"--seed={seed}"]
+    given += [f"--steps={demo.FULL.steps['dpo']}", "--evaluate-every=60", f"--init={folder / 'sft'}"]
+    command("dpo", *given, f"--out={folder / 'collapse'}", "--beta=0.1", "--nll-weight=0")
+    models = {stage: demo.checkpoint.load(folder / stage) for stage in (*demo.STAGES, "collapse")}
+    prompts = demo.held_out_prompts(seed, demo.FULL.replies)
+    collapse = demo.judged(models["collapse"], models["sft"], prompts, seed)
+    del collapse["replies"]
+    measured = {
+        stage: {**report.best(report.json_lines(folder / stage / "metrics.jsonl"))} for stage in ("dpo", "collapse")
+    }
+    return {
+        "seed": seed,
+        "seconds": seconds,
+        **json.loads((folder / "results.json").read_text()),
+        "collapse": collapse,
+        "measured": measured,
+        "environment": json.loads((folder / "dpo" / "run.json").read_text())["environment"],
+    }
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    seeds = parser.parse_args().seeds
+    with tempfile.TemporaryDirectory() as folder:
+        runs = [one_seed(Path(folder) / f"demo{seed}", seed) for seed in seeds]
+    RESULTS.parent.mkdir(exist_ok=True)
+    RESULTS.write_text(json.dumps(runs, indent=2) + "\n")
+    print(f"written to {RESULTS}")
