@@ -149,11 +149,12 @@ def parser() -> argparse.ArgumentParser:
         added.add_argument("--patience", type=at_least(1), help="measurements without a better one before the end")
         return added
 
-    def model_options(added: argparse.ArgumentParser, n_layer: int, n_positions: int | None) -> None:
+    def model_options(added: argparse.ArgumentParser, n_layer: int, context: str) -> None:
+        added.add_argument("--init", type=Path, help="checkpoint or run to begin from; a new model if not given")
         added.add_argument("--n-embd", type=at_least(1), default=64, help="channels of a new model")
         added.add_argument("--n-layer", type=at_least(1), default=n_layer, help="layers")
         added.add_argument("--n-head", type=at_least(1), default=4, help="heads; must divide the channels")
-        added.add_argument("--n-positions", type=at_least(1), default=n_positions, help="context; the longest text's")
+        added.add_argument("--n-positions", type=at_least(1), help=f"context in tokens; {context} if not given")
         added.add_argument("--replacement", action="store_true", help="let U+FFFD stand for characters not seen here")
 
     def row_options(added: argparse.ArgumentParser) -> None:
@@ -213,7 +214,7 @@ def parser() -> argparse.ArgumentParser:
         evaluate_every=250,
     )
     added.add_argument("--blocks", action="store_true", help="texts have several lines, with an empty one between")
-    model_options(added, n_layer=3, n_positions=None)
+    model_options(added, n_layer=3, context="the longest text's")
 
     added = training_command(
         recipes.sft,
@@ -227,9 +228,8 @@ def parser() -> argparse.ArgumentParser:
         evaluate_every=100,
     )
     row_options(added)
-    added.add_argument("--init", type=Path, help="checkpoint or run to begin from; a new model if not given")
     added.add_argument("--responses", choices=("both", "chosen"), default="both", help="of pairs, which are learnt")
-    model_options(added, n_layer=2, n_positions=512)
+    model_options(added, n_layer=2, context="512")
 
     added = training_command(
         recipes.dpo,

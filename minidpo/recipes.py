@@ -91,6 +91,26 @@ def samples(
     return [{"prompt": tokenizer.decode(x), "response": tokenizer.decode(y)} for x, y in zip(prompts, drawn.responses)]
 
 
+class Beginning(NamedTuple):
+    """The model that a run begins from."""
+
+    params: Params
+    config: Config
+    tokenizer: Tokenizer
+    hashes: dict[str, str]
+
+
+def beginning(options: argparse.Namespace, text: str, n_positions: int) -> Beginning:
+    """The model of --init, or a new one with the characters of a text."""
+    if options.init:
+        loaded = load(options.init, requires_grad=True)
+        return Beginning(*loaded[:3], {"init_sha256": training.fingerprint(loaded.params)})
+    tokenizer = Tokenizer.from_text(text + TURN, replacement=options.replacement)
+    n_positions = options.n_positions or n_positions
+    config = Config(tokenizer.vocab_size, n_positions, options.n_embd, options.n_layer, options.n_head)
+    return Beginning(model.init(config, stream(options.seed, "init")), config, tokenizer, {})
+
+
 def read_texts(path: Path, blocks: bool) -> list[str]:
     """The lines of a file that are not empty, or its blocks of lines."""
     try:
@@ -110,18 +130,16 @@ def pretrain(options: argparse.Namespace) -> int:
         train, held_out = texts, read_texts(options.held_out_data, options.blocks)
     else:
         train, held_out = preferences.split(texts, options.held_out_share, stream(options.seed, "split"))
-    tokenizer = Tokenizer.from_text("".join(texts) + TURN, replacement=options.replacement)
+    begun = beginning(options, "".join(texts), max(map(len, train + held_out)) + 1)
+    params, config, tokenizer = begun.params, begun.config, begun.tokenizer
     examples, measured = (training.line_examples(part, tokenizer) for part in (train, held_out))
     longest = max(len(y) for _, y in examples + measured)
-    n_positions = options.n_positions or longest
-    if longest > n_positions:
-        raise ValueError(f"a text has {longest - 1} characters, more than fit into --n-positions {n_positions}")
-    config = Config(tokenizer.vocab_size, n_positions, options.n_embd, options.n_layer, options.n_head)
-    params = model.init(config, stream(options.seed, "init"))
+    if longest > config.n_positions:
+        raise ValueError(f"a text has {longest - 1} characters, {config.n_positions - 1} fit into the context")
     size = sum(p.data.size for p in params.values())
     print(f"{len(train)} texts to train on, {len(held_out)} held out, {tokenizer.vocab_size} ids, {size} parameters")
     hashes = {name: file_hash(path) for name, path in data_files(options)}
-    begin(options, hashes, {"tokenizer.json": tokenizer.to_json()})
+    begin(options, {**begun.hashes, **hashes}, {"tokenizer.json": tokenizer.to_json()})
     prompts = [[END_OF_TEXT]] * 5
     return likelihood_run(
         options, params, config, tokenizer, examples, measured, prompts,
@@ -194,28 +212,16 @@ def data(options: argparse.Namespace, fields: Sequence[str], tokenizer: Tokenize
     return Data(parts[0], parts[1], kept, hashes)
 
 
-def vocabulary(options: argparse.Namespace, fields: Sequence[str]) -> Tokenizer:
-    """All characters of the data, for a model that begins from nothing."""
-    rows, _ = preferences.read(options.data, fields)
-    text = "".join(row.prompt + "".join(row.responses) for row in rows)
-    return Tokenizer.from_text(text + TURN, replacement=options.replacement)
-
-
 def sft(options: argparse.Namespace) -> int:
     """Fine-tune a model on responses, or train a new one on them."""
     fields = preferences.fields_of(options.data)
-    if options.init:
-        loaded = load(options.init, requires_grad=True)
-        params, config, tokenizer = loaded.params, loaded.config, loaded.tokenizer
-        description = {"init_sha256": training.fingerprint(params)}
-    else:
-        tokenizer = vocabulary(options, fields)
-        config = Config(tokenizer.vocab_size, options.n_positions, options.n_embd, options.n_layer, options.n_head)
-        params, description = model.init(config, stream(options.seed, "init")), {}
+    text = "".join(row.prompt + "".join(row.responses) for row in preferences.read(options.data, fields)[0])
+    begun = beginning(options, text, 512)
+    params, config, tokenizer = begun.params, begun.config, begun.tokenizer
     rows = data(options, fields, tokenizer, config.n_positions)
     begin(
         options,
-        {**description, **rows.hashes},
+        {**begun.hashes, **rows.hashes},
         {"tokenizer.json": tokenizer.to_json(), "set_aside.jsonl": rows.set_aside},
     )
     count = 1 if options.responses == "chosen" else 2

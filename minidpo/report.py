@@ -88,7 +88,7 @@ def curves(path: Path, runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> bool:
         return False
     figure_module: Any = importlib.import_module("matplotlib.figure")
     panels = {
-        "loss in nats": ("loss", "eval_loss"),
+        "loss": ("loss", "eval_loss"),
         "reward accuracy": ("rewards/accuracies", "eval_rewards/accuracies"),
         "implicit reward": ("eval_rewards/chosen", "eval_rewards/rejected"),
     }
@@ -98,8 +98,13 @@ def curves(path: Path, runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> bool:
         for title, keys in panels.items()
         if any(key in line for line in lines for key in keys)
     ]
-    figure = figure_module.Figure(figsize=(4.5 * len(drawn), 3.5), layout="constrained")
-    for axes, (name, title, keys, lines) in zip(figure.subplots(1, len(drawn), squeeze=False)[0], drawn):
+    across = min(3, len(drawn))
+    down = -(-len(drawn) // across)
+    figure = figure_module.Figure(figsize=(4.5 * across, 3.5 * down), layout="constrained")
+    grid = figure.subplots(down, across, squeeze=False).flatten()
+    for axes in grid[len(drawn) :]:
+        axes.remove()
+    for axes, (name, title, keys, lines) in zip(grid, drawn):
         for key in keys:
             points = [(line["step"], line[key]) for line in lines if key in line]
             held_out = key.startswith("eval_")

@@ -72,6 +72,25 @@ def test_pretrain_on_blocks_and_held_out_texts(tmp_path):
     assert checkpoint.load(tmp_path / "m").config.n_positions == 9
 
 
+def test_pretrain_goes_on_from_a_model(folder, tmp_path, capsys):
+    """Otherwise --init is a word. A text that does not fit, or holds another character, is named before the run."""
+    data = tmp_path / "lines.txt"
+    data.write_text("ab\nba\nabcd\n")
+    given = ["pretrain", f"--data={data}", f"--init={folder / 'init'}", "--steps=0"]
+    assert cli.main([*given, f"--out={tmp_path / 'run'}"]) == 0
+    loaded, init = checkpoint.load(tmp_path / "run"), checkpoint.load(folder / "init")
+    assert loaded.config == CONFIG and all((loaded.params[n].data == p.data).all() for n, p in init.params.items())
+    for text, sentence in (
+        ("ab\n" + "a" * 16, "16 characters, 15 fit"),
+        ("ab\nxy", "not in the vocabulary"),
+        ("\n", "no text"),
+    ):
+        data.write_text(text)
+        capsys.readouterr()
+        assert cli.main([*given, f"--out={tmp_path / 'new'}"]) == 2
+        assert sentence in capsys.readouterr().err and not (tmp_path / "new").exists()
+
+
 def test_sft_learns_completions_or_one_or_both_responses(folder, tmp_path):
     """Otherwise the model learns what it should not, or half of what it should. The prompt is given, not learnt."""
     write(tmp_path / "completions.jsonl", [{"prompt": row["prompt"], "completion": "abc"} for row in ROWS])
