@@ -104,7 +104,7 @@ def stage_arguments(folder: Path, stage: str, seed: int, sizes: Sizes) -> list[s
     ]
 
 
-def demo(folder: Path, seed: int, going_on: bool, run: Run, sizes: Sizes = FULL) -> int:
+def demo(folder: Path, seed: int, going_on: bool, run: Run, sizes: Sizes | None = None) -> int:
     """Make the world, train the three models, judge them on prompts that none has seen.
 
     Raises
@@ -118,6 +118,7 @@ def demo(folder: Path, seed: int, going_on: bool, run: Run, sizes: Sizes = FULL)
         )
     folder.mkdir(parents=True, exist_ok=True)
     checkpoint.write_whole(folder / "run.json", json.dumps({"arguments": ["demo", f"--seed={seed}"]}).encode())
+    sizes = sizes or FULL
     make_data(folder / "data", seed, sizes)
     print(f"a support desk, its customers and what they prefer: {folder / 'data'}", flush=True)
     for stage in STAGES:

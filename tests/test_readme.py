@@ -2,14 +2,20 @@
 
 import contextlib
 import io
+import itertools
+import json
+import math
 import re
 import shlex
+import statistics
 from pathlib import Path
 
 from hypothesis import settings
 
 import minidpo
+from minidpo import demo
 from minidpo.cli import main
+from test_demo import SIZES
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 SOURCE = Path(minidpo.__file__).parent
@@ -44,13 +50,53 @@ def test_line_counts_are_true():
 def test_the_commands_exist(tmp_path, monkeypatch):
     """Otherwise the first command that a newcomer types fails. (The others are run as they stand by CI.)"""
     commands = [shlex.split(line) for line in README.splitlines() if line.startswith("python -m minidpo ")]
-    assert len(commands) == 4
+    assert len(commands) == 12
     (tmp_path / "names.txt").write_text("emma\nmia\nava\n")
+    rows = [{"prompt": f"my order is late.{i}\n", "chosen": f"sorry{i}", "rejected": f"no{i}"} for i in range(6)]
+    for name in ("pairs.jsonl", "more.jsonl"):
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
     monkeypatch.chdir(tmp_path)
-    shorter = {"check": ["--cases", "1"], "pretrain": ["--steps", "1"]}
+    monkeypatch.setattr(demo, "FULL", SIZES)
+    steps = ["--steps", "1"]
+    shorter = {"check": ["--cases", "1"], "pretrain": steps, "sft": steps, "dpo": steps, "judge": ["--replies", "5"]}
     for _, _, _, *arguments in commands:
         with contextlib.redirect_stdout(io.StringIO()):
-            assert main([*arguments, *shorter.get(arguments[0], [])]) == 0
+            assert main([*arguments, *shorter.get(arguments[0], [])]) == 0, arguments
+
+
+def test_the_figures_of_the_demo_are_those_that_its_benchmark_wrote():
+    """Otherwise the table on the front door is of another day. What the models say is that of the first seed."""
+    runs = json.loads((Path(__file__).parents[1] / "benchmarks" / "results" / "demo.json").read_text())
+    assert [run["seed"] for run in runs] == [0, 1, 2]
+    for line in runs[0]["dialogue"]:
+        assert f"\n{line}\n" in README
+    names = {"true reward": "reward", "well formed": "well_formed", "on topic": "on_topic", "KL to SFT, nats": "kl"}
+    names |= {name: name.replace(" ", "_") for name in ("polite", "wrongly declined", "wrongly answered")}
+    shown = re.findall(r"^\| ([\w ,]+) \| (.*? ± .*) \|$", README, re.MULTILINE)
+    assert [name for name, _ in shown] and {name for name, _ in shown} == set(names)
+    for name, cells in shown:
+        columns = [[run["models"][i][names[name]] for run in runs] for i in range(3)]
+        columns.append([run["collapse"][names[name]] for run in runs])
+        for cell, values in zip(cells.split(" | "), columns, strict=True):
+            mean, spread = (float(number) for number in cell.split(" ± "))
+            assert abs(mean - statistics.fmean(values)) < 0.00501 and abs(spread - statistics.stdev(values)) < 0.00501
+    accuracies = {
+        stage: statistics.fmean(run["measured"][stage]["eval_rewards/accuracies"] for run in runs)
+        for stage in ("collapse", "dpo")
+    }
+    prose = " ".join(README.split())
+    assert f"ranks {accuracies['collapse']:.2f} of the held-out pairs as labelled" in prose
+    assert f"DPO model's {accuracies['dpo']:.2f}" in prose
+    seconds = [run["seconds"] for run in runs]
+    assert f"The demo took {min(seconds):.0f} to {max(seconds):.0f} seconds" in prose
+
+
+def test_each_stage_is_better_than_the_one_before_in_every_seed():
+    """By more than twice the standard error: otherwise "watch it become a preferred one" shows noise."""
+    for run in json.loads((Path(__file__).parents[1] / "benchmarks" / "results" / "demo.json").read_text()):
+        for before, after in itertools.pairwise(run["models"]):
+            gained = after["reward"] - before["reward"]
+            assert gained > 2 * math.hypot(before["reward_error"], after["reward_error"])
 
 
 def test_thorough_draws_a_hundred_times_as_many():
