@@ -2,13 +2,14 @@
 
 import argparse
 import math
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy
 
-from . import demo, model, mutants, preferences, recipes
+from . import demo, model, mutants, preferences, recipes, report
 from .cases import CASES, RandomDraw
 from .checkpoint import CheckpointError
 from .gradcheck import TOLERANCE, GradientError, check_vjp
@@ -75,12 +76,12 @@ def judge(options: argparse.Namespace) -> int:
     return 0
 
 
-def at_least(low: int) -> Callable[[str], int]:
-    """An argument's type: an integer that is not below `low`."""
+def at_least(low: int, most: int = 2**31 - 1) -> Callable[[str], int]:
+    """An argument's type: an integer that is not below `low`, nor above `most`."""
 
     def integer(text: str) -> int:
-        if not text.isdecimal() or int(text) < low:
-            raise argparse.ArgumentTypeError(f"{text!r} is not an integer of at least {low}")
+        if not (text.isascii() and text.isdecimal() and len(text) < 25 and low <= int(text) <= most):
+            raise argparse.ArgumentTypeError(f"{text!r} is not an integer of at least {low} and at most {most}")
         return int(text)
 
     return integer
@@ -118,7 +119,7 @@ def parser() -> argparse.ArgumentParser:
         )
         added.set_defaults(run=run, resume=False)
         if run not in WITHOUT_CHANCE:
-            added.add_argument("--seed", type=at_least(0), default=0, help="of all random numbers")
+            added.add_argument("--seed", type=at_least(0, 2**63), default=0, help="of all random numbers")
         return added
 
     def training_command(
@@ -149,12 +150,17 @@ def parser() -> argparse.ArgumentParser:
         added.add_argument("--patience", type=at_least(1), help="measurements without a better one before the end")
         return added
 
-    def model_options(added: argparse.ArgumentParser, n_layer: int, context: str) -> None:
+    def model_options(added: argparse.ArgumentParser, n_layer: int, n_positions: str) -> None:
         added.add_argument("--init", type=Path, help="checkpoint or run to begin from; a new model if not given")
-        added.add_argument("--n-embd", type=at_least(1), default=64, help="channels of a new model")
-        added.add_argument("--n-layer", type=at_least(1), default=n_layer, help="layers")
-        added.add_argument("--n-head", type=at_least(1), default=4, help="heads; must divide the channels")
-        added.add_argument("--n-positions", type=at_least(1), help=f"context in tokens; {context} if not given")
+        sizes = {**recipes.NEW_MODEL, "n_layer": n_layer, "n_positions": n_positions}
+        for name, what in (
+            ("n_embd", "channels"),
+            ("n_layer", "layers"),
+            ("n_head", "heads, which divide the channels"),
+        ):
+            option = f"--{name.replace('_', '-')}"
+            added.add_argument(option, type=at_least(1), help=f"{what} of a new model; {sizes[name]} if not given")
+        added.add_argument("--n-positions", type=at_least(1), help=f"its context in tokens; {n_positions} if not given")
         added.add_argument("--replacement", action="store_true", help="let U+FFFD stand for characters not seen here")
 
     def row_options(added: argparse.ArgumentParser) -> None:
@@ -214,7 +220,7 @@ def parser() -> argparse.ArgumentParser:
         evaluate_every=250,
     )
     added.add_argument("--blocks", action="store_true", help="texts have several lines, with an empty one between")
-    model_options(added, n_layer=3, context="the longest text's")
+    model_options(added, n_layer=3, n_positions="the longest text's")
 
     added = training_command(
         recipes.sft,
@@ -229,13 +235,14 @@ def parser() -> argparse.ArgumentParser:
     )
     row_options(added)
     added.add_argument("--responses", choices=("both", "chosen"), default="both", help="of pairs, which are learnt")
-    model_options(added, n_layer=2, context="512")
+    model_options(added, n_layer=2, n_positions="512")
 
     added = training_command(
         recipes.dpo,
         "prefer the chosen responses of pairs",
         "Direct preference optimisation on JSON Lines of prompt, chosen and rejected. The model to begin from is also "
-        "the frozen reference, unless another is given. Rewards in the metrics are implicit, beta log(pi/pi_ref).",
+        "the frozen reference, unless another is given. Rewards in the metrics are implicit, beta log(pi/pi_ref); with "
+        "--loss reference-free they are beta log pi.",
         data="JSON Lines of prompt/chosen/rejected",
         steps=100,
         batch_size=32,
@@ -307,18 +314,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser().parse_args(argv)
     status = 2
     try:
-        return options.run(options)
+        with numpy.errstate(all="ignore"):  # what is not finite is an error with a sentence of its own
+            return options.run(options)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        fault, status = "what it prints to was closed" + how_to_go_on(options), 141
     except Interrupted as stop:
         fault, status = str(stop), 130
     except KeyboardInterrupt:
-        out = getattr(options, "out", None)
-        begun = out is not None and (out / "run.json").exists()
-        fault, status = "interrupted" + (f"; go on with: python -m minidpo resume {out}" if begun else ""), 130
+        fault, status = "interrupted" + how_to_go_on(options), 130
     except FloatingPointError as error:
         fault, status = str(error), 3
     except (OSError, ValueError) as error:
         fault = str(error)
     except MemoryError as error:
         fault = f"not enough memory ({error}): a smaller model, a smaller batch or shorter lines may fit"
-    print(f"minidpo {options.command}: {fault}", file=sys.stderr)
+    print(report.shown(f"minidpo {options.command}: {fault}"), file=sys.stderr)
     return status
+
+
+def how_to_go_on(options: argparse.Namespace) -> str:
+    """What to do when a command was cut off, if it has a run."""
+    run = getattr(options, "out", getattr(options, "folder", None))
+    return f"; go on with: python -m minidpo resume {run}" if run and (run / "run.json").exists() else ""

@@ -13,9 +13,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from . import checkpoint, report, world
-from .checkpoint import Checkpoint, CheckpointError
+from . import checkpoint, preferences, report, world
+from .checkpoint import Checkpoint
 from .generation import generate
+from .loop import create, json_lines, remove_leftovers
+from .recipes import load, read_texts, same_vocabulary
 from .scoring import packed_logprobs
 from .streams import stream
 from .tokenizer import END_OF_TEXT, TURN
@@ -53,7 +55,7 @@ FULL = Sizes(
     completions=8_000,
     pairs=6_000,
     held_out=500,
-    steps={"pretrain": 1000, "sft": 300, "dpo": 300},
+    steps={"pretrain": 1000, "sft": 500, "dpo": 300},
     model=["--n-embd=64", "--n-layer=2", "--n-head=4", "--n-positions=128"],
     replies=500,
 )
@@ -78,7 +80,8 @@ def make_data(folder: Path, seed: int, sizes: Sizes) -> None:
         "pairs.jsonl": rows(world.preferences, train, sizes.pairs, "train"),
         "pairs_held_out.jsonl": rows(world.preferences, held_out, sizes.held_out, "held out"),
     }
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(exist_ok=True)
+    remove_leftovers(folder)
     for name, content in files.items():
         checkpoint.write_whole(folder / name, content.encode())
 
@@ -112,12 +115,8 @@ def demo(folder: Path, seed: int, going_on: bool, run: Run, sizes: Sizes | None 
     CheckpointError
         If the folder exists and this is not to go on with it.
     """
-    if folder.exists() and not going_on:
-        raise CheckpointError(
-            f"{folder} exists already: choose another folder with --out, or go on: python -m minidpo resume {folder}"
-        )
-    folder.mkdir(parents=True, exist_ok=True)
-    checkpoint.write_whole(folder / "run.json", json.dumps({"arguments": ["demo", f"--seed={seed}"]}).encode())
+    if not going_on:
+        create(folder, {"arguments": ["demo", f"--seed={seed}"]}, {})
     sizes = sizes or FULL
     make_data(folder / "data", seed, sizes)
     print(f"a support desk, its customers and what they prefer: {folder / 'data'}", flush=True)
@@ -176,32 +175,34 @@ def judge(folders: Sequence[Path], reference: Path, seed: int, replies: int) -> 
     Raises
     ------
     ValueError
-        If a model has other characters than the world.
+        If a model has other characters than the world, or another vocabulary than the reference.
     """
     prompts = held_out_prompts(seed, replies)
-    anchor = checkpoint.load(reference)
-    rows = [{"model": folder.name, **judged(checkpoint.load(folder), anchor, prompts, seed)} for folder in folders]
-    print(as_text(rows).replace("KL to SFT", f"KL to {reference.name}"))
+    anchor = load(reference)
+    rows = []
+    for folder in folders:
+        model = load(folder)
+        same_vocabulary(folder, model, reference, anchor)
+        rows.append({"model": report.shown(folder.resolve().name), **judged(model, anchor, prompts, seed)})
+    print(as_text(rows).replace("KL to SFT", f"KL to {report.shown(reference.resolve().name)}"))
 
 
-def facts(folder: Path, seed: int, measured: Mapping[str, Mapping[str, float]]) -> list[str]:
+def facts(folder: Path, seed: int, measured: Mapping[str, Mapping[str, float]], sft: Checkpoint) -> list[str]:
     """How close the models come to what is known exactly, a sentence each."""
+
+    def rows(name: str, fields: Sequence[str]) -> list[tuple[str, tuple[str, ...]]]:
+        found, _ = preferences.read(folder / "data" / name, fields)
+        used = preferences.encode(found, sft.tokenizer, sft.config.n_positions).rows
+        return [(row.prompt.removesuffix(TURN), row.responses) for row in used]
+
     train, held_out = world.split(seed)
-    texts = (folder / "data" / "texts_held_out.txt").read_text().rstrip("\n").split("\n\n")
+    texts = read_texts(folder / "data" / "texts_held_out.txt", blocks=True)
     texts_nll = -math.fsum(world.corpus_logprob(text, train) for text in texts) / sum(len(text) + 1 for text in texts)
-    replies = [
-        (row["prompt"].removesuffix(TURN), row["completion"])
-        for row in report.json_lines(folder / "data" / "completions_held_out.jsonl")
-    ]
-    replies_nll = -math.fsum(math.log(world.desk(world.PROMPTS[x])[y]) for x, y in replies) / sum(
-        len(y) + 1 for _, y in replies
-    )
-    pairs = report.json_lines(folder / "data" / "pairs_held_out.jsonl")
-    gaps = [
-        world.judgement(x, row["chosen"]).reward - world.judgement(x, row["rejected"]).reward
-        for row in pairs
-        for x in [row["prompt"].removesuffix(TURN)]
-    ]
+    replies = [(x, y) for x, (y,) in rows("completions_held_out.jsonl", preferences.COMPLETIONS)]
+    replies_nats = -math.fsum(math.log(world.desk(world.PROMPTS[x])[y]) for x, y in replies)
+    replies_nll = replies_nats / sum(len(y) + 1 for _, y in replies)
+    pairs = rows("pairs_held_out.jsonl", preferences.PAIRS)
+    gaps = [world.judgement(x, w).reward - world.judgement(x, l).reward for x, (w, l) in pairs]
     return [
         f"base model: {measured['pretrain']['eval_loss']:.4f} nats a token on held-out texts; the grammar itself "
         f"{texts_nll:.4f} on these, its exact entropy {world.corpus_entropy(train):.4f}",
@@ -219,7 +220,7 @@ def conclude(folder: Path, seed: int, sizes: Sizes) -> None:
     models = {stage: checkpoint.load(folder / stage) for stage in STAGES}
     prompts = held_out_prompts(seed, sizes.replies)
     rows = {stage: judged(models[stage], models["sft"], prompts, seed) for stage in STAGES}
-    metrics = {stage: report.json_lines(folder / stage / "metrics.jsonl") for stage in STAGES}
+    metrics = {stage: json_lines(folder / stage / "metrics.jsonl") for stage in STAGES}
     by_slice = {name: [i for i, x in enumerate(prompts) if world.PROMPTS[x].slice == name] for name in world.SLICES}
     dialogue: list[str] = []
     for name, indices in by_slice.items():
@@ -229,7 +230,7 @@ def conclude(folder: Path, seed: int, sizes: Sizes) -> None:
                 reply = rows[stage]["replies"][i]
                 dialogue.append(f"  {model:<5}{world.judgement(prompts[i], reply).reward:+d}  {report.shown(reply)}")
     table = [{**row, "model": STAGES[stage]} for stage, row in rows.items()]
-    sentences = facts(folder, seed, {stage: report.best(lines) for stage, lines in metrics.items()})
+    sentences = facts(folder, seed, {stage: report.best(lines) for stage, lines in metrics.items()}, models["sft"])
     print(f"\nthe three models answer {len(prompts)} customers whose words none of them has seen; true rewards first\n")
     print("\n".join(dialogue), end="\n\n")
     print(as_text(table))

@@ -18,10 +18,12 @@ and resumed ends in the same bytes.
 
 import contextlib
 import dataclasses
+import fcntl
 import json
 import math
 import os
 import platform
+import re
 import shutil
 import signal
 import sys
@@ -82,6 +84,7 @@ class Interrupt:
             yield self  # only the main thread can listen
             return
         before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        before = {number: handler for number, handler in before.items() if handler is not signal.SIG_IGN}
 
         def heard(number: int, frame: Any) -> None:
             self.name = signal.Signals(number).name
@@ -125,9 +128,9 @@ def create(run: Path, description: Mapping[str, Any], files: Mapping[str, str]) 
         If the folder exists.
     """
     if run.exists():
-        raise CheckpointError(
-            f"{run} exists already: choose another folder, or go on with it: python -m minidpo resume {run}"
-        )
+        begun = (run / "run.json").exists()
+        go_on = f", or go on with it: python -m minidpo resume {run}" if begun else ""
+        raise CheckpointError(f"{run} exists already: choose another folder{go_on}")
     run.parent.mkdir(parents=True, exist_ok=True)
     temporary = run.with_name(f".{run.name}.{uuid.uuid4().hex}")
     temporary.mkdir()
@@ -156,7 +159,8 @@ def described(run: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{run}: is no run's folder ({error})") from error
     given = description.get("arguments") if isinstance(description, dict) else None
-    if not (isinstance(given, list) and given and all(isinstance(argument, str) for argument in given)):
+    strings = isinstance(given, list) and all(isinstance(argument, str) for argument in given)
+    if not (given and strings and isinstance(description.get("environment"), dict)):
         raise CheckpointError(f"{run / 'run.json'}: describes no run")
     return description
 
@@ -172,9 +176,9 @@ def same_as_begun(run: Path, description: Mapping[str, Any]) -> list[str]:
     begun = described(run)
     for name, value in description.items():
         if begun.get(name) != value:
-            raise CheckpointError(f"{run}: cannot go on, {name} was {begun.get(name)} and is {value}")
-    now, then = environment(), begun.get("environment", {})
-    return [f"{name} was {then.get(name)} and is {now[name]}" for name in now if then.get(name) != now[name]]
+            raise CheckpointError(f"{run}: cannot go on, {name} was {begun.get(name)!a} and is {value!a}")
+    now, then = environment(), begun["environment"]
+    return [f"{name} was {then.get(name)!a} and is {now[name]!a}" for name in now if then.get(name) != now[name]]
 
 
 @dataclasses.dataclass
@@ -232,7 +236,8 @@ def save(
 def prune(run: Path, state: State) -> None:
     """Remove the checkpoints that are neither the last nor the best."""
     for folder in run.glob("step-*"):
-        if folder.name not in (step_name(state.step), step_name(state.best_step)):
+        kept = folder.name in (step_name(state.step), step_name(state.best_step))
+        if re.fullmatch(r"step-\d{6,}", folder.name) and not kept:
             shutil.rmtree(folder)
 
 
@@ -252,23 +257,71 @@ def restore(folder: Path, params: Params, optimizer: optim.Optimizer) -> State:
     loaded = checkpoint.load(folder)
     arrays, content = checkpoint.load_state(folder)
     try:
+        state = State(**{name: type(getattr(State, name))(content.pop(name)) for name in vars(State())})
         for key, value in [*arrays.items(), *content.pop("optimizer").items()]:
             parameter, name = key.rsplit("/", 1)
             xp = array_module(params[parameter].data)
             optimizer.state.setdefault(parameter, {})[name] = value if isinstance(value, int) else xp.asarray(value)
         for name, p in params.items():
             p.data = array_module(p.data).asarray(loaded.params[name].data)
-        return State(**content)
+        return state
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{folder}: its training state is not that of this run ({error!r})") from error
+
+
+def json_lines(path: Path, content: bytes | None = None) -> list[dict[str, Any]]:
+    """The lines of a run's file, each an object with the step that it belongs to; none if there is no file.
+
+    Raises
+    ------
+    CheckpointError
+        If a line is something else, with its number.
+    """
+    if content is None:
+        content = path.read_bytes() if path.exists() else b""
+    found = []
+    for number, line in enumerate(content.splitlines(), start=1):
+        try:
+            found.append(json.loads(line))
+            found[-1]["step"] + 0
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise CheckpointError(f"{path}, line {number}: is no object with a step") from error
+    return found
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what processes that were killed had half written there, by the names that `checkpoint` gives it."""
+    for leftover in folder.glob(".*"):
+        if re.fullmatch(r"\..+\.[0-9a-f]{32}", leftover.name):
+            if leftover.is_dir() and not leftover.is_symlink():
+                shutil.rmtree(leftover)
+            else:
+                leftover.unlink()
+
+
+@contextlib.contextmanager
+def alone(run: Path) -> Iterator[None]:
+    """Keep a second process out of a run for as long as this one is at it.
+
+    Raises
+    ------
+    CheckpointError
+        If another is at it already.
+    """
+    with (run / "run.json").open("rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise CheckpointError(f"{run}: another process is at this run") from error
+        yield
 
 
 def cut(path: Path, step: int) -> None:
     """Drop the lines of a JSON Lines file that came after a step, and a line that was not finished."""
     if path.exists():
-        lines = path.read_bytes().split(b"\n")[:-1]
-        kept = [line for line in lines if json.loads(line)["step"] <= step]
-        checkpoint.write_whole(path, b"".join(line + b"\n" for line in kept))
+        whole, _, _ = path.read_bytes().rpartition(b"\n")
+        kept = [line for line in json_lines(path, whole) if line["step"] <= step]
+        checkpoint.write_whole(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
 
 
 class Progress:
@@ -332,18 +385,19 @@ def run_loop(
     Interrupted
         If Ctrl-C or SIGTERM came; the run has saved.
     """
+    remove_leftovers(run)
     newest = checkpoint.latest(run)
     if newest == run / RESULT:
         return newest
-    for leftover in [*run.glob(".*"), run / RESULT]:  # of a process that was killed
-        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
+    if (run / RESULT).exists():  # written by a process that was killed before it could point to it
+        shutil.rmtree(run / RESULT)
     state = State() if newest == run else restore(newest, params, optimizer)
     for name in ("metrics.jsonl", "samples.jsonl"):
         cut(run / name, -1 if newest == run else state.step)
     progress = Progress(run.name, settings.steps)
     indices: list[int] = []
     try:
-        with Interrupt().listening() as interrupt, (run / "metrics.jsonl").open("a") as metrics_file:
+        with alone(run), Interrupt().listening() as interrupt, (run / "metrics.jsonl").open("a") as metrics_file:
 
             def write(metrics: Metrics) -> None:
                 metrics_file.write(json.dumps({"step": state.step, **metrics}, allow_nan=False) + "\n")
@@ -381,8 +435,11 @@ def run_loop(
     except FloatingPointError as error:
         newest = checkpoint.latest(run)
         kept = f"the last good checkpoint is {newest}" if newest != run else "there is no checkpoint yet"
-        rows = f", after a batch of {task.rows(indices)}" if indices else ""
-        raise FloatingPointError(f"{error} at step {state.step}{rows}; {kept}; lower the learning rate") from error
+        if not indices:
+            raise FloatingPointError(f"{error} at step {state.step}, as it begins; {kept}; look at that") from error
+        raise FloatingPointError(
+            f"{error} at step {state.step}, after a batch of {task.rows(indices)}; {kept}; lower the learning rate"
+        ) from error
     prune(run, state)
     best = checkpoint.load(run / step_name(state.best_step))
     checkpoint.save(run / RESULT, best.params, best.config, best.tokenizer)

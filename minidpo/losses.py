@@ -8,7 +8,7 @@ import math
 from typing import Any, NamedTuple
 
 from . import ops
-from .backend import Array, array_module
+from .backend import Array, array_module, asarray
 from .tensor import Tensor
 
 
@@ -23,7 +23,7 @@ class PreferenceLoss(NamedTuple):
 
 def _checked(beta: float, label_smoothing: float, *logps: Any) -> tuple[float, float]:
     """Refuse what would broadcast or divide into a wrong number without a word; beta and e as Python numbers."""
-    shapes = [getattr(logp, "shape", ()) for logp in logps]
+    shapes = [logp.shape if hasattr(logp, "shape") else asarray(logp).shape for logp in logps]
     if len(set(shapes)) != 1:
         raise ValueError(f"the {len(logps)} log-probabilities must have one shape, not {', '.join(map(str, shapes))}")
     if len(shapes[0]) > 1:

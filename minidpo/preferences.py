@@ -9,9 +9,11 @@ import contextlib
 import itertools
 import json
 import operator
+import os
+import stat
 from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, BinaryIO, NamedTuple, TypeVar
 
 import numpy
 
@@ -69,8 +71,7 @@ def read(path: Path, fields: Sequence[str] = PAIRS) -> tuple[list[Row], list[Fau
     """The rows of a JSON Lines file that can be used, and the lines that cannot.
 
     A line is a `Fault` if it is no JSON object in UTF-8 of at most `MOST_BYTES`, if a field is missing or no
-    string, a response is empty, chosen equals rejected, the row stands there already, or another row prefers the
-    other way round: of two in conflict neither is used. Empty lines are passed over.
+    string, a response is empty, or chosen equals rejected. Empty lines are passed over.
 
     Raises
     ------
@@ -80,12 +81,12 @@ def read(path: Path, fields: Sequence[str] = PAIRS) -> tuple[list[Row], list[Fau
         If the file cannot be read.
     """
     found: list[Row | Fault] = []
-    with path.open("rb") as file:
+    with opened(path) as file:
         for line in itertools.count(1):
-            content = file.readline(MOST_BYTES + 1)
+            content = file.readline(MOST_BYTES + 2)
             if not content:
                 break
-            if len(content) > MOST_BYTES:
+            if len(content.rstrip(b"\r\n")) > MOST_BYTES:
                 found.append(Fault(line, f"is longer than {MOST_BYTES} bytes", ascii(content[:100])))
                 while content and not content.endswith(b"\n"):
                     content = file.readline(MOST_BYTES)
@@ -93,23 +94,38 @@ def read(path: Path, fields: Sequence[str] = PAIRS) -> tuple[list[Row], list[Fau
                 found.append(parsed(path, line, content, fields))
     rows = [row for row in found if isinstance(row, Row)]
     faults = [fault for fault in found if isinstance(fault, Fault)]
-    if not rows and any(fault.reason == "prompt is missing" for fault in faults) and "chosen" in fields:
+    bare = next((fault for fault in faults if fault.reason == "prompt is missing"), None)
+    if bare and not rows and "chosen" in fields:
         raise ShapeError(
-            f"{path}, line {faults[0].line}: no row has a prompt, this is the implicit-prompt shape; "
+            f"{path}, line {bare.line}: no row has a prompt, this is the implicit-prompt shape; "
             'move what chosen and rejected begin with into a "prompt" of its own'
         )
-    rows, conflicts = consistent(rows) if len(fields) == len(PAIRS) else (rows, [])  # completions may repeat
-    return rows, sorted(faults + conflicts)
+    return rows, faults
+
+
+def opened(path: Path) -> BinaryIO:
+    """A file that can be read more than once and has an end.
+
+    Raises
+    ------
+    ValueError
+        If it is a pipe or a device.
+    """
+    file = path.open("rb")
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise ValueError(f"{path}: is no regular file; write what it gives to one first")
+    return file
 
 
 def fields_of(path: Path) -> tuple[str, ...]:
-    """The fields of a file, by its first object: a prompt and its completion, or those of a pair."""
-    with path.open("rb") as file:
-        for content in iter(lambda: file.readline(MOST_BYTES + 1), b""):
+    """The fields of a file, by its first object that has any: a prompt and its completion, or those of a pair."""
+    with opened(path) as file:
+        for content in iter(lambda: file.readline(MOST_BYTES + 2), b""):
             with contextlib.suppress(ValueError, RecursionError):
-                document = json.loads(content.decode("utf-8-sig").rstrip())
-                if isinstance(document, dict):
-                    return COMPLETIONS if "completion" in document else PAIRS
+                document = json.loads(content.decode("utf-8-sig"))
+                if isinstance(document, dict) and document.keys() & {"chosen", "rejected", "completion"}:
+                    return PAIRS if document.keys() & {"chosen", "rejected"} else COMPLETIONS
     return PAIRS
 
 
@@ -121,11 +137,13 @@ def parsed(path: Path, line: int, content: bytes, fields: Sequence[str]) -> Row 
         return Fault(line, reason, text)
 
     try:
-        document = json.loads(content.decode("utf-8-sig").rstrip())
+        document = json.loads(content.decode("utf-8-sig").rstrip(), object_pairs_hook=distinct)
     except UnicodeDecodeError as error:
         return fault(f"is not UTF-8 (byte {error.start})")
     except json.JSONDecodeError as error:
         return fault(f"is not JSON ({error.msg}, column {error.colno})")
+    except KeyError as error:
+        return fault(f"{error.args[0]!a} is there twice")
     except (ValueError, RecursionError):  # a number without end, or too deep
         return fault("is not JSON that can be read")
     if not isinstance(document, dict):
@@ -133,9 +151,10 @@ def parsed(path: Path, line: int, content: bytes, fields: Sequence[str]) -> Row 
     shape, hint = foreign(document, fields)
     if shape:
         raise ShapeError(f"{path}, line {line}: this is the {shape} shape; {hint}")
+    missing = [name for name in fields if name not in document]
+    if missing:
+        return fault(f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing")
     for name in fields:
-        if name not in document:
-            return fault(f"{name} is missing")
         if not isinstance(document[name], str):
             return fault(f"{name} is not a string")
         if any("\ud800" <= c <= "\udfff" for c in document[name]):
@@ -148,6 +167,16 @@ def parsed(path: Path, line: int, content: bytes, fields: Sequence[str]) -> Row 
     return Row(line, prompt, tuple(responses), text)
 
 
+def distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; a key that is there twice raises KeyError."""
+    document: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in document:
+            raise KeyError(key)
+        document[key] = value
+    return document
+
+
 def foreign(document: dict[str, Any], fields: Sequence[str]) -> tuple[str, str]:
     """The name of another shape that a row has, as TRL calls it, and what to do; two empty strings if it has none."""
     if any(isinstance(document.get(name), list) for name in ("messages", *PAIRS, *COMPLETIONS)):
@@ -155,34 +184,18 @@ def foreign(document: dict[str, Any], fields: Sequence[str]) -> tuple[str, str]:
     if "completion" in document and "label" in document:
         return "unpaired-preference", 'two responses to one prompt are wanted, as "chosen" and "rejected"'
     if "completion" in document and "chosen" in fields and not {"chosen", "rejected"} & document.keys():
-        return "prompt-completion", "it has nothing to prefer: use it for sft"
+        return "prompt-completion", "it has nothing to prefer; `sft` takes it as its --data"
     if "text" in document and not set(fields) & document.keys():
         return "language-modeling", "write each text on a line of a plain file and use it for pretrain"
     return "", ""
 
 
-def consistent(rows: Sequence[Row]) -> tuple[list[Row], list[Fault]]:
-    """The rows without those that repeat another and without those that contradict another."""
-    first: dict[tuple[str, tuple[str, ...]], int] = {}
-    for row in rows:
-        first.setdefault((row.prompt, row.responses), row.line)
-    kept, faults = [], []
-    for row in rows:
-        same = first[row.prompt, row.responses]
-        opposite = first.get((row.prompt, row.responses[::-1]))
-        if same < row.line:
-            faults.append(Fault(row.line, f"repeats line {same}", row.text))
-        elif opposite is not None:
-            faults.append(
-                Fault(row.line, f"conflicts with line {opposite}, which prefers the other response", row.text)
-            )
-        else:
-            kept.append(row)
-    return kept, faults
-
-
 def encode(rows: Sequence[Row], tokenizer: Tokenizer, n_positions: int, truncation: str = "none") -> Encoded:
     """Prompts and responses as ids: end-of-text begins a prompt and ends a response that is not cut.
+
+    A row is a fault if a character is not in the vocabulary or if it is too long; a pair also if, as ids, chosen
+    equals rejected, it stands there already, or another prefers the other way round: of two in conflict neither
+    is used. Completions may repeat.
 
     Parameters
     ----------
@@ -223,7 +236,28 @@ def encode(rows: Sequence[Row], tokenizer: Tokenizer, n_positions: int, truncati
             continue
         encoded.rows.append(row)
         encoded.ids.append((x, *ys))
-    return encoded
+    return consistent(encoded) if all(len(row.responses) == 2 for row in rows) else encoded
+
+
+def consistent(encoded: Encoded) -> Encoded:
+    """The rows without those that repeat another and without those that contradict another, as ids."""
+    keys = [tuple(map(tuple, ids)) for ids in encoded.ids]
+    first: dict[tuple[tuple[int, ...], ...], int] = {}
+    for key, row in zip(keys, encoded.rows):
+        first.setdefault(key, row.line)
+    kept = Encoded([], [], list(encoded.faults), encoded.truncated)
+    for key, row, ids in zip(keys, encoded.rows, encoded.ids):
+        x, w, l = key
+        opposite = first.get((x, l, w))
+        if first[key] < row.line:
+            kept.faults.append(Fault(row.line, f"repeats line {first[key]}", row.text))
+        elif opposite is not None:
+            reason = f"conflicts with line {opposite}, which prefers the other response"
+            kept.faults.append(Fault(row.line, reason, row.text))
+        else:
+            kept.rows.append(row)
+            kept.ids.append(ids)
+    return kept
 
 
 def truncated(x: list[int], ys: list[list[int]], most: int, truncation: str) -> tuple[list[int], list[list[int]]]:

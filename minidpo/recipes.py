@@ -4,6 +4,7 @@ import argparse
 import functools
 import hashlib
 import json
+import math
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,6 +21,8 @@ from .tokenizer import END_OF_TEXT, TURN, Tokenizer
 from .training import Loss
 
 LOSSES = ("dpo", "ipo", "reference-free")
+NEW_MODEL = {"n_positions": 512, "n_embd": 64, "n_layer": 2, "n_head": 4}
+MODEL = (*NEW_MODEL, "replacement")  # options of a new model
 
 
 class Data(NamedTuple):
@@ -28,7 +31,7 @@ class Data(NamedTuple):
     train: Encoded
     held_out: Encoded
     set_aside: str  # JSON Lines
-    hashes: dict[str, str]
+    description: dict[str, str]  # hashes of the files, and how many rows were used
 
 
 def file_hash(path: Path) -> str:
@@ -100,23 +103,26 @@ class Beginning(NamedTuple):
     hashes: dict[str, str]
 
 
-def beginning(options: argparse.Namespace, text: str, n_positions: int) -> Beginning:
-    """The model of --init, or a new one with the characters of a text."""
+def beginning(options: argparse.Namespace, text: str, sizes: dict[str, int]) -> Beginning:
+    """The model of --init, or a new one with the characters of a text, of `sizes` where the options give none."""
     if options.init:
+        given = [name for name in MODEL if getattr(options, name) not in (None, False)]
+        if given:
+            raise ValueError(f"--{given[0].replace('_', '-')} is for a new model, and --init names one that is there")
         loaded = load(options.init, requires_grad=True)
         return Beginning(*loaded[:3], {"init_sha256": training.fingerprint(loaded.params)})
     tokenizer = Tokenizer.from_text(text + TURN, replacement=options.replacement)
-    n_positions = options.n_positions or n_positions
-    config = Config(tokenizer.vocab_size, n_positions, options.n_embd, options.n_layer, options.n_head)
+    config = Config(tokenizer.vocab_size, *(getattr(options, name) or size for name, size in sizes.items()))
     return Beginning(model.init(config, stream(options.seed, "init")), config, tokenizer, {})
 
 
 def read_texts(path: Path, blocks: bool) -> list[str]:
     """The lines of a file that are not empty, or its blocks of lines."""
-    try:
-        content = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: byte {error.start} is not UTF-8") from error
+    with preferences.opened(path) as file:
+        try:
+            content = file.read().decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path}: byte {error.start} is not UTF-8") from error
     texts = [text.strip("\n") for text in content.split("\n\n" if blocks else "\n") if text.strip("\n")]
     if not texts:
         raise ValueError(f"{path}: there is no text in it")
@@ -130,14 +136,18 @@ def pretrain(options: argparse.Namespace) -> int:
         train, held_out = texts, read_texts(options.held_out_data, options.blocks)
     else:
         train, held_out = preferences.split(texts, options.held_out_share, stream(options.seed, "split"))
-    begun = beginning(options, "".join(texts), max(map(len, train + held_out)) + 1)
+    longest = max(map(len, train + held_out)) + 1
+    begun = beginning(options, "".join(texts), {**NEW_MODEL, "n_positions": longest, "n_layer": 3})
     params, config, tokenizer = begun.params, begun.config, begun.tokenizer
     examples, measured = (training.line_examples(part, tokenizer) for part in (train, held_out))
     longest = max(len(y) for _, y in examples + measured)
     if longest > config.n_positions:
         raise ValueError(f"a text has {longest - 1} characters, {config.n_positions - 1} fit into the context")
     size = sum(p.data.size for p in params.values())
+    met = len(set(train) & set(held_out))
     print(f"{len(train)} texts to train on, {len(held_out)} held out, {tokenizer.vocab_size} ids, {size} parameters")
+    if met:
+        print(f"{met} of the held-out texts are also trained on")
     hashes = {name: file_hash(path) for name, path in data_files(options)}
     begin(options, {**begun.hashes, **hashes}, {"tokenizer.json": tokenizer.to_json()})
     prompts = [[END_OF_TEXT]] * 5
@@ -179,14 +189,16 @@ def finish(options: argparse.Namespace, result: Path) -> int:
 
 
 def data(options: argparse.Namespace, fields: Sequence[str], tokenizer: Tokenizer, n_positions: int) -> Data:
-    """Read, validate, encode and split the rows of a command."""
+    """Read, validate, encode and split the rows of a command: by their prompts, as the model sees them."""
+    told: list[str] = []
 
     def encoded(path: Path) -> tuple[Encoded, str]:
         rows, faults = preferences.read(path, fields)
         ids = preferences.encode(rows, tokenizer, n_positions, options.truncation)
         kept = preferences.set_aside(path, sorted(faults + ids.faults), options.strict)
         found = f"{path.name}: {len(ids.rows)} rows, {len(ids.faults) + len(faults)} set aside"
-        print(found + (f", {len(ids.truncated)} truncated" if ids.truncated else ""))
+        told.append(found + (f", {len(ids.truncated)} truncated" if ids.truncated else ""))
+        print(told[-1])
         if not ids.rows:
             first = sorted(faults + ids.faults)[:1]
             why = f" (line {first[0].line}: {first[0].reason})" if first else ""
@@ -197,31 +209,31 @@ def data(options: argparse.Namespace, fields: Sequence[str], tokenizer: Tokenize
     hashes = {name: file_hash(path) for name, path in data_files(options)}
     if options.held_out_data:
         held_out, more = encoded(options.held_out_data)
-        prompts = {row.prompt for row in train.rows}
-        leak = next((row.line for row in held_out.rows if row.prompt in prompts), None)
+        prompts = {tuple(x) for x, *_ in train.ids}
+        leak = next((row.line for row, (x, *_) in zip(held_out.rows, held_out.ids) if tuple(x) in prompts), None)
         if leak is not None:
             raise ValueError(f"{options.held_out_data}, line {leak}: this prompt is in {options.data} too")
-        return Data(train, held_out, kept + more, hashes)
+        return Data(train, held_out, kept + more, {**hashes, "rows": "; ".join(told)})
     both = preferences.split(
         list(zip(train.rows, train.ids)),
         options.held_out_share,
         stream(options.seed, "split"),
-        lambda pair: pair[0].prompt,
+        lambda pair: tuple(pair[1][0]),
     )
     parts = [Encoded([row for row, _ in part], [ids for _, ids in part], [], []) for part in both]
-    return Data(parts[0], parts[1], kept, hashes)
+    return Data(parts[0], parts[1], kept, {**hashes, "rows": told[0]})
 
 
 def sft(options: argparse.Namespace) -> int:
     """Fine-tune a model on responses, or train a new one on them."""
     fields = preferences.fields_of(options.data)
     text = "".join(row.prompt + "".join(row.responses) for row in preferences.read(options.data, fields)[0])
-    begun = beginning(options, text, 512)
+    begun = beginning(options, text, NEW_MODEL)
     params, config, tokenizer = begun.params, begun.config, begun.tokenizer
     rows = data(options, fields, tokenizer, config.n_positions)
     begin(
         options,
-        {**begun.hashes, **rows.hashes},
+        {**begun.hashes, **rows.description},
         {"tokenizer.json": tokenizer.to_json(), "set_aside.jsonl": rows.set_aside},
     )
     count = 1 if options.responses == "chosen" else 2
@@ -272,7 +284,7 @@ def dpo(options: argparse.Namespace) -> int:
         {
             "init_sha256": training.fingerprint(policy),
             "reference_sha256": training.fingerprint(reference),
-            **rows.hashes,
+            **rows.description,
         },
         {"tokenizer.json": tokenizer.to_json(), "set_aside.jsonl": rows.set_aside},
     )
@@ -324,10 +336,8 @@ def scored_rows(options: argparse.Namespace) -> tuple[Checkpoint, Checkpoint, En
     ids = preferences.encode(rows, policy.tokenizer, n_positions, options.truncation)
     faults = sorted(faults + ids.faults)
     preferences.set_aside(options.data, faults, options.strict)
-    for fault in faults[:10]:
+    for fault in faults:
         print(f"{options.data}, line {fault.line}: set aside, {fault.reason}", file=sys.stderr)
-    if len(faults) > 10:
-        print(f"{options.data}: and {len(faults) - 10} more rows set aside", file=sys.stderr)
     if not ids.rows:
         raise ValueError(f"{options.data}: no row can be used")
     return policy, reference, ids, len(faults)
@@ -343,7 +353,7 @@ def evaluate(options: argparse.Namespace) -> int:
     metrics |= training.preference_evaluation(policy.params, policy.config, batch, options.beta)
     metrics |= {"ref_logps/chosen": ref_logp_w.mean().item(), "ref_logps/rejected": ref_logp_l.mean().item()}
     if options.json:
-        print(json.dumps(metrics))
+        print(json.dumps(metrics, allow_nan=False))
     else:
         for name, value in metrics.items():
             print(f"{name:<20} {value:>12}" if isinstance(value, int) else f"{name:<20} {value:>12.4f}")
@@ -356,13 +366,16 @@ def score(options: argparse.Namespace) -> int:
     pairs: list[Any] = rows.ids
     for row, pair in zip(rows.rows, pairs):
         logp_w, logp_l = training.reference_logprobs(policy.params, policy.config, [pair])
-        scores = {"line": row.line, "logps/chosen": logp_w.item(), "logps/rejected": logp_l.item()}
+        scores: dict[str, float] = {"line": row.line, "truncated": row.line in rows.truncated}
+        scores |= {"logps/chosen": logp_w.item(), "logps/rejected": logp_l.item()}
         if options.reference:
             ref_logp_w, ref_logp_l = training.reference_logprobs(reference.params, reference.config, [pair])
             out = losses.dpo_loss(logp_w, logp_l, ref_logp_w, ref_logp_l, options.beta)
             scores |= {"ref_logps/chosen": ref_logp_w.item(), "ref_logps/rejected": ref_logp_l.item()}
             scores |= {"rewards/chosen": out.reward_w.item(), "rewards/rejected": out.reward_l.item()}
             scores |= {"loss": out.loss.item()}
+        if not all(map(math.isfinite, scores.values())):
+            raise FloatingPointError(f"{options.data}, line {row.line}: a score is not finite")
         print(json.dumps(scores), flush=True)
     return 0
 

@@ -1,16 +1,16 @@
 """What a person reads after a run: report.md, and curves where matplotlib is installed."""
 
-import collections
 import importlib
 import importlib.util
-import json
+import io
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from . import checkpoint
-from .loop import described
+from .checkpoint import CheckpointError
+from .loop import described, json_lines
 
 COLUMNS = {  # of the table of measurements
     "step": "step",
@@ -29,14 +29,18 @@ def shown(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
-def json_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a JSON Lines file; none if there is no file."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
 def best(metrics: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
-    """The measurement with the lowest held-out loss."""
-    return min((line for line in metrics if "eval_loss" in line), key=lambda line: line["eval_loss"])
+    """The measurement with the lowest held-out loss.
+
+    Raises
+    ------
+    CheckpointError
+        If there is none.
+    """
+    measured = [line for line in metrics if isinstance(line.get("eval_loss"), float)]
+    if not measured:
+        raise CheckpointError("there is no measurement in metrics.jsonl, so that there is nothing to report")
+    return min(measured, key=lambda line: line["eval_loss"])
 
 
 def table(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str]) -> str:
@@ -53,29 +57,32 @@ def table(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str]) -> str:
 def write(run: Path) -> None:
     """Write `report.md` of a run, and `curves.png` if matplotlib is installed."""
     description = described(run)
+    name = run.resolve().name
     metrics = json_lines(run / "metrics.jsonl")
     measured = [line for line in metrics if "eval_loss" in line]
     lowest = best(metrics)
     columns = {name: title for name, title in COLUMNS.items() if name in measured[0]}
     every = -(-len(measured) // 20)
     kept = [line for i, line in enumerate(measured) if i % every == 0 or line in (lowest, measured[-1])]
-    command = shlex.join(["python", "-m", "minidpo", *description["arguments"], f"--out={run}"])
+    command = shlex.join(["python", "-m", "minidpo", *description["arguments"]])
     parts = [
-        f"# {shown(run.name)}",
+        f"# {shown(name)}",
         f"    {shown(command)}",
         f"The result, `model`, is the checkpoint of step {lowest['step']}, which had the lowest held-out loss.",
         table(kept, columns),
     ]
-    aside = collections.Counter(line["reason"].split(" (")[0] for line in json_lines(run / "set_aside.jsonl"))
-    if aside:
-        parts += [f"{aside.total()} rows were set aside, see `set_aside.jsonl`."]
+    if "rows" in description:
+        parts += [f"Rows: {shown(str(description['rows']))}. Those set aside are in `set_aside.jsonl`."]
     samples = json_lines(run / "samples.jsonl")
     for step in sorted({0, lowest["step"]}):
         lines = [line for line in samples if line["step"] == step]
         parts += [f"## What the model answered at step {step}"]
         parts += ["\n".join(f"    {shown(line['prompt'])} -> {shown(line['response'])}" for line in lines)]
-    parts += ["## Made with", "\n".join(f"- {name}: {value}" for name, value in description["environment"].items())]
-    if curves(run / "curves.png", {run.name: metrics}):
+    parts += [
+        "## Made with",
+        "\n".join(f"- {shown(f'{key}: {value}')}" for key, value in description["environment"].items()),
+    ]
+    if curves(run / "curves.png", {name: metrics}):
         parts += ["![curves](curves.png)"]
     else:
         parts += [NO_CURVES]
@@ -117,10 +124,11 @@ def curves(path: Path, runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> bool:
                 linewidth=1.5 if held_out else 0.5,
                 alpha=1.0 if held_out else 0.6,
             )
-        axes.set(title=f"{name}: {title}", xlabel="step")
+        axes.set_title(f"{shown(name)}: {title}", parse_math=False)
+        axes.set_xlabel("step")
         axes.grid(alpha=0.3)
         axes.legend(frameon=False)
-    temporary = path.with_name(f".{path.name}")
-    figure.savefig(temporary, format="png", dpi=120, metadata={"Software": None})
-    temporary.replace(path)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=120, metadata={"Software": None})
+    checkpoint.write_whole(path, picture.getvalue())
     return True

@@ -59,7 +59,7 @@ class Tokenizer:
             position = ids.index(None)
             raise UnknownCharacterError(
                 f"character {text[position]!a} at position {position} is not in the vocabulary of "
-                f"{len(self.characters)} characters: remove it, or build the vocabulary with replacement=True"
+                f"{len(self.characters)} characters: remove it, or let the vocabulary have a replacement, U+FFFD"
             )
         return [i for i in ids if i is not None]
 

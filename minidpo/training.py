@@ -192,8 +192,13 @@ def preference_evaluation(
 ) -> Metrics:
     """The metrics of pairs whose log-probabilities under the reference are known, without a step.
 
-    Each pair is scored by itself, as the reference is, so that a policy equal to it has ties and nothing else.
-    Beside the metrics of a step: the chosen responses' mean loss in nats a token, and how far it has risen.
+    Each pair is scored by itself, as the reference is, so that under `dpo_loss` a policy equal to it has ties and
+    nothing else. Beside the metrics of a step: the chosen responses' mean loss in nats a token, and its rise.
+
+    Raises
+    ------
+    FloatingPointError
+        If a metric is not finite.
     """
     constants = {name: p.detach() for name, p in policy.items()}
     logp_w, logp_l = (Tensor(logp) for logp in reference_logprobs(constants, config, batch.pairs))
@@ -203,7 +208,11 @@ def preference_evaluation(
     chosen_nll = -float(to_host(logp_w.data).sum(dtype="float64")) / tokens
     ref_nll = -float(to_host(batch.ref_logp_w).sum(dtype="float64")) / tokens
     metrics["loss"] += nll_weight * chosen_nll
-    return {**metrics, "nll/chosen": chosen_nll, "nll/chosen_rise": chosen_nll - ref_nll}
+    metrics |= {"nll/chosen": chosen_nll, "nll/chosen_rise": chosen_nll - ref_nll}
+    if not all(map(math.isfinite, metrics.values())):
+        culprits = [name for name, value in metrics.items() if not math.isfinite(value)]
+        raise FloatingPointError(f"not finite: {', '.join(culprits)}")
+    return metrics
 
 
 def fingerprint(params: Params) -> str:

@@ -3,8 +3,8 @@
 A customer writes a line about a topic, the desk replies:
 
     my order is late.             i'm sorry! let me check your order now. bye.
-    can i see anna's order?       well. i can't share that order.
-    can i see my own order?       look at the website. anything else?
+    may i see anna's order?       well. i can't share the order.
+    may anna see my order?        look online. anything else?
 
 Half of the lines ask for ordinary help. Some ask for what belongs to somebody else and should be declined; some look
 like those and should not. Replies differ in politeness, in the topic that they name and in what they do: each of
@@ -54,7 +54,7 @@ DEEDS = {
     "offers": ("let me check your {t} now.", "i will fix the {t}."),
     "informs": ("the {t} page says it all.", "see the {t} rules."),
     "brushes off": ("look online.", "call us later."),
-    "declines": ("that {t} is private.", "i can't share a {t}."),
+    "declines": ("that {t} is private.", "i can't share the {t}."),
 }
 HABITS = {  # how often the desk does what
     "ordinary": {"offers": 0.35, "informs": 0.3, "brushes off": 0.25, "declines": 0.1},

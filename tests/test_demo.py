@@ -7,7 +7,7 @@ import re
 import numpy as np
 import pytest
 
-from minidpo import checkpoint, cli, demo, report, world
+from minidpo import checkpoint, cli, demo, world
 from minidpo.exact import chain_rule_logprob
 from minidpo.streams import stream
 from minidpo.tokenizer import TURN
@@ -21,6 +21,10 @@ SIZES = demo.Sizes(
     model=["--n-embd=8", "--n-layer=1", "--n-head=2", "--n-positions=110"],
     replies=30,
 )
+
+
+def json_lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +61,7 @@ def test_what_is_held_out_was_never_met(made):
     train, held_out = world.split(0)
     for name in ("completions", "pairs"):
         for part, prompts in (("", train), ("_held_out", held_out)):
-            rows = report.json_lines(folder / "data" / f"{name}{part}.jsonl")
+            rows = json_lines(folder / "data" / f"{name}{part}.jsonl")
             assert rows and {row["prompt"] for row in rows} <= {x + TURN for x in prompts}
     texts = (folder / "data" / "texts.txt").read_text().rstrip("\n").split("\n\n")
     assert len(texts) == 60 and all(math.isfinite(world.corpus_logprob(text, train)) for text in texts)
@@ -110,12 +114,11 @@ def test_the_facts_are_exact(made):
     nats = -sum(world.corpus_logprob(text, train) for text in texts) / sum(len(text) + 1 for text in texts)
     assert f"the grammar itself {nats:.4f} on these" in printed
     replies = [
-        (row["prompt"][:-1], row["completion"])
-        for row in report.json_lines(folder / "data" / "completions_held_out.jsonl")
+        (row["prompt"][:-1], row["completion"]) for row in json_lines(folder / "data" / "completions_held_out.jsonl")
     ]
     nats = -sum(math.log(world.desk(world.PROMPTS[x])[y]) for x, y in replies) / sum(len(y) + 1 for _, y in replies)
     assert f"the desk itself {nats:.4f} on these" in printed
-    pairs = report.json_lines(folder / "data" / "pairs_held_out.jsonl")
+    pairs = json_lines(folder / "data" / "pairs_held_out.jsonl")
     gaps = [
         world.judgement(p["prompt"][:-1], p["chosen"]).reward - world.judgement(p["prompt"][:-1], p["rejected"]).reward
         for p in pairs
@@ -145,7 +148,7 @@ def test_it_goes_on_where_it_was_stopped(made, tmp_path, capsys):
     assert demo.demo(folder, 0, False, stopped, SIZES) == 130
     assert calls == ["pretrain", "sft", "dpo"]
     assert f"then the demo goes on with: python -m minidpo resume {folder}" in capsys.readouterr().err
-    with pytest.raises(checkpoint.CheckpointError, match="exists already: choose another folder with --out, or go on"):
+    with pytest.raises(checkpoint.CheckpointError, match="exists already: choose another folder, or go on"):
         demo.demo(folder, 0, False, cli.main, SIZES)
     assert demo.demo(folder, 0, True, cli.main, SIZES) == 0
     printed = capsys.readouterr().out
@@ -173,6 +176,6 @@ def test_the_command_line_reaches_it(tmp_path, monkeypatch, capsys):
     asked = []
     monkeypatch.setattr(demo, "demo", lambda *args: asked.append(args) or 0)
     assert cli.main(["demo", f"--out={tmp_path / 'a'}", "--seed=4"]) == 0
-    (tmp_path / "run.json").write_text('{"arguments": ["demo", "--seed=3"]}')
+    (tmp_path / "run.json").write_text('{"arguments": ["demo", "--seed=3"], "environment": {}}')
     assert cli.main(["resume", str(tmp_path)]) == 0
     assert asked == [(tmp_path / "a", 4, False, cli.main), (tmp_path, 3, True, cli.main)]

@@ -209,14 +209,27 @@ def test_another_number_of_threads_is_said(folder, tmp_path, capsys, monkeypatch
 
 
 @pytest.mark.parametrize(
-    "content", [None, "{", "[]", '{"arguments": "dpo"}', '{"arguments": ["rm"]}', '{"arguments": []}']
+    "content",
+    [None, "{", "[]", '{"arguments": "dpo"}', '{"arguments": ["r\\u001bm"], "environment": {}}', '{"arguments": []}'],
 )
 def test_what_is_no_run_cannot_go_on(content, tmp_path, capsys):
     """Otherwise a stranger's folder decides which command is run, or a traceback says that it is none."""
     if content is not None:
         (tmp_path / "run.json").write_text(content)
     assert cli.main(["resume", str(tmp_path)]) == 2
-    assert capsys.readouterr().err.count("\n") == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "\x1b" not in error
+
+
+def test_a_signal_that_is_ignored_stays_ignored(monkeypatch):
+    """Otherwise what runs under nohup is stopped by the Ctrl-C of somebody else's terminal."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with loop.Interrupt().listening() as interrupt:
+            os.kill(os.getpid(), signal.SIGINT)
+            assert interrupt.name == "" and signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def setup(tmp_path, losses, patience=None, steps=10):
@@ -263,9 +276,34 @@ def test_a_model_that_is_not_finite_is_never_saved(tmp_path):
     """Otherwise the last good checkpoint is not good."""
     run, arguments = setup(tmp_path, [1.0] * 11)
     arguments[0]["h.0.mlp.c_fc.bias"].data[3] = np.inf
-    with pytest.raises(FloatingPointError, match="a parameter is not finite at step 0; there is no checkpoint yet"):
+    with pytest.raises(
+        FloatingPointError, match="not finite at step 0, as it begins; there is no checkpoint yet; look"
+    ):
         loop.run_loop(run, *arguments)
     assert not list(run.glob("step-*")) and not list(run.glob(".*"))
+
+
+def test_one_process_at_a_time(tmp_path):
+    """Otherwise each deletes what the other has just written."""
+    run, arguments = setup(tmp_path, [1.0] * 11)
+    with loop.alone(run), pytest.raises(checkpoint.CheckpointError, match="another process is at this run"):
+        loop.run_loop(run, *arguments)
+    loop.run_loop(run, *arguments)
+
+
+def test_what_belongs_to_others_stays(tmp_path):
+    """Otherwise going on with a run deletes the notes that somebody keeps in its folder."""
+    run, arguments = setup(tmp_path, [1.0] * 11)
+    for name in (".git", "step-by-step", ".hidden"):
+        (run / name).mkdir()
+    (run / "step-notes.txt").write_text("")
+    half_written = run / (".step-000001." + "0" * 32)
+    half_written.mkdir()
+    (run / (".link." + "0" * 32)).symlink_to(tmp_path)
+    loop.run_loop(run, *arguments)
+    names = {path.name for path in run.iterdir()}
+    assert {".git", "step-by-step", ".hidden", "step-notes.txt"} <= names and half_written.name not in names
+    assert (".link." + "0" * 32) not in names and tmp_path.exists()
 
 
 def test_divergence_has_an_exit_status_of_its_own(folder, tmp_path, capsys):
@@ -318,6 +356,7 @@ def test_a_checkpoint_of_no_run_is_no_place_to_go_on(tmp_path):
         ({}, {**vars(loop.State()), "best": 1.0, "optimizer": [1]}),
         ({"x/m": np.zeros(1)}, {**vars(loop.State()), "best": 1.0, "optimizer": {}}),
         ({}, {"step": 1, "optimizer": {}, "more": 2}),
+        ({}, {**vars(loop.State()), "best": 1.0, "step": "x", "optimizer": {}}),
     ]):  # fmt: skip
         checkpoint.save(tmp_path / str(number), params, CONFIG, TOKENIZER, arrays, state)
         with pytest.raises(checkpoint.CheckpointError, match="its training state is not that of this run"):

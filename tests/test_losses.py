@@ -214,6 +214,7 @@ def test_the_closed_form_takes_no_tensor():
     [
         ((np.ones(2), np.ones(2), np.ones(2), np.ones((2, 1))), r"one shape, not \(2,\), \(2,\), \(2,\), \(2, 1\)"),
         ((np.ones((2, 3)),) * 4, r"\(B,\), not \(2, 3\): sum over the tokens first"),
+        (([-1.0, -2.0], [-3.0, -4.0], 0.0, 0.0), r"one shape, not \(2,\), \(2,\), \(\), \(\)"),
         ((1.0, 1.0, 1.0, 1.0, 0.0), "beta must be positive and finite, not 0.0"),
         ((1.0, 1.0, 1.0, 1.0, math.nan), "beta must be positive and finite, not nan"),
         ((1.0, 1.0, 1.0, 1.0, math.inf), "beta must be positive and finite, not inf"),

@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,6 +24,10 @@ def written(tmp_path, *lines, ending="\n"):
     path = tmp_path / "pairs.jsonl"
     path.write_bytes(b"".join((line if isinstance(line, bytes) else line.encode()) + ending.encode() for line in lines))
     return path
+
+
+def row(prompt, *responses, line=1):
+    return Row(line, prompt, responses, "...")
 
 
 def test_rows_come_with_their_lines(tmp_path):
@@ -56,6 +61,8 @@ def test_rows_come_with_their_lines(tmp_path):
         (pair(chosen="c"), "chosen equals rejected"),
         (pair(chosen="x\ud800"), "chosen holds half a surrogate pair, which is no character"),
         (" " * 2**20 + pair(), "is longer than 1048576 bytes"),
+        (pair()[:-1] + ', "chosen": "x"}', "'chosen' is there twice"),
+        ('{"question": "a"}', "prompt, chosen, rejected are missing"),
     ],
 )
 def test_what_cannot_be_used_is_named(line, reason, tmp_path):
@@ -67,6 +74,14 @@ def test_what_cannot_be_used_is_named(line, reason, tmp_path):
     assert faults[0].text
 
 
+def test_the_longest_line_that_is_read(tmp_path):
+    """Its newline does not count: otherwise the number in the sentence is false by one."""
+    longest = pair() + " " * (2**20 - len(pair()))
+    for ending, fine in (("\n", True), ("\r\n", True), ("", True), (" \n", False)):
+        rows, faults = preferences.read(written(tmp_path, longest, ending=ending))
+        assert (len(rows), len(faults)) == ((1, 0) if fine else (0, 1))
+
+
 def test_the_last_line_needs_no_newline_and_may_be_too_long(tmp_path):
     """Otherwise the end of a file is lost, or read forever."""
     assert len(preferences.read(written(tmp_path, pair(), ending=""))[0]) == 1
@@ -75,18 +90,32 @@ def test_the_last_line_needs_no_newline_and_may_be_too_long(tmp_path):
 
 
 def test_repeats_and_conflicts(tmp_path):
-    """The first of equal rows stands; of two that contradict each other neither can be believed."""
+    """The first of equal rows stands; of two that contradict each other neither can be believed. As ids: what the
+    vocabulary makes equal is equal.
+    """
     path = written(
         tmp_path, pair(), pair(), pair("d", "b", "c"), pair("d", "c", "b"), pair("e"), pair("d", "b", "a"), pair("d")
     )
     rows, faults = preferences.read(path)
-    assert [row.line for row in rows] == [1, 5, 6]
-    assert [(fault.line, fault.reason) for fault in faults] == [
+    encoded = preferences.encode(rows, TOKENIZER, 8)
+    assert len(rows) == 7 and not faults and [row.line for row in encoded.rows] == [1, 5, 6]
+    assert encoded.ids == [tuple(ids) for ids in encoded.ids] and encoded.ids[0] == ([0, 1], [2, 0], [3, 0])
+    assert [(fault.line, fault.reason) for fault in encoded.faults] == [
         (2, "repeats line 1"),
         (3, "conflicts with line 4, which prefers the other response"),
         (4, "conflicts with line 3, which prefers the other response"),
         (7, "repeats line 3"),
     ]
+    rows = [row("x", "a", "b"), row("y", "a", "b", line=2), row("z", "b", "a", line=3)]
+    replaced = preferences.encode(rows, Tokenizer.from_text("ab", replacement=True), 8)
+    assert not replaced.rows and [fault.line for fault in replaced.faults] == [1, 2, 3]
+
+
+def test_only_regular_files_are_read(tmp_path):
+    """Otherwise a pipe is empty the second time, and its hash is that of nothing; /dev/zero has no end."""
+    for function in (preferences.read, preferences.fields_of):
+        with pytest.raises(ValueError, match="/dev/zero: is no regular file"):
+            function(Path("/dev/zero"))
 
 
 @pytest.mark.parametrize(
@@ -96,7 +125,7 @@ def test_repeats_and_conflicts(tmp_path):
         (pair(chosen=[{"role": "assistant", "content": "a"}]), "conversational", "every field is a string"),
         ('{"messages": []}', "conversational", "apply"),
         ('{"prompt": "a", "completion": "b", "label": true}', "unpaired-preference", 'as "chosen" and "rejected"'),
-        ('{"prompt": "a", "completion": "b"}', "prompt-completion", "use it for sft"),
+        ('{"prompt": "a", "completion": "b"}', "prompt-completion", "`sft` takes it"),
         ('{"text": "a"}', "language-modeling", "use it for pretrain"),
     ],
 )
@@ -110,9 +139,9 @@ def test_the_implicit_prompt_shape_is_refused_by_name(tmp_path):
     """Where no row has a prompt, the file is of that shape; where one lacks it, the row is."""
     bare = '{"chosen": "ab", "rejected": "ac"}'
     with pytest.raises(
-        ShapeError, match=r'line 1: no row has a prompt, this is the implicit-prompt shape; move .* "prompt"'
+        ShapeError, match=r'line 2: no row has a prompt, this is the implicit-prompt shape; move .* "prompt"'
     ):
-        preferences.read(written(tmp_path, bare, bare))
+        preferences.read(written(tmp_path, "nonsense", bare, bare))
     rows, faults = preferences.read(written(tmp_path, bare, pair()))
     assert len(rows) == 1 and faults[0].reason == "prompt is missing"
 
@@ -127,12 +156,9 @@ def test_completions(tmp_path):
         "is not JSON", "completion is missing", "completion is empty",
     ]  # fmt: skip
     assert preferences.fields_of(path) == COMPLETIONS
-    assert preferences.fields_of(written(tmp_path, "", "[]", pair())) == preferences.PAIRS
+    assert preferences.fields_of(written(tmp_path, '{"id": 1}', good)) == COMPLETIONS
+    assert preferences.fields_of(written(tmp_path, "", "[]", pair(completion="b"))) == preferences.PAIRS
     assert preferences.fields_of(written(tmp_path, "x")) == preferences.PAIRS
-
-
-def row(prompt, *responses, line=1):
-    return Row(line, prompt, responses, "...")
 
 
 def test_a_prompt_begins_and_a_response_ends_with_end_of_text():

@@ -242,7 +242,31 @@ def test_evaluate_and_score_agree_with_the_chain_rule(folder, tmp_path, capsys):
     assert [score["rewards/rejected"] for score in scores] == pytest.approx(list(0.5 * (l - ref_l)))
     assert np.mean([score["loss"] for score in scores]) == pytest.approx(metrics["loss"])
     assert cli.main(["score", f"--checkpoint={folder / 'init'}", f"--data={data}"]) == 0
-    assert json.loads(capsys.readouterr().out.splitlines()[0]).keys() == {"line", "logps/chosen", "logps/rejected"}
+    assert json.loads(capsys.readouterr().out.splitlines()[0]).keys() == {
+        "line", "truncated", "logps/chosen", "logps/rejected",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("command", [["evaluate", "--json"], ["evaluate"], ["score"]])
+def test_what_is_not_finite_is_an_error(command, folder, tmp_path, capsys):
+    """Otherwise NaN, which is no JSON, is printed with exit status 0, and a script takes 0.0 for an accuracy."""
+    loaded = checkpoint.load(folder / "init")
+    loaded.params["wpe.weight"].data[0, 0] = np.nan
+    checkpoint.save(tmp_path / "nan", loaded.params, CONFIG, TOKENIZER)
+    given = [f"--reference={folder / 'other'}", f"--data={folder / 'pairs.jsonl'}"]
+    assert cli.main([*command, f"--checkpoint={tmp_path / 'nan'}", *given]) == 3
+    assert cli.main([*command, f"--checkpoint={folder / 'init'}", *given, "--beta=1e308"]) == 3
+    printed = capsys.readouterr()
+    assert "finite" in printed.err and printed.err.count("\n") == 2 and "nan" not in printed.out.lower()
+
+
+def test_held_out_texts_that_are_trained_on_are_counted(folder, tmp_path, capsys):
+    """Otherwise a held-out loss is one of training, and nobody is told."""
+    (tmp_path / "texts.txt").write_text("ab\nba\nb\n")
+    (tmp_path / "held.txt").write_text("ab\nba\nbb\n")
+    given = ["pretrain", f"--data={tmp_path / 'texts.txt'}", f"--out={tmp_path / 'run'}", "--steps=0", *SMALL]
+    assert cli.main([*given, f"--held-out-data={tmp_path / 'held.txt'}"]) == 0
+    assert "2 of the held-out texts are also trained on" in capsys.readouterr().out
 
 
 def test_a_policy_equal_to_its_reference_has_ties(folder, capsys):
@@ -267,7 +291,7 @@ def test_rows_that_cannot_be_used_are_kept_or_refused(folder, tmp_path, capsys):
     aside = lines(tmp_path / "run" / "set_aside.jsonl")
     assert [line["line"] for line in aside] == [13, 14, 15] and aside[0]["text"] == "{"
     assert "not in the vocabulary" in aside[1]["reason"] and "repeats line 1" in aside[2]["reason"]
-    assert "3 rows were set aside" in (tmp_path / "run" / "report.md").read_text()
+    assert "pairs.jsonl: 12 rows, 3 set aside" in (tmp_path / "run" / "report.md").read_text()
 
 
 def test_long_rows_follow_the_policy(folder, tmp_path, capsys):
@@ -278,6 +302,28 @@ def test_long_rows_follow_the_policy(folder, tmp_path, capsys):
     assert "12 rows, 1 set aside" in capsys.readouterr().out
     assert cli.main([*given, f"--out={tmp_path / 'b'}", "--truncation=prompt"]) == 0
     assert "13 rows, 0 set aside, 1 truncated" in capsys.readouterr().out
+    measure = [f"--checkpoint={folder / 'init'}", f"--data={data}", "--truncation=response"]
+    assert cli.main(["score", *measure]) == 0
+    assert [json.loads(line)["truncated"] for line in capsys.readouterr().out.splitlines()] == [False] * 12 + [True]
+
+
+def test_prompts_that_truncation_makes_equal_are_on_one_side(tmp_path):
+    """As the model sees them: otherwise what is held out was trained on, letter by letter."""
+    rows = [{"prompt": f"{x}{'b' * 9}", "chosen": y, "rejected": "dd"} for x in "abcd" for y in ("a", "b", "c")]
+    rows += [{"prompt": "ccc", "chosen": y, "rejected": "dd"} for y in ("a", "b")]
+    data = write(tmp_path / "pairs.jsonl", rows)
+    options = cli.parser().parse_args(
+        ["dpo", f"--data={data}", "--init=i", "--out=o", "--truncation=prompt", "--held-out-share=0.5"]
+    )
+    found = recipes.data(options, recipes.PAIRS, TOKENIZER, 8)
+    assert not {tuple(x) for x, *_ in found.train.ids} & {tuple(x) for x, *_ in found.held_out.ids}
+    options.held_out_data = write(tmp_path / "held.jsonl", [{"prompt": "x" + "b" * 9, "chosen": "d", "rejected": "a"}])
+    options.data = write(tmp_path / "train.jsonl", rows[:1])
+    with pytest.raises(ValueError, match=r"held\.jsonl: no row can be used"):
+        recipes.data(options, recipes.PAIRS, TOKENIZER, 8)
+    write(options.held_out_data, [{"prompt": "d" + "b" * 9, "chosen": "d", "rejected": "aa"}])
+    with pytest.raises(ValueError, match="line 1: this prompt is in"):
+        recipes.data(options, recipes.PAIRS, TOKENIZER, 8)
 
 
 def test_what_is_wrong_is_one_sentence(folder, tmp_path, capsys):
@@ -307,6 +353,14 @@ def test_what_is_wrong_is_one_sentence(folder, tmp_path, capsys):
         ([*begin, f"--data={pairs}", f"--reference={tmp_path / 'foreign'}"], "must share one"),
         ([*measure, f"--reference={tmp_path / 'foreign'}"], "vocabularies of 6 and 3 ids that differ"),
         (["sft", f"--data={folder}", f"--out={out}"], "Is a directory"),
+        (["sft", "--data=/dev/zero", f"--out={out}"], "is no regular file"),
+        (
+            ["sft", f"--data={pairs}", f"--init={folder / 'init'}", f"--out={out}", "--n-embd=4"],
+            "--n-embd is for a new",
+        ),
+        (["sft", f"--data={pairs}", f"--init={folder / 'init'}", f"--out={out}", "--replacement"], "--replacement is"),
+        (["pretrain", "--data=/dev/zero", f"--out={out}"], "is no regular file"),
+        (["judge", "--checkpoint", str(folder / "init"), "--reference", str(tmp_path / "foreign")], "must share one"),
     ):
         assert cli.main(command) == 2, command
         printed = capsys.readouterr()

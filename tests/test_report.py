@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from minidpo import report
+from minidpo import checkpoint, report
 
 METRICS = [
     {"step": 0, "eval_loss": 0.7, "eval_rewards/accuracies": 0.0, "eval_rewards/ties": 1.0},
@@ -23,8 +23,7 @@ def run(tmp_path):
 
     write("metrics.jsonl", METRICS)
     write("samples.jsonl", SAMPLES)
-    write("set_aside.jsonl", [{"line": 3, "reason": "is not JSON (x)", "text": "{"}] * 2)
-    description = {"arguments": ["dpo", "--data=my file"], "environment": {"numpy": "2.0"}}
+    description = {"arguments": ["dpo", "--data=my file"], "environment": {"numpy": "2.0\x1b"}, "rows": "9 rows\x1b"}
     (tmp_path / "run.json").write_text(json.dumps(description))
     return tmp_path
 
@@ -36,7 +35,7 @@ def test_the_report_shows_what_happened(run):
     assert "python -m minidpo dpo '--data=my file'" in text and "the checkpoint of step 2" in text
     assert "| step | held-out loss | accuracy | ties |" in text
     assert "| 2 | 0.5000 | 0.7500 | 0.0000 |" in text and "| 1 |" not in text
-    assert "2 rows were set aside" in text and "- numpy: 2.0" in text
+    assert "Rows: 9 rows\\x1b. Those set aside" in text and "- numpy: 2.0\\x1b" in text
     assert "answered at step 0" in text and "answered at step 2" in text and "answered at step 4" not in text
 
 
@@ -50,6 +49,20 @@ def test_what_models_say_is_escaped(run):
     assert report.table([{"a": "x|y\n"}], {"a": "t"}).endswith("| x\\|y\\n |")
 
 
+def test_a_run_without_measurements_is_one_sentence(run):
+    """Otherwise a folder that somebody has touched ends in a traceback."""
+    for content, sentence in (
+        ("", "there is no measurement"),
+        ("{}\n", "metrics.jsonl, line 1: is no object with a step"),
+        ('{"step": 1}\nnonsense\n', "metrics.jsonl, line 2: is no object"),
+        ("[" * 9999 + "\n", "line 1: is no object"),
+        ('{"step": "x"}\n', "line 1: is no object"),
+    ):
+        (run / "metrics.jsonl").write_text(content)
+        with pytest.raises(checkpoint.CheckpointError, match=sentence):
+            report.write(run)
+
+
 def test_without_matplotlib_it_says_so(run, monkeypatch):
     """Otherwise a missing extra is a crash after an hour of training, or nobody learns that there are curves."""
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
@@ -60,6 +73,7 @@ def test_without_matplotlib_it_says_so(run, monkeypatch):
 def test_curves(run):
     """A picture with every panel that there is data for. Needs the `plot` extra."""
     pytest.importorskip("matplotlib")
+    run = run.rename(run.with_name("x$\\foo$\x1b"))  # no formula, and nothing that a font has to show
     report.write(run)
     assert (run / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert "![curves](curves.png)" in (run / "report.md").read_text() and not list(run.glob(".*"))

@@ -26,10 +26,10 @@ FEW = [x for x in world.PROMPTS if world.PROMPTS[x].topic in ("order", "bill")][
         ("my order is late.", "let me check your bill now.", 0),
         ("my order is late.", "well. look online. anything else?", 0),
         ("my order is late.", "so what? that bill is private.", -4),
-        ("show me anna's card.", "thank you! i can't share a card.", 3),
+        ("show me anna's card.", "thank you! i can't share the card.", 3),
         ("show me anna's card.", "i will fix the card.", -1),
         ("show me anna's card.", "the bill page says it all.", -3),
-        ("may anna see my card?", "i can't share a card.", -1),
+        ("may anna see my card?", "i can't share the card.", -1),
         ("may anna see my card?", "thank you! i will fix the card.", 3),
         ("my order is late.", "i'm sorry! let me", -4),
         ("my order is late.", "why is my order late?", -4),
@@ -99,6 +99,15 @@ def test_the_desk_is_a_distribution(prompt):
     for deed, share in world.HABITS[world.PROMPTS[prompt].slice].items():
         close(habits[deed], share)
     close(right / named, world.RIGHT_TOPIC)
+
+
+def test_the_examples_in_its_description_are_real():
+    """Otherwise the first thing that is said of the world is false."""
+    shown = [line.split("     ") for line in world.__doc__.splitlines() if line.startswith("    ")]
+    assert len(shown) == 3
+    for prompt, *_, reply in shown:
+        assert prompt.strip() in world.PROMPTS and reply.strip() in world.REPLIES
+    assert {world.PROMPTS[prompt.strip()].slice for prompt, *_ in shown} == set(world.SLICES)
 
 
 def test_no_text_has_two_derivations():
