@@ -5,6 +5,7 @@ A run's folder:
     run.json            what was asked, hashes of what it was made from, the libraries
     tokenizer.json      the vocabulary
     set_aside.jsonl     rows of the data that could not be used, and why
+    reference.safetensors  what the reference says of each pair, under DPO
     metrics.jsonl       a line per step and per measurement, under TRL's names
     samples.jsonl       what the model answered at each measurement, with the same random draws
     step-000100/        checkpoints: the last one and the best
