@@ -106,6 +106,14 @@ def between(low: float, high: float, closed: str = "") -> Callable[[str], float]
 WITHOUT_CHANCE = (recipes.evaluate, recipes.score, resume)
 
 
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Says the default of an option where it has one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        nothing = action.default is None or action.default is False
+        return action.help if nothing else super()._get_help_string(action)
+
+
 def parser() -> argparse.ArgumentParser:
     """All commands and their options."""
     root = argparse.ArgumentParser(prog="minidpo", description="Preference optimisation from scratch.")
@@ -114,9 +122,7 @@ def parser() -> argparse.ArgumentParser:
     def command(
         run: Callable[[argparse.Namespace], int], summary: str, text: str, name: str = ""
     ) -> argparse.ArgumentParser:
-        added = commands.add_parser(
-            name or run.__name__, help=summary, description=text, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-        )
+        added = commands.add_parser(name or run.__name__, help=summary, description=text, formatter_class=Help)
         added.set_defaults(run=run, resume=False)
         if run not in WITHOUT_CHANCE:
             added.add_argument("--seed", type=at_least(0, 2**63), default=0, help="of all random numbers")
@@ -258,15 +264,18 @@ def parser() -> argparse.ArgumentParser:
         "--label-smoothing", type=between(0, 0.5, "[]"), default=0.0, help="probability that a label is flipped"
     )
     added.add_argument(
-        "--nll-weight", type=between(0, math.inf, "["), default=2.0, help="of the chosen responses' nats a token"
+        "--nll-weight",
+        type=between(0, math.inf, "["),
+        default=2.0,
+        help="times the chosen responses' nats a token is added",
     )
 
     for run, summary, text in (
         (
             recipes.evaluate,
             "measure a policy against its reference on pairs",
-            "Print loss, implicit rewards, accuracy (a tie is no success, and is counted beside it), log-probabilities "
-            "and the rise of the chosen responses' loss against the reference, in nats a token.",
+            "Print the DPO loss alone, implicit rewards, accuracy (a tie is no success, and is counted beside it), "
+            "log-probabilities and the rise of the chosen responses' loss against the reference, in nats a token.",
         ),
         (
             recipes.score,
@@ -302,8 +311,8 @@ def parser() -> argparse.ArgumentParser:
     added = command(
         resume,
         "go on with a run that was stopped or killed",
-        "Go on where the last checkpoint of a run stands, with the options that it was begun with; it ends in the same "
-        "bytes as a run that was never stopped, on the same machine with as many BLAS threads.",
+        "Go on where the last checkpoint of a run stands, with the options that it was begun with; its weights end "
+        "as those of a run that was never stopped, bit for bit, on the same machine with as many BLAS threads.",
     )
     added.add_argument("folder", type=Path, help="the --out of the run")
     return root
@@ -325,7 +334,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         fault, status = "interrupted" + how_to_go_on(options), 130
     except FloatingPointError as error:
         fault, status = str(error), 3
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        fault = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+    except ValueError as error:
         fault = str(error)
     except MemoryError as error:
         fault = f"not enough memory ({error}): a smaller model, a smaller batch or shorter lines may fit"

@@ -159,7 +159,9 @@ def as_text(rows: Sequence[Mapping[str, Any]]) -> str:
     width = max(8, *(len(str(row["model"])) + 2 for row in rows))
     lines = []
     for name, title in COLUMNS.items():
-        cells = (f"{row[name]:>{width}}" if name == "model" else f"{row[name]:>{width}.2f}" for row in rows)
+        cells = (
+            f"{row[name]:>{width}}" if name == "model" else f"{round(row[name], 2) + 0.0:>{width}.2f}" for row in rows
+        )
         lines.append(f"{title:<17}" + "".join(cells))
     return "\n".join(lines)
 
@@ -182,6 +184,8 @@ def judge(folders: Sequence[Path], reference: Path, seed: int, replies: int) -> 
     rows = []
     for folder in folders:
         model = load(folder)
+        if not set("".join(prompts) + TURN) <= set(model.tokenizer.characters):
+            raise ValueError(f"{folder}: lacks characters of the demo's world, and is no model of it")
         same_vocabulary(folder, model, reference, anchor)
         rows.append({"model": report.shown(folder.resolve().name), **judged(model, anchor, prompts, seed)})
     print(as_text(rows).replace("KL to SFT", f"KL to {report.shown(reference.resolve().name)}"))
@@ -231,7 +235,7 @@ def conclude(folder: Path, seed: int, sizes: Sizes) -> None:
                 dialogue.append(f"  {model:<5}{world.judgement(prompts[i], reply).reward:+d}  {report.shown(reply)}")
     table = [{**row, "model": STAGES[stage]} for stage, row in rows.items()]
     sentences = facts(folder, seed, {stage: report.best(lines) for stage, lines in metrics.items()}, models["sft"])
-    print(f"\nthe three models answer {len(prompts)} customers whose words none of them has seen; true rewards first\n")
+    print(f"\nthe three models answer {len(prompts)} lines that none of them has met; true rewards first\n")
     print("\n".join(dialogue), end="\n\n")
     print(as_text(table))
     print("\n" + "\n".join(sentences))

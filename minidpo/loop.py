@@ -177,7 +177,8 @@ def same_as_begun(run: Path, description: Mapping[str, Any]) -> list[str]:
     begun = described(run)
     for name, value in description.items():
         if begun.get(name) != value:
-            raise CheckpointError(f"{run}: cannot go on, {name} was {begun.get(name)!a} and is {value!a}")
+            what = f"--{name.removesuffix('_sha256').replace('_', '-')}"
+            raise CheckpointError(f"{run}: cannot go on, what {what} names has changed since the run began")
     now, then = environment(), begun["environment"]
     return [f"{name} was {then.get(name)!a} and is {now[name]!a}" for name in now if then.get(name) != now[name]]
 

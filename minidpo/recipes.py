@@ -183,8 +183,9 @@ def likelihood_run(
 
 def finish(options: argparse.Namespace, result: Path) -> int:
     """Write the report and say where everything is."""
-    report.write(options.out)
-    print(f"saved in {options.out} (model: {result.name}, report.md)")
+    best = report.write(options.out)
+    print(f"the lowest held-out loss was {best['eval_loss']:.4f}, at step {best['step']}")
+    print(f"its model is {result}; read {options.out / 'report.md'}")
     return 0
 
 
@@ -221,6 +222,7 @@ def data(options: argparse.Namespace, fields: Sequence[str], tokenizer: Tokenize
         lambda pair: tuple(pair[1][0]),
     )
     parts = [Encoded([row for row, _ in part], [ids for _, ids in part], [], []) for part in both]
+    print(f"{len(parts[0].rows)} rows to train on, {len(parts[1].rows)} held out")
     return Data(parts[0], parts[1], kept, {**hashes, "rows": told[0]})
 
 

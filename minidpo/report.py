@@ -54,8 +54,8 @@ def table(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str]) -> str:
     return "\n".join(lines)
 
 
-def write(run: Path) -> None:
-    """Write `report.md` of a run, and `curves.png` if matplotlib is installed."""
+def write(run: Path) -> Mapping[str, Any]:
+    """Write `report.md` of a run, and `curves.png` if matplotlib is installed; returns the best measurement."""
     description = described(run)
     name = run.resolve().name
     metrics = json_lines(run / "metrics.jsonl")
@@ -64,7 +64,7 @@ def write(run: Path) -> None:
     columns = {name: title for name, title in COLUMNS.items() if name in measured[0]}
     every = -(-len(measured) // 20)
     kept = [line for i, line in enumerate(measured) if i % every == 0 or line in (lowest, measured[-1])]
-    command = shlex.join(["python", "-m", "minidpo", *description["arguments"]])
+    command = shlex.join(["python", "-m", "minidpo", *description["arguments"], f"--out={name}"])
     parts = [
         f"# {shown(name)}",
         f"    {shown(command)}",
@@ -87,6 +87,7 @@ def write(run: Path) -> None:
     else:
         parts += [NO_CURVES]
     checkpoint.write_whole(run / "report.md", ("\n\n".join(parts) + "\n").encode())
+    return lowest
 
 
 def curves(path: Path, runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> bool:

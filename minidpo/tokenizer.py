@@ -59,7 +59,8 @@ class Tokenizer:
             position = ids.index(None)
             raise UnknownCharacterError(
                 f"character {text[position]!a} at position {position} is not in the vocabulary of "
-                f"{len(self.characters)} characters: remove it, or let the vocabulary have a replacement, U+FFFD"
+                f"{len(self.characters)} characters: remove it, or let the vocabulary have U+FFFD for such "
+                "(--replacement, when a model is first trained)"
             )
         return [i for i in ids if i is not None]
 

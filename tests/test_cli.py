@@ -170,6 +170,9 @@ def test_help_names_the_defaults(capsys):
         cli.main(["check", "--help"])
     shown = " ".join(capsys.readouterr().out.split())
     assert "per op (default: 100)" in shown and "(default: 0)" in shown
+    with pytest.raises(SystemExit):
+        cli.main(["dpo", "--help"])
+    assert "None" not in capsys.readouterr().out
 
 
 def test_python_m_minidpo_runs():

@@ -171,6 +171,16 @@ def test_judge_measures_any_model(made, capsys):
         assert line in ("model", "KL to SFT") or shown.split() == again.split()
 
 
+def test_judge_wants_one_vocabulary(made, tmp_path, capsys):
+    """Otherwise the KL is to a model that reads other letters."""
+    folder, _ = made
+    loaded = checkpoint.load(folder / "sft")
+    turned = type(loaded.tokenizer)(loaded.tokenizer.characters[::-1])
+    checkpoint.save(tmp_path / "turned", loaded.params, loaded.config, turned)
+    given = ["judge", "--checkpoint", str(folder / "dpo"), "--reference", str(tmp_path / "turned"), "--replies", "3"]
+    assert cli.main(given) == 2 and "must share one" in capsys.readouterr().err
+
+
 def test_the_command_line_reaches_it(tmp_path, monkeypatch, capsys):
     """Otherwise the README's first command does something else; resume knows a demo's folder."""
     asked = []

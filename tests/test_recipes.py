@@ -360,7 +360,7 @@ def test_what_is_wrong_is_one_sentence(folder, tmp_path, capsys):
         ),
         (["sft", f"--data={pairs}", f"--init={folder / 'init'}", f"--out={out}", "--replacement"], "--replacement is"),
         (["pretrain", "--data=/dev/zero", f"--out={out}"], "is no regular file"),
-        (["judge", "--checkpoint", str(folder / "init"), "--reference", str(tmp_path / "foreign")], "must share one"),
+        (["judge", "--checkpoint", str(folder / "init"), "--reference", str(folder / "init")], "no model of it"),
     ):
         assert cli.main(command) == 2, command
         printed = capsys.readouterr()

@@ -32,7 +32,7 @@ def test_the_report_shows_what_happened(run):
     """Otherwise the best step, the table or the samples are those of another run."""
     report.write(run)
     text = (run / "report.md").read_text()
-    assert "python -m minidpo dpo '--data=my file'" in text and "the checkpoint of step 2" in text
+    assert f"python -m minidpo dpo '--data=my file' --out={run.name}" in text and "the checkpoint of step 2" in text
     assert "| step | held-out loss | accuracy | ties |" in text
     assert "| 2 | 0.5000 | 0.7500 | 0.0000 |" in text and "| 1 |" not in text
     assert "Rows: 9 rows\\x1b. Those set aside" in text and "- numpy: 2.0\\x1b" in text
