@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy
 
-from . import demo, model, mutants, preferences, recipes, report
+from . import demo, dynamics, laboratory, model, mutants, preferences, recipes, report
 from .cases import CASES, RandomDraw
 from .checkpoint import CheckpointError
 from .gradcheck import TOLERANCE, GradientError, check_vjp
@@ -63,6 +63,31 @@ def resume(options: argparse.Namespace) -> int:
     again = parser().parse_args([*given, f"--out={options.folder}"])
     again.resume = True
     return again.run(again)
+
+
+VERDICTS = {True: "holds", False: "FAILS", None: "shown"}
+
+
+def exactly(options: argparse.Namespace) -> int:
+    """Run the laboratory; return 1 if a claim does not hold."""
+    world = laboratory.small_world(options.seed)
+    print(f"{len(world.prompts)} prompts, {len(world.responses)} responses to each", flush=True)
+    claims = []
+    for part in (*laboratory.LABORATORY, dynamics.beta_early_and_late):
+        print(f"\n{(part.__doc__ or '').splitlines()[0]}", flush=True)
+        for claim in part(world, options.seed):
+            claims.append(claim)
+            print(f"  {VERDICTS[claim.holds]} {claim.number:>10.2e}  {claim.text}", flush=True)
+    print("\nWhat breaks it, at beta 0.5: total variation to pi*, true reward, KL to the reference in nats")
+    for row in laboratory.what_breaks_it(world, options.seed):
+        print(f"  {row.tv:7.4f} {row.reward:7.3f} {row.kl:8.3f}  {row.name}", flush=True)
+    judged = [claim.holds for claim in claims if claim.holds is not None]
+    failed = judged.count(False)
+    print(f"\n{len(judged) - failed} of {len(judged)} claims hold")
+    if options.plot:
+        drawn = dynamics.draw_gaps(options.plot)
+        print(f"the gaps over time are in {options.plot}" if drawn else report.NO_CURVES)
+    return 1 if failed else 0
 
 
 def support_desk(options: argparse.Namespace) -> int:
@@ -193,6 +218,16 @@ def parser() -> argparse.ArgumentParser:
         "Score every response of a small world, rightly and in eleven wrong ways. A distribution sums to 1; one that "
         "does and is still wrong differs from the chain rule, one forward per prefix.",
     )
+
+    added = command(
+        exactly,
+        "show the theory of DPO as equalities on a small world",
+        "Enumerate all responses of a small world and print, for each claim that the theory makes, the number that "
+        "bears it out: Bradley-Terry, the KL-constrained objective, its optimum, the implicit reward, the optimum of "
+        "DPO, RLHF, what beta does, and what breaks it. About a minute and a half; exits with 1 if a claim fails.",
+        name="exact",
+    )
+    added.add_argument("--plot", type=Path, help="a PNG to draw what beta does into; needs the plot extra")
 
     added = command(
         support_desk,

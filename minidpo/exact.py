@@ -10,8 +10,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from . import ops
-from .backend import array_module
+from .backend import Array, array_module
 from .model import Config, Params, forward
+from .scoring import checked
+from .tensor import Tensor
 from .tokenizer import END_OF_TEXT
 
 Score = Callable[[Sequence[int]], float]  # log pi(y|x) of a response to some prompt
@@ -57,3 +59,161 @@ def chain_rule_logprob(params: Params, config: Config, prompt: Sequence[int], re
         last = forward(params, config, prefix).data[0, -1]  # (1, Tp + t, V) -> (V,)
         total += ops.log_softmax(last).data[token].item()
     return total
+
+
+def exact_logprobs(
+    params: Params, config: Config, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]
+) -> Tensor:
+    """log pi(y|x) of every response to every prompt, in nats, from one forward.  -> (P, N)
+
+    Responses that begin alike share rows: a prompt is followed once by each prefix that no other one continues.
+
+    Raises
+    ------
+    ValueError
+        If there is nothing to score, or a text is too long for the model.
+    """
+    checked([(x, y) for x in prompts for y in responses])
+    heads = sorted({tuple(y[:-1]) for y in responses})
+    longest = [
+        p for p, q in zip(heads, [*heads[1:], ()]) if q[: len(p)] != p
+    ]  # a prefix stands just before what goes on
+    home = {p[:t]: (n, t) for n, p in enumerate(longest) for t in range(len(p) + 1)}
+    T = max(map(len, prompts)) + max(map(len, longest))
+    texts = [[*x, *p] for x in prompts for p in longest]
+    real = [[True] * len(text) + [False] * (T - len(text)) for text in texts]
+    tokens = [text + [END_OF_TEXT] * (T - len(text)) for text in texts]
+    padded = any(len(text) < T for text in texts)
+    logits = forward(params, config, tokens, real if padded else None)  # (P M, T) -> (P M, T, V)
+    V = config.vocab_size
+    picks, segments = [], []
+    for b, x in enumerate(prompts):
+        for i, y in enumerate(responses):
+            for t, token in enumerate(y):
+                n, place = home[tuple(y[:t])]
+                picks.append(((b * len(longest) + n) * T + len(x) - 1 + place) * V + token)
+                segments.append(b * len(responses) + i)
+    flat = ops.reshape(ops.log_softmax(logits), (len(texts) * T * V,))  # (P M, T, V) -> (P M T V,)
+    index = array_module(flat.data).asarray(picks)
+    logp = ops.segment_sum(flat[index], segments, len(prompts) * len(responses))  # (K,) -> (P N,)
+    return ops.reshape(logp, (len(prompts), len(responses)))  # (P N,) -> (P, N)
+
+
+def kl(logp: Array, logq: Array) -> Array:
+    """KL(p || q) = sum_y p(y) (log p(y) - log q(y)), in nats.  (..., N) -> (...)"""
+    xp = array_module(logp, logq)
+    p = xp.exp(logp)
+    return (p * (xp.where(p > 0, logp, 0) - xp.where(p > 0, logq, 0))).sum(axis=-1)
+
+
+def total_variation(logp: Array, logq: Array) -> Array:
+    """TV(p, q) = (1/2) sum_y |p(y) - q(y)|.  (..., N) -> (...)"""
+    xp = array_module(logp, logq)
+    return 0.5 * abs(xp.exp(logp) - xp.exp(logq)).sum(axis=-1)
+
+
+def objective(logp: Array, ref_logp: Array, reward: Array, beta: float) -> Array:
+    """What RLHF maximises: J(pi) = E_pi[r] - beta KL(pi || pi_ref).  (..., N) -> (...)
+
+    References
+    ----------
+    Rafailov et al. 2023 (arXiv 2305.18290), equation 3.
+    """
+    return (array_module(logp).exp(logp) * reward).sum(axis=-1) - beta * kl(logp, ref_logp)
+
+
+def optimum(ref_logp: Array, reward: Array, beta: float) -> tuple[Array, Array]:
+    """log pi* and log Z of the policy that maximises `objective`.  (..., N) -> (..., N), (...)
+
+        pi*(y|x) = pi_ref(y|x) exp(r(x, y)/beta)/Z(x),   Z(x) = sum_y pi_ref(y|x) exp(r(x, y)/beta)
+
+    References
+    ----------
+    Rafailov et al. 2023 (arXiv 2305.18290), equation 4 and appendix A.1.
+    """
+    tilted = ref_logp + reward / beta
+    return ops.log_softmax.raw(tilted)[0], ops.logsumexp.raw(tilted)[0]
+
+
+def implicit_reward(logp: Array, ref_logp: Array, beta: float) -> Array:
+    """The reward for which a policy is optimal, up to beta log Z(x): beta log(pi/pi_ref).  (..., N) -> (..., N)
+
+    References
+    ----------
+    Rafailov et al. 2023 (arXiv 2305.18290), equation 5.
+    """
+    return beta * (logp - ref_logp)
+
+
+def preference_probabilities(reward: Array) -> Array:
+    """Bradley-Terry: P(i preferred to j) = sigma(r_i - r_j).  (..., N) -> (..., N, N)"""
+    difference = reward[..., :, None] - reward[..., None, :]
+    return array_module(reward).exp(ops.logsigmoid.raw(difference)[0])
+
+
+def plackett_luce(reward: Array, ranking: Sequence[int]) -> float:
+    """Log-probability of a ranking, best first: sum_k (r_(k) - log sum_(m >= k) exp r_(m)), in nats.
+
+    With two responses it is Bradley-Terry.
+
+    References
+    ----------
+    Rafailov et al. 2023 (arXiv 2305.18290), appendix A.3.
+    """
+    ordered = reward[list(ranking)]
+    return sum((ordered[k] - ops.logsumexp.raw(ordered[k:])[0]).item() for k in range(len(ranking)))
+
+
+def has_maximum(wins: Array) -> bool:
+    """Whether finite rewards exist under which the comparisons are likeliest.  (N, N) of weights -> bool
+
+    wins[i, j] is how often i was preferred to j. A maximum exists if and only if, among the responses that were
+    compared, each can be reached from each other along "was preferred to" (Ford 1957).
+    """
+    xp = array_module(wins)
+    compared = xp.flatnonzero((wins + wins.T).sum(axis=0) > 0)
+    reach = (wins[compared][:, compared] > 0) | xp.eye(len(compared), dtype=bool)
+    for _ in range(max(1, len(compared).bit_length())):  # paths of 1, 2, 4, ... steps
+        reach = (reach.astype("float64") @ reach.astype("float64")) > 0
+    return bool(reach.all())
+
+
+def fitted_rewards(wins: Array, tolerance: float = 1e-13, most_steps: int = 100) -> tuple[Array, int]:
+    """Rewards of mean 0 under which the comparisons are likeliest, and the Newton steps that it took.  (N, N) -> (N,)
+
+        L(r) = -sum_ij wins_ij log sigma(r_i - r_j)/sum wins
+        dL/dr_i = -sum_j (wins_ij sigma(r_j - r_i) - wins_ji sigma(r_i - r_j))/sum wins
+
+    Raises
+    ------
+    ValueError
+        If there is no maximum (see `has_maximum`), or a response was never compared.
+    """
+    xp, N = array_module(wins), len(wins)
+    if not ((wins + wins.T).sum(axis=0) > 0).all():
+        raise ValueError("a response was never compared: leave it out")
+    if not has_maximum(wins):
+        raise ValueError(
+            "no finite rewards are likeliest: some responses cannot be reached from others along 'was preferred to', "
+            "and the likelihood grows without end as they move apart"
+        )
+    weights = wins / wins.sum()
+    reward = xp.zeros(N)
+
+    def loss(r: Array) -> float:
+        return -(weights * ops.logsigmoid.raw(r[:, None] - r[None, :])[0]).sum().item()
+
+    for step in range(most_steps):
+        p = preference_probabilities(reward)
+        gradient = -(weights * p.T - weights.T * p).sum(axis=1)
+        if abs(gradient).max() < tolerance * weights.max():
+            return reward, step
+        curvature = (weights + weights.T) * p * p.T
+        hessian = xp.diag(curvature.sum(axis=1)) - curvature + curvature.sum() / N**2  # the last fixes the mean
+        move = -xp.linalg.solve(hessian, gradient)
+        size = 1.0
+        while loss(reward + size * move) > loss(reward) + 1e-15 and size > 1e-6:
+            size /= 2
+        reward = reward + size * move
+        reward = reward - reward.mean()
+    return reward, most_steps

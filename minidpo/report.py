@@ -6,7 +6,7 @@ import io
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from . import checkpoint
 from .checkpoint import CheckpointError
@@ -90,46 +90,77 @@ def write(run: Path) -> Mapping[str, Any]:
     return lowest
 
 
-def curves(path: Path, runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> bool:
-    """Draw loss, accuracy and rewards of runs over their steps into a PNG; false if matplotlib is missing."""
+class Line(NamedTuple):
+    """A line of a picture."""
+
+    label: str
+    x: Sequence[float]
+    y: Sequence[float]
+    marker: str | None = None
+    faint: bool = False
+    joined: bool = True
+
+
+class Panel(NamedTuple):
+    """One diagram of a picture."""
+
+    title: str
+    xlabel: str
+    ylabel: str
+    lines: Sequence[Line]
+    scale: str = "linear"  # of the x axis
+
+
+def picture(path: Path, panels: Sequence[Panel]) -> bool:
+    """Draw diagrams into a PNG, three in a row; false if matplotlib is missing."""
     if importlib.util.find_spec("matplotlib") is None:
         return False
     figure_module: Any = importlib.import_module("matplotlib.figure")
-    panels = {
-        "loss": ("loss", "eval_loss"),
-        "reward accuracy": ("rewards/accuracies", "eval_rewards/accuracies"),
-        "implicit reward": ("eval_rewards/chosen", "eval_rewards/rejected"),
-    }
-    drawn = [
-        (name, title, [key for key in keys if any(key in line for line in lines)], lines)
-        for name, lines in runs.items()
-        for title, keys in panels.items()
-        if any(key in line for line in lines for key in keys)
-    ]
-    across = min(3, len(drawn))
-    down = -(-len(drawn) // across)
-    figure = figure_module.Figure(figsize=(4.5 * across, 3.5 * down), layout="constrained")
+    across = min(3, len(panels))
+    down = -(-len(panels) // across)
+    width = {1: 9.0, 2: 6.0}.get(across, 4.5)
+    figure = figure_module.Figure(figsize=(width * across, (5.5 if width > 4.5 else 3.5) * down), layout="constrained")
     grid = figure.subplots(down, across, squeeze=False).flatten()
-    for axes in grid[len(drawn) :]:
+    for axes in grid[len(panels) :]:
         axes.remove()
-    for axes, (name, title, keys, lines) in zip(grid, drawn):
-        for key in keys:
-            points = [(line["step"], line[key]) for line in lines if key in line]
-            held_out = key.startswith("eval_")
-            label = {"eval_rewards/chosen": "chosen, held out", "eval_rewards/rejected": "rejected, held out"}
+    for axes, panel in zip(grid, panels):
+        for line in panel.lines:
             axes.plot(
-                *zip(*points),
-                label=label.get(key, "held out" if held_out else "batch"),
-                marker="o" if held_out else None,
-                markersize=3,
-                linewidth=1.5 if held_out else 0.5,
-                alpha=1.0 if held_out else 0.6,
+                line.x,
+                line.y,
+                label=line.label,
+                marker=line.marker,
+                markersize=3 if line.joined else 6,
+                linestyle="-" if line.joined else "none",
+                linewidth=0.5 if line.faint else 1.5,
+                alpha=0.6 if line.faint else 1.0,
             )
-        axes.set_title(f"{shown(name)}: {title}", parse_math=False)
-        axes.set_xlabel("step")
+        axes.set_title(shown(panel.title), parse_math=False)
+        axes.set(xlabel=panel.xlabel, ylabel=panel.ylabel, xscale=panel.scale)
         axes.grid(alpha=0.3)
-        axes.legend(frameon=False)
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=120, metadata={"Software": None})
-    checkpoint.write_whole(path, picture.getvalue())
+        axes.legend(frameon=False, fontsize="small")
+    content = io.BytesIO()
+    figure.savefig(content, format="png", dpi=120, metadata={"Software": None})
+    checkpoint.write_whole(path, content.getvalue())
     return True
+
+
+def curves(path: Path, runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> bool:
+    """Draw loss, accuracy and rewards of runs over their steps into a PNG; false if matplotlib is missing."""
+    diagrams = {
+        "loss": {"loss": "batch", "eval_loss": "held out"},
+        "reward accuracy": {"rewards/accuracies": "batch", "eval_rewards/accuracies": "held out"},
+        "implicit reward": {"eval_rewards/chosen": "chosen, held out", "eval_rewards/rejected": "rejected, held out"},
+    }
+    panels = []
+    for name, metrics in runs.items():
+        for title, labels in diagrams.items():
+            lines = []
+            for key, label in labels.items():
+                points = [(line["step"], line[key]) for line in metrics if key in line]
+                if points:
+                    faint = label == "batch"
+                    x, y = zip(*points)
+                    lines.append(Line(label, x, y, None if faint else "o", faint))
+            panels += [Panel(f"{name}: {title}", "step", "", lines)] if lines else []
+    return picture(path, panels)

@@ -1,0 +1,101 @@
+"""What beta does: larger moves faster early and stays closer late, for a pair under plain gradient steps.
+
+h is the log-ratio gap (log pi(y_w) - log pi_ref(y_w)) - (log pi(y_l) - log pi_ref(y_l)), from 0, t the time of the
+gradient flow on the two log-probabilities.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy
+
+from .backend import Array
+from .laboratory import Claim, World, at_most
+from .report import Line, Panel, picture
+
+
+def hard_label_gap(beta: float, t: float) -> float:
+    """h = log-ratio gap after time t of gradient flow on a pair whose label is certain, dh/dt = 2 beta sigma(-beta h).
+
+    v + e^v = 1 + 2 beta^2 t,   v = beta h
+    """
+    v = math.log1p(2 * beta**2 * t)
+    for _ in range(50):
+        v -= (v + math.exp(v) - 1 - 2 * beta**2 * t) / (1 + math.exp(v))
+    return v / beta
+
+
+def lead(beta: float, other: float, t: float) -> float:
+    """By how much the gap of one beta is ahead of another's."""
+    return hard_label_gap(beta, t) - hard_label_gap(other, t)
+
+
+def time_to_gap(beta: float, h: float, reward: float) -> float:
+    """When the gap is h if the label follows Bradley-Terry: t = int_0^h dx/(2 beta (sigma(r) - sigma(beta x)))."""
+    x = numpy.linspace(0.0, h, 200_001)
+    pull = 2 * beta * (1 / (1 + math.exp(-reward)) - 1 / (1 + numpy.exp(-beta * x)))
+    return float(((1 / pull[1:] + 1 / pull[:-1]) / 2 * numpy.diff(x)).sum())
+
+
+def crossing(difference: Callable[[float], float], low: float, high: float) -> float:
+    """Where a function changes its sign between two places, by bisection."""
+    for _ in range(100):
+        middle = (low + high) / 2
+        low, high = (middle, high) if (difference(middle) > 0) == (difference(low) > 0) else (low, middle)
+    return low
+
+
+def gap_path(betas: Sequence[float], steps: int, rate: float, p: float) -> Array:
+    """Gaps under plain gradient steps on the two log-probabilities, w preferred with chance p.  -> (steps + 1, B)"""
+    path = numpy.zeros((steps + 1, len(betas)))
+    beta = numpy.array(betas)
+    for step in range(steps):
+        h = path[step]
+        # dL/dlogp_w = -beta (p sigma(-beta h) - (1 - p) sigma(beta h)), dL/dlogp_l = -dL/dlogp_w
+        s = 1 / (1 + numpy.exp(beta * h))
+        path[step + 1] = h + 2 * rate * beta * (p * s - (1 - p) * (1 - s))
+    return path
+
+
+def beta_early_and_late(world: World, seed: int) -> Iterator[Claim]:
+    """Larger beta moves faster early and stays closer late: the curves cross, and one can say when."""
+    betas, rate = (0.5, 0.1, 0.01), 0.1
+    path = gap_path(betas, 70_000, rate, 1.0)
+    for a, b, high in ((0, 1, 1e3), (1, 2, 1e5)):
+        predicted = crossing(functools.partial(lead, betas[a], betas[b]), 1.0, high)
+        measured = (1 + int(numpy.argmin(path[1:, a] > path[1:, b]))) * rate
+        text = f"certain labels, beta {betas[a]:g} and {betas[b]:g} cross at t = {predicted:.0f}"
+        yield at_most(f"{text}: measured {measured:.0f}, off by", abs(measured / predicted - 1), 0.01)
+    reward = 1.7
+    p = 1 / (1 + math.exp(-reward))
+    path = gap_path(betas, 60_000, rate, p)
+    meet = crossing(
+        lambda h: time_to_gap(betas[0], h, reward) - time_to_gap(betas[1], h, reward),
+        1e-3,
+        reward / betas[0] * (1 - 1e-6),
+    )
+    predicted = time_to_gap(betas[1], meet, reward)
+    measured = (1 + int(numpy.argmin(path[1:, 0] > path[1:, 1]))) * rate
+    text = f"Bradley-Terry labels, beta 0.5 and 0.1 cross at t = {predicted:.1f}: measured {measured:.1f}, off by"
+    yield at_most(text, abs(measured / predicted - 1), 0.01)
+    for i, beta in enumerate(betas[:2]):
+        text = f"Bradley-Terry labels, beta {beta:g}: the final gap is {reward}/beta = {reward / beta:.1f}, off by"
+        yield at_most(text, abs(path[-1, i] * beta / reward - 1), 0.01)
+
+
+def draw_gaps(path: Path) -> bool:
+    """Draw the gaps of three betas, for certain and for Bradley-Terry labels, into a PNG; false without matplotlib."""
+    betas, rate, reward = (0.5, 0.1, 0.01), 0.1, 1.7
+    times = rate * numpy.arange(1, 70_001)
+    few = numpy.unique(numpy.geomspace(1, len(times), 300).astype(int)) - 1
+    panels = []
+    for title, p in (
+        ("certain labels", 1.0),
+        (f"Bradley-Terry labels, reward gap {reward}", 1 / (1 + math.exp(-reward))),
+    ):
+        gaps = gap_path(betas, len(times), rate, p)[1:]
+        lines = [Line(f"beta {beta:g}", times[few].tolist(), gaps[few, i].tolist()) for i, beta in enumerate(betas)]
+        panels.append(Panel(title, "time of gradient flow", "log-ratio gap, nats", lines, "log"))
+    return picture(path, panels)

@@ -1,0 +1,453 @@
+"""The theory of DPO as equalities on a small world: each claim a few lines, a number and a verdict.
+
+The world: every complete response of at most four tokens over three characters (121 of them), three prompts, a
+reward drawn for each pair of the two, and a reference that is a small transformer. A policy is a table, one logit
+for each response, or another transformer. Arrays are (P, N): prompts, responses.
+"""
+
+import collections
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import numpy
+
+from . import exact, losses, model, ops, optim
+from .backend import Array
+from .model import Config
+from .streams import stream
+from .tensor import Tensor
+
+BETAS = (0.05, 0.1, 0.5, 1.0, 5.0)
+
+
+class World(NamedTuple):
+    """Prompts, all their responses, the true rewards, and the reference."""
+
+    prompts: list[list[int]]
+    responses: list[list[int]]
+    reward: Array  # (P, N)
+    ref_logp: Array  # (P, N)
+
+
+class Claim(NamedTuple):
+    """What is claimed, the number that was found, and whether it bears the claim out; None where it is only shown."""
+
+    text: str
+    number: float
+    holds: bool | None
+
+
+def at_most(text: str, number: float, bound: float) -> Claim:
+    """A claim that a number, an error as a rule, is small; without a bound it is shown and not judged."""
+    if bound == math.inf:
+        return Claim(text, float(number), None)
+    return Claim(f"{text} (at most {bound:g})", float(number), bool(number <= bound))
+
+
+def small_world(seed: int, characters: int = 3, cap: int = 4, prompts: int = 3) -> World:
+    """A world whose reference is a random transformer and whose rewards are normal(0, 1)."""
+    responses = exact.complete_responses(characters + 1, cap)
+    asked = [[0, 1 + i % characters, 1 + i // characters] for i in range(prompts)]
+    config = Config(characters + 1, 3 + cap, 8, 1, 2)
+    params = model.init(config, stream(seed, "reference"), dtype="float64")
+    for name, p in params.items():
+        p.data = p.data + 0.5 * stream(seed, "reference", name).normal(size=p.shape)
+    ref_logp = exact.exact_logprobs(model.frozen(params), config, asked, responses).data
+    return World(asked, responses, stream(seed, "reward").normal(size=ref_logp.shape), ref_logp)
+
+
+def random_policies(world: World, seed: int, count: int = 20) -> Iterator[Array]:
+    """Policies of all kinds: log-softmax of normal logits, from nearly uniform to nearly certain."""
+    for i in range(count):
+        logits = stream(seed, "policies", i).normal(size=world.reward.shape) * 10 ** (-2 + 4 * i / count)
+        yield ops.log_softmax.raw(logits)[0]
+
+
+def bradley_terry(world: World, seed: int) -> Iterator[Claim]:
+    """Preferences fix rewards up to a constant per prompt, if they fix them at all."""
+    probabilities = exact.preference_probabilities(world.reward)
+    fitted = numpy.stack([exact.fitted_rewards(p)[0] for p in probabilities])
+    centred = world.reward - world.reward.mean(axis=-1, keepdims=True)
+    yield at_most(
+        "rewards from exact probabilities are the true ones up to a constant", abs(fitted - centred).max(), 1e-12
+    )
+    rng, few = stream(seed, "labels"), numpy.zeros((5, 5))
+    while not ((few + few.T).sum(axis=0).all() and exact.has_maximum(few)):
+        i, j = rng.choice(5, 2, replace=False)
+        few[(i, j) if rng.random() < probabilities[0, i, j] else (j, i)] += 1
+    reward = exact.fitted_rewards(few)[0]
+    expected = ((few + few.T) * exact.preference_probabilities(reward)).sum(axis=1)
+    yield at_most(
+        f"{few.sum():.0f} sampled labels that connect 5 responses: wins are as expected",
+        abs(expected - few.sum(axis=1)).max(),
+        1e-9,
+    )
+    chain = numpy.diag([1.0, 1.0], k=1)  # 0 preferred to 1, 1 to 2
+    far = -(
+        chain * ops.logsigmoid.raw(40.0 * (chain * 0 + numpy.array([[2.0], [1.0], [0.0]]) - [2.0, 1.0, 0.0]))[0]
+    ).sum()
+    yield Claim(
+        "a chain of labels has no maximum: its loss falls to 0 as rewards move apart",
+        float(far),
+        not exact.has_maximum(chain) and far < 1e-15,
+    )
+    cycle = numpy.roll(numpy.eye(3), 1, axis=1)
+    yield at_most("a cycle of three has one: equal rewards", abs(exact.fitted_rewards(cycle)[0]).max(), 1e-12)
+    error = max(
+        abs(math.exp(exact.plackett_luce(world.reward[0], [i, j])) - probabilities[0, i, j])
+        for i, j in ((0, 1), (5, 3), (len(world.responses) - 1, 2))
+    )
+    yield at_most("Plackett-Luce with two responses is Bradley-Terry", error, 1e-12)
+
+
+def constrained_objective(world: World, seed: int) -> Iterator[Claim]:
+    """J(pi) = E[r] - beta KL(pi || pi_ref) is largest at pi* = pi_ref exp(r/beta)/Z, and we know by how much."""
+    at_optimum = gap = 0.0
+    for beta in BETAS:
+        star, log_z = exact.optimum(world.ref_logp, world.reward, beta)
+        best = exact.objective(star, world.ref_logp, world.reward, beta)
+        at_optimum = max(at_optimum, abs(best - beta * log_z).max())
+        for logp in random_policies(world, seed):
+            lost = best - exact.objective(logp, world.ref_logp, world.reward, beta)
+            gap = max(gap, (abs(lost - beta * exact.kl(logp, star)) / (1 + abs(lost))).max())
+    yield at_most("J(pi*) = beta log Z", at_optimum, 1e-12)
+    yield at_most("J(pi*) - J(pi) = beta KL(pi || pi*), for any pi", gap, 1e-12)
+    star, _ = exact.optimum(world.ref_logp, world.reward, 1e7)
+    yield at_most("beta to infinity: pi* is the reference", exact.total_variation(star, world.ref_logp).max(), 1e-6)
+    star, _ = exact.optimum(world.ref_logp, world.reward, 1e-7)
+    missing = 1 - numpy.exp(numpy.take_along_axis(star, world.reward.argmax(axis=-1)[:, None], axis=-1)).min()
+    yield at_most("beta to 0: pi* is certain of the best response", missing, 1e-6)
+
+
+def reparametrisation(world: World, seed: int) -> Iterator[Claim]:
+    """The implicit reward, and what the paper proves of it."""
+    beta = 0.5
+    star, log_z = exact.optimum(world.ref_logp, world.reward, beta)
+    implicit = exact.implicit_reward(star, world.ref_logp, beta)
+    yield at_most(
+        "beta log(pi*/pi_ref) = r - beta log Z(x)", abs(implicit - (world.reward - beta * log_z[:, None])).max(), 1e-12
+    )
+    spread = float(log_z.max() - log_z.min())
+    yield Claim("log Z(x) differs from prompt to prompt (by more than 0.01)", spread, spread > 0.01)
+    differences = [r[:, :, None] - r[:, None, :] for r in (implicit, world.reward)]
+    yield at_most("and yet cancels in every pair", abs(differences[0] - differences[1]).max(), 1e-12)
+    shifted = world.reward + stream(seed, "shift").normal(size=(len(world.reward), 1))
+    error = abs(exact.preference_probabilities(shifted) - exact.preference_probabilities(world.reward)).max()
+    yield at_most("Lemma 1: r(x, y) and r(x, y) + f(x) give the same preferences", error, 1e-12)
+    error = exact.total_variation(exact.optimum(world.ref_logp, shifted, beta)[0], star).max()
+    yield at_most("Lemma 2: and the same optimal policy", error, 1e-12)
+    error = abs(
+        exact.implicit_reward(exact.optimum(world.ref_logp, shifted, beta)[0], world.ref_logp, beta) - implicit
+    ).max()
+    yield at_most("Theorem 1: one reward of the form beta log(pi/pi_ref) in the class", error, 1e-12)
+
+
+def pair_loss(logp: Tensor, ref_logp: Array, wins: Array, beta: float) -> Tensor:
+    """DPO on all ordered pairs, as often as `wins` says: -mean_x sum_ij wins_ij log sigma(beta (h_i - h_j))/sum wins.
+
+    h = log pi - log pi_ref. (P, N), (P, N), (P, N, N) -> ()
+    """
+    P, N = logp.shape
+    h = logp - ref_logp
+    z = beta * (ops.reshape(h, (P, N, 1)) - ops.reshape(h, (P, 1, N)))
+    weights = wins / (P * wins.sum(axis=(1, 2), keepdims=True))
+    return -ops.sum(weights * ops.logsigmoid(z))
+
+
+def newton(world: World, wins: Array, beta: float) -> tuple[Array, int]:
+    """The tabular policy that minimises `pair_loss`, by Newton's method in the logits, and its steps.
+
+    In u = beta (theta - log pi_ref) the loss is Bradley-Terry's own: convex, with one direction that it does not see.
+    """
+    fits = [exact.fitted_rewards(w) for w in wins]
+    logits = world.ref_logp + numpy.stack([u for u, _ in fits]) / beta
+    return ops.log_softmax.raw(logits)[0], max(steps for _, steps in fits)
+
+
+def descend(
+    params: dict[str, Tensor],
+    log_policy: Callable[[], Tensor],
+    loss: Callable[[Tensor], Tensor],
+    optimizer: optim.Optimizer,
+    rates: Sequence[float],
+) -> Iterator[Array]:
+    """Minimise a loss of log pi step by step; yields log pi before each step and after the last."""
+    for rate in rates:
+        logp = log_policy()
+        yield logp.data
+        optimizer.zero_grad()
+        loss(logp).backward()
+        optimizer.learning_rate = rate
+        optimizer.step()
+    yield log_policy().data
+
+
+def table_policy(world: World) -> tuple[dict[str, Tensor], Callable[[], Tensor]]:
+    """One logit for each response, at the reference."""
+    params = {"logits": Tensor(world.ref_logp.copy(), requires_grad=True)}
+    return params, lambda: ops.log_softmax(params["logits"])
+
+
+def transformer_policy(
+    world: World, seed: int, n_embd: int, n_layer: int
+) -> tuple[dict[str, Tensor], Callable[[], Tensor]]:
+    """A fresh transformer with four heads in float64; its matrices are normal(0, 0.1), since it is narrow."""
+    V = 1 + max(max(y) for y in world.responses)
+    longest = max(map(len, world.prompts)) + max(map(len, world.responses))
+    config = Config(V, longest, n_embd, n_layer, 4)
+    params = model.init(config, stream(seed, "policy", n_embd, n_layer), dtype="float64")
+    for p in params.values():
+        p.data = p.data * 5 if p.data.ndim == 2 else p.data
+    return params, lambda: exact.exact_logprobs(params, config, world.prompts, world.responses)
+
+
+def last(policies: Iterator[Array]) -> Array:
+    """The last of them."""
+    return collections.deque(policies, maxlen=1)[0]
+
+
+def optimum_of_dpo(world: World, seed: int) -> Iterator[Claim]:
+    """The minimiser of DPO over all pairs, labelled with their exact probabilities, is pi*: for a table of logits."""
+    wins = exact.preference_probabilities(world.reward) * (1 - numpy.eye(world.reward.shape[-1]))
+    worst, taken = 0.0, 0
+    for beta in BETAS:
+        star, _ = exact.optimum(world.ref_logp, world.reward, beta)
+        logp, steps_taken = newton(world, wins, beta)
+        worst, taken = max(worst, exact.total_variation(logp, star).max()), max(taken, steps_taken)
+    yield at_most(f"DPO over a table, Newton ({taken} steps, five betas): TV to pi*", worst, 1e-12)
+    beta = 0.5
+    star, _ = exact.optimum(world.ref_logp, world.reward, beta)
+    for name, make in (
+        ("gradient descent", lambda p: optim.SGD(p, 0.0)),
+        ("Adam", lambda p: optim.AdamW(p, 0.0, weight_decay=0.0)),
+    ):
+        params, log_policy = table_policy(world)
+        steepest = beta**2 / (2 * world.reward.size)  # at most this is the curvature of the loss
+        rates = [1 / steepest if name == "gradient descent" else optim.warmup_cosine(s, 500, 0.3) for s in range(500)]
+        logp = last(
+            descend(params, log_policy, lambda p: pair_loss(p, world.ref_logp, wins, beta), make(params), rates)
+        )
+        yield at_most(f"the same by {name}, 500 steps, beta 0.5", exact.total_variation(logp, star).max(), 1e-2)
+
+
+def optimum_of_transformers(
+    world: World,
+    seed: int,
+    sizes: Sequence[tuple[int, int, float]] = ((16, 1, 0.1), (24, 2, 1e-2), (32, 2, 1e-5)),
+    steps: int = 1500,
+) -> Iterator[Claim]:
+    """The same for transformers, each of a width, a number of layers and a distance that it should come within."""
+    wins = exact.preference_probabilities(world.reward) * (1 - numpy.eye(world.reward.shape[-1]))
+    runs = [(0.5, *size, steps) for size in sizes]
+    runs += [(beta, *sizes[-1][:2], math.inf, 2 * steps // 3) for beta in BETAS if beta != 0.5]
+    for beta, n_embd, n_layer, bound, length in runs:
+        star, _ = exact.optimum(world.ref_logp, world.reward, beta)
+        logp = fitted_transformer(world, wins, beta, seed, n_embd, n_layer, length)
+        text = f"DPO, a transformer of {n_layer} layer(s), width {n_embd}, {length} steps of Adam, beta {beta:g}"
+        yield at_most(f"{text}: TV to pi*", exact.total_variation(logp, star).max(), bound)
+
+
+def fitted_transformer(
+    world: World, wins: Array, beta: float, seed: int, n_embd: int, n_layer: int, steps: int
+) -> Array:
+    """log pi of a transformer that minimises `pair_loss`, by Adam with a cosine schedule."""
+    params, log_policy = transformer_policy(world, seed, n_embd, n_layer)
+    optimizer = optim.AdamW(params, betas=(0.9, 0.99), weight_decay=0.0)
+    rates = [optim.warmup_cosine(s, steps, 5e-3, 50) for s in range(steps)]
+    return last(descend(params, log_policy, lambda p: pair_loss(p, world.ref_logp, wins, beta), optimizer, rates))
+
+
+def policy_gradient(logp: Array, ref_logp: Array, reward: Array, beta: float) -> Array:
+    """dJ/dtheta of a table of logits: pi (A - E[A]), A = r - beta log(pi/pi_ref).  (..., N) -> (..., N)"""
+    # dJ/dpi_j = r_j - beta (log(pi_j/ref_j) + 1); dpi_j/dtheta_i = pi_j ([i = j] - pi_i); sum_j: pi_i (A_i - E[A])
+    p = numpy.exp(logp)
+    advantage = reward - beta * (logp - ref_logp)
+    return p * (advantage - (p * advantage).sum(axis=-1, keepdims=True))
+
+
+def natural_gradient(logp: Array, gradient: Array) -> Array:
+    """F^+ g with Fisher's F = diag(pi) - pi pi^T: the v of mean 0 under pi with F v = g.  (..., N) -> (..., N)"""
+    # F v = pi (v - E[v]) = g where v = g/pi, since E[g/pi] = sum g = 0
+    return gradient / numpy.exp(logp)
+
+
+def rlhf(world: World, seed: int) -> Iterator[Claim]:
+    """A reward model fitted to the same pairs, then the policy gradient of J: the long way to the same pi*."""
+    wins = exact.preference_probabilities(world.reward) * (1 - numpy.eye(world.reward.shape[-1]))
+    learned = numpy.stack([exact.fitted_rewards(w)[0] for w in wins])
+    worst = 0.0
+    for beta in BETAS:
+        star, _ = exact.optimum(world.ref_logp, world.reward, beta)
+        logp = world.ref_logp
+        for _ in range(60):
+            move = natural_gradient(logp, policy_gradient(logp, world.ref_logp, learned, beta))
+            logp = ops.log_softmax.raw(logp + 0.5 / beta * move)[0]
+        worst = max(worst, exact.total_variation(logp, star).max())
+    yield at_most("natural policy gradient on learned rewards, 60 steps of 1/(2 beta): TV to pi*", worst, 1e-12)
+    for beta in (5.0, 0.5, 0.05):
+        star, _ = exact.optimum(world.ref_logp, world.reward, beta)
+        logits = logp = world.ref_logp
+        for _ in range(2000):
+            logits = logits + policy_gradient(logp, world.ref_logp, learned, beta) / max(beta, 0.1)
+            logp = ops.log_softmax.raw(logits)[0]
+        tv = exact.total_variation(logp, star).max()
+        # a response of probability p moves at a rate of p: what has to rise from far below rises late
+        rise = (star - world.ref_logp).max()
+        text = f"the plain policy gradient, 2000 steps, beta {beta:g}, where pi* asks for a rise of {rise:.0f} nats"
+        yield Claim(f"{text}: TV to pi*", float(tv), None)
+
+
+def sampled_gradients(world: World, logp: Array, beta: float, rng: numpy.random.Generator, count: int) -> Array:
+    """REINFORCE estimates of `policy_gradient` for the first prompt, one response each.  -> (count, N)
+
+    (A(y) - b) (onehot(y) - pi), y drawn from pi, b = E[A]: unbiased, and far from exact.
+    """
+    p = numpy.exp(logp[0])
+    advantage = world.reward[0] - beta * (logp[0] - world.ref_logp[0])
+    drawn = rng.choice(len(p), size=count, p=p / p.sum())
+    weights = (advantage[drawn] - (p * advantage).sum())[:, None]
+    return weights * (numpy.eye(len(p))[drawn] - p)
+
+
+def sampling_noise(world: World, seed: int) -> Iterator[Claim]:
+    """What a policy gradient from samples costs: its mean is exact, its noise is not small."""
+    beta, count = 0.5, 200_000
+    exact_gradient = policy_gradient(world.ref_logp, world.ref_logp, world.reward, beta)[0]
+    estimates = sampled_gradients(world, world.ref_logp, beta, stream(seed, "reinforce"), count)
+    error = numpy.linalg.norm(estimates.mean(axis=0) - exact_gradient)
+    noise = math.sqrt(estimates.var(axis=0).sum())
+    yield at_most(
+        f"REINFORCE over {count} samples is the exact gradient, in standard errors",
+        float(error) / (noise / math.sqrt(count)),
+        3,
+    )
+    ratio = float(noise / numpy.linalg.norm(exact_gradient))
+    yield Claim("one sample's noise, in lengths of the gradient", ratio, ratio > 1)
+
+
+def mean_log_ratio(world: World, seed: int) -> Iterator[Claim]:
+    """E over pi_ref of log(pi/pi_ref) = -KL(pi_ref || pi): implicit rewards sink as soon as the policy moves."""
+    wins = exact.preference_probabilities(world.reward) * (1 - numpy.eye(world.reward.shape[-1]))
+    params, log_policy = table_policy(world)
+    optimizer = optim.AdamW(params, weight_decay=0.0)
+    policies = descend(params, log_policy, lambda p: pair_loss(p, world.ref_logp, wins, 0.5), optimizer, [0.1] * 100)
+    for step, logp in enumerate(policies):
+        if step in (0, 1, 10, 100):
+            mean = (numpy.exp(world.ref_logp) * (logp - world.ref_logp)).sum(axis=-1)
+            text = f"after {step} steps of DPO E_ref[log pi/pi_ref] is {mean.mean():.4f}, and -KL(pi_ref || pi) as much"
+            yield at_most(text, abs(mean + exact.kl(world.ref_logp, logp)).max(), 1e-10)
+
+
+# What breaks "equivalent, not an approximation": one assumption at a time.
+
+
+class Outcome(NamedTuple):
+    """Where a policy ends, averaged over the prompts."""
+
+    name: str
+    tv: float  # to pi*
+    reward: float  # true, expected
+    kl: float  # to the reference
+
+
+def outcome(name: str, world: World, logp: Array, beta: float) -> Outcome:
+    """Distance to pi*, true reward and KL of a policy."""
+    star, _ = exact.optimum(world.ref_logp, world.reward, beta)
+    reward = (numpy.exp(logp) * world.reward).sum(axis=-1)
+    measures = (exact.total_variation(logp, star), reward, exact.kl(logp, world.ref_logp))
+    return Outcome(name, *(float(measure.mean()) for measure in measures))
+
+
+def square_loss(logp: Tensor, ref_logp: Array, wins: Array, beta: float) -> Tensor:
+    """IPO on all ordered pairs: mean_x sum_ij wins_ij (h_i - h_j - 1/(2 beta))^2/sum wins, h = log pi - log pi_ref."""
+    P, N = logp.shape
+    h = logp - ref_logp
+    margin = ops.reshape(h, (P, N, 1)) - ops.reshape(h, (P, 1, N))
+    weights = wins / (P * wins.sum(axis=(1, 2), keepdims=True))
+    return ops.sum(weights * (margin - 1 / (2 * beta)) ** 2)
+
+
+def what_breaks_it(world: World, seed: int, steps: int = 1500) -> list[Outcome]:
+    """pi* at beta 0.5, and what DPO, conservative DPO and IPO reach where one assumption fails."""
+    beta, (P, N) = 0.5, world.reward.shape
+    probabilities = exact.preference_probabilities(world.reward) * (1 - numpy.eye(N))
+    rng = stream(seed, "pairs")
+    pairs = numpy.zeros((P, N, N))
+    for x in range(P):
+        for _ in range(300):
+            i, j = rng.choice(N, 2, replace=False)
+            pairs[(x, i, j) if rng.random() < probabilities[x, i, j] else (x, j, i)] += 1
+    sure = (world.reward[:, :, None] > world.reward[:, None, :]).astype("float64")
+    flip = 0.3
+    flipped = (1 - flip) * probabilities + flip * probabilities.transpose(0, 2, 1)
+
+    def fitted(loss: Callable[..., Tensor], wins: Array, ref_logp: Array = world.ref_logp) -> Array:
+        params, log_policy = table_policy(world._replace(ref_logp=ref_logp))
+        rates = [optim.warmup_cosine(s, steps, 0.3) for s in range(steps)]
+        optimizer = optim.AdamW(params, weight_decay=0.0)
+        return last(descend(params, log_policy, lambda p: loss(p, ref_logp, wins, beta), optimizer, rates))
+
+    star, _ = exact.optimum(world.ref_logp, world.reward, beta)
+    lame = world.ref_logp.copy()  # gives next to nothing to the ten best responses
+    numpy.put_along_axis(lame, world.reward.argsort(axis=-1)[:, -10:], -300.0, axis=-1)
+    lame = ops.log_softmax.raw(lame)[0]
+    params, log_policy = transformer_policy(world, seed, 4, 1)
+    optimizer = optim.AdamW(params, betas=(0.9, 0.99), weight_decay=0.0)
+    small = last(
+        descend(
+            params, log_policy, lambda p: pair_loss(p, world.ref_logp, probabilities, beta), optimizer, [1e-2] * 300
+        )
+    )
+    smoothed = (1 - flip) * flipped + flip * flipped.transpose(0, 2, 1)
+    return [
+        outcome("pi*", world, star, beta),
+        outcome("the reference", world, world.ref_logp, beta),
+        outcome("DPO, nothing broken", world, fitted(pair_loss, probabilities), beta),
+        outcome("DPO, 300 sampled pairs a prompt", world, fitted(pair_loss, pairs), beta),
+        outcome("IPO, 300 sampled pairs a prompt", world, fitted(square_loss, pairs), beta),
+        outcome("DPO, labels without noise", world, fitted(pair_loss, sure), beta),
+        outcome("IPO, labels without noise", world, fitted(square_loss, sure), beta),
+        outcome(f"DPO, {flip:.0%} of labels flipped", world, fitted(pair_loss, flipped), beta),
+        outcome(f"cDPO at e = {flip:g}, {flip:.0%} of labels flipped", world, fitted(pair_loss, smoothed), beta),
+        outcome(f"IPO, {flip:.0%} of labels flipped", world, fitted(square_loss, flipped), beta),
+        outcome(
+            "DPO, a reference without support for the ten best", world, fitted(pair_loss, probabilities, lame), beta
+        ),
+        outcome("DPO, a transformer too small (1 layer of width 4)", world, small, beta),
+    ]
+
+
+def finite_margins(world: World, seed: int) -> Iterator[Claim]:
+    """Labels that are certain: a DPO margin grows as long as one trains, an IPO margin stops at 1/(2 tau)."""
+    beta, pair = 0.1, [Tensor(numpy.array([-5.0, -7.0]), requires_grad=True) for _ in range(2)]
+    margins: list[list[float]] = []
+    for leaf, loss, rate in zip(pair, (losses.dpo_loss, losses.ipo_loss), (10.0, 0.1)):
+        seen = []
+        for step in range(10_000):
+            leaf.grad = None
+            out = loss(leaf[:1], leaf[1:], numpy.array([-5.0]), numpy.array([-7.0]), beta)
+            out.loss.backward()
+            leaf.data = leaf.data - rate * leaf.grad
+            if step + 1 in (100, 1000, 10_000):
+                seen.append(out.margin.item())
+        margins.append(seen)
+    grown = margins[0][2] / margins[0][1]
+    text = ", ".join(f"{margin:.0f}" for margin in margins[0])
+    yield Claim(f"DPO, one certain pair: margin {text} after 100, 1000, 10000 steps; grown by", grown, grown > 1.2)
+    yield at_most(
+        f"IPO, the same pair: the margin is 1/(2 tau) = {1 / (2 * beta):g}", abs(margins[1][2] - 1 / (2 * beta)), 1e-9
+    )
+
+
+LABORATORY: list[Callable[[World, int], Iterator[Claim]]] = [
+    bradley_terry,
+    constrained_objective,
+    reparametrisation,
+    optimum_of_dpo,
+    rlhf,
+    sampling_noise,
+    mean_log_ratio,
+    finite_margins,
+    optimum_of_transformers,
+]

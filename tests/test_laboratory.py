@@ -1,0 +1,292 @@
+"""The laboratory: every claim is borne out, and would not be if the theory were another."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from minidpo import cli, dynamics, exact, gradcheck, laboratory, losses
+from minidpo.tensor import Tensor
+from models import CONFIG, small
+
+close = np.testing.assert_allclose
+rewards = hnp.arrays(float, 5, elements=st.floats(-3, 3))
+logits = hnp.arrays(float, 5, elements=st.floats(-6, 6))
+betas = st.floats(0.05, 5)
+
+
+def normalised(x):
+    return x - np.logaddexp.reduce(x)
+
+
+@pytest.fixture(scope="module")
+def world():
+    return laboratory.small_world(0, characters=2, cap=3)
+
+
+@pytest.mark.parametrize("prompts", [[[0, 1], [0, 2]], [[0, 1, 1], [2]]])
+def test_exact_logprobs_are_those_of_the_chain_rule(prompts):
+    """One forward for all responses, prompts of one length or of several: otherwise every claim below is of noise."""
+    params = small()
+    responses = exact.complete_responses(4, 3)
+    logp = exact.exact_logprobs(params, CONFIG, prompts, responses)
+    assert logp.shape == (2, len(responses))
+    for x, row in zip(prompts, logp.data):
+        close(row, [exact.chain_rule_logprob(params, CONFIG, x, y) for y in responses], rtol=1e-10)
+    few = [[1, 0], [0], [1, 2, 3], [1, 2, 3], [3, 0]]
+    close(
+        exact.exact_logprobs(params, CONFIG, prompts, few).data[1],
+        [exact.chain_rule_logprob(params, CONFIG, prompts[1], y) for y in few],
+    )
+    rng = np.random.default_rng(0)
+    weights = rng.normal(size=logp.shape)
+
+    def weighted(p):
+        return laboratory.ops.sum(weights * exact.exact_logprobs(p, CONFIG, prompts, responses))
+
+    assert gradcheck.check_gradient(weighted, params, rng, 3, "complex") < 1e-12
+
+
+@given(p=logits, q=logits, reward=rewards, beta=betas)
+def test_definitions(p, q, reward, beta):
+    """KL, TV, J, pi*, written out in plain Python: otherwise the equalities hold between wrong things."""
+    p, q = normalised(p), normalised(q)
+    kl = sum(math.exp(a) * (a - b) for a, b in zip(p, q))
+    close(exact.kl(p, q), kl, atol=1e-12)
+    close(exact.total_variation(p, q), sum(abs(math.exp(a) - math.exp(b)) for a, b in zip(p, q)) / 2, atol=1e-14)
+    value = sum(math.exp(a) * r for a, r in zip(p, reward)) - beta * kl
+    close(exact.objective(p, q, reward, beta), value, atol=1e-9)
+    z = sum(math.exp(b + r / beta) for b, r in zip(q, reward)) if max(abs(reward)) / beta < 500 else None
+    star, log_z = exact.optimum(q, reward, beta)
+    if z:
+        close(log_z, math.log(z), rtol=1e-9, atol=1e-9)
+        close(np.exp(star), [math.exp(b + r / beta) / z for b, r in zip(q, reward)], atol=1e-12)
+    close(exact.implicit_reward(star, q, beta), reward - beta * log_z, rtol=1e-9, atol=1e-9)
+    assert value <= exact.objective(star, q, reward, beta) + 1e-9
+    assert exact.kl(np.array([0.0, -np.inf]), np.log([0.5, 0.5])) == pytest.approx(math.log(2))
+
+
+@given(reward=rewards)
+def test_bradley_terry_and_plackett_luce(reward):
+    """Odds are exp of the difference; rankings' probabilities sum to 1: otherwise they are no models of preference."""
+    p = exact.preference_probabilities(reward)
+    close(p / p.T, np.exp(reward[:, None] - reward[None, :]))
+    few = reward[:4]
+    total = sum(math.exp(exact.plackett_luce(few, order)) for order in itertools.permutations(range(4)))
+    close(total, 1)
+    close(math.exp(exact.plackett_luce(reward, [3, 1])), p[3, 1])
+
+
+@given(wins=hnp.arrays(np.int64, (4, 4), elements=st.integers(0, 2)))
+def test_fords_condition(wins):
+    """By searching each path: otherwise rewards are fitted where there is no maximum, or refused where there is."""
+    np.fill_diagonal(wins, 0)
+    compared = [i for i in range(4) if wins[i].any() or wins[:, i].any()]
+
+    def reachable(i):
+        found, todo = {i}, [i]
+        while todo:
+            k = todo.pop()
+            for j in range(4):
+                if wins[k, j] and j not in found:
+                    found.add(j)
+                    todo.append(j)
+        return found
+
+    expected = all(set(compared) <= reachable(i) for i in compared)
+    assert exact.has_maximum(wins) == expected
+    if expected and len(compared) == 4:
+        fitted, _ = exact.fitted_rewards(wins.astype(float))
+        p = exact.preference_probabilities(fitted)
+        close(((wins + wins.T) * p).sum(axis=1), wins.sum(axis=1), atol=1e-6)  # wins are as expected
+        close(fitted.mean(), 0, atol=1e-9)
+    else:
+        with pytest.raises(ValueError, match=r"never compared|no finite rewards"):
+            exact.fitted_rewards(wins.astype(float))
+
+
+@given(reward=rewards)
+def test_rewards_come_back_from_probabilities(reward):
+    """Otherwise what people prefer does not say what they value."""
+    wins = exact.preference_probabilities(reward) * (1 - np.eye(5))
+    fitted, steps = exact.fitted_rewards(wins)
+    close(fitted, reward - reward.mean(), atol=1e-9)
+    assert steps < 30
+
+
+def test_too_large_a_world_is_refused():
+    """With the count: otherwise the machine is out of memory, and nobody knows why."""
+    with pytest.raises(ValueError, match="responses are too many to enumerate"):
+        laboratory.small_world(0, characters=30, cap=5)
+
+
+@pytest.mark.parametrize(
+    "claims",
+    [
+        laboratory.bradley_terry, laboratory.constrained_objective, laboratory.reparametrisation, laboratory.rlhf,
+        laboratory.sampling_noise, laboratory.mean_log_ratio, laboratory.finite_margins, dynamics.beta_early_and_late,
+    ],
+    ids=lambda claims: claims.__name__,
+)  # fmt: skip
+def test_claims_hold(claims, world):
+    """In another world than the one that is shown: otherwise a law of that world passes for one of the theory."""
+    found = list(claims(world, 1))
+    assert found and not any(claim.holds is False for claim in found), [
+        claim for claim in found if claim.holds is False
+    ]
+    assert all(math.isfinite(claim.number) for claim in found)
+
+
+def test_the_optimum_of_dpo_is_pi_star(world):
+    """For a table exactly, and for a transformer that is large enough: the paper's central claim."""
+    found = list(laboratory.optimum_of_dpo(world, 0))
+    assert len(found) == 3 and all(claim.holds for claim in found), found
+    found = list(laboratory.optimum_of_transformers(world, 0, sizes=((4, 1, 1.0), (16, 2, 1e-3)), steps=400))
+    assert [claim.holds for claim in found] == [True, True, None, None, None, None], found
+    assert found[0].number > 10 * found[1].number
+
+
+def test_a_claim_can_fail():
+    """Otherwise every line of the laboratory ends in the same word."""
+    assert laboratory.at_most("x", 2.0, 1.0).holds is False and laboratory.at_most("x", 1.0, 1.0).holds is True
+    assert laboratory.at_most("x", np.nan, 1.0).holds is False and laboratory.at_most("x", 9.0, math.inf).holds is None
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_the_command_prints_claim_number_and_verdict(broken, capsys, monkeypatch, world):
+    """And fails where one does: otherwise a theory that is refuted exits with 0."""
+
+    def part(world, seed):
+        """A law."""
+        yield laboratory.at_most("two is less than three", 4.0 if broken else 2.0, 3.0)
+        yield laboratory.Claim("by the way", 7.0, None)
+
+    monkeypatch.setattr(laboratory, "LABORATORY", [part])
+    monkeypatch.setattr(laboratory, "small_world", lambda seed: world)
+    monkeypatch.setattr(laboratory, "what_breaks_it", lambda world, seed: [laboratory.Outcome("name", 0.1, 0.2, 0.3)])
+    assert cli.main(["exact"]) == int(broken)
+    printed = capsys.readouterr().out
+    assert f"  {'FAILS' if broken else 'holds'}" in printed and "  shown   7.00e+00  by the way" in printed
+    assert "A law." in printed and "0.1000   0.200    0.300  name" in printed
+    assert f"{5 if broken else 6} of 6 claims hold" in printed
+
+
+def test_what_beta_does_is_drawn(tmp_path):
+    """Needs the `plot` extra."""
+    pytest.importorskip("matplotlib")
+    assert dynamics.draw_gaps(tmp_path / "beta.png") and (tmp_path / "beta.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_wrong_optimum_is_not_reached(world):
+    """Of another beta, or another reward: otherwise the claims hold of anything."""
+    wins = exact.preference_probabilities(world.reward) * (1 - np.eye(world.reward.shape[-1]))
+    logp, _ = laboratory.newton(world, wins, 0.5)
+    for beta, reward in ((0.4, world.reward), (0.5, world.reward[::-1]), (0.5, -world.reward)):
+        star, _ = exact.optimum(world.ref_logp, reward, beta)
+        assert exact.total_variation(logp, star).max() > 1e-2
+
+
+def test_newton_ends_where_the_gradient_of_the_dpo_loss_is_0(world):
+    """By autograd, through `pair_loss`: otherwise Newton minimises something else."""
+    wins = exact.preference_probabilities(world.reward) * (1 - np.eye(world.reward.shape[-1]))
+    logp, _ = laboratory.newton(world, wins, 0.3)
+    leaf = Tensor(logp, requires_grad=True)
+    laboratory.pair_loss(laboratory.ops.log_softmax(leaf), world.ref_logp, wins, 0.3).backward()
+    assert abs(leaf.grad).max() < 1e-12
+
+
+def test_pair_loss_is_the_mean_of_dpo_loss(world):
+    """Pair by pair: otherwise the laboratory proves something of a loss of its own."""
+    wins = exact.preference_probabilities(world.reward) * (1 - np.eye(world.reward.shape[-1]))
+    logp = next(laboratory.random_policies(world, 0))
+    for mine, theirs in ((laboratory.pair_loss, losses.dpo_loss), (laboratory.square_loss, losses.ipo_loss)):
+        total = 0.0
+        for x in range(len(wins)):
+            for i, j in itertools.permutations(range(wins.shape[-1]), 2):
+                each = theirs(logp[x, i], logp[x, j], world.ref_logp[x, i], world.ref_logp[x, j], 0.7).loss.item()
+                total += wins[x, i, j] / wins[x].sum() * each / len(wins)
+        close(mine(Tensor(logp), world.ref_logp, wins, 0.7).item(), total, rtol=1e-10)
+
+
+def test_the_policy_gradient_is_that_of_the_objective(world):
+    """By central differences of J, and F times the natural one is the plain one: otherwise RLHF is another thing."""
+    rng = np.random.default_rng(0)
+    theta = rng.normal(size=5)
+    reward, ref = rng.normal(size=5), normalised(rng.normal(size=5))
+    gradient = laboratory.policy_gradient(normalised(theta), ref, reward, 0.7)
+    for i in range(5):
+        up, down = (
+            exact.objective(normalised(theta + sign * 1e-6 * np.eye(5)[i]), ref, reward, 0.7) for sign in (1, -1)
+        )
+        close(gradient[i], (up - down) / 2e-6, atol=1e-8)
+    p = np.exp(normalised(theta))
+    natural = laboratory.natural_gradient(normalised(theta), gradient)
+    close((np.diag(p) - np.outer(p, p)) @ natural, gradient, atol=1e-14)
+    close((p * natural).sum(), 0, atol=1e-14)
+
+
+def test_sampled_gradients_are_unbiased(world):
+    """By enumeration: otherwise the noise that is shown is noise about something else."""
+    p = np.exp(world.ref_logp[0])
+
+    class Each:
+        def choice(self, n, size, p):
+            return np.arange(n)
+
+    one_of_each = laboratory.sampled_gradients(world, world.ref_logp, 0.5, Each(), len(p))
+    close(
+        (p[:, None] * one_of_each).sum(axis=0),
+        laboratory.policy_gradient(world.ref_logp, world.ref_logp, world.reward, 0.5)[0],
+        atol=1e-14,
+    )
+
+
+def test_what_breaks_it_breaks_it(world):
+    """Nothing broken ends at pi*; certain labels leave it far behind, and flipped ones pull it to the reference."""
+    rows = {row.name: row for row in laboratory.what_breaks_it(world, 0, steps=300)}
+    assert rows["pi*"].tv == 0 and rows["DPO, nothing broken"].tv < 1e-3
+    assert rows["DPO, labels without noise"].kl > 2 * rows["pi*"].kl and rows["DPO, labels without noise"].tv > 0.3
+    assert rows["IPO, labels without noise"].kl < rows["DPO, labels without noise"].kl
+    flipped = [row for name, row in rows.items() if "flipped" in name]
+    assert len(flipped) == 3 and all(row.kl < rows["pi*"].kl and row.tv > 0.05 for row in flipped)
+    for name in ("DPO, 300 sampled pairs a prompt", "DPO, a reference without support for the ten best"):
+        assert rows[name].tv > 0.01
+    row = laboratory.outcome("x", world, world.ref_logp, 0.5)
+    assert row.kl == 0 and row.reward == pytest.approx(
+        (np.exp(world.ref_logp) * world.reward).sum() / len(world.reward)
+    )
+
+
+@given(beta=st.floats(0.02, 2), t=st.floats(0, 1e4))
+def test_hard_label_gap_solves_its_equation(beta, t):
+    """By its derivative: otherwise "early and late" is drawn with a wrong curve."""
+    h = dynamics.hard_label_gap(beta, t)
+    close(beta * h + math.exp(beta * h), 1 + 2 * beta**2 * t, rtol=1e-9)
+    later = dynamics.hard_label_gap(beta, t + 1e-4)
+    close((later - h) / 1e-4, 2 * beta / (1 + math.exp(beta * h)), rtol=1e-3, atol=1e-6)
+
+
+def test_steps_on_the_gap_are_steps_of_dpo():
+    """Plain gradient steps on two log-probabilities: otherwise the path is one of another loss."""
+    path = dynamics.gap_path((0.5,), 3, 0.1, 1.0)
+    w, l = np.array([-3.0]), np.array([-4.0])
+    for h in path[:, 0]:
+        close((w + 3.0) - (l + 4.0), h, atol=1e-12)
+        gradient_w, gradient_l = losses.dpo_gradient(w, l, np.array([-3.0]), np.array([-4.0]), 0.5)
+        w, l = w - 0.1 * gradient_w, l - 0.1 * gradient_l
+    mixed = dynamics.gap_path((0.5,), 1, 0.1, 0.8)[1, 0]
+    close(mixed, 0.1 * 2 * 0.5 * (0.8 * 0.5 - 0.2 * 0.5))
+
+
+@pytest.mark.parametrize(
+    ("beta", "gaps"), [(0.01, (0.10, 1.0, 9.8, 79)), (0.1, (0.98, 7.9, 29.0, 53)), (0.5, (3.01, 7.7, 12.4, 17))]
+)
+def test_the_table_of_gaps(beta, gaps):
+    """At t = 10, 100, 1,000, 10,000: larger beta is ahead early and behind late, and not "more aggressive"."""
+    found = [dynamics.hard_label_gap(beta, t) for t in (10, 100, 1000, 10_000)]
+    for number, gap in zip(found, gaps):
+        assert abs(number - gap) < 0.06 if gap < 50 else abs(number - gap) < 0.6
