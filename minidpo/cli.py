@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy
 
-from . import demo, dynamics, laboratory, model, mutants, preferences, recipes, report
+from . import demo, dynamics, frontier, laboratory, model, mutants, preferences, recipes, report
 from .cases import CASES, RandomDraw
 from .checkpoint import CheckpointError
 from .gradcheck import TOLERANCE, GradientError, check_vjp
@@ -88,6 +88,21 @@ def exactly(options: argparse.Namespace) -> int:
         drawn = dynamics.draw_gaps(options.plot)
         print(f"the gaps over time are in {options.plot}" if drawn else report.NO_CURVES)
     return 1 if failed else 0
+
+
+def frontier_runs(options: argparse.Namespace) -> int:
+    """Run every method in several worlds, print the table, write points and picture."""
+    options.out.mkdir(parents=True, exist_ok=True)
+    points: list[frontier.Point] = []
+    for seed in range(options.seed, options.seed + options.worlds):
+        points += frontier.run([seed])
+        print(f"world {seed}: {len(points)} runs so far", flush=True)
+    print(frontier.as_text(points))
+    drawn = frontier.write(options.out, points)
+    print(
+        f"{options.out / 'frontier.json'}" + (f", {options.out / 'frontier.png'}" if drawn else f"; {report.NO_CURVES}")
+    )
+    return 0
 
 
 def support_desk(options: argparse.Namespace) -> int:
@@ -228,6 +243,17 @@ def parser() -> argparse.ArgumentParser:
         name="exact",
     )
     added.add_argument("--plot", type=Path, help="a PNG to draw what beta does into; needs the plot extra")
+
+    added = command(
+        frontier_runs,
+        "how much true reward each method buys with how much KL",
+        "Run DPO, IPO, policy gradients, preferred fine-tuning, unlikelihood and best-of-N in small worlds, with exact "
+        "true reward and exact KL to the reference, and print how far each ends below the best that its KL could buy. "
+        "About ten seconds for three worlds.",
+        name="frontier",
+    )
+    added.add_argument("--out", type=Path, default=Path("frontier"), help="folder for frontier.json and frontier.png")
+    added.add_argument("--worlds", type=at_least(1), default=5, help="how many, each with a seed of its own")
 
     added = command(
         support_desk,

@@ -13,7 +13,7 @@ from pathlib import Path
 from hypothesis import settings
 
 import minidpo
-from minidpo import demo
+from minidpo import demo, frontier, laboratory
 from minidpo.cli import main
 from test_demo import SIZES
 
@@ -50,15 +50,18 @@ def test_line_counts_are_true():
 def test_the_commands_exist(tmp_path, monkeypatch):
     """Otherwise the first command that a newcomer types fails. (The others are run as they stand by CI.)"""
     commands = [shlex.split(line) for line in README.splitlines() if line.startswith("python -m minidpo ")]
-    assert len(commands) == 12
+    assert len(commands) == 14
     (tmp_path / "names.txt").write_text("emma\nmia\nava\n")
     rows = [{"prompt": f"my order is late.{i}\n", "chosen": f"sorry{i}", "rejected": f"no{i}"} for i in range(6)]
     for name in ("pairs.jsonl", "more.jsonl"):
         (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(demo, "FULL", SIZES)
+    monkeypatch.setattr(laboratory, "LABORATORY", laboratory.LABORATORY[:3])
+    monkeypatch.setattr(laboratory, "what_breaks_it", lambda world, seed: [])
     steps = ["--steps", "1"]
     shorter = {"check": ["--cases", "1"], "pretrain": steps, "sft": steps, "dpo": steps, "judge": ["--replies", "5"]}
+    shorter["frontier"] = ["--worlds", "1"]
     for _, _, _, *arguments in commands:
         with contextlib.redirect_stdout(io.StringIO()):
             assert main([*arguments, *shorter.get(arguments[0], [])]) == 0, arguments
@@ -97,6 +100,13 @@ def test_each_stage_is_better_than_the_one_before_in_every_seed():
         for before, after in itertools.pairwise(run["models"]):
             gained = after["reward"] - before["reward"]
             assert gained > 2 * math.hypot(before["reward_error"], after["reward_error"])
+
+
+def test_the_number_of_runs_is_true():
+    """Otherwise the reading list promises another picture."""
+    assert f"{len(list(frontier.policies(laboratory.small_world(0, 2, 2), 0)))} runs a world" in README.replace(
+        "thirty-five", "35"
+    )
 
 
 def test_thorough_draws_a_hundred_times_as_many():

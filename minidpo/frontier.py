@@ -1,0 +1,215 @@
+"""How much true reward each method buys with how much KL: figure 2 (left) of the DPO paper in miniature, exact.
+
+No policy lies above the curve of pi*(beta), whatever made it. Where this differs from the paper: policies are tables
+and both axes are sums over all responses, with no sample in them; the policy gradient is the exact natural one, so it
+reaches the frontier too, where PPO, with its sampled gradients and its learned critic, did not; a sampled one is
+beside it. What is learned from a finite set of pairs falls short, by DPO or by a reward model alike.
+"""
+
+import json
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy
+
+from . import checkpoint, exact, ops, optim
+from .backend import Array
+from .laboratory import (
+    World,
+    descend,
+    last,
+    natural_gradient,
+    newton,
+    pair_loss,
+    policy_gradient,
+    small_world,
+    square_loss,
+    table_policy,
+)
+from .report import Line, Panel, picture
+from .streams import stream
+from .tensor import Tensor
+
+BETAS = (0.05, 0.1, 1.0, 5.0)
+ALPHAS = (0.05, 0.1, 0.5, 1.0)
+PAIRS = 2000  # sampled for each prompt
+STEPS = 300
+
+
+class Point(NamedTuple):
+    """Where one run ends, averaged over the prompts."""
+
+    kind: str
+    strength: float  # beta, alpha or N
+    seed: int
+    kl: float  # KL(pi || pi_ref), nats
+    reward: float  # E[r], true
+    shortfall: float  # the most reward that this KL could have bought, less this
+
+
+def best_of(world: World, count: int) -> Array:
+    """log pi of the best of N samples of the reference: P(y) = F(r(y))^N - F(r(y)-)^N, F the reference's distribution
+    of rewards.  -> (P, N)
+    """
+    order = world.reward.argsort(axis=-1)
+    p = numpy.take_along_axis(numpy.exp(world.ref_logp), order, axis=-1)
+    below = numpy.minimum(numpy.concatenate([numpy.zeros((len(p), 1)), numpy.cumsum(p, axis=-1)], axis=-1), 1.0)
+    ordered = numpy.diff(below**count, axis=-1)
+    logp = numpy.empty_like(p)
+    numpy.put_along_axis(logp, order, numpy.log(numpy.maximum(ordered, 1e-300)), axis=-1)
+    return ops.log_softmax.raw(logp)[0]
+
+
+def sampled_wins(world: World, rng: numpy.random.Generator, count: int) -> Array:
+    """How often each response was preferred to each other, in pairs drawn evenly.  -> (P, N, N)"""
+    P, N = world.reward.shape
+    wins = numpy.zeros((P, N, N))
+    for x in range(P):
+        first = rng.integers(0, N, count)
+        second = (first + rng.integers(1, N, count)) % N
+        gap = world.reward[x, first] - world.reward[x, second]
+        preferred = rng.random(count) < 1 / (1 + numpy.exp(-gap))
+        numpy.add.at(wins[x], (numpy.where(preferred, first, second), numpy.where(preferred, second, first)), 1)
+    return wins
+
+
+def learned_reward(wins: Array, prior: float = 1e-3) -> Array:
+    """Bradley-Terry rewards from a finite set of pairs, with a normal prior that keeps them finite.  -> (P, N)"""
+    P, N, _ = wins.shape
+    zeros = numpy.zeros((P, N))
+    reward = {"reward": Tensor(zeros, requires_grad=True)}
+
+    def loss(r: Tensor) -> Tensor:
+        return pair_loss(r, zeros, wins, 1.0) + prior * ops.mean(r * r)
+
+    rates = [optim.warmup_cosine(s, STEPS, 0.1) for s in range(STEPS)]
+    return last(descend(reward, lambda: reward["reward"] * 1.0, loss, optim.AdamW(reward, weight_decay=0.0), rates))
+
+
+def natural_policy(world: World, reward: Array, beta: float) -> Array:
+    """Where 100 exact natural gradient steps on J lead.  -> (P, N)"""
+    logp = world.ref_logp
+    for _ in range(100):
+        move = natural_gradient(logp, policy_gradient(logp, world.ref_logp, reward, beta))
+        logp = ops.log_softmax.raw(logp + 0.5 / beta * move)[0]
+    return logp
+
+
+def sampled_policy(world: World, beta: float, rng: numpy.random.Generator, batch: int = 64) -> Array:
+    """REINFORCE: 1,000 steps, each on 64 samples of the policy, with their mean as the baseline.  -> (P, N)"""
+    logits = world.ref_logp.copy()
+    for _ in range(1000):
+        logp = ops.log_softmax.raw(logits)[0]
+        for x, row in enumerate(logp):
+            p = numpy.exp(row)
+            drawn = rng.choice(len(p), size=batch, p=p / p.sum())
+            advantage = (world.reward[x] - beta * (row - world.ref_logp[x]))[drawn]
+            weights = numpy.bincount(drawn, advantage - advantage.mean(), len(p)) / batch
+            logits[x] += 0.5 / max(beta, 1.0) * (weights - p * weights.sum())
+    return ops.log_softmax.raw(logits)[0]
+
+
+def fitted(world: World, loss: Callable[[Tensor], Tensor], steps: int = STEPS) -> Array:
+    """A table from the reference, after so many steps of Adam.  -> (P, N)"""
+    params, log_policy = table_policy(world)
+    rates = [optim.warmup_cosine(s, steps, 0.1) for s in range(steps)]
+    return last(descend(params, log_policy, loss, optim.AdamW(params, weight_decay=0.0), rates))
+
+
+def unlikelihood(world: World, alpha: float, steps: int) -> Array:
+    """-log pi(y_w) + alpha log pi(y_l) over pairs from the reference; alpha = 0 is preferred fine-tuning.
+
+    There is no minimum as soon as a response wins less than alpha times as often as it loses.  -> (P, N)
+    """
+    p = numpy.exp(world.ref_logp)
+    wins = p[:, :, None] * p[:, None, :] * exact.preference_probabilities(world.reward)
+    weights = (2 * wins.sum(axis=2) - alpha * 2 * wins.sum(axis=1)) / len(p)
+    return fitted(world, lambda logp: -ops.sum(weights * logp), steps)
+
+
+def policies(world: World, seed: int) -> Iterator[tuple[str, float, Array]]:
+    """Every run: its kind, its strength and its policy."""
+    exactly = exact.preference_probabilities(world.reward) * (1 - numpy.eye(world.reward.shape[-1]))
+    finite = sampled_wins(world, stream(seed, "frontier", "pairs"), PAIRS)
+    learned = learned_reward(finite)
+    for beta in BETAS:
+        yield "DPO, exact preferences", beta, newton(world, exactly, beta)[0]
+        yield (
+            "DPO, 2,000 pairs",
+            beta,
+            fitted(world, partial(pair_loss, ref_logp=world.ref_logp, wins=finite, beta=beta)),
+        )
+        yield "policy gradient, true reward", beta, natural_policy(world, world.reward, beta)
+        yield "policy gradient, reward from 2,000 pairs", beta, natural_policy(world, learned, beta)
+        yield (
+            "policy gradient, sampled",
+            beta,
+            sampled_policy(world, beta, stream(seed, "frontier", "samples", str(beta))),
+        )
+    for beta in (0.1, 1.0):
+        yield (
+            "IPO, exact preferences",
+            beta,
+            fitted(world, partial(square_loss, ref_logp=world.ref_logp, wins=exactly, beta=beta)),
+        )
+    yield "preferred fine-tuning", 0.0, unlikelihood(world, 0.0, STEPS)
+    for alpha in ALPHAS:
+        for steps in (STEPS // 3, STEPS):  # the path: it does not end
+            yield f"unlikelihood, {steps} steps", alpha, unlikelihood(world, alpha, steps)
+    for count in (2, 4, 16, 64):
+        yield "best of N", count, best_of(world, count)
+
+
+def measured(world: World, logp: Array) -> tuple[float, float]:
+    """KL to the reference and true reward of a policy, means over the prompts."""
+    return float(exact.kl(logp, world.ref_logp).mean()), float((numpy.exp(logp) * world.reward).sum(axis=-1).mean())
+
+
+def most_reward(world: World, kl: float) -> float:
+    """The largest mean reward of any policy with this mean KL: that of pi*(beta), at the beta that has it."""
+    low, high = 1e-4, 1e6
+    for _ in range(200):
+        beta = (low * high) ** 0.5
+        star, _ = exact.optimum(world.ref_logp, world.reward, beta)
+        low, high = (beta, high) if measured(world, star)[0] > kl else (low, beta)
+    return measured(world, exact.optimum(world.ref_logp, world.reward, low)[0])[1]
+
+
+def run(seeds: Sequence[int], make: Callable[[int], World] = small_world) -> Iterator[Point]:
+    """Every run in the world of every seed."""
+    for seed in seeds:
+        world = make(seed)
+        for kind, strength, logp in policies(world, seed):
+            kl, reward = measured(world, logp)
+            yield Point(kind, float(strength), seed, kl, reward, most_reward(world, kl) - reward)
+
+
+def as_text(points: Sequence[Point]) -> str:
+    """A row per kind and strength: KL, reward and shortfall, means and standard deviations over the seeds."""
+    rows = [f"{'':<42}{'strength':>9}{'KL, nats':>18}{'true reward':>18}{'below frontier':>18}"]
+    for kind, strength in dict.fromkeys((point.kind, point.strength) for point in points):
+        same = [point for point in points if (point.kind, point.strength) == (kind, strength)]
+        row = f"{kind:<42}{strength:>9g}"
+        for name in ("kl", "reward", "shortfall"):
+            values = [getattr(point, name) for point in same]
+            spread = statistics.stdev(values) if len(values) > 1 else 0.0
+            row += f"{statistics.fmean(values):>10.3f} ± {spread:5.3f}"
+        rows.append(row)
+    return "\n".join(rows)
+
+
+def write(folder: Path, points: Sequence[Point], make: Callable[[int], World] = small_world) -> bool:
+    """Write the points as JSON and, if matplotlib is there, those of the first seed as a picture."""
+    content = json.dumps([point._asdict() for point in points], indent=1) + "\n"
+    checkpoint.write_whole(folder / "frontier.json", content.encode())
+    world = make(points[0].seed)
+    curve = [measured(world, exact.optimum(world.ref_logp, world.reward, b)[0]) for b in numpy.geomspace(0.02, 50, 80)]
+    lines = [Line("the frontier, pi*(beta)", [kl for kl, _ in curve], [reward for _, reward in curve])]
+    for number, kind in enumerate(dict.fromkeys(point.kind for point in points)):
+        mine = [point for point in points if point.kind == kind and point.seed == points[0].seed]
+        x, y = [point.kl for point in mine], [point.reward for point in mine]
+        lines.append(Line(kind, x, y, "osD^vP*X<>"[number % 10], joined=False))
+    return picture(folder / "frontier.png", [Panel("reward and KL", "KL(pi || pi_ref), nats", "true reward", lines)])

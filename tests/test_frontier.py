@@ -1,0 +1,120 @@
+"""The frontier: nothing lies above it, and every point is where its method ends."""
+
+import json
+
+import numpy as np
+import pytest
+
+from minidpo import cli, exact, frontier, laboratory
+from minidpo.frontier import Point
+
+close = np.testing.assert_allclose
+
+
+def make(seed):
+    return laboratory.small_world(seed, characters=2, cap=3)
+
+
+@pytest.fixture(scope="module")
+def points():
+    return list(frontier.run([0, 1], make))
+
+
+def test_nothing_lies_above_the_frontier(points):
+    """Otherwise the frontier, or a reward, or a KL is wrong. Thirty-five runs in every world."""
+    assert len(points) == 2 * 35 and min(point.shortfall for point in points) > -1e-9
+    assert all(np.isfinite([point.kl, point.reward]).all() and point.kl >= -1e-12 for point in points)
+
+
+def test_what_is_exact_is_on_it(points):
+    """DPO with exact preferences and the exact policy gradient; what learns from a finite set falls short of it."""
+    for point in points:
+        if point.kind in ("DPO, exact preferences", "policy gradient, true reward"):
+            assert abs(point.shortfall) < 1e-6, point
+    for kind in ("DPO, 2,000 pairs", "policy gradient, reward from 2,000 pairs", "policy gradient, sampled"):
+        assert max(point.shortfall for point in points if point.kind == kind) > 1e-3
+
+
+def test_most_reward_is_that_of_the_best_policy():
+    """Against random policies of the same KL, and at both ends: otherwise the curve is not the upper edge."""
+    world = make(3)
+    reference = (np.exp(world.ref_logp) * world.reward).sum(axis=-1).mean()
+    close(frontier.most_reward(world, 0.0), reference, atol=1e-5)
+    for logp in laboratory.random_policies(world, 0):
+        kl, reward = frontier.measured(world, logp)
+        star = exact.optimum(world.ref_logp, world.reward, 0.3)[0]
+        assert frontier.most_reward(world, kl) >= reward - 1e-9
+        close(
+            frontier.most_reward(world, frontier.measured(world, star)[0]), frontier.measured(world, star)[1], atol=1e-6
+        )
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_best_of_n_is_its_distribution(count):
+    """By enumerating all draws: otherwise best-of-N is the best of another number."""
+    world = make(0)
+    p = np.exp(world.ref_logp[0])
+    best = np.zeros(len(p))
+    if count == 5:  # by sampling
+        rng = np.random.default_rng(0)
+        drawn = rng.choice(len(p), size=(200_000, 5), p=p / p.sum())
+        winners = np.take_along_axis(drawn, world.reward[0][drawn].argmax(axis=1)[:, None], axis=1)[:, 0]
+        best = np.bincount(winners, minlength=len(p)) / len(winners)
+        close(np.exp(frontier.best_of(world, 5)[0]), best, atol=5e-3)
+        return
+    if count == 1:
+        best = p
+    else:
+        for i in range(len(p)):
+            for j in range(len(p)):
+                best[i if world.reward[0][i] > world.reward[0][j] else j] += p[i] * p[j]
+    close(np.exp(frontier.best_of(world, count)[0]), best, atol=1e-12)
+
+
+def test_sampled_pairs_follow_bradley_terry():
+    """Within four standard errors, and never a response with itself: otherwise 2,000 pairs are of another people."""
+    world = make(0)
+    wins = frontier.sampled_wins(world, np.random.default_rng(0), 50_000)
+    assert wins.sum(axis=(1, 2)).tolist() == [50_000] * len(wins)
+    assert (np.einsum("xii->xi", wins) == 0).all()
+    compared = wins + wins.transpose(0, 2, 1)
+    p = exact.preference_probabilities(world.reward)
+    noise = np.sqrt(np.maximum(compared * p * (1 - p), 1e-9))
+    assert (abs(wins - compared * p) / noise)[compared > 50].max() < 5
+
+
+def test_a_learned_reward_is_close_to_the_true_one():
+    """From many pairs, up to a constant: otherwise the second line of policy gradients shows a broken fit."""
+    world = make(0)
+    learned = frontier.learned_reward(frontier.sampled_wins(world, np.random.default_rng(0), 50_000), prior=0.0)
+    difference = learned - world.reward
+    assert abs(difference - difference.mean(axis=-1, keepdims=True)).max() < 0.3
+
+
+def test_preferred_fine_tuning_ends_at_the_chosen():
+    """The distribution of winners: otherwise the point is of another objective. Unlikelihood has no end."""
+    world = make(0)
+    p = np.exp(world.ref_logp)
+    wins = p[:, :, None] * p[:, None, :] * exact.preference_probabilities(world.reward)
+    chosen = 2 * wins.sum(axis=2)
+    close(np.exp(frontier.unlikelihood(world, 0.0, 1000)), chosen, atol=1e-3)
+    far = [exact.kl(frontier.unlikelihood(world, 1.0, steps), world.ref_logp).mean() for steps in (50, 150, 450)]
+    assert far[0] < far[1] < far[2]
+
+
+def test_the_command_writes_table_points_and_picture(tmp_path, capsys, monkeypatch):
+    """Otherwise the figures cannot be read again. The spread is over the worlds."""
+    points = [Point("a kind", 0.1, seed, 1.0 + seed, 2.0, 0.5) for seed in range(2)]
+    monkeypatch.setattr(frontier, "run", lambda seeds: [points[seed] for seed in seeds])
+    assert cli.main(["frontier", f"--out={tmp_path / 'f'}", "--worlds=2"]) == 0
+    printed = capsys.readouterr().out
+    row = next(line for line in printed.splitlines() if line.startswith("a kind"))
+    assert row.split()[2:] == ["0.1", "1.500", "±", "0.707", "2.000", "±", "0.000", "0.500", "±", "0.000"]
+    written = json.loads((tmp_path / "f" / "frontier.json").read_text())
+    assert written == [point._asdict() for point in points]
+
+
+def test_the_picture_is_drawn(points, tmp_path):
+    """Needs the `plot` extra."""
+    pytest.importorskip("matplotlib")
+    assert frontier.write(tmp_path, points, make) and (tmp_path / "frontier.png").read_bytes().startswith(b"\x89PNG")
