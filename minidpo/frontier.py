@@ -136,13 +136,13 @@ def policies(world: World, seed: int) -> Iterator[tuple[str, float, Array]]:
     finite = sampled_wins(world, stream(seed, "frontier", "pairs"), PAIRS)
     learned = learned_reward(finite)
     for beta in BETAS:
-        yield "DPO, exact preferences", beta, newton(world, exactly, beta)[0]
         yield (
             "DPO, 2,000 pairs",
             beta,
             fitted(world, partial(pair_loss, ref_logp=world.ref_logp, wins=finite, beta=beta)),
         )
         yield "policy gradient, true reward", beta, natural_policy(world, world.reward, beta)
+        yield "DPO, exact preferences", beta, newton(world, exactly, beta)[0]
         yield "policy gradient, reward from 2,000 pairs", beta, natural_policy(world, learned, beta)
         yield (
             "policy gradient, sampled",

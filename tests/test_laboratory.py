@@ -81,6 +81,36 @@ def test_bradley_terry_and_plackett_luce(reward):
     close(math.exp(exact.plackett_luce(reward, [3, 1])), p[3, 1])
 
 
+@given(reward=rewards, shift=st.floats(-5, 5))
+def test_lemma_1(reward, shift):
+    """r(x, y) and r(x, y) + f(x) give the same preferences, also over rankings: otherwise Z(x) would matter."""
+    close(exact.preference_probabilities(reward + shift), exact.preference_probabilities(reward), atol=1e-12)
+    order = np.argsort(reward)
+    close(exact.plackett_luce(reward + shift, order), exact.plackett_luce(reward, order), atol=1e-9)
+    other = reward + shift * np.arange(5)  # no shift by one number per prompt
+    if abs(shift) > 0.1:
+        assert abs(exact.preference_probabilities(other) - exact.preference_probabilities(reward)).max() > 1e-4
+
+
+@given(reward=rewards, ref=logits, shift=st.floats(-5, 5), beta=st.floats(0.1, 5))
+def test_lemma_2(reward, ref, shift, beta):
+    """And the same optimal policy: otherwise equivalent rewards would ask for different models."""
+    ref = normalised(ref)
+    close(exact.optimum(ref, reward + shift, beta)[0], exact.optimum(ref, reward, beta)[0], atol=1e-9)
+
+
+@given(reward=rewards, ref=logits, logp=logits, beta=st.floats(0.1, 5))
+def test_theorem_1(reward, ref, logp, beta):
+    """Each class has exactly one reward of the form beta log(pi/pi_ref), and each policy is the optimum of its own."""
+    ref, logp = normalised(ref), normalised(logp)
+    star, _ = exact.optimum(ref, reward, beta)
+    representative = exact.implicit_reward(star, ref, beta)
+    difference = reward - representative
+    close(difference, np.full(5, difference.mean()), atol=1e-8)  # of the class of r
+    close(exact.optimum(ref, representative, beta)[1], 0, atol=1e-9)  # and the one of it whose Z is 1
+    close(exact.optimum(ref, exact.implicit_reward(logp, ref, beta), beta)[0], logp, atol=1e-9)
+
+
 @given(wins=hnp.arrays(np.int64, (4, 4), elements=st.integers(0, 2)))
 def test_fords_condition(wins):
     """By searching each path: otherwise rewards are fitted where there is no maximum, or refused where there is."""
