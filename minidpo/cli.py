@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy
 
-from . import demo, dynamics, frontier, laboratory, model, mutants, preferences, recipes, report
+from . import assumptions, demo, dynamics, frontier, laboratory, model, mutants, preferences, recipes, report
 from .cases import CASES, RandomDraw
 from .checkpoint import CheckpointError
 from .gradcheck import TOLERANCE, GradientError, check_vjp
@@ -73,13 +73,13 @@ def exactly(options: argparse.Namespace) -> int:
     world = laboratory.small_world(options.seed)
     print(f"{len(world.prompts)} prompts, {len(world.responses)} responses to each", flush=True)
     claims = []
-    for part in (*laboratory.LABORATORY, dynamics.beta_early_and_late):
+    for part in (*laboratory.LABORATORY, assumptions.finite_margins, dynamics.beta_early_and_late):
         print(f"\n{(part.__doc__ or '').splitlines()[0]}", flush=True)
         for claim in part(world, options.seed):
             claims.append(claim)
             print(f"  {VERDICTS[claim.holds]} {claim.number:>10.2e}  {claim.text}", flush=True)
     print("\nWhat breaks it, at beta 0.5: total variation to pi*, true reward, KL to the reference in nats")
-    for row in laboratory.what_breaks_it(world, options.seed):
+    for row in assumptions.what_breaks_it(world, options.seed):
         print(f"  {row.tv:7.4f} {row.reward:7.3f} {row.kl:8.3f}  {row.name}", flush=True)
     judged = [claim.holds for claim in claims if claim.holds is not None]
     failed = judged.count(False)

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from minidpo import cli, dynamics, exact, gradcheck, laboratory, losses
+from minidpo import assumptions, cli, dynamics, exact, gradcheck, laboratory, losses
 from minidpo.tensor import Tensor
 from models import CONFIG, small
 
@@ -158,7 +158,7 @@ def test_too_large_a_world_is_refused():
     "claims",
     [
         laboratory.bradley_terry, laboratory.constrained_objective, laboratory.reparametrisation, laboratory.rlhf,
-        laboratory.sampling_noise, laboratory.mean_log_ratio, laboratory.finite_margins, dynamics.beta_early_and_late,
+        laboratory.sampling_noise, laboratory.mean_log_ratio, assumptions.finite_margins, dynamics.beta_early_and_late,
     ],
     ids=lambda claims: claims.__name__,
 )  # fmt: skip
@@ -197,12 +197,12 @@ def test_the_command_prints_claim_number_and_verdict(broken, capsys, monkeypatch
 
     monkeypatch.setattr(laboratory, "LABORATORY", [part])
     monkeypatch.setattr(laboratory, "small_world", lambda seed: world)
-    monkeypatch.setattr(laboratory, "what_breaks_it", lambda world, seed: [laboratory.Outcome("name", 0.1, 0.2, 0.3)])
+    monkeypatch.setattr(assumptions, "what_breaks_it", lambda world, seed: [assumptions.Outcome("name", 0.1, 0.2, 0.3)])
     assert cli.main(["exact"]) == int(broken)
     printed = capsys.readouterr().out
     assert f"  {'FAILS' if broken else 'holds'}" in printed and "  shown   7.00e+00  by the way" in printed
     assert "A law." in printed and "0.1000   0.200    0.300  name" in printed
-    assert f"{5 if broken else 6} of 6 claims hold" in printed
+    assert f"{7 if broken else 8} of 8 claims hold" in printed
 
 
 def test_what_beta_does_is_drawn(tmp_path):
@@ -277,7 +277,7 @@ def test_sampled_gradients_are_unbiased(world):
 
 def test_what_breaks_it_breaks_it(world):
     """Nothing broken ends at pi*; certain labels leave it far behind, and flipped ones pull it to the reference."""
-    rows = {row.name: row for row in laboratory.what_breaks_it(world, 0, steps=300)}
+    rows = {row.name: row for row in assumptions.what_breaks_it(world, 0, steps=300)}
     assert rows["pi*"].tv == 0 and rows["DPO, nothing broken"].tv < 1e-3
     assert rows["DPO, labels without noise"].kl > 2 * rows["pi*"].kl and rows["DPO, labels without noise"].tv > 0.3
     assert rows["IPO, labels without noise"].kl < rows["DPO, labels without noise"].kl
@@ -285,7 +285,7 @@ def test_what_breaks_it_breaks_it(world):
     assert len(flipped) == 3 and all(row.kl < rows["pi*"].kl and row.tv > 0.05 for row in flipped)
     for name in ("DPO, 300 sampled pairs a prompt", "DPO, a reference without support for the ten best"):
         assert rows[name].tv > 0.01
-    row = laboratory.outcome("x", world, world.ref_logp, 0.5)
+    row = assumptions.outcome("x", world, world.ref_logp, 0.5)
     assert row.kl == 0 and row.reward == pytest.approx(
         (np.exp(world.ref_logp) * world.reward).sum() / len(world.reward)
     )

@@ -13,7 +13,7 @@ from pathlib import Path
 from hypothesis import settings
 
 import minidpo
-from minidpo import demo, frontier, laboratory
+from minidpo import assumptions, demo, frontier, laboratory
 from minidpo.cli import main
 from test_demo import SIZES
 
@@ -58,7 +58,7 @@ def test_the_commands_exist(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(demo, "FULL", SIZES)
     monkeypatch.setattr(laboratory, "LABORATORY", laboratory.LABORATORY[:3])
-    monkeypatch.setattr(laboratory, "what_breaks_it", lambda world, seed: [])
+    monkeypatch.setattr(assumptions, "what_breaks_it", lambda world, seed: [])
     steps = ["--steps", "1"]
     shorter = {"check": ["--cases", "1"], "pretrain": steps, "sft": steps, "dpo": steps, "judge": ["--replies", "5"]}
     shorter["frontier"] = ["--worlds", "1"]
