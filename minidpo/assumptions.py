@@ -10,7 +10,18 @@ import numpy
 
 from . import exact, losses, ops, optim
 from .backend import Array
-from .laboratory import Claim, World, at_most, descend, last, pair_loss, square_loss, table_policy, transformer_policy
+from .laboratory import (
+    Claim,
+    World,
+    at_most,
+    descend,
+    last,
+    pair_loss,
+    sampled_wins,
+    square_loss,
+    table_policy,
+    transformer_policy,
+)
 from .streams import stream
 from .tensor import Tensor
 
@@ -34,14 +45,9 @@ def outcome(name: str, world: World, logp: Array, beta: float) -> Outcome:
 
 def what_breaks_it(world: World, seed: int, steps: int = 1500) -> list[Outcome]:
     """pi* at beta 0.5, and what DPO, conservative DPO and IPO reach where one assumption fails."""
-    beta, (P, N) = 0.5, world.reward.shape
-    probabilities = exact.preference_probabilities(world.reward) * (1 - numpy.eye(N))
-    rng = stream(seed, "pairs")
-    pairs = numpy.zeros((P, N, N))
-    for x in range(P):
-        for _ in range(300):
-            i, j = rng.choice(N, 2, replace=False)
-            pairs[(x, i, j) if rng.random() < probabilities[x, i, j] else (x, j, i)] += 1
+    beta = 0.5
+    probabilities = exact.preference_probabilities(world.reward) * (1 - numpy.eye(world.reward.shape[-1]))
+    pairs = sampled_wins(world, stream(seed, "pairs"), 300)
     sure = (world.reward[:, :, None] > world.reward[:, None, :]).astype("float64")
     flip = 0.3
     flipped = (1 - flip) * probabilities + flip * probabilities.transpose(0, 2, 1)

@@ -81,10 +81,8 @@ def exact_logprobs(
     home = {p[:t]: (n, t) for n, p in enumerate(longest) for t in range(len(p) + 1)}
     T = max(map(len, prompts)) + max(map(len, longest))
     texts = [[*x, *p] for x in prompts for p in longest]
-    real = [[True] * len(text) + [False] * (T - len(text)) for text in texts]
-    tokens = [text + [END_OF_TEXT] * (T - len(text)) for text in texts]
-    padded = any(len(text) < T for text in texts)
-    logits = forward(params, config, tokens, real if padded else None)  # (P M, T) -> (P M, T, V)
+    tokens = [text + [END_OF_TEXT] * (T - len(text)) for text in texts]  # nothing sees the pads behind it
+    logits = forward(params, config, tokens)  # (P M, T) -> (P M, T, V)
     V = config.vocab_size
     picks, segments = [], []
     for b, x in enumerate(prompts):

@@ -25,6 +25,7 @@ from .laboratory import (
     newton,
     pair_loss,
     policy_gradient,
+    sampled_wins,
     small_world,
     square_loss,
     table_policy,
@@ -61,19 +62,6 @@ def best_of(world: World, count: int) -> Array:
     logp = numpy.empty_like(p)
     numpy.put_along_axis(logp, order, numpy.log(numpy.maximum(ordered, 1e-300)), axis=-1)
     return ops.log_softmax.raw(logp)[0]
-
-
-def sampled_wins(world: World, rng: numpy.random.Generator, count: int) -> Array:
-    """How often each response was preferred to each other, in pairs drawn evenly.  -> (P, N, N)"""
-    P, N = world.reward.shape
-    wins = numpy.zeros((P, N, N))
-    for x in range(P):
-        first = rng.integers(0, N, count)
-        second = (first + rng.integers(1, N, count)) % N
-        gap = world.reward[x, first] - world.reward[x, second]
-        preferred = rng.random(count) < 1 / (1 + numpy.exp(-gap))
-        numpy.add.at(wins[x], (numpy.where(preferred, first, second), numpy.where(preferred, second, first)), 1)
-    return wins
 
 
 def learned_reward(wins: Array, prior: float = 1e-3) -> Array:

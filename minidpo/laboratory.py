@@ -64,6 +64,19 @@ def random_policies(world: World, seed: int, count: int = 20) -> Iterator[Array]
         yield ops.log_softmax.raw(logits)[0]
 
 
+def sampled_wins(world: World, rng: numpy.random.Generator, count: int) -> Array:
+    """How often each response was preferred to each other, in pairs drawn evenly.  -> (P, N, N)"""
+    P, N = world.reward.shape
+    wins = numpy.zeros((P, N, N))
+    for x in range(P):
+        first = rng.integers(0, N, count)
+        second = (first + rng.integers(1, N, count)) % N
+        gap = world.reward[x, first] - world.reward[x, second]
+        preferred = rng.random(count) < 1 / (1 + numpy.exp(-gap))
+        numpy.add.at(wins[x], (numpy.where(preferred, first, second), numpy.where(preferred, second, first)), 1)
+    return wins
+
+
 def bradley_terry(world: World, seed: int) -> Iterator[Claim]:
     """Preferences fix rewards up to a constant per prompt, if they fix them at all."""
     probabilities = exact.preference_probabilities(world.reward)

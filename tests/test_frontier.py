@@ -74,7 +74,7 @@ def test_best_of_n_is_its_distribution(count):
 def test_sampled_pairs_follow_bradley_terry():
     """Within four standard errors, and never a response with itself: otherwise 2,000 pairs are of another people."""
     world = make(0)
-    wins = frontier.sampled_wins(world, np.random.default_rng(0), 50_000)
+    wins = laboratory.sampled_wins(world, np.random.default_rng(0), 50_000)
     assert wins.sum(axis=(1, 2)).tolist() == [50_000] * len(wins)
     assert (np.einsum("xii->xi", wins) == 0).all()
     compared = wins + wins.transpose(0, 2, 1)
@@ -86,7 +86,7 @@ def test_sampled_pairs_follow_bradley_terry():
 def test_a_learned_reward_is_close_to_the_true_one():
     """From many pairs, up to a constant: otherwise the second line of policy gradients shows a broken fit."""
     world = make(0)
-    learned = frontier.learned_reward(frontier.sampled_wins(world, np.random.default_rng(0), 50_000), prior=0.0)
+    learned = frontier.learned_reward(laboratory.sampled_wins(world, np.random.default_rng(0), 50_000), prior=0.0)
     difference = learned - world.reward
     assert abs(difference - difference.mean(axis=-1, keepdims=True)).max() < 0.3
 
