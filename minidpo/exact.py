@@ -75,9 +75,8 @@ def exact_logprobs(
     """
     checked([(x, y) for x in prompts for y in responses])
     heads = sorted({tuple(y[:-1]) for y in responses})
-    longest = [
-        p for p, q in zip(heads, [*heads[1:], ()]) if q[: len(p)] != p
-    ]  # a prefix stands just before what goes on
+    following = [*heads[1:], None]  # in this order a prefix stands just before what goes on from it
+    longest = [p for p, q in zip(heads, following) if q is None or q[: len(p)] != p]
     home = {p[:t]: (n, t) for n, p in enumerate(longest) for t in range(len(p) + 1)}
     T = max(map(len, prompts)) + max(map(len, longest))
     texts = [[*x, *p] for x in prompts for p in longest]
@@ -212,6 +211,5 @@ def fitted_rewards(wins: Array, tolerance: float = 1e-13, most_steps: int = 100)
         size = 1.0
         while loss(reward + size * move) > loss(reward) + 1e-15 and size > 1e-6:
             size /= 2
-        reward = reward + size * move
-        reward = reward - reward.mean()
+        reward = reward + size * move  # of mean 0, as the gradient is
     return reward, most_steps

@@ -37,6 +37,8 @@ def test_exact_logprobs_are_those_of_the_chain_rule(prompts):
     assert logp.shape == (2, len(responses))
     for x, row in zip(prompts, logp.data):
         close(row, [exact.chain_rule_logprob(params, CONFIG, x, y) for y in responses], rtol=1e-10)
+    short = exact.exact_logprobs(params, CONFIG, prompts, [[2], [0]])  # responses of one token
+    close(short.data[0], [exact.chain_rule_logprob(params, CONFIG, prompts[0], y) for y in ([2], [0])], rtol=1e-10)
     few = [[1, 0], [0], [1, 2, 3], [1, 2, 3], [3, 0]]
     close(
         exact.exact_logprobs(params, CONFIG, prompts, few).data[1],
