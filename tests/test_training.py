@@ -307,3 +307,32 @@ def test_a_step_that_is_not_finite_moves_nothing():
             with np.errstate(all="ignore"), pytest.raises(FloatingPointError, match="loss is nan"):
                 training.sft_training_step(params, CONFIG, optimizer, EXAMPLES)
         assert fingerprint(params) == before
+
+
+def test_what_is_known_of_the_reference_is_used():
+    """Not scored again: otherwise a cache costs what it saves. Without a word, beta is 0.1."""
+    params, reference = small(1), model.frozen(small(2))
+    w, l = training.reference_logprobs(reference, CONFIG, PAIRS)
+    told = [
+        training.dpo_training_step(params, reference, CONFIG, Still(params), collate(PAIRS, w + shift, l), **options)
+        for shift, options in ((0.0, {}), (1.0, {"beta": 0.1}))
+    ]
+    close(told[0]["rewards/chosen"] - told[1]["rewards/chosen"], 0.1)
+    close(told[0]["rewards/rejected"], told[1]["rewards/rejected"])
+    batch = collate(PAIRS, w, l)
+    assert training.preference_evaluation(params, CONFIG, batch) == training.preference_evaluation(
+        params, CONFIG, batch, 0.1
+    )
+
+
+def test_a_measurement_that_is_not_finite_names_itself():
+    """Otherwise NaN is written as a metric, or the sentence names those that are fine."""
+    params = small()
+    batch = collate(PAIRS, *training.reference_logprobs(model.frozen(params), CONFIG, PAIRS))
+    params["ln_f.bias"].data[0] = np.nan
+    with (
+        np.errstate(all="ignore"),
+        pytest.raises(FloatingPointError, match="not finite: loss, rewards/chosen, ") as caught,
+    ):
+        training.preference_evaluation(params, CONFIG, batch)
+    assert "accuracies" not in str(caught.value)
