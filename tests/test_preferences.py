@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from minidpo import preferences
@@ -155,6 +155,7 @@ def test_completions(tmp_path):
     assert [f.reason.split(" (")[0] for f in faults] == [
         "is not JSON", "completion is missing", "completion is empty",
     ]  # fmt: skip
+    assert len(preferences.encode(rows, TOKENIZER, 8).rows) == 2
     assert preferences.fields_of(path) == COMPLETIONS
     assert preferences.fields_of(written(tmp_path, '{"id": 1}', good)) == COMPLETIONS
     assert preferences.fields_of(written(tmp_path, "", "[]", pair(completion="b"))) == preferences.PAIRS
@@ -187,6 +188,9 @@ def test_a_row_that_is_too_long_is_a_fault():
     n_positions=st.integers(1, 9),
     truncation=st.sampled_from(["prompt", "response"]),
 )
+@example(lengths=(3, 3, 1), n_positions=1, truncation="prompt")
+@example(lengths=(3, 3, 1), n_positions=1, truncation="response")
+@example(lengths=(2, 3, 1), n_positions=6, truncation="prompt")  # fits to the token
 def test_truncation_never_empties_a_response(lengths, n_positions, truncation):
     """It cuts what it says, no more than it must, and counts; a response that was cut has no end-of-text."""
     prompt, chosen, rejected = ("abcdef" * 2)[: lengths[0]], "b" * lengths[1], "c" * lengths[2]
