@@ -62,6 +62,12 @@ def gap_path(betas: Sequence[float], steps: int, rate: float, p: float) -> Array
 def beta_early_and_late(world: World, seed: int) -> Iterator[Claim]:
     """Larger beta moves faster early and stays closer late: the curves cross, and one can say when."""
     betas, rate = (0.5, 0.1, 0.01), 0.1
+    early, late = ([hard_label_gap(beta, t) for beta in betas] for t in (10, 10_000))
+    text = "; ".join(f"t = {t}: {', '.join(f'{h:.1f}' for h in gaps)}" for t, gaps in ((10, early), (10_000, late)))
+    reversed_order = early == sorted(early, reverse=True) and late == sorted(late)
+    yield Claim(
+        f"gaps at beta 0.5, 0.1, 0.01, certain labels, {text}: late, the order is reversed", late[2], reversed_order
+    )
     path = gap_path(betas, 70_000, rate, 1.0)
     for a, b, high in ((0, 1, 1e3), (1, 2, 1e5)):
         predicted = crossing(functools.partial(lead, betas[a], betas[b]), 1.0, high)

@@ -204,7 +204,7 @@ def test_the_command_prints_claim_number_and_verdict(broken, capsys, monkeypatch
     printed = capsys.readouterr().out
     assert f"  {'FAILS' if broken else 'holds'}" in printed and "  shown   7.00e+00  by the way" in printed
     assert "A law." in printed and "0.1000   0.200    0.300  name" in printed
-    assert f"{7 if broken else 8} of 8 claims hold" in printed
+    assert f"{8 if broken else 9} of 9 claims hold" in printed
 
 
 def test_what_beta_does_is_drawn(tmp_path):

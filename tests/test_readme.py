@@ -103,7 +103,10 @@ def test_each_stage_is_better_than_the_one_before_in_every_seed():
 
 
 def test_the_number_of_runs_is_true():
-    """Otherwise the reading list promises another picture."""
+    """Otherwise the reading list promises another picture, or the theory is executed on another world."""
+    world = laboratory.small_world(0)
+    assert f"all {len(world.responses)} responses of a small world to three prompts" in README
+    assert len(world.prompts) == 3
     assert f"{len(list(frontier.policies(laboratory.small_world(0, 2, 2), 0)))} runs a world" in README.replace(
         "thirty-five", "35"
     )
