@@ -13,6 +13,7 @@ from .backend import Array
 from .laboratory import (
     Claim,
     World,
+    all_pairs,
     at_most,
     descend,
     last,
@@ -46,7 +47,7 @@ def outcome(name: str, world: World, logp: Array, beta: float) -> Outcome:
 def what_breaks_it(world: World, seed: int, steps: int = 1500) -> list[Outcome]:
     """pi* at beta 0.5, and what DPO, conservative DPO and IPO reach where one assumption fails."""
     beta = 0.5
-    probabilities = exact.preference_probabilities(world.reward) * (1 - numpy.eye(world.reward.shape[-1]))
+    probabilities = all_pairs(world)
     pairs = sampled_wins(world, stream(seed, "pairs"), 300)
     sure = (world.reward[:, :, None] > world.reward[:, None, :]).astype("float64")
     flip = 0.3

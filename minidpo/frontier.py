@@ -19,12 +19,12 @@ from . import checkpoint, exact, ops, optim
 from .backend import Array
 from .laboratory import (
     World,
+    all_pairs,
     descend,
     last,
-    natural_gradient,
+    natural_policy,
     newton,
     pair_loss,
-    policy_gradient,
     sampled_wins,
     small_world,
     square_loss,
@@ -77,15 +77,6 @@ def learned_reward(wins: Array, prior: float = 1e-3) -> Array:
     return last(descend(reward, lambda: reward["reward"] * 1.0, loss, optim.AdamW(reward, weight_decay=0.0), rates))
 
 
-def natural_policy(world: World, reward: Array, beta: float) -> Array:
-    """Where 100 exact natural gradient steps on J lead.  -> (P, N)"""
-    logp = world.ref_logp
-    for _ in range(100):
-        move = natural_gradient(logp, policy_gradient(logp, world.ref_logp, reward, beta))
-        logp = ops.log_softmax.raw(logp + 0.5 / beta * move)[0]
-    return logp
-
-
 def sampled_policy(world: World, beta: float, rng: numpy.random.Generator, batch: int = 64) -> Array:
     """REINFORCE: 1,000 steps, each on 64 samples of the policy, with their mean as the baseline.  -> (P, N)"""
     logits = world.ref_logp.copy()
@@ -120,7 +111,7 @@ def unlikelihood(world: World, alpha: float, steps: int) -> Array:
 
 def policies(world: World, seed: int) -> Iterator[tuple[str, float, Array]]:
     """Every run: its kind, its strength and its policy."""
-    exactly = exact.preference_probabilities(world.reward) * (1 - numpy.eye(world.reward.shape[-1]))
+    exactly = all_pairs(world)
     finite = sampled_wins(world, stream(seed, "frontier", "pairs"), PAIRS)
     learned = learned_reward(finite)
     for beta in BETAS:
@@ -129,9 +120,9 @@ def policies(world: World, seed: int) -> Iterator[tuple[str, float, Array]]:
             beta,
             fitted(world, partial(pair_loss, ref_logp=world.ref_logp, wins=finite, beta=beta)),
         )
-        yield "policy gradient, true reward", beta, natural_policy(world, world.reward, beta)
+        yield "policy gradient, true reward", beta, natural_policy(world, world.reward, beta, 100)
         yield "DPO, exact preferences", beta, newton(world, exactly, beta)[0]
-        yield "policy gradient, reward from 2,000 pairs", beta, natural_policy(world, learned, beta)
+        yield "policy gradient, reward from 2,000 pairs", beta, natural_policy(world, learned, beta, 100)
         yield (
             "policy gradient, sampled",
             beta,

@@ -77,6 +77,11 @@ def sampled_wins(world: World, rng: numpy.random.Generator, count: int) -> Array
     return wins
 
 
+def all_pairs(world: World) -> Array:
+    """How often each response is preferred to each other where every pair is labelled by its exact probability."""
+    return exact.preference_probabilities(world.reward) * (1 - numpy.eye(world.reward.shape[-1]))
+
+
 def bradley_terry(world: World, seed: int) -> Iterator[Claim]:
     """Preferences fix rewards up to a constant per prompt, if they fix them at all."""
     probabilities = exact.preference_probabilities(world.reward)
@@ -97,9 +102,7 @@ def bradley_terry(world: World, seed: int) -> Iterator[Claim]:
         1e-9,
     )
     chain = numpy.diag([1.0, 1.0], k=1)  # 0 preferred to 1, 1 to 2
-    far = -(
-        chain * ops.logsigmoid.raw(40.0 * (chain * 0 + numpy.array([[2.0], [1.0], [0.0]]) - [2.0, 1.0, 0.0]))[0]
-    ).sum()
+    far = -(chain * ops.logsigmoid.raw(numpy.subtract.outer([80.0, 40.0, 0.0], [80.0, 40.0, 0.0]))[0]).sum()
     yield Claim(
         "a chain of labels has no maximum: its loss falls to 0 as rewards move apart",
         float(far),
@@ -156,25 +159,29 @@ def reparametrisation(world: World, seed: int) -> Iterator[Claim]:
     yield at_most("Theorem 1: one reward of the form beta log(pi/pi_ref) in the class", error, 1e-12)
 
 
+def margins(logp: Tensor, ref_logp: Array) -> Tensor:
+    """h_i - h_j of every ordered pair, h = log pi - log pi_ref.  (P, N), (P, N) -> (P, N, N)"""
+    P, N = logp.shape
+    h = logp - ref_logp
+    return ops.reshape(h, (P, N, 1)) - ops.reshape(h, (P, 1, N))
+
+
+def shares(wins: Array) -> Array:
+    """The weight of each ordered pair in a mean over the pairs of a prompt, and over the prompts.  (P, N, N)"""
+    return wins / (len(wins) * wins.sum(axis=(1, 2), keepdims=True))
+
+
 def pair_loss(logp: Tensor, ref_logp: Array, wins: Array, beta: float) -> Tensor:
     """DPO on all ordered pairs, as often as `wins` says: -mean_x sum_ij wins_ij log sigma(beta (h_i - h_j))/sum wins.
 
     h = log pi - log pi_ref. (P, N), (P, N), (P, N, N) -> ()
     """
-    P, N = logp.shape
-    h = logp - ref_logp
-    z = beta * (ops.reshape(h, (P, N, 1)) - ops.reshape(h, (P, 1, N)))
-    weights = wins / (P * wins.sum(axis=(1, 2), keepdims=True))
-    return -ops.sum(weights * ops.logsigmoid(z))
+    return -ops.sum(shares(wins) * ops.logsigmoid(beta * margins(logp, ref_logp)))
 
 
 def square_loss(logp: Tensor, ref_logp: Array, wins: Array, beta: float) -> Tensor:
     """IPO on all ordered pairs: mean_x sum_ij wins_ij (h_i - h_j - 1/(2 beta))^2/sum wins, h = log pi - log pi_ref."""
-    P, N = logp.shape
-    h = logp - ref_logp
-    margin = ops.reshape(h, (P, N, 1)) - ops.reshape(h, (P, 1, N))
-    weights = wins / (P * wins.sum(axis=(1, 2), keepdims=True))
-    return ops.sum(weights * (margin - 1 / (2 * beta)) ** 2)
+    return ops.sum(shares(wins) * (margins(logp, ref_logp) - 1 / (2 * beta)) ** 2)
 
 
 def newton(world: World, wins: Array, beta: float) -> tuple[Array, int]:
@@ -231,7 +238,7 @@ def last(policies: Iterator[Array]) -> Array:
 
 def optimum_of_dpo(world: World, seed: int) -> Iterator[Claim]:
     """The minimiser of DPO over all pairs, labelled with their exact probabilities, is pi*: for a table of logits."""
-    wins = exact.preference_probabilities(world.reward) * (1 - numpy.eye(world.reward.shape[-1]))
+    wins = all_pairs(world)
     worst, taken = 0.0, 0
     for beta in BETAS:
         star, _ = exact.optimum(world.ref_logp, world.reward, beta)
@@ -260,7 +267,7 @@ def optimum_of_transformers(
     steps: int = 1500,
 ) -> Iterator[Claim]:
     """The same for transformers, each of a width, a number of layers and a distance that it should come within."""
-    wins = exact.preference_probabilities(world.reward) * (1 - numpy.eye(world.reward.shape[-1]))
+    wins = all_pairs(world)
     runs = [(0.5, *size, steps) for size in sizes]
     runs += [(beta, *sizes[-1][:2], math.inf, 2 * steps // 3) for beta in BETAS if beta != 0.5]
     for beta, n_embd, n_layer, bound, length in runs:
@@ -294,17 +301,23 @@ def natural_gradient(logp: Array, gradient: Array) -> Array:
     return gradient / numpy.exp(logp)
 
 
+def natural_policy(world: World, reward: Array, beta: float, steps: int) -> Array:
+    """Where so many exact natural gradient steps of 1/(2 beta) on J lead from the reference.  -> (P, N)"""
+    logp = world.ref_logp
+    for _ in range(steps):
+        move = natural_gradient(logp, policy_gradient(logp, world.ref_logp, reward, beta))
+        logp = ops.log_softmax.raw(logp + 0.5 / beta * move)[0]
+    return logp
+
+
 def rlhf(world: World, seed: int) -> Iterator[Claim]:
     """A reward model fitted to the same pairs, then the policy gradient of J: the long way to the same pi*."""
-    wins = exact.preference_probabilities(world.reward) * (1 - numpy.eye(world.reward.shape[-1]))
+    wins = all_pairs(world)
     learned = numpy.stack([exact.fitted_rewards(w)[0] for w in wins])
     worst = 0.0
     for beta in BETAS:
         star, _ = exact.optimum(world.ref_logp, world.reward, beta)
-        logp = world.ref_logp
-        for _ in range(60):
-            move = natural_gradient(logp, policy_gradient(logp, world.ref_logp, learned, beta))
-            logp = ops.log_softmax.raw(logp + 0.5 / beta * move)[0]
+        logp = natural_policy(world, learned, beta, 60)
         worst = max(worst, exact.total_variation(logp, star).max())
     yield at_most("natural policy gradient on learned rewards, 60 steps of 1/(2 beta): TV to pi*", worst, 1e-12)
     for beta in (5.0, 0.5, 0.05):
@@ -350,7 +363,7 @@ def sampling_noise(world: World, seed: int) -> Iterator[Claim]:
 
 def mean_log_ratio(world: World, seed: int) -> Iterator[Claim]:
     """E over pi_ref of log(pi/pi_ref) = -KL(pi_ref || pi): implicit rewards sink as soon as the policy moves."""
-    wins = exact.preference_probabilities(world.reward) * (1 - numpy.eye(world.reward.shape[-1]))
+    wins = all_pairs(world)
     params, log_policy = table_policy(world)
     optimizer = optim.AdamW(params, weight_decay=0.0)
     policies = descend(params, log_policy, lambda p: pair_loss(p, world.ref_logp, wins, 0.5), optimizer, [0.1] * 100)

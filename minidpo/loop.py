@@ -382,11 +382,27 @@ def run_loop(
 
     Raises
     ------
+    CheckpointError
+        If another process is at this run; nothing is touched then.
     FloatingPointError
         If a loss, a gradient or a parameter is not finite: names the step, the batch's rows, the last checkpoint.
     Interrupted
         If Ctrl-C or SIGTERM came; the run has saved.
     """
+    with alone(run):
+        return train(run, params, config, tokenizer, optimizer, task, settings)
+
+
+def train(
+    run: Path,
+    params: Params,
+    config: Config,
+    tokenizer: Tokenizer,
+    optimizer: optim.Optimizer,
+    task: Task,
+    settings: Settings,
+) -> Path:
+    """`run_loop`, for the one process that is at the run."""
     remove_leftovers(run)
     newest = checkpoint.latest(run)
     if newest == run / RESULT:
@@ -399,7 +415,7 @@ def run_loop(
     progress = Progress(run.name, settings.steps)
     indices: list[int] = []
     try:
-        with alone(run), Interrupt().listening() as interrupt, (run / "metrics.jsonl").open("a") as metrics_file:
+        with Interrupt().listening() as interrupt, (run / "metrics.jsonl").open("a") as metrics_file:
 
             def write(metrics: Metrics) -> None:
                 metrics_file.write(json.dumps({"step": state.step, **metrics}, allow_nan=False) + "\n")

@@ -229,7 +229,8 @@ def data(options: argparse.Namespace, fields: Sequence[str], tokenizer: Tokenize
 def sft(options: argparse.Namespace) -> int:
     """Fine-tune a model on responses, or train a new one on them."""
     fields = preferences.fields_of(options.data)
-    text = "".join(row.prompt + "".join(row.responses) for row in preferences.read(options.data, fields)[0])
+    rows_read = [] if options.init else preferences.read(options.data, fields)[0]
+    text = "".join(row.prompt + "".join(row.responses) for row in rows_read)
     begun = beginning(options, text, NEW_MODEL)
     params, config, tokenizer = begun.params, begun.config, begun.tokenizer
     rows = data(options, fields, tokenizer, config.n_positions)

@@ -289,8 +289,14 @@ def test_a_model_that_is_not_finite_is_never_saved(tmp_path):
 def test_one_process_at_a_time(tmp_path):
     """Otherwise each deletes what the other has just written."""
     run, arguments = setup(tmp_path, [1.0] * 11)
+    half_written = run / (".step-000001." + "0" * 32)
+    half_written.mkdir()
+    (run / "model").mkdir()
+    (run / "metrics.jsonl").write_text('{"step": 5}\n{"st')
     with loop.alone(run), pytest.raises(checkpoint.CheckpointError, match="another process is at this run"):
         loop.run_loop(run, *arguments)
+    assert half_written.exists() and (run / "model").exists()
+    assert (run / "metrics.jsonl").read_text() == '{"step": 5}\n{"st'
     loop.run_loop(run, *arguments)
 
 
