@@ -1,6 +1,20 @@
 """minidpo: preference optimisation from scratch, every derivative in plain sight."""
 
-from . import checkpoint, exact, generation, gradcheck, losses, model, ops, optim, preferences, scoring, training, world
+from . import (
+    checkpoint,
+    exact,
+    explain,
+    generation,
+    gradcheck,
+    losses,
+    model,
+    ops,
+    optim,
+    preferences,
+    scoring,
+    training,
+    world,
+)
 from .model import Config
 from .tensor import Tensor
 
@@ -9,6 +23,7 @@ __all__ = [
     "Tensor",
     "checkpoint",
     "exact",
+    "explain",
     "generation",
     "gradcheck",
     "losses",

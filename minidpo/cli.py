@@ -9,7 +9,19 @@ from pathlib import Path
 
 import numpy
 
-from . import assumptions, demo, dynamics, frontier, laboratory, model, mutants, preferences, recipes, report
+from . import (
+    assumptions,
+    demo,
+    dynamics,
+    frontier,
+    inspection,
+    laboratory,
+    model,
+    mutants,
+    preferences,
+    recipes,
+    report,
+)
 from .cases import CASES, RandomDraw
 from .checkpoint import CheckpointError
 from .gradcheck import TOLERANCE, GradientError, check_vjp
@@ -143,7 +155,7 @@ def between(low: float, high: float, closed: str = "") -> Callable[[str], float]
     return number
 
 
-WITHOUT_CHANCE = (recipes.evaluate, recipes.score, resume)
+WITHOUT_CHANCE = (recipes.evaluate, recipes.score, inspection.explain_pair, inspection.displaced, resume)
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):
@@ -354,6 +366,56 @@ def parser() -> argparse.ArgumentParser:
         row_options(added)
         if required:
             added.add_argument("--json", action="store_true", help="print one JSON object")
+
+    def pair_options(added: argparse.ArgumentParser, required: bool) -> None:
+        added.add_argument("--checkpoint", type=Path, required=required, help="checkpoint or run of the policy")
+        added.add_argument(
+            "--reference", type=Path, help="checkpoint or run of the reference; a dpo run's own, or the policy itself"
+        )
+        added.add_argument(
+            "--beta", type=between(0, math.inf), help=f"reward per nat; a dpo run's own, or {inspection.BETA:g}"
+        )
+        added.add_argument(
+            "--learning-rate", type=between(0, math.inf), default=1e-6, help="of the steps that are predicted and taken"
+        )
+
+    added = command(
+        inspection.explain_pair,
+        "show every gradient of one preference pair",
+        "Show what the DPO loss makes of one pair: each token's log-probability, its share of the implicit reward, the "
+        "coefficient and the logits that are pushed; the gradient by formula, per logit, by autograd and by finite "
+        "difference; and what a step will do to both log-probabilities, beside what it does.",
+        name="explain",
+    )
+    pair_options(added, required=True)
+    added.add_argument("--prompt", required=True, help="as it stands in the data")
+    added.add_argument("--newline", action="store_true", help="end the prompt with a newline")
+    added.add_argument("--chosen", required=True, help="the preferred response")
+    added.add_argument("--rejected", required=True, help="the other one")
+    added.add_argument("--json", action="store_true", help="print one JSON object")
+    added.add_argument("--html", type=Path, help="a page to write the tokens to")
+    added.add_argument(
+        "--graph", type=Path, help="a file to write the loss's graph to: .dot (Graphviz), .mmd (Mermaid)"
+    )
+
+    added = command(
+        inspection.displaced,
+        "show how being preferred can make a response less likely",
+        "Train a model of three words on one pair, with and without a likelihood term. With --checkpoint and --data: "
+        "take a small step on each pair by itself, and count those that lower their own chosen log-probability, as "
+        "predicted to first order and as measured.",
+        name="displacement",
+    )
+    pair_options(added, required=False)
+    added.add_argument("--data", type=Path, help="JSON Lines of prompt/chosen/rejected")
+    row_options(added)
+
+    command(
+        inspection.unmoved,
+        "what leaves the DPO loss alone, and what looks alike and does not",
+        "Measure on a random model how much the loss and its gradient change where they must not, and where they must.",
+        name="invariances",
+    )
 
     added = command(
         recipes.sample,

@@ -24,7 +24,7 @@ SOURCE = Path(minidpo.__file__).parent
 def test_each_example_prints_what_stands_below_it():
     """Otherwise the numbers on the first screen are decoration."""
     examples = re.findall(r"```python\n(.*?)```\n+```\n(.*?)```", README, re.DOTALL)
-    assert len(examples) == README.count("```python") == 2
+    assert len(examples) == README.count("```python") == 3
     for code, output in examples:
         printed = io.StringIO()
         with contextlib.redirect_stdout(printed):
@@ -50,7 +50,7 @@ def test_line_counts_are_true():
 def test_the_commands_exist(tmp_path, monkeypatch):
     """Otherwise the first command that a newcomer types fails. (The others are run as they stand by CI.)"""
     commands = [shlex.split(line) for line in README.splitlines() if line.startswith("python -m minidpo ")]
-    assert len(commands) == 14
+    assert len(commands) == 17
     (tmp_path / "names.txt").write_text("emma\nmia\nava\n")
     rows = [{"prompt": f"my order is late.{i}\n", "chosen": f"sorry{i}", "rejected": f"no{i}"} for i in range(6)]
     for name in ("pairs.jsonl", "more.jsonl"):

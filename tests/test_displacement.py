@@ -1,0 +1,134 @@
+"""A preferred response that becomes less likely: predicted, taken, and proved on three words."""
+
+import functools
+
+import numpy as np
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+import models
+from minidpo import Tensor, displacement, explain, optim, scoring
+from minidpo.displacement import VECTORS, three_words
+from models import CONFIG, small
+
+close = np.testing.assert_allclose
+seeds = st.integers(0, 20)
+
+
+def view_of(ids, seed=0):
+    return explain.pair(small(seed), small(seed + 1), CONFIG, *ids, 0.3)
+
+
+@given(ids=models.pairs(), seed=seeds)
+def test_kernels_are_inner_products_of_gradients(ids, seed):
+    """Otherwise the cross push is not one. (K_ab is how log pi(a) changes along the gradient of log pi(b).)"""
+    told = displacement.step(small(seed), CONFIG, view_of(ids, seed))
+    x, w, l = ids
+
+    def along(a, b, h=1e-6):
+        params = small(seed)
+        scoring.sequence_logprob(params, CONFIG, [x], [b]).backward()
+        ends = []
+        for step in (h, -h):
+            moved = {name: Tensor(p.data + step * p.grad) for name, p in params.items()}
+            ends.append(scoring.sequence_logprob(moved, CONFIG, [x], [a]).item())
+        return (ends[0] - ends[1]) / (2 * h)
+
+    scale = max(told.K_ww, told.K_ll)
+    close([told.K_ww, told.K_ll, told.K_wl], [along(w, w), along(l, l), along(w, l)], atol=1e-4 * scale)
+    assert told.K_wl**2 <= told.K_ww * told.K_ll * (1 + 1e-12)
+
+
+@given(seed=st.integers(0, 50))
+def test_the_prediction_is_first_order(seed):
+    """Otherwise it is another number than the derivative: its error must fall in proportion to the rate."""
+    ids = ([0, 1, 2], [1, 2, 3, 0], [1, 4, 0])
+    view = view_of(ids, seed)
+    for name in ("chosen", "rejected"):
+        errors, rounding = [], []
+        for rate in (1e-4, 1e-5, 1e-6):
+            change = getattr(displacement.step(small(seed), CONFIG, view, rate), name)
+            assume(abs(change.predicted) > 1e-3 * rate)
+            errors.append(change.measured / change.predicted - 1)
+            rounding.append(1e-13 / abs(change.predicted))
+            close(change.own + change.cross, change.predicted, rtol=1e-12)
+        assert abs(errors[0]) < 0.1
+        for larger, smaller, noise in zip(errors, errors[1:], rounding[1:], strict=False):
+            assert abs(larger - 10 * smaller) < 0.1 * abs(larger) + 10 * noise, errors
+
+
+def test_own_pushes_have_their_signs_and_adamw_breaks_the_prediction():
+    """Otherwise the split is not what it is called; and a reader believes it of every optimizer."""
+    policy, ids = small(3), ([0, 1, 2], [1, 2, 3, 0], [1, 4, 0])
+    view = view_of(ids, 3)
+    before = {name: p.data.copy() for name, p in policy.items()}
+    plain = displacement.step(policy, CONFIG, view, 1e-6)
+    assert plain.chosen.own > 0 > plain.rejected.own
+    assert plain.chosen.cross == -plain.rejected.cross == pytest.approx(-1e-6 * 0.3 * view.weight * plain.K_wl)
+    assert all((policy[name].data == before[name]).all() and policy[name].grad is None for name in policy)
+    adamw = functools.partial(optim.AdamW, weight_decay=0.0)
+    ratios = [
+        told.chosen.measured / told.chosen.predicted
+        for told in (displacement.step(policy, CONFIG, view, rate, adamw) for rate in (1e-6, 1e-8))
+    ]
+    assert all(abs(ratio - 1) > 0.5 for ratio in ratios)
+    close(ratios[0], ratios[1], rtol=1e-2)  # a first step of AdamW is linear in its rate too, along another direction
+
+
+def test_the_sign_of_the_prediction_is_that_of_the_step():
+    """In at least 99 of 100 random pairs: otherwise the meter counts something else. Both signs must occur."""
+    rng = np.random.default_rng(0)
+    steps = []
+    for seed in range(20):
+        pairs = [tuple(rng.integers(0, 5, rng.integers(1, 4)).tolist() for _ in range(3)) for _ in range(15)]
+        steps += displacement.meter(small(seed), small(seed + 1), CONFIG, [ids for ids in pairs if ids[1] != ids[2]])
+    falls = [told.chosen.predicted < 0 for told in steps]
+    agree = [told.chosen.measured < 0 for told in steps] == np.array(falls)
+    assert len(steps) > 250 and agree.mean() >= 0.99
+    assert 5 < sum(falls) < len(falls) - 5
+    assert falls == [told.K_wl > told.K_ww for told in steps]
+    told = displacement.meter_as_text(steps)
+    assert told.startswith(f"{len(steps)} pairs: ") and f" in {sum(falls)} of them" in told
+    assert told.endswith(f"agree in {agree.sum()}")
+
+
+def test_without_likelihood_the_chosen_word_falls_at_every_step():
+    """Otherwise "provably" is a figure of speech: log pi("no") only falls, the margin only grows, "yes" takes all."""
+    run = three_words()
+    no, never, yes = run.path.T
+    assert (np.diff(no) < 0).all() and (np.diff(no - never) > 0).all()
+    assert no[0] == pytest.approx(-np.log(3)) and no[-1] < -13 and yes[-1] > -1e-5
+    assert three_words(steps=200).loss > run.loss > three_words(steps=4000).loss
+
+
+def test_the_reasons_given_are_true():
+    """Otherwise the proof in the docstring is of another model: <u, d> is 2, 0, 5, its mean 7/3, its variance > 0."""
+    d = VECTORS[0] - VECTORS[1]
+    along = VECTORS @ d
+    assert along.tolist() == [2, 0, 5] and np.isclose(along.mean(), 7 / 3)
+    for s in (0.0, 0.5, 2.0):
+        p, up, down = (np.exp(t * along) / np.exp(t * along).sum() for t in (s, s + 1e-6, s - 1e-6))
+        slope = ((up - down) @ along) / 2e-6
+        close(slope, p @ along**2 - (p @ along) ** 2, rtol=1e-6)
+        chosen = (np.log(up[0]) - np.log(down[0])) / 2e-6
+        close(chosen, along[0] - p @ along, rtol=1e-6)
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.02, 0.05, 0.1, 0.5])
+def test_the_first_slope_is_measured(weight):
+    """Otherwise the threshold at which the likelihood term saves the chosen word is another one."""
+    run = three_words(weight, steps=1, learning_rate=1e-6)
+    measured = (run.path[1] - run.path[0])[0] / 1e-6
+    close(measured, run.slope, rtol=1e-4)
+    assert (run.slope > 0) == (weight > 0.75 / 13)  # (beta/2)(1/3) = 0.25/3 against weight * 13/9
+
+
+def test_with_likelihood_the_chosen_word_ends_likely():
+    """Otherwise the cure does not cure."""
+    assert three_words(0.02).path[:, 0].min() < -1.0986  # it fell first
+    for weight in (0.02, 0.1, 0.5):
+        run = three_words(weight)
+        assert run.path[-1, 0] > -0.1 and run.loss < 0.02
+    printed = displacement.words_as_text([three_words(0.0, steps=3), three_words(0.5, steps=3)])
+    assert printed.count("\n") == 3 and '"no" over "never"' in printed

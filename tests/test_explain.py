@@ -1,0 +1,196 @@
+"""What is shown of a pair is what the loss computes: by the chain rule, by differences, by taking the step."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import models
+from minidpo import Tensor, explain, losses, model
+from minidpo.exact import chain_rule_logprob
+from minidpo.model import Config
+from minidpo.tokenizer import Tokenizer
+from models import CONFIG, small
+
+close = np.testing.assert_allclose
+seeds = st.integers(0, 20)
+
+
+def view_of(ids, seed=0, beta=0.3, **options):
+    return explain.pair(small(seed), small(seed + 1), CONFIG, *ids, beta, **options)
+
+
+@given(ids=models.pairs(), seed=seeds)
+def test_each_token_has_the_probability_of_the_chain_rule(ids, seed):
+    """Otherwise the numbers below a token are another token's."""
+    view = view_of(ids, seed)
+    for response, tokens in zip(ids[1:], (view.chosen, view.rejected), strict=True):
+        for t, told in enumerate(tokens):
+            assert told.id == response[t]
+            for params, logp in ((small(seed), told.logp), (small(seed + 1), told.ref_logp)):
+                whole, before = (chain_rule_logprob(params, CONFIG, ids[0], response[:n]) for n in (t + 1, t))
+                close(logp, whole - before, atol=1e-11)
+            close(told.probability, math.exp(told.logp), rtol=1e-12)
+            close(told.log_ratio, told.logp - told.ref_logp, atol=1e-12)
+            close(told.reward, 0.3 * sum(other.log_ratio for other in tokens[: t + 1]), atol=1e-12)
+
+
+@given(ids=models.pairs(), seed=seeds)
+def test_the_footer_is_the_sum_of_the_tokens(ids, seed):
+    """Otherwise the four log-probabilities and what is made of them belong to another pair."""
+    view = view_of(ids, seed)
+    for name in ("logp", "ref_logp"):
+        for side, tokens in (("w", view.chosen), ("l", view.rejected)):
+            close(getattr(view, f"{name}_{side}"), sum(getattr(told, name) for told in tokens), atol=1e-12)
+    close(view.policy_gap, view.logp_w - view.logp_l, atol=1e-12)
+    close(view.margin, view.policy_gap - view.reference_gap, atol=1e-12)
+    close([view.reward_w, view.reward_l], [view.chosen[-1].reward, view.rejected[-1].reward], atol=1e-12)
+    z = 0.3 * view.margin
+    close([view.weight, view.loss], [1 / (1 + math.exp(z)), math.log(1 + math.exp(-z))], rtol=1e-10)
+    assert {told.coefficient for told in view.chosen} == {-0.3 * view.weight}
+    assert {told.coefficient for told in view.rejected} == {0.3 * view.weight}
+
+
+def loss_of_rows(logits, ids, ref_gap, beta):
+    """The loss from the logits of contexts, in plain NumPy; a context is looked up by its tokens."""
+    contexts = {}
+    for y in ids[1:]:
+        for t in range(len(y)):
+            contexts.setdefault(tuple(y[:t]), len(contexts))
+    logp = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+    w, l = (sum(logp[contexts[tuple(y[:t])], token] for t, token in enumerate(y)) for y in ids[1:])
+    return np.log(1 + np.exp(-beta * (w - l - ref_gap))), len(contexts)
+
+
+@given(ids=models.pairs(), seed=seeds)
+def test_pushes_are_the_derivative_in_the_logits(ids, seed):
+    """Otherwise the arrows point where no step goes. (Complex step; rows are contexts, each once.)"""
+    view = view_of(ids, seed)
+    logits = explain.context_logits(explain.double(small(seed)), CONFIG, view.ids).data
+    _, contexts = loss_of_rows(logits, ids, view.reference_gap, view.beta)
+    assert len(logits) == contexts
+    gradient = np.zeros(logits.shape)
+    for entry in np.ndindex(logits.shape):
+        moved = logits.astype(complex)
+        moved[entry] += 1e-20j
+        gradient[entry] = loss_of_rows(moved, ids, view.reference_gap, view.beta)[0].imag / 1e-20
+    for side, tokens in enumerate((view.chosen, view.rejected)):
+        for told, row in zip(tokens, explain.context_rows(view.ids)[side], strict=True):
+            push = -gradient[row]
+            close(told.push, push[told.id], atol=1e-14)
+            close(told.gradient_norm, np.sqrt((push**2).sum()), atol=1e-14)
+            if told.row != "shared":
+                ups, downs = np.sort(push[push > 1e-14])[::-1][:3], np.sort(push[push < -1e-14])[:3]
+                close([x for _, x in told.up][: len(ups)], ups, atol=1e-14)
+                close([x for _, x in told.down][: len(downs)], downs, atol=1e-14)
+                for name, x in told.up + told.down:
+                    close(push[int(name.replace("<|endoftext|>", "#0")[1:])], x, atol=1e-14)
+
+
+@given(ids=models.pairs(), seed=seeds)
+def test_what_is_shared_cancels_exactly(ids, seed):
+    """Otherwise "cancels" is a rounding error; and where the responses part, two logits move and no other."""
+    view = view_of(ids, seed)
+    alike = [a == b for a, b in zip(ids[1], ids[2])]
+    assert view.shared == (alike.index(False) if False in alike else len(alike))
+    for tokens in (view.chosen, view.rejected):
+        for t, told in enumerate(tokens):
+            assert (told.row == "shared") == (t < view.shared)
+            if told.row == "shared":
+                assert told.push == told.gradient_norm == 0 and told.up == told.down == []
+            if told.row == "branch":
+                assert t == view.shared and [len(told.up), len(told.down)] == [1, 1]
+                close(told.up[0][1], 0.3 * view.weight, rtol=1e-12)
+    assert ("identical" in view.says) == (ids[1] == ids[2])
+
+
+def test_what_it_says_is_what_happened():
+    """Otherwise the sentence contradicts the numbers above it."""
+    ids = ([0, 1], [2, 0], [3, 0])
+    for ids_of, towards in ((ids, view_of(ids).margin > 0), ((ids[0], ids[2], ids[1]), view_of(ids).margin < 0)):
+        view = view_of(ids_of)
+        side = "chosen" if towards else "rejected"
+        assert f"moved {abs(view.margin):.3f} nats towards the {side} response" in view.says
+        assert f"sigma(z) = {1 - view.weight:.3f}" in view.says and f"sigma(-z) = {view.weight:.3f}" in view.says
+    same = explain.pair(small(0), small(0), CONFIG, *ids, 0.3)
+    assert "just as its reference does" in same.says and same.margin == 0 and same.loss == math.log(2)
+
+
+def test_it_is_json_and_names_its_tokens():
+    """Otherwise the data are only to be looked at."""
+    view = view_of(([0, 1], [2, 0], [3, 0]), tokenizer=Tokenizer("\n ab"))
+    told = json.loads(json.dumps(view.as_dict(), allow_nan=False))
+    assert told["prompt"] == ["<|endoftext|>", "\n"] and told["weight"] == view.weight
+    assert [token["token"] for token in told["chosen"]] == [" ", "<|endoftext|>"]
+    assert told["chosen"][0]["up"] == [[" ", view.chosen[0].push]]
+    assert view_of(([0, 1], [2, 0], [3, 0])).prompt == ["<|endoftext|>", "#1"]
+
+
+def test_weights_in_float32_and_a_reference_of_another_shape():
+    """Otherwise only the tests' own models can be explained."""
+    config = Config(CONFIG.vocab_size, 12, 4, 1, 1)
+    policy = {name: Tensor(p.data.astype("float32")) for name, p in small().items()}
+    reference = model.init(config, np.random.default_rng(0))
+    ids = ([0, 1], [2, 3, 0], [2, 0])
+    view = explain.pair(policy, reference, CONFIG, *ids, reference_config=config)
+    exact = {name: p.data.astype("float64") for name, p in reference.items()}
+    logp = chain_rule_logprob({name: Tensor(p) for name, p in exact.items()}, config, ids[0], ids[1])
+    close(view.ref_logp_w, logp, atol=1e-12)
+    assert explain.largest_differences(explain.four_ways(policy, CONFIG, view))[0] < 1e-12
+
+
+def test_what_cannot_be_explained_is_refused():
+    """Otherwise nan is shown in a table of truths."""
+    with pytest.raises(ValueError, match="rejected has no token"):
+        view_of(([0], [1], []))
+    broken = small()
+    broken["ln_f.bias"].data = broken["ln_f.bias"].data * np.nan
+    with pytest.raises(FloatingPointError, match="under the policy is not finite"):
+        explain.pair(broken, small(), CONFIG, [0], [1], [2])
+    with pytest.raises(FloatingPointError, match="under the reference is not finite"):
+        explain.pair(small(), broken, CONFIG, [0], [1], [2])
+
+
+@given(ids=models.pairs(), seed=seeds)
+def test_the_four_ways_agree(ids, seed):
+    """Otherwise one of formula, formula per logit, autograd and difference is wrong."""
+    view = view_of(ids, seed)
+    rows = explain.four_ways(small(seed), CONFIG, view)
+    exact, finite = explain.largest_differences(rows)
+    assert exact < 1e-12 and finite < 1e-6
+    names = [row.name for row in rows]
+    assert names[:4] == ["logp_w", "logp_l", "ref_logp_w", "ref_logp_l"]
+    assert [name.partition("[")[0] for name in names[-len(small()) :]] == list(small())
+    if ids[1] != ids[2]:
+        assert max(abs(row.autograd) for row in rows[4:]) > 1e-6
+
+
+@pytest.mark.parametrize("broken", ["dpo_gradient", "context_gradient", "vjp"])
+def test_four_ways_see_what_is_wrong(broken, monkeypatch):
+    """Otherwise the table agrees with itself whatever is written in it."""
+    view = view_of(([0, 1], [2, 3, 0], [2, 1, 0]))
+    if broken == "dpo_gradient":
+        right = losses.dpo_gradient
+        monkeypatch.setattr(losses, "dpo_gradient", lambda *args: tuple(1.01 * g for g in right(*args)))
+    elif broken == "context_gradient":
+        monkeypatch.setattr(explain, "context_gradient", lambda logits, *rest: 0.01 * np.ones(logits.shape))
+    else:
+        loss = losses.dpo_loss
+
+        def wrong(*args, **options):
+            out = loss(*args, **options)
+            return out._replace(loss=out.loss * 1.01)
+
+        monkeypatch.setattr(losses, "dpo_loss", wrong)
+    exact, finite = explain.largest_differences(explain.four_ways(small(), CONFIG, view))
+    assert exact > 1e-4 and finite > 1e-4
+
+
+def test_a_device_is_brought_to_the_host(cupy):
+    """Otherwise a model on a GPU cannot be explained."""
+    policy = {name: Tensor(cupy.asarray(p.data)) for name, p in small(0).items()}
+    ids = ([0, 1], [2, 3, 0], [2, 0])
+    assert explain.pair(policy, policy, CONFIG, *ids) == explain.pair(small(0), small(0), CONFIG, *ids)

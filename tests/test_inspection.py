@@ -1,0 +1,116 @@
+"""The commands that look into a model, as a stranger meets them."""
+
+import json
+
+import pytest
+
+from minidpo import checkpoint, cli, displacement, explain, preferences
+from test_recipes import ROWS, SHORT, folder, write  # noqa: F401
+
+
+@pytest.fixture(scope="module")
+def run(folder):  # noqa: F811
+    """A run of dpo with a beta of its own."""
+    command = ["dpo", f"--data={folder / 'pairs.jsonl'}", f"--init={folder / 'init'}", "--beta=0.7"]
+    assert cli.main([*command, f"--out={folder / 'dpo'}", "--learning-rate=0.01", *SHORT]) == 0
+    return folder / "dpo"
+
+
+PAIR = ["--prompt=ab", "--newline", "--chosen=bd", "--rejected=bcc"]
+
+
+def explained(capsys, *arguments):
+    capsys.readouterr()
+    assert cli.main(["explain", *arguments, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_explain_shows_everything(run, capsys, tmp_path):
+    """Otherwise a part of the promise cannot be had from the command line."""
+    files = [f"--html={tmp_path / 'pair.html'}", f"--graph={tmp_path / 'loss.dot'}"]
+    assert cli.main(["explain", f"--checkpoint={run}", *PAIR, *files]) == 0
+    printed = capsys.readouterr().out
+    for part in (
+        "reference ",
+        "chosen    bd",
+        "log pi(chosen)",
+        "The gradient, four ways",
+        "What a step will do",
+        "K_wl",
+    ):
+        assert part in printed
+    exact, finite = (float(printed.split("largest difference: ")[1].split()[i]) for i in (0, 5))
+    assert exact < 1e-12 and finite < 1e-6
+    assert (tmp_path / "pair.html").read_text().startswith("<!doctype html>")
+    assert (tmp_path / "loss.dot").read_text().startswith("digraph {")
+    assert cli.main(["explain", f"--checkpoint={run}", *PAIR, f"--graph={tmp_path / 'loss.mmd'}"]) == 0
+    assert (tmp_path / "loss.mmd").read_text().startswith("flowchart LR")
+
+
+def test_the_json_is_that_of_the_library(run, capsys):
+    """Otherwise a script reads other numbers than a person. The reference and beta are the run's own."""
+    told = explained(capsys, f"--checkpoint={run}", *PAIR)
+    policy, reference = checkpoint.load(run), checkpoint.load(run.parent / "init")
+    x, w, l = [0, *policy.tokenizer.encode("ab\n")], *([*policy.tokenizer.encode(y), 0] for y in ("bd", "bcc"))
+    view = explain.pair(policy.params, reference.params, policy.config, x, w, l, 0.7, policy.tokenizer)
+    assert {name: told[name] for name in view.as_dict()} == json.loads(json.dumps(view.as_dict()))
+    assert told["reference"] == str(run.parent / "init") and view.margin != 0
+    assert told["step"]["chosen"] == vars(displacement.step(policy.params, policy.config, view).chosen)
+    assert told["step_adamw"]["chosen"]["measured"] != told["step"]["chosen"]["measured"]
+    assert [row["name"] for row in told["four_ways"]][:2] == ["logp_w", "logp_l"]
+
+
+def test_reference_and_beta_can_be_given(run, capsys):
+    """Otherwise only what was trained can be asked."""
+    other = run.parent / "other"
+    told = explained(capsys, f"--checkpoint={run}", f"--reference={other}", "--beta=0.3", *PAIR)
+    assert told["reference"] == str(other) and told["beta"] == 0.3
+    told = explained(capsys, f"--checkpoint={other}", *PAIR)
+    assert told["reference"] == str(other) and told["beta"] == 0.2 and told["margin"] == 0
+    assert cli.main(["explain", f"--checkpoint={other}", *PAIR]) == 0
+    assert f"reference {other}, the policy itself; beta 0.2" in capsys.readouterr().out
+    told = explained(capsys, f"--checkpoint={other}", "--learning-rate=0.001", *PAIR)
+    assert told["step"]["learning_rate"] == told["step_adamw"]["learning_rate"] == 0.001
+
+
+def test_identical_responses_can_be_looked_at(run, capsys):
+    """Otherwise the pair that teaches nothing cannot be seen to."""
+    told = explained(capsys, f"--checkpoint={run}", "--prompt=a", "--chosen=bd", "--rejected=bd")
+    assert told["shared"] == 3 and "identical" in told["says"] and told["step"]["chosen"]["predicted"] == 0
+
+
+def test_what_cannot_be_explained_gets_a_sentence(run, capsys, tmp_path):
+    """Otherwise a stranger reads a traceback."""
+    for arguments, sentence in (
+        (["--prompt=a", "--chosen=bz", "--rejected=c"], "the prompt with the chosen response: character 'z'"),
+        (["--prompt=a", "--chosen=b", f"--rejected={'c' * 30}"], "the prompt with the rejected response: has"),
+        ([*PAIR, f"--graph={tmp_path / 'loss.svg'}"], "is written as .dot (Graphviz) or .mmd (Mermaid)"),
+        ([*PAIR, f"--reference={tmp_path / 'none'}"], "cannot be read"),
+    ):
+        assert cli.main(["explain", f"--checkpoint={run}", *arguments]) == 2
+        error = capsys.readouterr().err
+        assert sentence in error and error.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_displacement_on_three_words_and_on_a_file(run, capsys, tmp_path):
+    """Otherwise the meter is a promise."""
+    assert cli.main(["displacement"]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0].startswith('One pair, "no" over "never"') and len(printed) == 7
+    assert cli.main(["displacement", f"--checkpoint={run}", f"--data={run.parent / 'pairs.jsonl'}"]) == 0
+    first, meter = capsys.readouterr().out.splitlines()
+    assert first == f"reference {run.parent / 'init'}; beta 0.7"
+    count = len(preferences.read(run.parent / "pairs.jsonl")[0])
+    assert count == len(ROWS) and meter.startswith(f"{count} pairs") and meter.endswith(f"agree in {count}")
+    assert cli.main(["displacement", f"--data={write(tmp_path / 'x', ROWS)}"]) == 2
+    assert "belong together" in capsys.readouterr().err
+
+
+def test_invariances_prints_both_directions(capsys):
+    """Otherwise what holds is listed, and what only looks like it is not."""
+    assert cli.main(["invariances"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 10 and lines[0].split()[:2] == ["what", "changes"]
+    assert cli.main(["invariances", "--seed=1"]) == 0
+    assert capsys.readouterr().out.splitlines() != lines

@@ -1,0 +1,66 @@
+"""What must not change the loss does not, and what looks alike does: both directions, on many models."""
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from minidpo import invariances, losses, training
+
+
+@given(seed=st.integers(0, 2**32 - 1))
+def test_each_holds_and_its_likeness_breaks(seed):
+    """Otherwise an equality that DPO is explained with is false, or is true of everything."""
+    rows = invariances.measured(seed)
+    assert [row.name for row in rows] == [
+        "the prompt is scored too",
+        "the shared prefix is not scored",
+        "a constant is added to a pair's log-probs",
+        "pads: id, side and amount",
+        "the batch is put in another order",
+        "the batch is split, two pairs and one",
+        "responses are scored by another route",
+        "the reference is not scored again",
+        "chosen and rejected are swapped",
+    ]
+    for row in rows:
+        assert row.held < 1e-11 < 1e-4 < row.broke, row
+
+
+def test_the_pairs_show_what_they_are_for():
+    """Otherwise an invariance holds because there is nothing that it could break on."""
+    for x, w, l in invariances.PAIRS:
+        assert len(x) > 1 and w[0] == l[0] and w != l and len(w) != len(l)
+    assert len(invariances.PAIRS) == 3
+
+
+def test_a_broken_loss_does_not_hold(monkeypatch):
+    """Otherwise the table is the same whatever the code does."""
+    right = losses.dpo_loss
+    monkeypatch.setattr(losses, "dpo_loss", lambda logp_w, *rest: right(2 * logp_w, *rest))
+    held = [row.held for row in invariances.measured(0)]
+    assert min(*held[:3], held[8]) > 1e-3 and max(held[3:8]) < 1e-11
+
+
+def test_the_reference_is_scored_once(monkeypatch):
+    """Otherwise "from a file" is another way of computing it again."""
+    calls = []
+    right = training.reference_logprobs
+    monkeypatch.setattr(training, "reference_logprobs", lambda *args: calls.append(args) or right(*args))
+    invariances.cached_reference(invariances.random_world(0))
+    assert len(calls) == 3  # the reference itself, once into the file, and the policy in its place
+
+
+def test_the_table_has_both_sizes():
+    """Otherwise it says that something breaks and not how much."""
+    rows = invariances.measured(0)
+    lines = invariances.as_text(rows).splitlines()
+    assert len(lines) == len(rows) + 1
+    for row, line in zip(rows, lines[1:], strict=True):
+        assert (
+            row.holds in line and row.breaks in line and f"{row.held:.1e}" in line and line.endswith(f"{row.broke:.1e}")
+        )
+
+
+def test_a_change_is_relative_to_the_largest_number():
+    """Otherwise a small gradient's rounding looks like a break."""
+    assert invariances.change(np.array([1.0, 4.5]), np.array([1.0, -5.0])) == 1.9
