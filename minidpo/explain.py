@@ -171,8 +171,8 @@ def pair(
     token_logps = [logp.data for logp in context_logprobs(logits, ids)]
     ref_token_logps = [logp.data for logp in context_logprobs(ref_logits, ids)]
     logp_w, logp_l, ref_logp_w, ref_logp_l = (float(logp.sum()) for logp in (*token_logps, *ref_token_logps))
-    for name, logp in (("policy", logp_w + logp_l), ("reference", ref_logp_w + ref_logp_l)):
-        if not math.isfinite(logp):
+    for name, logps in (("policy", (logp_w, logp_l)), ("reference", (ref_logp_w, ref_logp_l))):
+        if not all(map(math.isfinite, logps)):
             raise FloatingPointError(f"a log-probability under the {name} is not finite")
     out = losses.dpo_loss(logp_w, logp_l, ref_logp_w, ref_logp_l, beta)
     gradient_w, gradient_l = map(float, losses.dpo_gradient(logp_w, logp_l, ref_logp_w, ref_logp_l, beta))
@@ -320,7 +320,7 @@ def gradients(
     """The gradient of an output in each of its arrays, by one sweep."""
     leaves = {name: Tensor(x, requires_grad=True) for name, x in points.items()}
     output(leaves).backward(cotangent)
-    return {name: leaf.grad if leaf.grad is not None else numpy.zeros(leaf.shape) for name, leaf in leaves.items()}
+    return {name: leaf.grad for name, leaf in leaves.items()}
 
 
 def difference(points: dict[str, Array], name: str, entry: Any, output: Callable[[Params], Tensor]) -> float:

@@ -119,6 +119,12 @@ def test_what_it_says_is_what_happened():
     assert "just as its reference does" in same.says and same.margin == 0 and same.loss == math.log(2)
 
 
+def test_beta_is_a_tenth_unless_given():
+    """Otherwise `explain` and `dpo_training_step` speak of two losses."""
+    ids = ([0, 1], [2, 0], [3, 0])
+    assert explain.pair(small(0), small(1), CONFIG, *ids) == view_of(ids, beta=0.1)
+
+
 def test_it_is_json_and_names_its_tokens():
     """Otherwise the data are only to be looked at."""
     view = view_of(([0, 1], [2, 0], [3, 0]), tokenizer=Tokenizer("\n ab"))
