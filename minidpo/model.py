@@ -19,7 +19,9 @@ checkpoint of ours is a GPT-2 checkpoint:
     ln_f.weight, .bias        (C,)              the last layer norm
 """
 
-from collections.abc import Callable
+import functools
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -181,21 +183,50 @@ def forward(params: Params, config: Config, tokens: Any, real: Any = None) -> Te
 
 
 def row_logits(
-    params: Params, config: Config, rows: Rows, attend: Callable[[int, Tensor], Tensor] | None = None
+    params: Params,
+    config: Config,
+    rows: Rows,
+    attend: Callable[[int, Tensor], Tensor] | None = None,
+    wanted: Array | None = None,
 ) -> Tensor:
-    """Logits of rows, (N, V); `attend(i, qkv)` takes the place of attention within blocks in layer i."""
+    """Logits of rows, (N, V), or of those that are `wanted`, (M,) in ascending order: past the last attention no row
+    needs another. `attend(i, qkv)` takes the place of attention within blocks in layer i.
+    """
     xp = array_module(params["wte.weight"].data)
     tokens, places = xp.asarray(rows.tokens), xp.asarray(rows.places)
-    attend = attend or (lambda i, qkv: ops.block_attention(qkv, places, tuple(rows.blocks)))
+    wanted = None if wanted is None else xp.asarray(wanted)
+    attend = attend or functools.partial(within_blocks, tuple(rows.blocks), hidden(places, rows.blocks))
     x = ops.embedding(params["wte.weight"], tokens) + ops.embedding(params["wpe.weight"], places)  # (N,) -> (N, C)
     for i in range(config.n_layer):
-        x = layer(params, config, i, x, attend)
+        x = layer(params, config, i, x, attend, wanted if i == config.n_layer - 1 else None)
     x = ops.layer_norm(x, params["ln_f.weight"], params["ln_f.bias"])
-    return x @ ops.transpose(params["wte.weight"])  # (N, C) -> (N, V)
+    return x @ ops.transpose(params["wte.weight"])  # (M, C) -> (M, V)
 
 
-def layer(params: Params, config: Config, i: int, x: Tensor, attend: Callable[[int, Tensor], Tensor]) -> Tensor:
-    """Layer i: attention, then the MLP, each of the normed rows and added to them.  (N, C) -> (N, C)"""
+def hidden(places: Array, blocks: Sequence[Block]) -> tuple[Array, ...]:
+    """For each block -inf where a key stands later in its text than a query, else 0.  (T, S) each"""
+    told = []
+    for queries, keys, count in blocks:
+        q, k = places[queries], places[keys]
+        q, k = q[: q.shape[0] // count], k[: k.shape[0] // count]  # the texts of a block are alike
+        told.append(array_module(places).where(k > q[:, None], -math.inf, 0.0).astype("float32"))
+    return tuple(told)
+
+
+def within_blocks(blocks: tuple[Block, ...], hidden: tuple[Array, ...], i: int, qkv: Tensor) -> Tensor:
+    """Attention of layer i, among the rows of each block."""
+    return ops.block_attention(qkv, blocks, hidden)
+
+
+def layer(
+    params: Params,
+    config: Config,
+    i: int,
+    x: Tensor,
+    attend: Callable[[int, Tensor], Tensor],
+    wanted: Array | None = None,
+) -> Tensor:
+    """Layer i: attention, then the MLP, each of the normed rows and added to them.  (N, C) -> (N, C) or (M, C)"""
     N, C, H = *x.shape, config.n_head
 
     def affine(name: str, x: Tensor) -> Tensor:
@@ -206,6 +237,9 @@ def layer(params: Params, config: Config, i: int, x: Tensor, attend: Callable[[i
 
     qkv = affine("attn.c_attn", norm("ln_1", x))  # (N, C) -> (N, 3C)
     y = attend(i, ops.reshape(qkv, (N, 3, H, C // H)))  # (N, 3, H, D) -> (N, H, D)
-    x = x + affine("attn.c_proj", ops.reshape(y, (N, C)))  # (N, H, D) -> (N, C)
+    y = ops.reshape(y, (N, C))  # (N, H, D) -> (N, C)
+    if wanted is not None:
+        x, y = x[wanted], y[wanted]  # (N, C) -> (M, C)
+    x = x + affine("attn.c_proj", y)
     y = ops.gelu(affine("mlp.c_fc", norm("ln_2", x)))  # (N, C) -> (N, 4C)
     return x + affine("mlp.c_proj", y)  # (N, 4C) -> (N, C)

@@ -15,6 +15,32 @@ from .backend import array_module, index_array, on_host
 from .tensor import OPS as OPS
 from .tensor import Tensor, op
 
+# ---- memory -----------------------------------------------------------------------------------------------
+
+PIECE = 2**15  # entries: a few arrays of so many fit a processor's cache
+
+
+def in_pieces(function, x):
+    """The arrays that a function of rows makes of x, some rows at a time: what lies in between stays in the cache."""
+    if x.size <= PIECE or not on_host(x):
+        return function(x)
+    rows = x.reshape(-1, x.shape[-1])
+    step = max(1, PIECE // x.shape[-1])
+    whole = [array_module(x).empty((len(rows), *part.shape[1:]), dtype=part.dtype) for part in function(rows[:1])]
+    for start in range(0, len(rows), step):
+        for result, part in zip(whole, function(rows[start : start + step])):
+            result[start : start + step] = part
+    return [result.reshape(*x.shape[:-1], -1) for result in whole]
+
+
+def plus(x, y):
+    """x + y, in the memory of x if the sum fits there; x is the caller's own."""
+    if getattr(y, "dtype", None) != x.dtype or y.ndim > x.ndim:
+        return x + y
+    x += y
+    return x
+
+
 # ---- broadcasting, undone in one place ----------------------------------------------------------------
 
 
@@ -173,18 +199,34 @@ def logsigmoid(x):
     return y, vjp
 
 
+def gelu_and_slope(x):
+    """The value of `gelu` and its derivative."""
+    a, scale = 0.044715, math.sqrt(2 / math.pi)
+    square = x * x
+    p = (a * scale) * square
+    p += scale
+    p *= x  # u
+    p = array_module(x).tanh(p)
+    p *= 0.5
+    p += 0.5
+    y = x * p
+    slope = (6 * a * scale) * square  # 2 du/dx, times y (1 - p), plus p
+    slope += 2 * scale
+    slope *= y
+    slope *= 1 - p
+    slope += p
+    return y, slope
+
+
 @op
 def gelu(x):
-    """GELU in GPT-2's form: y = x (1 + tanh u)/2,  u = sqrt(2/pi) (x + 0.044715 x^3).  (...) -> (...)"""
-    scale = math.sqrt(2 / math.pi)
-    t = array_module(x).tanh(scale * (x + 0.044715 * (x * x * x)))
-    y = 0.5 * x * (1 + t)
+    """GELU in GPT-2's form: y = x p,  p = (1 + tanh u)/2,  u = sqrt(2/pi) (x + 0.044715 x^3).  (...) -> (...)"""
+    y, slope = in_pieces(gelu_and_slope, x)
 
-    # dy_i/dx_i = (1 + t_i)/2 + (x_i/2) dt_i/dx_i
-    # t_i = tanh u_i:  dt_i/dx_i = (1 - t_i^2) du_i/dx_i = (1 - t_i^2) sqrt(2/pi) (1 + 3 * 0.044715 x_i^2)
-    def vjp(g):  # keeps x, t
-        dt = (1 - t * t) * (scale * (1 + 3 * 0.044715 * (x * x)))
-        return (g * (0.5 * (1 + t) + 0.5 * x * dt),)
+    # dy_i/dx_i = p_i + x_i dp_i/dx_i
+    # dp/du = (1 - tanh^2 u)/2 = 2 p (1 - p):  dp_i/dx_i = 2 p_i (1 - p_i) du_i/dx_i, du/dx = sqrt(2/pi) (1 + 3a x^2)
+    def vjp(g):  # keeps slope
+        return (g * slope,)
 
     return y, vjp
 
@@ -260,18 +302,25 @@ def transpose(x, axes=None):
     return y, vjp
 
 
+def ascending(key):
+    """Whether a key is an array of indices, on the host, of which each is larger than the one before."""
+    if not (hasattr(key, "dtype") and key.dtype.kind in "iu" and key.ndim == 1 and on_host(key)):
+        return False
+    return key.size == 0 or bool(key[0] >= 0 and (key[1:] > key[:-1]).all())
+
+
 @op
 def getitem(x, key):
     """Indexing: y = x[key], the key all that NumPy takes."""
     xp, shape, y = array_module(x), x.shape, x[key]
     parts = key if isinstance(key, tuple) else (key,)
-    slices = all(part is None or part is Ellipsis or isinstance(part, int | slice) for part in parts)
+    once = all(part is None or part is Ellipsis or isinstance(part, int | slice) for part in parts) or ascending(key)
 
     # y_i = x_key(i), so gx_j is the sum of g_i over all i with key(i) = j: an index array may name one x_j
-    # several times, and then gx[key] = g would keep only the last; slices name each at most once
+    # several times, and then gx[key] = g would keep only the last; slices and ascending indices name each once
     def vjp(g):  # keeps key
         gx = xp.zeros(shape, dtype=g.dtype)
-        if slices:
+        if once:
             gx[key] = g
         else:
             xp.add.at(gx, key, g)
@@ -372,7 +421,7 @@ def linear(x, w, b):
     (n, m), shape, like_b = w.shape, x.shape, like(b)
     N = math.prod(shape[:-1])
     rows = x.reshape(N, n)  # (..., n) -> (N, n)
-    y = (rows @ w + b).reshape(*shape[:-1], m)
+    y = plus(rows @ w, b).reshape(*shape[:-1], m)
 
     # y_ij = sum_k x_ik w_kj + b_j:  gx = g w^T, gw = x^T g as for matmul, and gb_j = sum_i g_ij
     def vjp(g):  # keeps rows, w
@@ -441,6 +490,13 @@ def log_softmax(x):
 # ---- the fused ops of a transformer -------------------------------------------------------------------
 
 
+def normed(x, eps):
+    """Rows of mean 0 and variance 1, and what they were multiplied with.  (..., C) -> (..., C), (..., 1)"""
+    c = x - x.mean(axis=-1, keepdims=True)
+    r = ((c * c).mean(axis=-1, keepdims=True) + eps) ** -0.5
+    return c * r, r
+
+
 @op
 def layer_norm(x, w, b, eps=1e-5):
     """Rows of mean 0 and variance 1, scaled and moved: y = w n + b,  n = (x - mean)/sqrt(var + eps).
@@ -449,19 +505,19 @@ def layer_norm(x, w, b, eps=1e-5):
     """
     reduced_size(x, -1)
     like_w, like_b = like(w), like(b)
-    c = x - x.mean(axis=-1, keepdims=True)
-    r = ((c * c).mean(axis=-1, keepdims=True) + float(eps)) ** -0.5  # (..., C) -> (..., 1)
-    n = c * r
-    y = n * w + b
+    n, r = in_pieces(lambda x: normed(x, float(eps)), x)
+    y = plus(n * w, b)
 
     # y = n w + b:  gw = g n, gb = g, both summed over the rows, and gn = g w
     # n = c r with r = (var + eps)^(-1/2):  dL/dvar = -(1/2) r^3 sum_j gn_j c_j
     # var = mean(c c), so c reaches n twice:  gc_i = r gn_i + (2 c_i/C) dL/dvar = r (gn_i - n_i mean(gn n))
     # c = x - mean(x):  gx = gc - mean(gc), where mean(n) = 0 leaves mean(gc) = r mean(gn)
     def vjp(g):  # keeps n, r, w
-        gn = g * w
-        gx = r * (gn - gn.mean(axis=-1, keepdims=True) - n * (gn * n).mean(axis=-1, keepdims=True))
-        return gx, unbroadcast(g * n, like_w), unbroadcast(g, like_b)
+        gn, gw = g * w, g * n
+        gx = gn - gn.mean(axis=-1, keepdims=True)
+        gx -= n * (gn * n).mean(axis=-1, keepdims=True)
+        gx *= r
+        return gx, unbroadcast(gw, like_w), unbroadcast(g, like_b)
 
     return y, vjp
 
@@ -495,31 +551,57 @@ def causal_attention(q, k, v, later=None):
     return y, vjp
 
 
-@op
-def block_attention(qkv, places, blocks):
-    """Causal attention among rows that belong together.  (N, 3, H, D), integers (N), blocks -> (N, H, D)
+def attention(q, k, v, hidden):
+    """`causal_attention` of queries that are scaled, with fewer passes: p = e/total is never formed."""
+    xp = array_module(q)
+    e = q @ k.swapaxes(-1, -2)  # (..., T, D) -> (..., T, S)
+    e += hidden
+    e -= e.max(axis=-1, keepdims=True)
+    e = xp.exp(e)
+    total = e @ xp.ones((e.shape[-1], 1), dtype=e.dtype)  # a sum over the keys: (..., T, S) -> (..., T, 1)
+    y = e @ v / total
 
-    Row n holds the query, key and value of one token, which stands at places[n] in its text. A block
-    (queries, keys, count) is two slices of rows, each of `count` texts of one length; a query sees those keys
-    of its text that do not stand later. No two blocks share a query; what is in no block gets 0.
+    # y = p v with p = e/total, so with h = g/total:  gv = p^T g = e^T h
+    # s = q k^T:  gs_j = p_j (gp_j - sum_i gp_i p_i), as for softmax, with gp = g v^T:  gs_j = e_j (h v_j - h y)
+    # gq = gs k,  gk = gs^T q
+    def vjp(g):  # keeps q, k, v, e, total, y
+        h = g / total
+        gs = h @ v.swapaxes(-1, -2)
+        gs -= (h * y).sum(axis=-1, keepdims=True)
+        gs *= e
+        return gs @ k, gs.swapaxes(-1, -2) @ q, e.swapaxes(-1, -2) @ h
+
+    return y, vjp
+
+
+@op
+def block_attention(qkv, blocks, hidden):
+    """Causal attention among rows that belong together.  (N, 3, H, D), blocks, hidden -> (N, H, D)
+
+    Row n holds the query, key and value of one token. A block (queries, keys, count) is two slices of rows, each of
+    `count` texts of one length; its array of `hidden`, (T, S), is -inf where a query of a text does not see a key,
+    else 0. No two blocks share a query; what is in no block gets 0.
     """
-    xp, (_, _, H, D) = array_module(qkv), qkv.shape
-    y = xp.zeros((qkv.shape[0], H, D), dtype=qkv.dtype)
-    vjps = []
-    for queries, keys, count in blocks:
-        heads = [qkv[rows, i].reshape(count, -1, H, D).swapaxes(1, 2) for i, rows in enumerate((queries, keys, keys))]
-        later = places[keys].reshape(count, 1, 1, -1) > places[queries].reshape(count, 1, -1, 1)
-        part, vjp_part = causal_attention.raw(*heads, later=later)  # (count, H, T, D)
-        y[queries] = part.swapaxes(1, 2).reshape(-1, H, D)  # (count, H, T, D) -> (count T, H, D)
+    xp, (N, _, H, D) = array_module(qkv), qkv.shape
+    scaled, y, vjps = qkv[:, 0] * D**-0.5, xp.zeros((N, H, D), dtype=qkv.dtype), []
+
+    def heads(rows, count):
+        return rows.reshape(count, -1, H, D).swapaxes(1, 2)  # (count T, H, D) -> (count, H, T, D), a view
+
+    for (queries, keys, count), unseen in zip(blocks, hidden):
+        q, k, v = heads(scaled[queries], count), heads(qkv[keys, 1], count), heads(qkv[keys, 2], count)
+        part, vjp_part = attention(q, k, v, unseen)
+        heads(y[queries], count)[...] = part
         vjps.append(vjp_part)
 
-    # a row may be a key of several blocks: its gradients, each that of causal_attention, add up
-    def vjp(g):  # keeps scaled, k, v, p
-        gqkv = xp.zeros((g.shape[0], 3, H, D), dtype=g.dtype)
+    # gq = g_scaled D^(-1/2); a row may be a key of several blocks, whose gradients add up
+    def vjp(g):  # keeps q, k, v, e, total, y
+        gqkv = xp.zeros((N, 3, H, D), dtype=g.dtype)
         for (queries, keys, count), vjp_part in zip(blocks, vjps):
-            parts = vjp_part(g[queries].reshape(count, -1, H, D).swapaxes(1, 2))
-            for i, (rows, part) in enumerate(zip((queries, keys, keys), parts)):
-                gqkv[rows, i] += part.swapaxes(1, 2).reshape(-1, H, D)
+            for i, (rows, part) in enumerate(zip((queries, keys, keys), vjp_part(heads(g[queries], count)))):
+                into = heads(gqkv[rows, i], count)
+                into += part
+        gqkv[:, 0] *= D**-0.5
         return gqkv, None, None
 
     return y, vjp

@@ -104,7 +104,7 @@ def shared_logprobs(params: Params, config: Config, pairs: Sequence[Pair]) -> tu
         for y, rows, response in ((w, range(start, prompt), b), (l, range(rejected, end), len(pairs) + b)):
             picks += zip([rejected - 1, *rows], y, [response] * len(y))
     laid_out = Rows(index_array(tokens, config.vocab_size, array_module()), asarray(places), blocks)
-    return picked_sums(row_logits(params, config, laid_out), picks, len(pairs))
+    return picked_sums(*wanted_logits(params, config, laid_out, picks), len(pairs))
 
 
 def packed_logprobs(params: Params, config: Config, examples: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Tensor:
@@ -132,7 +132,7 @@ def packed_logprobs(params: Params, config: Config, examples: Sequence[tuple[Seq
         rows = slice(start, len(tokens))
         blocks.append((rows, rows, (len(tokens) - start) // (length - 1)))
     laid_out = Rows(index_array(tokens, config.vocab_size, array_module()), asarray(places), blocks)
-    return picked(row_logits(params, config, laid_out), picks)
+    return picked(*wanted_logits(params, config, laid_out, picks))
 
 
 def checked(examples: Sequence[Any]) -> Sequence[Any]:
@@ -144,6 +144,14 @@ def checked(examples: Sequence[Any]) -> Sequence[Any]:
             if not len(ids):
                 raise ValueError(f"example {b}: the {name} has no token")
     return examples
+
+
+def wanted_logits(params: Params, config: Config, rows: Rows, picks: list[Pick]) -> tuple[Tensor, list[Pick]]:
+    """The logits of those rows alone that predict a token, and the picks with the numbers that these rows then have."""
+    wanted = sorted({row for row, _, _ in picks})
+    number = {row: i for i, row in enumerate(wanted)}
+    logits = row_logits(params, config, rows, wanted=asarray(wanted))
+    return logits, [(number[row], token, response) for row, token, response in picks]
 
 
 def picked(logits: Tensor, picks: list[Pick]) -> Tensor:

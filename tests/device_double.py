@@ -80,6 +80,18 @@ for name in ("lt", "le", "gt", "ge", "eq", "ne", "or_"):
 for name in ("add", "sub", "mul", "truediv", "pow", "matmul"):
     setattr(ndarray, f"__{name}__", _binary(getattr(operator, name)))
     setattr(ndarray, f"__r{name}__", _reflected(getattr(operator, name)))
+
+
+def _in_place(function):
+    def operate(self, other):
+        self.on_host[...] = function(self.on_host, host(other))
+        return self
+
+    return operate
+
+
+for name in ("add", "sub", "mul", "truediv"):
+    setattr(ndarray, f"__i{name}__", _in_place(getattr(operator, name)))
 for name in ("sum", "mean", "max", "any", "all", "reshape", "transpose", "swapaxes", "squeeze", "astype", "copy"):
     setattr(ndarray, name, _method(name))
 

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from drawing import arrays, seeds
-from minidpo import Tensor, ops
+from minidpo import Tensor, model, ops
 from minidpo.gradcheck import check_vjp
 from minidpo.ops import OPS
 
@@ -240,14 +240,16 @@ def law_of_block_attention(qkv: arrays((7, 3, 2, 3)), cut: st.integers(1, 3)):
     """Rows chosen | prompt | rejected give what either text gives alone; so do texts side by side."""
     chosen, prompt, rejected = slice(0, 2), slice(2, 4), slice(4, 7)
     blocks = ((chosen, slice(0, 4), 1), (prompt, prompt, 1), (rejected, slice(2, 7), 1))
-    y = ops.block_attention(qkv, np.array([2, 3, 0, 1, 2, 3, 4]), blocks).data
+    places = np.array([2, 3, 0, 1, 2, 3, 4])
+    y = ops.block_attention(qkv, blocks, model.hidden(places, blocks)).data
     for text in ([2, 3, 0, 1], [2, 3, 4, 5, 6]):
         alone = ops.causal_attention(*(qkv[text, i].swapaxes(0, 1) for i in range(3))).data
         close(y[text], alone.swapaxes(0, 1), atol=1e-13)
     places = np.array([0, 1, 2, 0, 1, 2, 0])
-    pair = ops.block_attention(qkv, places, ((slice(0, 6), slice(0, 6), 2),)).data
-    single = ops.block_attention(qkv, places, tuple((slice(i, i + 3), slice(i, i + 3), 1) for i in (0, 3))).data
-    close(pair, single, atol=1e-13)
+    together = ((slice(0, 6), slice(0, 6), 2),)
+    pair = ops.block_attention(qkv, together, model.hidden(places, together)).data
+    apart = tuple((slice(i, i + 3), slice(i, i + 3), 1) for i in (0, 3))
+    close(pair, ops.block_attention(qkv, apart, model.hidden(places, apart)).data, atol=1e-13)
     assert not pair[6].any()
 
 
@@ -258,6 +260,38 @@ def law_of_segment_sum(x: arrays((5,)), segment: st.lists(st.integers(0, 2), min
     close(y, [math.fsum(v for v, s in zip(x, segment) if s == i) for i in range(3)], atol=1e-13)
     spoilt = ops.segment_sum(np.array([*x, -np.inf]), [*segment, 3], 4).data
     assert (spoilt[:3] == y).all() and spoilt[3] == -np.inf
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "complex128"])
+@pytest.mark.parametrize("name", ["gelu", "layer_norm"])
+def test_pieces_change_nothing(name, dtype, monkeypatch):
+    """Otherwise a long array has another GELU, or norm, than a short one."""
+    rng = np.random.default_rng(0)
+    x, *more = (rng.normal(size=shape).astype(dtype) for shape in ((7, 3, 5), (5,), (5,)))
+    arguments = [x[:, ::-1], *more] if name == "layer_norm" else [x[:, ::-1]]
+    g = rng.normal(size=x.shape).astype(dtype)
+    whole, vjp = OPS[name].raw(*arguments)
+    expected = [whole, *vjp(g)]
+    for piece in (1, 11, 30, 104):
+        monkeypatch.setattr(ops, "PIECE", piece)
+        y, vjp = OPS[name].raw(*arguments)
+        for made, right in zip([y, *vjp(g)], expected, strict=True):
+            assert made.dtype == right.dtype and made.shape == right.shape
+            close(made, right, rtol=1e-6 if dtype == "float32" else 1e-14)
+
+
+@given(index=st.lists(st.integers(-4, 3), max_size=5))
+def test_an_index_that_names_an_entry_twice_sums(index):
+    """Otherwise the fast path for ascending indices, which sets, loses a gradient. (-1 and 3 are one entry of four.)"""
+    key = np.array(index, int)
+    _, vjp = ops.getitem.raw(np.zeros((4, 2)), key)
+    g = np.random.default_rng(0).normal(size=(len(index), 2))
+    expected = np.zeros((4, 2))
+    for i, row in zip(index, g, strict=True):
+        expected[i] += row
+    close(vjp(g)[0], expected, atol=1e-15)
+    assert ops.ascending(key) == (index == sorted(set(index)) and min(index, default=0) >= 0)
+    assert not ops.ascending(key.astype(float)) and not ops.ascending(key[None]) and not ops.ascending(index)
 
 
 @pytest.mark.parametrize("name", OPS)

@@ -230,3 +230,19 @@ def test_wrong_sizes_are_refused(sizes, sentence):
     """Otherwise the error comes from a reshape, three files away."""
     with pytest.raises(ValueError, match=sentence):
         Config(*sizes)
+
+
+def test_wanted_rows_have_the_logits_that_they_had():
+    """Otherwise what is left out past the last attention was needed: in value and in every gradient."""
+    tokens, wanted = np.array([[1, 2, 3, 0], [4, 4, 1, 2]]), np.array([0, 3, 6])
+    g = np.random.default_rng(0).normal(size=(3, 5))
+    results = []
+    for keep in (False, True):
+        params = small()
+        rows = model.batch_rows(tokens, CONFIG)
+        logits = model.row_logits(params, CONFIG, rows, wanted=wanted if keep else None)
+        logits = logits if keep else logits[wanted]
+        logits.backward(g)
+        results.append([logits.data, *[p.grad for p in params.values()]])
+    for made, right in zip(*results, strict=True):
+        close(made, right, atol=1e-13)
