@@ -376,13 +376,15 @@ def parser() -> argparse.ArgumentParser:
             "--beta", type=between(0, math.inf), help=f"reward per nat; a dpo run's own, or {inspection.BETA:g}"
         )
         added.add_argument(
-            "--learning-rate", type=between(0, math.inf), default=1e-6, help="of the steps that are predicted and taken"
+            "--learning-rate",
+            type=between(0, math.inf),
+            help="of the steps that are predicted and taken; 1e-6 if not given",
         )
 
     added = command(
         inspection.explain_pair,
         "show every gradient of one preference pair",
-        "Show what the DPO loss makes of one pair: each token's log-probability, its share of the implicit reward, the "
+        "Show what the DPO loss makes of one pair: each token's log-probability, the implicit reward up to it, the "
         "coefficient and the logits that are pushed; the gradient by formula, per logit, by autograd and by finite "
         "difference; and what a step will do to both log-probabilities, beside what it does.",
         name="explain",

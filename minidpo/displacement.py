@@ -19,6 +19,8 @@ from .preferences import collate
 from .scoring import Pair, sequence_logprob
 from .tensor import Tensor
 
+ROUNDING = 1e-11  # nats: a smaller change of a log-probability cannot be told from rounding
+
 
 @dataclass(frozen=True)
 class Change:
@@ -63,7 +65,7 @@ def step(
 
     References
     ----------
-    Ren and Sutherland 2024 (arXiv 2407.10490), section 2; Razin et al. 2024 (arXiv 2410.08847), theorem 1.
+    Ren and Sutherland 2024 (arXiv 2407.10490) for the decomposition; Razin et al. 2024 (arXiv 2410.08847).
     """
     x, w, l = view.ids
     c_w, c_l = -view.beta * view.weight, view.beta * view.weight
@@ -104,12 +106,14 @@ def meter(
 
 def meter_as_text(steps: Sequence[Step]) -> str:
     """How many pairs push their chosen response down, and how often the prediction had the right sign."""
-    falls = sum(told.chosen.predicted < 0 for told in steps)
-    fell = sum(told.chosen.measured < 0 for told in steps)
-    agree = sum((told.chosen.predicted < 0) == (told.chosen.measured < 0) for told in steps)
+    falls = sum(told.K_wl > told.K_ww for told in steps)
+    seen = [told for told in steps if abs(told.chosen.predicted) > ROUNDING]
+    fell = sum(told.chosen.measured < 0 for told in seen)
+    agree = sum((told.chosen.predicted < 0) == (told.chosen.measured < 0) for told in seen)
     return (
-        f"{len(steps)} pairs: a step on a pair by itself lowers its own log pi(chosen) in {falls} of them by the "
-        f"kernel (K_wl > K_ww) and in {fell} as measured; the signs agree in {agree}"
+        f"{len(steps)} pairs: by the kernel (K_wl > K_ww) {falls} lower their own log pi(chosen). In {len(seen)} a "
+        f"step on the pair alone moves it by more than rounding ({ROUNDING:g} nats): it fell in {fell}, and the sign "
+        f"was the predicted one in {agree}"
     )
 
 
@@ -146,6 +150,8 @@ class Words(NamedTuple):
     slope: float  # of log pi("no") at the beginning, nats per unit of time
     path: Array  # (steps + 1, 3): the log-probabilities
     loss: float  # the DPO loss at the end
+    beta: float
+    learning_rate: float
 
 
 def three_words(nll_weight: float = 0.0, beta: float = 0.5, steps: int = 2000, learning_rate: float = 0.1) -> Words:
@@ -158,7 +164,8 @@ def three_words(nll_weight: float = 0.0, beta: float = 0.5, steps: int = 2000, l
 
     References
     ----------
-    Razin et al. 2024 (arXiv 2410.08847), section 4; for the likelihood term, Pang et al. 2024 (arXiv 2404.19733).
+    In the manner of Razin et al. 2024 (arXiv 2410.08847), whose models go from "no" over "never" to "yes"; for the
+    likelihood term, Pang et al. 2024 (arXiv 2404.19733).
     """
     h = Tensor(numpy.zeros(2), requires_grad=True)
     reference = word_logps(h.detach()).data
@@ -173,14 +180,16 @@ def three_words(nll_weight: float = 0.0, beta: float = 0.5, steps: int = 2000, l
             optimizer.zero_grad()
             (out.loss - nll_weight * logps[CHOSEN]).backward()
             optimizer.step()
-    return Words(nll_weight, slope(nll_weight, beta), numpy.array(path), loss)
+    return Words(nll_weight, slope(nll_weight, beta), numpy.array(path), loss, beta, learning_rate)
 
 
 def words_as_text(runs: Sequence[Words]) -> str:
     """One weight of the likelihood term a line."""
+    first = runs[0]
     lines = [
-        f'One pair, "{WORDS[CHOSEN]}" over "{WORDS[REJECTED]}", in a model of three words. At the reference each has '
-        f"log pi {runs[0].path[0][0]:.3f}.",
+        f'One pair, "{WORDS[CHOSEN]}" over "{WORDS[REJECTED]}", in a model of three words: beta {first.beta:g}, '
+        f"{len(first.path) - 1} steps of rate {first.learning_rate:g}. At the reference each has log pi "
+        f"{first.path[0][0]:.3f}.",
         f"{'weight of NLL':>13}{'first slope':>13}"
         + "".join(f"{f'log pi({word})':>15}" for word in WORDS)
         + f"{'DPO loss':>10}",

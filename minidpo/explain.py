@@ -226,23 +226,22 @@ def pair(
         reward_l=out.reward_l.item(),
         weight=weight,
         loss=out.loss.item(),
-        says=in_words(margin, beta, weight, w == l),
+        says=in_words(logp_w - ref_logp_w, logp_l - ref_logp_l, beta, weight, w == l),
         ids=ids,
     )
 
 
-def in_words(margin: float, beta: float, weight: float, identical: bool) -> str:
+def in_words(ratio_w: float, ratio_l: float, beta: float, weight: float, identical: bool) -> str:
     """What the loss says of a pair."""
     if identical:
-        return "The responses are identical: every push cancels, and a step changes nothing."
-    if margin == 0:
-        moved = "The policy tells the responses apart just as its reference does"
-    else:
-        towards = "chosen" if margin > 0 else "rejected"
-        moved = f"Against its reference the policy has moved {abs(margin):.3f} nats towards the {towards} response"
+        return "The responses are identical: every push cancels, and no gradient is left but rounding."
+    margin = ratio_w - ratio_l
+    gap = f"{abs(margin):.3f} nats {'larger' if margin > 0 else 'smaller'} than" if margin else "that of"
     return (
-        f"{moved}: at beta {beta:g} its implicit rewards give the label a probability of sigma(z) = {1 - weight:.3f}, "
-        f"and the pair pulls with the weight that is missing to 1, sigma(-z) = {weight:.3f}."
+        f"Against the reference log pi(chosen) has moved by {ratio_w:+.3f} nats and log pi(rejected) by "
+        f"{ratio_l:+.3f}: the first minus the second is {gap} the reference. At beta {beta:g} the implicit rewards "
+        f"give the label a probability of sigma(z) = {1 - weight:.3f}, and the pair pulls with the weight that is "
+        f"missing to 1, {weight:.3g}."
     )
 
 
@@ -287,7 +286,7 @@ def four_ways(policy: Params, config: Config, view: PairView) -> list[Ways]:
         by_logps, autograd = gradients(points, linear), gradients(points, loss)
         for title, name, entry in entries:
             first, second, third = (float(g[name][entry]) for g in (by_logps, by_logits, autograd))
-            rows.append(Ways(title, first, second, third, difference(points, name, entry, loss)))
+            rows.append(Ways(title, first, second, third, difference(points, name, entry, loss, view.beta)))
 
     def of_logps(leaves: Params) -> Tensor:
         w, l, ref_w, ref_l = leaves.values()
@@ -295,7 +294,9 @@ def four_ways(policy: Params, config: Config, view: PairView) -> list[Ways]:
 
     autograd = gradients(logps, of_logps)
     for name, closed in zip(logps, (closed_w, closed_l, -closed_w, -closed_l)):
-        rows.append(Ways(name, closed.item(), None, autograd[name].item(), difference(logps, name, (0,), of_logps)))
+        rows.append(
+            Ways(name, closed.item(), None, autograd[name].item(), difference(logps, name, (0,), of_logps, view.beta))
+        )
 
     constants = double(policy, False)
     logits = context_logits(constants, config, view.ids).data
@@ -323,9 +324,11 @@ def gradients(
     return {name: leaf.grad for name, leaf in leaves.items()}
 
 
-def difference(points: dict[str, Array], name: str, entry: Any, output: Callable[[Params], Tensor]) -> float:
-    """(f(x + h) - f(x - h))/2h in one entry of one array."""
-    h = 1e-5 * max(1.0, abs(points[name][entry]))
+def difference(
+    points: dict[str, Array], name: str, entry: Any, output: Callable[[Params], Tensor], beta: float
+) -> float:
+    """(f(x + h) - f(x - h))/2h in one entry of one array; the loss bends within 1/beta, so h is smaller than that."""
+    h = 1e-5 * max(1.0, abs(points[name][entry])) / max(1.0, beta)
     values = []
     for step in (h, -h):
         moved = points[name].copy()

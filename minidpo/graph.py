@@ -1,6 +1,5 @@
 """A graph as it is: what each op made, what it keeps, and the gradient that passes through it."""
 
-import functools
 import html
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,10 +18,9 @@ class Node:
 
     number: int  # in order of creation, from 0
     op: str  # "leaf" if no op made it
-    name: str  # of a leaf, if one was given
+    name: str  # if one was given
     parents: list[int]  # numbers of the operands that have a gradient
     shape: tuple[int, ...]
-    shapes: list[tuple[int, ...]]  # of those operands
     kept: int  # bytes that live until the sweep has passed: its value, and what its vjp holds and no older node does
     gradient_norm: float | None  # None where no gradient arrives
     value: list[float] | None  # the entries of a small one
@@ -95,15 +93,9 @@ def arrays_in(kept: Any) -> Iterator[Any]:
     """The arrays in what a `vjp` closes over."""
     if isinstance(getattr(kept, "nbytes", None), int):
         yield kept
-    elif isinstance(kept, Tensor):
-        yield kept.data
-    elif isinstance(kept, Mapping):
-        yield from arrays_in(list(kept.values()))
-    elif isinstance(kept, list | tuple | set):
+    elif isinstance(kept, list | tuple):
         for part in kept:
             yield from arrays_in(part)
-    elif isinstance(kept, functools.partial):
-        yield from arrays_in([kept.func, kept.args, kept.keywords])
     else:
         for cell in getattr(kept, "__closure__", None) or ():
             yield from arrays_in(cell.cell_contents)
@@ -117,14 +109,14 @@ def buffer(array: Any) -> Any:
 
 
 def graph(tensor: Tensor, names: Mapping[str, Tensor] | None = None) -> Graph:
-    """Sweep a graph once and list it in order of creation; `grad` of its leaves stays as it is.
+    """Sweep a graph once, which frees it, and list it in order of creation; `grad` of its leaves stays as it is.
 
     Parameters
     ----------
     tensor : Tensor
         Where the sweep begins, with a gradient of ones.
     names : dict of str to Tensor, optional
-        Names for leaves: a model's parameters, say.
+        Names for some of it: a model's parameters, say.
 
     Returns
     -------
@@ -157,7 +149,6 @@ def graph(tensor: Tensor, names: Mapping[str, Tensor] | None = None) -> Graph:
                 "name": titles.get(node, ""),
                 "parents": [number[parent] for parent in parents],
                 "shape": node.shape,
-                "shapes": [parent.shape for parent in parents],
                 "kept": sum(new.values()),
                 "value": to_host(node.data).reshape(-1).tolist() if node.data.size <= SMALL else None,
                 "gradient_norm": None,

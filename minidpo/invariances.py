@@ -57,12 +57,22 @@ def random_world(seed: int) -> World:
     return World(policy, model.frozen(reference))
 
 
-def outcome(world: World, score: Score, reference_score: Score | None = None, pairs: Sequence[Pair] = PAIRS) -> Array:
+def dpo(logp_w: Tensor, logp_l: Tensor, ref_logp_w: Tensor, ref_logp_l: Tensor) -> Tensor:
+    return losses.dpo_loss(logp_w, logp_l, ref_logp_w, ref_logp_l, BETA).loss
+
+
+def outcome(
+    world: World,
+    score: Score,
+    reference_score: Score | None = None,
+    pairs: Sequence[Pair] = PAIRS,
+    objective: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] = dpo,
+) -> Array:
     """The loss and the gradient of every parameter in one array."""
     params = {name: Tensor(p.data, requires_grad=True) for name, p in world.policy.items()}
     ref_logp_w, ref_logp_l = (reference_score or score)(world.reference, pairs)
     logp_w, logp_l = score(params, pairs)
-    loss = losses.dpo_loss(logp_w, logp_l, ref_logp_w, ref_logp_l, BETA).loss
+    loss = objective(logp_w, logp_l, ref_logp_w, ref_logp_l)
     loss.backward()
     return flat(loss, params)
 
@@ -266,12 +276,23 @@ def cached_reference(world: World) -> list[Invariance]:
 
 def swapped_labels(world: World) -> list[Invariance]:
     """log sigma(z) - log sigma(-z) = z: a flipped label costs beta times the margin."""
-    logps = [logp.data for params in world for logp in shared(params, PAIRS)]
-    w, l, ref_w, ref_l = logps
-    out, swapped = losses.dpo_loss(w, l, ref_w, ref_l, BETA), losses.dpo_loss(l, w, ref_l, ref_w, BETA)
-    loss, other, z = (numpy.array([x]) for x in (out.loss.item(), swapped.loss.item(), BETA * out.margin.data.mean()))
-    grown, same = change(other - z, loss), change(other, loss)
-    return [Invariance("chosen and rejected are swapped", "loss grows by mean z", grown, "loss stays", same)]
+
+    def swapped(w: Tensor, l: Tensor, ref_w: Tensor, ref_l: Tensor) -> Tensor:
+        return dpo(l, w, ref_l, ref_w)
+
+    def mean_z(w: Tensor, l: Tensor, ref_w: Tensor, ref_l: Tensor) -> Tensor:
+        return ops.mean(BETA * ((w - ref_w) - (l - ref_l)))
+
+    before, after, z = (outcome(world, shared, objective=objective) for objective in (dpo, swapped, mean_z))
+    return [
+        Invariance(
+            "chosen and rejected are swapped",
+            "the loss grows by mean z",
+            change(after, before + z),
+            "it stays",
+            change(after, before),
+        )
+    ]
 
 
 ALL = (sums_and_means, constants, padding, order, micro_batches, routes, cached_reference, swapped_labels)

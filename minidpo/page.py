@@ -1,9 +1,10 @@
 """What a person sees of an explained pair: tables in a terminal, and a page for a browser."""
 
 import html
+import unicodedata
 from collections.abc import Sequence
 
-from .displacement import Step
+from .displacement import ROUNDING, Step
 from .explain import END, PairView, TokenView, Ways, largest_differences, quoted
 from .report import shown
 
@@ -17,40 +18,51 @@ def text_of(tokens: Sequence[str]) -> str:
     return "".join(token for token in tokens if token != END)
 
 
+def width(text: str) -> int:
+    """Columns that a text takes in a terminal."""
+    return sum(0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
+
+
+def branches(view: PairView) -> bool:
+    """Whether there is a row of logits at which the responses part."""
+    return any(token.row == "branch" for token in view.chosen)
+
+
 def aligned(view: PairView) -> str:
     """Prompt and responses below each other, with a mark below what the responses share."""
     chosen, rejected = ([token.token for token in side] for side in (view.chosen, view.rejected))
-    width = len(shown(text_of(chosen[: view.shared])))
+    marks = "=" * width(shown(text_of(chosen[: view.shared]))) + ("^" if branches(view) else "")
     parts = (("prompt", view.prompt), ("chosen", chosen), ("rejected", rejected))
     lines = [f"{name:<9} {shown(text_of(tokens))}" for name, tokens in parts]
-    alike = f"tokens shared: {view.shared}; what they are pushed by cancels"
-    return "\n".join([*lines, f"{'':<9} {'=' * width}^ {alike}"])
+    told = f"tokens shared: {view.shared}" + ("; what they are pushed by cancels" if view.shared else "")
+    return "\n".join([*lines, f"{'':<9} {marks} {told}"])
 
 
 def tokens_as_text(view: PairView) -> str:
     """One token a line: the shared ones, then the rest of the chosen and of the rejected response."""
-    titles = ("p", "log pi", "log ref", "ratio", "reward", "dL/dlogp", "|dL/ds|")
-    lines = [f"{'':<15}" + "".join(f"{title:>10}" for title in titles) + "  logits up / down, -dL/ds"]
+    titles = ("p", "log pi", "log ref", "ratio", "so far", "dL/dlogp", "|dL/ds|")
+    lines = [f"{'':<20}" + "".join(f"{title:>10}" for title in titles) + "  logits up / down, -dL/ds"]
     sides = (("chosen", view.chosen), ("rejected", view.rejected))
     for name, part in (("shared", view.chosen[: view.shared]), *[(name, side[view.shared :]) for name, side in sides]):
         lines += [name] if part else []
-        for token in part:
+        for t, token in enumerate(part, start=0 if name == "shared" else view.shared):
             moved = [" ".join(f"{quoted(c)} {push:+.2g}" for c, push in side) for side in (token.up, token.down)]
-            coefficient = "cancels" if token.row == "shared" else f"{token.coefficient:+.5f}"
+            coefficient = "cancels" if token.row == "shared" else f"{token.coefficient:+.3g}"
             figures = (token.logp, token.ref_logp, token.log_ratio, token.reward)
             lines.append(
-                f"{PREFIX[token.row]:>1} {quoted(token.token):<13}{token.probability:>10.5f}"
+                f"{PREFIX[token.row]:>1} {t:>4} {quoted(token.token):<13}{token.probability:>10.5f}"
                 + "".join(f"{figure:>10.4f}" for figure in figures)
                 + f"{coefficient:>10}{token.gradient_norm:>10.1e}"
                 + (f"  {moved[0]} / {moved[1]}" if token.up else "")
             )
     branch = "^ one row of logits, two tokens: the softmax cancels, what is left pushes one up and the other down"
-    return "\n".join([*lines, branch] if any(token.row == "branch" for token in view.chosen) else lines)
+    so_far = "so far: the implicit reward up to the token, beta times the sum of the ratios"
+    return "\n".join([*lines, *([branch] if branches(view) else []), so_far])
 
 
 def summary(view: PairView) -> str:
     """The four log-probabilities and what the loss makes of them."""
-    sigma = f"sigma(-z) {view.weight:.4f}"
+    sigma = f"sigma(-z) {view.weight:.4g}"
     return "\n".join(
         [
             f"{'':<15}{'policy':>12}{'reference':>12}{'log-ratio':>12}{'reward':>12}",
@@ -59,9 +71,9 @@ def summary(view: PairView) -> str:
             f"{'log pi(rejected)':<16}{view.logp_l:>11.4f}{view.ref_logp_l:>12.4f}"
             f"{view.logp_l - view.ref_logp_l:>12.4f}{view.reward_l:>12.4f}",
             f"{'gap':<15}{view.policy_gap:>12.4f}{view.reference_gap:>12.4f}{view.margin:>12.4f}"
-            f"{view.beta * view.margin:>12.4f}",
-            f"margin {view.margin:.4f}, z = {view.beta:g} margin = {view.beta * view.margin:.4f}, weight {sigma}, "
-            f"loss -log sigma(z) {view.loss:.4f}",
+            f"{view.beta * view.margin:>12.4g}",
+            f"margin {view.margin:.4f}, z = {view.beta:g} margin = {view.beta * view.margin:.4g}, weight {sigma}, "
+            f"loss -log sigma(z) {view.loss:.4g}",
             view.says,
         ]
     )
@@ -71,9 +83,11 @@ def ways_as_text(rows: Sequence[Ways]) -> str:
     """The table of the four ways, and the largest difference between them."""
     lines = [f"{'dL/d':<32}{'formula':>16}{'per logit':>16}{'autograd':>16}{'difference':>16}"]
     for name, *ways in rows:
-        lines.append(f"{name:<32}" + "".join(f"{'':>16}" if way is None else f"{way:>16.9f}" for way in ways))
+        lines.append(f"{name:<32}" + "".join(f"{'':>16}" if way is None else f"{way:>16.8g}" for way in ways))
     exact, finite = largest_differences(rows)
-    return "\n".join([*lines, f"largest difference: {exact:.0e} among the first three, {finite:.0e} to the fourth"])
+    largest = max(abs(row.autograd) for row in rows)
+    told = f"largest difference: {exact:.0e} among the first three, {finite:.0e} to the fourth"
+    return "\n".join([*lines, f"{told}; largest entry {largest:.2g}"])
 
 
 def step_as_text(plain: Step, adam: Step) -> str:
@@ -85,12 +99,18 @@ def step_as_text(plain: Step, adam: Step) -> str:
     ]
     for name in ("chosen", "rejected"):
         change, other = getattr(plain, name), getattr(adam, name)
-        ratio = f"{change.measured / change.predicted:.5f}" if change.predicted else ""
+        ratio = f"{change.measured / change.predicted:.5f}" if abs(change.predicted) > ROUNDING else "rounding"
         lines.append(
             f"{f'log pi({name})':<18}{change.own:>+12.3e}{change.cross:>+12.3e}{change.predicted:>+12.3e}"
             f"{change.measured:>+12.3e}{ratio:>10}{other.measured:>+12.3e}"
         )
-    return "\n".join(lines)
+    return "\n".join(
+        [
+            *lines,
+            "own push: by what the loss asks of this response; cross push: by what it asks of the other, through the",
+            "parameters that both use. AdamW: its first step at the same rate, which the kernel does not predict.",
+        ]
+    )
 
 
 # ---- in a browser --------------------------------------------------------------------------------------------
@@ -112,20 +132,22 @@ button { display: inline-flex; flex-direction: column; align-items: center; min-
   margin: 0 1px 2px 0; padding: .1rem .15rem; border: 1px solid transparent; border-radius: .2rem; font-size: 1rem;
   line-height: 1.2; color: var(--fg); background: color-mix(in srgb, var(--tint) var(--hard), transparent); }
 button small { font-size: .7rem; } .up { --tint: var(--up); } .down { --tint: var(--down); }
-.shared { --tint: transparent; border: 1px dashed var(--line); }
+.none { --tint: transparent; } .shared { --tint: transparent; border: 1px dashed var(--line); }
 button:hover, button:focus { outline: 2px solid var(--fg); outline-offset: 0; }
 [role=tooltip] { position: fixed; inset: auto 0 0; margin: 0 auto; max-width: 60rem; padding: .7rem 1rem;
   visibility: hidden; background: var(--bg); border-top: 2px solid var(--fg); font-size: .9rem; max-height: 15rem;
   overflow: auto; z-index: 1; }
-button:hover + [role=tooltip], button:focus + [role=tooltip] { visibility: visible; }
+button:hover + [role=tooltip], button:focus + [role=tooltip], [role=tooltip]:hover { visibility: visible; }
 button:hover + [role=tooltip] { z-index: 2; }
 .wide { overflow-x: auto; } table { border-collapse: collapse; font-size: .85rem; }
 caption { text-align: left; color: var(--dim); padding-bottom: .3rem; }
 td, th { padding: .15rem .5rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
 th[scope=row] { text-align: left; }
 """
-SIGNS = {"up": "\u25b2", "down": "\u25bc", "shared": "="}
-PUSHED = {"up": "pushed up by", "down": "pushed down by", "shared": "shared: the two pushes cancel,"}
+SIGNS = {"up": "\u25b2", "down": "\u25bc", "shared": "=", "none": "\u00b7"}
+PUSHED = {"up": "pushed up", "down": "pushed down", "shared": "shared, the two pushes cancel", "none": "not pushed"}
+NAMES = {" ": "space", "\n": "newline", END: "end of text"}
+FACES = {" ": "\u2423", "\n": "\u21b5", END: "end"}
 COLUMNS = ("token", "p", "log pi", "log pi_ref", "log-ratio", "reward so far", "dL/dlogp", "push", "|dL/ds|")
 
 
@@ -136,20 +158,23 @@ def escaped(text: str) -> str:
 
 def direction(token: TokenView) -> str:
     """Where a token's own logit is pushed."""
-    return "shared" if token.row == "shared" else "up" if token.push > 0 else "down"
+    if token.row == "shared":
+        return "shared"
+    return "up" if token.push > 0 else "down" if token.push < 0 else "none"
 
 
 def figures(token: TokenView) -> list[str]:
     """A token's numbers, in the order of the columns."""
     own = (token.logp, token.ref_logp, token.log_ratio, token.reward)
     pushes = (token.coefficient, token.push, token.gradient_norm)
-    return [f"{token.probability:.5f}", *[f"{x:.4f}" for x in own], *[f"{x:.2g}" for x in pushes]]
+    told = [f"{token.probability:.5f}", *[f"{x:.4f}" for x in own], *[f"{x:.2g}" for x in pushes]]
+    return [*told[:5], "cancels", *told[6:]] if token.row == "shared" else told
 
 
 def token_button(token: TokenView, name: str, hardest: float) -> str:
     """One token: its sign can be read without colour, its numbers appear on hover and on focus."""
     where = direction(token)
-    face = {" ": "\u2423", "\n": "\u21b5"}.get(token.token, "end" if token.token == END else token.token)
+    face, spoken = FACES.get(token.token, token.token), NAMES.get(token.token, token.token)
     moved = [
         f"{title} {', '.join(f'{escaped(quoted(c))} {push:+.2g}' for c, push in part)}"
         for title, part in (("up:", token.up), ("down:", token.down))
@@ -157,11 +182,12 @@ def token_button(token: TokenView, name: str, hardest: float) -> str:
     ]
     told = [f"{title} {figure}" for title, figure in zip(COLUMNS[1:], figures(token))]
     branch = ["Here the responses part: one row of logits, two tokens."] if token.row == "branch" else []
-    tip = "<br>".join([f"<b>{escaped(quoted(token.token))}</b> {PUSHED[where]} {abs(token.push):.2g}", ", ".join(told)])
+    tip = "<br>".join([f"<b>{escaped(quoted(token.token))}</b> {PUSHED[where]}", ", ".join(told)])
     tip += "".join(f"<br>{line}" for line in [*branch, "; ".join(moved)] if line)
     return (
         f'<button type="button" class="{where}" style="--hard: {100 * abs(token.push) / hardest:.0f}%" '
-        f'aria-describedby="{name}">{escaped(face)}<small aria-hidden="true">{SIGNS[where]}</small></button>'
+        f'aria-label="{escaped(spoken)}, {PUSHED[where]}" aria-describedby="{name}">'
+        f'{escaped(face)}<small aria-hidden="true">{SIGNS[where]}</small></button>'
         f'<span role="tooltip" id="{name}">{tip}</span>'
     )
 
@@ -205,7 +231,8 @@ def page(view: PairView) -> str:
         f'<tr><th scope="row">{name}</th>' + "".join(f"<td>{x:.4f}</td>" for x in numbers) + "</tr>"
         for name, *numbers in rows
     )
-    heads = "".join(f'<th scope="col">{name}</th>' for name in ("", "policy", "reference", "log-ratio", "reward"))
+    heads = "<td></td>"
+    heads += "".join(f'<th scope="col">{name}</th>' for name in ("policy", "reference", "log-ratio", "reward"))
     return f"""<!doctype html>
 <html lang="en">
 <head>
@@ -221,20 +248,20 @@ def page(view: PairView) -> str:
 <p>{escaped(view.says)}</p>
 <p>{SIGNS["up"]} and {SIGNS["down"]}: a step down the gradient pushes this token's logit up or down, the harder the
 stronger the tint. {SIGNS["shared"]}: both responses have this token, and their pushes cancel. Point at a token, or
-reach it with the tab key, for its numbers.</p>
+reach it with the tab key, for its numbers; <a href="#numbers">or read them all</a>.</p>
 <h2>Prompt</h2>
 <p class="text">{escaped(text_of(view.prompt))}</p>
 {response_section("Chosen", "w", view.chosen, view.logp_w, view.reward_w, hardest)}
 {response_section("Rejected", "l", view.rejected, view.logp_l, view.reward_l, hardest)}
 <h2>The pair</h2>
 <div class="wide" role="region" aria-label="The pair" tabindex="0"><table>
-<caption>Log-probabilities in nats; margin {view.margin:.4f}, z = {view.beta:g} margin = {view.beta * view.margin:.4f},
-weight sigma(-z) {view.weight:.4f}, loss -log sigma(z) {view.loss:.4f}</caption>
+<caption>Log-probabilities in nats; margin {view.margin:.4f}, z = {view.beta:g} margin = {view.beta * view.margin:.4g},
+weight sigma(-z) {view.weight:.4g}, loss -log sigma(z) {view.loss:.4g}</caption>
 <thead><tr>{heads}</tr></thead>
 <tbody>
 {four}
 </tbody></table></div>
-<h2>Every number</h2>
+<h2 id="numbers">Every number</h2>
 {token_table("The chosen response", view.chosen)}
 {token_table("The rejected response", view.rejected)}
 </main>

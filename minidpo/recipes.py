@@ -19,6 +19,7 @@ from .preferences import PAIRS, Encoded, collate
 from .streams import stream
 from .tokenizer import END_OF_TEXT, TURN, Tokenizer
 from .training import Loss
+from .workers import Workers, worker_count
 
 LOSSES = ("dpo", "ipo", "reference-free")
 NEW_MODEL = {"n_positions": 512, "n_embd": 64, "n_layer": 2, "n_head": 4}
@@ -169,16 +170,18 @@ def likelihood_run(
 ) -> int:
     """Train on the likelihood of examples: what pre-training and fine-tuning share."""
     optimizer = optim.AdamW(params, options.learning_rate, betas=(0.9, 0.99), weight_decay=0.01)
+    workers = Workers(params, training.nll_gradient(config, options.micro_batch_size), worker_count(params))
     task = Task(
         len(examples),
         lambda indices: training.sft_training_step(
-            params, config, optimizer, [examples[i] for i in indices], 1.0, options.micro_batch_size
+            params, config, optimizer, [examples[i] for i in indices], 1.0, workers=workers
         ),
         lambda: {"loss": training.held_out_nll(params, config, measured)},
         lambda: samples(params, config, tokenizer, prompts, options.seed),
         rows,
     )
-    return finish(options, run_loop(options.out, params, config, tokenizer, optimizer, task, settings(options)))
+    with workers:
+        return finish(options, run_loop(options.out, params, config, tokenizer, optimizer, task, settings(options)))
 
 
 def finish(options: argparse.Namespace, result: Path) -> int:
@@ -299,6 +302,8 @@ def dpo(options: argparse.Namespace) -> int:
     count = len(rows.train.ids)
     held_out = collate(pairs[count:], ref_logp_w[count:], ref_logp_l[count:])
     optimizer = optim.AdamW(policy, options.learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
+    gradient = training.pair_gradient(config, options.beta, loss, options.nll_weight, options.micro_batch_size)
+    workers = Workers(policy, gradient, worker_count(policy))
     task = Task(
         count,
         lambda indices: training.dpo_training_step(
@@ -311,13 +316,14 @@ def dpo(options: argparse.Namespace) -> int:
             loss,
             options.nll_weight,
             1.0,
-            options.micro_batch_size,
+            workers=workers,
         ),
         lambda: training.preference_evaluation(policy, config, held_out, options.beta, loss, options.nll_weight),
         lambda: samples(policy, config, tokenizer, sampled_prompts(rows.held_out), options.seed),
         lambda indices: named_rows(rows.train, indices),
     )
-    return finish(options, run_loop(options.out, policy, config, tokenizer, optimizer, task, settings(options)))
+    with workers:
+        return finish(options, run_loop(options.out, policy, config, tokenizer, optimizer, task, settings(options)))
 
 
 def same_vocabulary(folder: Path, loaded: Checkpoint, other_folder: Path, other: Checkpoint) -> None:

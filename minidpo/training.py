@@ -23,6 +23,7 @@ from .scoring import Pair, packed_logprobs, shared_logprobs
 from .streams import stream
 from .tensor import Tensor
 from .tokenizer import END_OF_TEXT, Tokenizer
+from .workers import Gradient, Workers, shares
 
 Example = tuple[list[int], list[int]]  # ids of prompt and response
 Metrics = dict[str, float]
@@ -74,6 +75,19 @@ def swept(loss: Tensor) -> float:
     return value
 
 
+def nll_gradient(config: Config, micro_batch_size: int | None = None) -> Gradient:
+    """The gradient of a share of a batch's `nll`: "examples", and how many "tokens" the batch has.  -> its loss"""
+
+    def gradient(params: Params, share: Any) -> float:
+        examples, loss = share["examples"], 0.0
+        for start in range(0, len(examples), micro_batch_size or len(examples)):
+            part = examples[start : start + (micro_batch_size or len(examples))]
+            loss += swept(-ops.sum(packed_logprobs(params, config, part)) * (1 / share["tokens"]))
+        return loss
+
+    return gradient
+
+
 def sft_training_step(
     params: Params,
     config: Config,
@@ -81,8 +95,9 @@ def sft_training_step(
     examples: Sequence[Example],
     max_norm: float = math.inf,
     micro_batch_size: int | None = None,
+    workers: Workers | None = None,
 ) -> Metrics:
-    """One step down `nll`; the gradient is the whole batch's, however small the micro-batches.
+    """One step down `nll`; the gradient is the whole batch's, however small the micro-batches or many the workers.
 
     Raises
     ------
@@ -90,10 +105,10 @@ def sft_training_step(
         If loss or gradient is not finite; nothing has moved then.
     """
     optimizer.zero_grad()
-    tokens, loss = sum(len(y) for _, y in examples), 0.0
-    for start in range(0, len(examples), micro_batch_size or len(examples)):
-        part = examples[start : start + (micro_batch_size or len(examples))]
-        loss += swept(-ops.sum(packed_logprobs(params, config, part)) * (1 / tokens))
+    tokens = sum(len(y) for _, y in examples)
+    workers = workers or Workers(params, nll_gradient(config, micro_batch_size), 1)
+    parts = shares([len(x) + len(y) for x, y in examples], len(workers))
+    loss = sum(workers([{"examples": [examples[i] for i in part], "tokens": tokens} for part in parts]))
     grad_norm = optim.clip_global_norm(params, max_norm)
     optimizer.step()
     return {"loss": loss, "grad_norm": grad_norm, "learning_rate": optimizer.learning_rate, "tokens": tokens}
@@ -109,6 +124,57 @@ def reference_logprobs(reference: Params, config: Config, pairs: Sequence[Pair])
     return xp.concatenate([w.data for w, _ in each]), xp.concatenate([l.data for _, l in each])
 
 
+SHOWN = ("reward_w", "reward_l", "logp_w", "logp_l")  # what metrics are made of
+
+
+def pair_shares(pairs: Sequence[Pair], ref_logp_w: Array, ref_logp_l: Array, count: int) -> list[dict[str, Any]]:
+    """A batch for `pair_gradient`, shared out by length."""
+    size = {"B": len(pairs), "tokens": sum(len(w) for _, w, _ in pairs)}
+    if count == 1:
+        return [{"pairs": pairs, "ref_logp_w": ref_logp_w, "ref_logp_l": ref_logp_l, **size}]
+    return [
+        {
+            "pairs": [pairs[i] for i in part],
+            "ref_logp_w": ref_logp_w[part].tolist(),
+            "ref_logp_l": ref_logp_l[part].tolist(),
+            **size,
+        }
+        for part in shares([len(x) + len(w) + len(l) for x, w, l in pairs], count)
+    ]
+
+
+def pair_gradient(
+    config: Config,
+    beta: float = 0.1,
+    loss: Loss = losses.dpo_loss,
+    nll_weight: float = 0.0,
+    micro_batch_size: int | None = None,
+) -> Gradient:
+    """The gradient of a share of a batch: "pairs" with their "ref_logp_w" and "ref_logp_l", and how many pairs "B" and
+    chosen "tokens" the batch has. Returns its part of the objective and `SHOWN` of each pair.
+    """
+
+    def gradient(policy: Params, share: Any) -> dict[str, Any]:
+        pairs, B, said = share["pairs"], share["B"], []
+        for start in range(0, len(pairs), micro_batch_size or len(pairs)):
+            part = slice(start, start + (micro_batch_size or len(pairs)))
+            logp_w, logp_l = shared_logprobs(policy, config, pairs[part])  # -> (B,), (B,)
+            xp, dtype = array_module(logp_w.data), logp_w.dtype
+            ref_logp_w, ref_logp_l = (
+                xp.asarray(share[name][part], dtype=dtype) for name in ("ref_logp_w", "ref_logp_l")
+            )
+            out = loss(logp_w, logp_l, ref_logp_w, ref_logp_l, beta)
+            objective = out.loss * (len(pairs[part]) / B)  # the mean over the batch, this part's share
+            if nll_weight:
+                objective = objective - (nll_weight / share["tokens"]) * ops.sum(logp_w)
+            shown = (out.reward_w, out.reward_l, logp_w, logp_l)
+            said.append((swept(objective), [to_host(x.data).tolist() for x in shown]))
+        columns = ([x for _, shown in said for x in shown[i]] for i in range(len(SHOWN)))
+        return {"objective": sum(value for value, _ in said), **dict(zip(SHOWN, columns))}
+
+    return gradient
+
+
 def dpo_training_step(
     policy: Params,
     reference: Params,
@@ -120,11 +186,14 @@ def dpo_training_step(
     nll_weight: float = 0.0,
     max_norm: float = math.inf,
     micro_batch_size: int | None = None,
+    workers: Workers | None = None,
 ) -> Metrics:
     """One step of direct preference optimisation: chosen responses up, rejected ones down, against a reference.
 
         L = loss(log pi(y_w|x), log pi(y_l|x), log pi_ref(y_w|x), log pi_ref(y_l|x), beta)
             - nll_weight mean_t log pi(y_w,t | x, y_w,<t)
+
+    `workers`, made with the same `pair_gradient`, share out the pairs.
 
     Raises
     ------
@@ -135,50 +204,31 @@ def dpo_training_step(
     ----------
     Rafailov et al. 2023 (arXiv 2305.18290), section 4; for the second term, Pang et al. 2024 (arXiv 2404.19733).
     """
-    B, tokens = len(batch.pairs), sum(len(w) for _, w, _ in batch.pairs)
+    pairs, ref_logps = batch.pairs, (batch.ref_logp_w, batch.ref_logp_l)
+    if batch.ref_logp_w is None or batch.ref_logp_l is None:
+        ref_logps = reference_logprobs(reference, config, pairs)  # constants: no graph
     optimizer.zero_grad()
-    outs = []
-    for start in range(0, B, micro_batch_size or B):
-        part = slice(start, start + (micro_batch_size or B))
-        pairs = batch.pairs[part]
-        if batch.ref_logp_w is None or batch.ref_logp_l is None:
-            ref_logp_w, ref_logp_l = reference_logprobs(reference, config, pairs)  # constants: no graph
-        else:
-            ref_logp_w, ref_logp_l = batch.ref_logp_w[part], batch.ref_logp_l[part]
-        logp_w, logp_l = shared_logprobs(policy, config, pairs)  # -> (B,), (B,)
-        out = loss(logp_w, logp_l, ref_logp_w, ref_logp_l, beta)
-        objective = out.loss * (len(pairs) / B)  # the mean over the batch, this part's share
-        if nll_weight:
-            objective = objective - (nll_weight / tokens) * ops.sum(logp_w)
-        outs.append((swept(objective), out, logp_w, logp_l))
+    workers = workers or Workers(policy, pair_gradient(config, beta, loss, nll_weight, micro_batch_size), 1)
+    said = workers(pair_shares(pairs, *ref_logps, len(workers)))
     grad_norm = optim.clip_global_norm(policy, max_norm)
     optimizer.step()
-    metrics = preference_metrics([out for _, out, _, _ in outs], [w for _, _, w, _ in outs], [l for *_, l in outs])
-    step = {
-        "grad_norm": grad_norm,
-        "learning_rate": optimizer.learning_rate,
-        "tokens": tokens + sum(len(l) for *_, l in batch.pairs),
-    }
-    return {**metrics, "loss": sum(value for value, *_ in outs), **step}
+    columns = {name: numpy.concatenate([part[name] for part in said]) for name in SHOWN}
+    metrics = preference_metrics(sum(part["objective"] for part in said), **columns)
+    tokens = sum(len(w) + len(l) for _, w, l in pairs)
+    return {**metrics, "grad_norm": grad_norm, "learning_rate": optimizer.learning_rate, "tokens": tokens}
 
 
-def preference_metrics(outs: Sequence[PreferenceLoss], logps_w: Sequence[Tensor], logps_l: Sequence[Tensor]) -> Metrics:
-    """Means over all pairs, under TRL's names; a tie is no success, and is counted beside the accuracy."""
-
-    def column(parts: Sequence[Tensor]) -> numpy.ndarray:
-        return numpy.concatenate([to_host(part.data).reshape(-1) for part in parts]).astype("float64")
-
-    reward_w, reward_l = column([out.reward_w for out in outs]), column([out.reward_l for out in outs])
-    sizes = [out.reward_w.data.size for out in outs]
+def preference_metrics(loss: float, reward_w: Array, reward_l: Array, logp_w: Array, logp_l: Array) -> Metrics:
+    """Means over all pairs, (B,) each, under TRL's names; a tie is no success, and is counted beside the accuracy."""
     return {
-        "loss": sum(out.loss.item() * size for out, size in zip(outs, sizes)) / sum(sizes),
+        "loss": loss,
         "rewards/chosen": reward_w.mean().item(),
         "rewards/rejected": reward_l.mean().item(),
         "rewards/margins": (reward_w - reward_l).mean().item(),
         "rewards/accuracies": (reward_w > reward_l).mean().item(),
         "rewards/ties": (reward_w == reward_l).mean().item(),
-        "logps/chosen": column(logps_w).mean().item(),
-        "logps/rejected": column(logps_l).mean().item(),
+        "logps/chosen": logp_w.mean().item(),
+        "logps/rejected": logp_l.mean().item(),
     }
 
 
@@ -203,7 +253,8 @@ def preference_evaluation(
     constants = {name: p.detach() for name, p in policy.items()}
     logp_w, logp_l = (Tensor(logp) for logp in reference_logprobs(constants, config, batch.pairs))
     out = loss(logp_w, logp_l, batch.ref_logp_w, batch.ref_logp_l, beta)
-    metrics = preference_metrics([out], [logp_w], [logp_l])
+    shown = (to_host(x.data).astype("float64") for x in (out.reward_w, out.reward_l, logp_w, logp_l))
+    metrics = preference_metrics(out.loss.item(), *shown)
     tokens = sum(len(w) for _, w, _ in batch.pairs)
     chosen_nll = -float(to_host(logp_w.data).sum(dtype="float64")) / tokens
     ref_nll = -float(to_host(batch.ref_logp_w).sum(dtype="float64")) / tokens

@@ -8,8 +8,9 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 import models
-from minidpo import Tensor, displacement, explain, optim, scoring
+from minidpo import Tensor, displacement, explain, model, optim, scoring
 from minidpo.displacement import VECTORS, three_words
+from minidpo.model import Config
 from models import CONFIG, small
 
 close = np.testing.assert_allclose
@@ -88,9 +89,35 @@ def test_the_sign_of_the_prediction_is_that_of_the_step():
     assert len(steps) > 250 and agree.mean() >= 0.99
     assert 5 < sum(falls) < len(falls) - 5
     assert falls == [told.K_wl > told.K_ww for told in steps]
-    told = displacement.meter_as_text(steps)
-    assert told.startswith(f"{len(steps)} pairs: ") and f" in {sum(falls)} of them" in told
-    assert told.endswith(f"agree in {agree.sum()}")
+
+
+def step_of(K_ww, K_wl, predicted, measured):
+    change = displacement.Change(0.0, 0.0, predicted, measured)
+    return displacement.Step(1e-6, K_ww, K_wl, 1.0, change, change)
+
+
+def test_the_meter_counts_what_it_says():
+    """Otherwise agreement is claimed whatever was measured, and rounding is taken for a step."""
+    steps = [
+        step_of(2.0, 1.0, 1e-6, 1e-6),
+        step_of(1.0, 2.0, -1e-6, 1e-6),
+        step_of(1.0, 2.0, -1e-6, -1e-6),
+        step_of(1.0, 2.0, -1e-12, 1e-12),
+    ]
+    assert displacement.meter_as_text(steps) == (
+        "4 pairs: by the kernel (K_wl > K_ww) 3 lower their own log pi(chosen). In 3 a step on the pair alone moves it "
+        "by more than rounding (1e-11 nats): it fell in 1, and the sign was the predicted one in 2"
+    )
+
+
+def test_the_meter_takes_its_options():
+    """Otherwise another beta, rate or reference is measured than was asked for."""
+    ids = ([0, 1], [2, 3, 0], [2, 0])
+    config = Config(CONFIG.vocab_size, 12, 4, 1, 1)
+    other = model.init(config, np.random.default_rng(0), dtype="float64")
+    (told,) = displacement.meter(small(0), other, CONFIG, [ids], 0.7, 1e-4, config)
+    view = explain.pair(small(0), other, CONFIG, *ids, 0.7, reference_config=config)
+    assert told == displacement.step(small(0), CONFIG, view, 1e-4) and told.learning_rate == 1e-4
 
 
 def test_without_likelihood_the_chosen_word_falls_at_every_step():
@@ -130,5 +157,12 @@ def test_with_likelihood_the_chosen_word_ends_likely():
     for weight in (0.02, 0.1, 0.5):
         run = three_words(weight)
         assert run.path[-1, 0] > -0.1 and run.loss < 0.02
-    printed = displacement.words_as_text([three_words(0.0, steps=3), three_words(0.5, steps=3)])
-    assert printed.count("\n") == 3 and '"no" over "never"' in printed
+    runs = [three_words(0.0, steps=3), three_words(0.5, steps=3)]
+    first, _, *rows = displacement.words_as_text(runs).splitlines()
+    assert first.startswith('One pair, "no" over "never"') and "beta 0.5, 3 steps of rate 0.1" in first
+    for row, run in zip(rows, runs, strict=True):
+        weight, slope, *logps, loss = map(float, row.split())
+        close([weight, slope, loss], [run.nll_weight, run.slope, run.loss], atol=1e-4)
+        close(logps, run.path[-1], atol=1e-3)
+    z = 0.5 * (runs[0].path[-1][0] - runs[0].path[-1][1])
+    close(runs[0].loss, np.log1p(np.exp(-z)))

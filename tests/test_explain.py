@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import models
-from minidpo import Tensor, explain, losses, model
+from minidpo import Tensor, explain, losses, model, scoring
 from minidpo.exact import chain_rule_logprob
 from minidpo.model import Config
 from minidpo.tokenizer import Tokenizer
@@ -107,16 +107,24 @@ def test_what_is_shared_cancels_exactly(ids, seed):
     assert ("identical" in view.says) == (ids[1] == ids[2])
 
 
-def test_what_it_says_is_what_happened():
-    """Otherwise the sentence contradicts the numbers above it."""
-    ids = ([0, 1], [2, 0], [3, 0])
-    for ids_of, towards in ((ids, view_of(ids).margin > 0), ((ids[0], ids[2], ids[1]), view_of(ids).margin < 0)):
-        view = view_of(ids_of)
-        side = "chosen" if towards else "rejected"
-        assert f"moved {abs(view.margin):.3f} nats towards the {side} response" in view.says
-        assert f"sigma(z) = {1 - view.weight:.3f}" in view.says and f"sigma(-z) = {view.weight:.3f}" in view.says
-    same = explain.pair(small(0), small(0), CONFIG, *ids, 0.3)
-    assert "just as its reference does" in same.says and same.margin == 0 and same.loss == math.log(2)
+@given(ids=models.pairs(), seed=seeds)
+def test_what_it_says_is_what_happened(ids, seed):
+    """Otherwise the sentence contradicts the numbers above it: a margin grows also where the chosen response falls."""
+    view = view_of(ids, seed)
+    if ids[1] == ids[2]:
+        assert "identical" in view.says
+        return
+    assert f"log pi(chosen) has moved by {view.logp_w - view.ref_logp_w:+.3f} nats" in view.says
+    assert f"log pi(rejected) by {view.logp_l - view.ref_logp_l:+.3f}:" in view.says
+    word = "larger" if view.policy_gap > view.reference_gap else "smaller"
+    assert f"{abs(view.policy_gap - view.reference_gap):.3f} nats {word} than the reference" in view.says
+    assert f"sigma(z) = {1 - view.weight:.3f}" in view.says and f"to 1, {view.weight:.3g}." in view.says
+
+
+def test_at_the_reference_the_gap_is_the_reference_s():
+    """Otherwise a policy that has not moved is said to have."""
+    same = explain.pair(small(0), small(0), CONFIG, [0, 1], [2, 0], [3, 0], 0.3)
+    assert "is that of the reference" in same.says and same.margin == 0 and same.loss == math.log(2)
 
 
 def test_beta_is_a_tenth_unless_given():
@@ -172,6 +180,31 @@ def test_the_four_ways_agree(ids, seed):
     assert [name.partition("[")[0] for name in names[-len(small()) :]] == list(small())
     if ids[1] != ids[2]:
         assert max(abs(row.autograd) for row in rows[4:]) > 1e-6
+    pushes = {
+        (side, t): token
+        for side, part in (("chosen", view.chosen), ("rejected", view.rejected))
+        for t, token in enumerate(part)
+    }
+    tokens = [row for row in rows if " token " in row.name]
+    hardest = sorted((abs(token.push) for token in pushes.values() if token.row != "shared"), reverse=True)[:6]
+    close([abs(row.autograd) for row in tokens], hardest, atol=1e-14)
+    for row in tokens:
+        side, _, t, _ = row.name.replace(",", "").split(maxsplit=3)
+        close(row.autograd, -pushes[side, int(t)].push, atol=1e-14)
+    params = {name: Tensor(p.data, requires_grad=True) for name, p in small(seed).items()}
+    logp_w, logp_l = scoring.shared_logprobs(params, CONFIG, [ids])
+    losses.dpo_loss(logp_w, logp_l, [view.ref_logp_w], [view.ref_logp_l], view.beta).loss.backward()
+    for row, p in zip(rows[-len(params) :], params.values(), strict=True):
+        close(abs(row.autograd), abs(p.grad).max(), rtol=1e-9, atol=1e-14)  # the entry with the largest gradient
+
+
+def test_the_difference_is_as_fine_as_beta_asks():
+    """Otherwise at a large beta, where the loss bends within 1/beta, the fourth way disagrees with all others."""
+    policy = small(0)
+    view = explain.pair(policy, policy, CONFIG, [0, 1], [2, 0], [3, 0], 1e4)
+    rows = explain.four_ways(policy, CONFIG, view)
+    _, finite = explain.largest_differences(rows)
+    assert finite < 1e-4 * max(abs(row.autograd) for row in rows)
 
 
 @pytest.mark.parametrize("broken", ["dpo_gradient", "context_gradient", "vjp"])

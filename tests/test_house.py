@@ -10,7 +10,7 @@ import minidpo
 SOURCE = Path(minidpo.__file__).parent
 FLOORS = """
     backend tensor ops gradcheck cases optim streams tokenizer model scoring losses generation exact mutants
-    world preferences safetensors checkpoint training loop report graph explain displacement page invariances
+    world preferences safetensors checkpoint workers training loop report graph explain displacement page invariances
     laboratory assumptions dynamics frontier recipes inspection demo __init__ cli __main__
 """.split()
 files = pytest.mark.parametrize("path", sorted(SOURCE.glob("*.py")), ids=lambda path: path.stem)

@@ -2,10 +2,14 @@
 
 import json
 
+import numpy as np
 import pytest
 
-from minidpo import checkpoint, cli, displacement, explain, preferences
-from test_recipes import ROWS, SHORT, folder, write  # noqa: F401
+from minidpo import checkpoint, cli, displacement, explain, model, preferences
+from minidpo.exact import chain_rule_logprob
+from minidpo.model import Config
+from minidpo.tokenizer import Tokenizer
+from test_recipes import CONFIG, ROWS, SHORT, folder, write  # noqa: F401
 
 
 @pytest.fixture(scope="module")
@@ -28,6 +32,7 @@ def explained(capsys, *arguments):
 def test_explain_shows_everything(run, capsys, tmp_path):
     """Otherwise a part of the promise cannot be had from the command line."""
     files = [f"--html={tmp_path / 'pair.html'}", f"--graph={tmp_path / 'loss.dot'}"]
+    assert not list(tmp_path.iterdir())
     assert cli.main(["explain", f"--checkpoint={run}", *PAIR, *files]) == 0
     printed = capsys.readouterr().out
     for part in (
@@ -73,6 +78,37 @@ def test_reference_and_beta_can_be_given(run, capsys):
     assert told["step"]["learning_rate"] == told["step_adamw"]["learning_rate"] == 0.001
 
 
+def test_a_checkpoint_inside_a_run_is_of_that_run(run, capsys):
+    """Otherwise RUN/model, the folder that the run itself names, is explained against itself."""
+    told = explained(capsys, f"--checkpoint={run / 'model'}", *PAIR)
+    assert told["reference"] == str(run.parent / "init") and told["beta"] == 0.7
+    told = explained(capsys, f"--checkpoint={run.parent / 'init'}", *PAIR)
+    assert told["margin"] == 0
+
+
+def test_a_reference_of_its_own_and_of_another_shape(run, capsys):
+    """Otherwise a run with --reference is explained against its beginning, or with a context that it lacks."""
+    here = run.parent
+    config, tokenizer = Config(CONFIG.vocab_size, 9, 4, 1, 1), Tokenizer("\nabcd")
+    params = model.init(config, np.random.default_rng(3), dtype="float64")
+    checkpoint.save(here / "narrow", params, config, tokenizer)
+    command = ["dpo", f"--data={here / 'pairs.jsonl'}", f"--init={here / 'init'}", *SHORT]
+    command += [f"--reference={here / 'narrow'}", "--loss=ipo", f"--out={here / 'ipo'}"]
+    assert cli.main(command) == 0
+    told = explained(capsys, f"--checkpoint={here / 'ipo'}", *PAIR)
+    assert told["reference"] == str(here / "narrow") and told["note"].startswith("the run was made with --loss ipo")
+    x, w = [0, *tokenizer.encode("ab\n")], [*tokenizer.encode("bd"), 0]
+    assert told["ref_logp_w"] == pytest.approx(chain_rule_logprob(params, config, x, w))
+    assert cli.main(["explain", f"--checkpoint={here / 'ipo'}", *PAIR[:2], "--chosen=bbbbbbbb", "--rejected=c"]) == 2
+    assert "10 fit" in capsys.readouterr().err
+    checkpoint.save(here / "foreign", params, config, Tokenizer("\nwxyz"))
+    assert cli.main(["explain", f"--checkpoint={run}", f"--reference={here / 'foreign'}", *PAIR]) == 2
+    assert "must share one" in capsys.readouterr().err
+    (here / "narrow").rename(here / "moved")
+    assert cli.main(["explain", f"--checkpoint={here / 'ipo'}", *PAIR]) == 2
+    assert "is not there: give --reference" in capsys.readouterr().err
+
+
 def test_identical_responses_can_be_looked_at(run, capsys):
     """Otherwise the pair that teaches nothing cannot be seen to."""
     told = explained(capsys, f"--checkpoint={run}", "--prompt=a", "--chosen=bd", "--rejected=bd")
@@ -86,6 +122,9 @@ def test_what_cannot_be_explained_gets_a_sentence(run, capsys, tmp_path):
         (["--prompt=a", "--chosen=b", f"--rejected={'c' * 30}"], "the prompt with the rejected response: has"),
         ([*PAIR, f"--graph={tmp_path / 'loss.svg'}"], "is written as .dot (Graphviz) or .mmd (Mermaid)"),
         ([*PAIR, f"--reference={tmp_path / 'none'}"], "cannot be read"),
+        ([*PAIR, f"--html={tmp_path}"], "is no file that can be written"),
+        ([*PAIR, f"--html={tmp_path / 'no' / 'x.html'}"], "is no file that can be written"),
+        ([*PAIR, f"--html={tmp_path / 'x.dot'}", f"--graph={tmp_path / 'x.dot'}"], "two outputs cannot be one file"),
     ):
         assert cli.main(["explain", f"--checkpoint={run}", *arguments]) == 2
         error = capsys.readouterr().err
@@ -99,12 +138,14 @@ def test_displacement_on_three_words_and_on_a_file(run, capsys, tmp_path):
     printed = capsys.readouterr().out.splitlines()
     assert printed[0].startswith('One pair, "no" over "never"') and len(printed) == 7
     assert cli.main(["displacement", f"--checkpoint={run}", f"--data={run.parent / 'pairs.jsonl'}"]) == 0
-    first, meter = capsys.readouterr().out.splitlines()
+    first, note, meter = capsys.readouterr().out.splitlines()
+    assert note == "the run was made with --nll-weight 2.0; this is about the DPO loss alone"
     assert first == f"reference {run.parent / 'init'}; beta 0.7"
     count = len(preferences.read(run.parent / "pairs.jsonl")[0])
-    assert count == len(ROWS) and meter.startswith(f"{count} pairs") and meter.endswith(f"agree in {count}")
+    assert count == len(ROWS) and meter.startswith(f"{count} pairs") and meter.endswith(f"the predicted one in {count}")
     assert cli.main(["displacement", f"--data={write(tmp_path / 'x', ROWS)}"]) == 2
     assert "belong together" in capsys.readouterr().err
+    assert cli.main(["displacement", "--beta=5"]) == 2 and "belong together" in capsys.readouterr().err
 
 
 def test_invariances_prints_both_directions(capsys):

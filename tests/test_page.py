@@ -1,5 +1,6 @@
 """What a person sees of a pair: nothing is lost, nothing is markup, nothing is fetched."""
 
+import html
 import re
 from html.parser import HTMLParser
 
@@ -50,7 +51,7 @@ def test_a_response_stays_text():
     _, shown = view("<script>alert(1)</script>", "\"'&</span><b>", "<i>\x07\n")
     read = Reader(page.page(shown))
     assert {tag for tag, _ in read.tags} <= set(
-        "html head meta title style body main h1 h2 p div span button small b br "
+        "html head meta title style body main h1 h2 p a div span button small b br "
         "table caption thead tbody tr th td".split()
     )
     faces = "".join(text for tag, text in read.texts if tag == "button")
@@ -61,7 +62,7 @@ def test_a_response_stays_text():
 def test_nothing_external_is_referenced():
     """Otherwise opening a page tells a stranger of it, and it is empty without a network."""
     text = page.page(view()[1])
-    assert not re.search(r"https?:|//|url\(|@import|src=|href=|<script|<link|<img|<iframe", text)
+    assert not re.search(r"https?:|//|url\(|@import|src=|href=[^\"]|href=\"[^#]|<script|<link|<img|<iframe", text)
     policy = "default-src 'none'; style-src 'unsafe-inline'"
     assert ("meta", {"http-equiv": "Content-Security-Policy", "content": policy}) in Reader(text).tags
 
@@ -91,8 +92,52 @@ def test_the_page_has_every_token_and_number():
         assert all(figure in cells for figure in page.figures(token))
     for number in (shown.logp_w, shown.ref_logp_l, shown.policy_gap, shown.margin, shown.reward_w):
         assert f"{number:.4f}" in cells
-    assert f"weight sigma(-z) {shown.weight:.4f}, loss -log sigma(z) {shown.loss:.4f}" in text
+    assert f"weight sigma(-z) {shown.weight:.4g}, loss -log sigma(z) {shown.loss:.4g}" in text
+    assert f"<p>{html.escape(shown.says)}</p>" in text
+    headings = [text for tag, text in read.texts if tag == "h2"]
+    assert headings[1:3] == [
+        f"Chosen: log pi {shown.logp_w:.4f}, implicit reward {shown.reward_w:.4f}",
+        f"Rejected: log pi {shown.logp_l:.4f}, implicit reward {shown.reward_l:.4f}",
+    ]
+    assert "button:hover + [role=tooltip], button:focus + [role=tooltip]" in page.STYLE
     assert ("html", {"lang": "en"}) in read.tags and any(a.get("name") == "viewport" for _, a in read.tags)
+
+
+def test_the_details_of_a_token_are_its_own():
+    """Otherwise what appears on hover and on focus is another token's, or its sign is turned."""
+    _, shown = view("ab c", "ab d\n")
+    text = page.page(shown)
+    tips = dict(re.findall(r'<span role="tooltip" id="([wl]-\d+)">(.*?)</span>', text))
+    buttons = dict(re.findall(r'aria-label="([^"]*)" aria-describedby="([^"]*)"', text))
+    names = {name: label for label, name in buttons.items()}
+    faces = {name: face for name, face in re.findall(r'aria-describedby="([^"]*)">(.*?)<small', text)}
+    for side, tokens in (("w", shown.chosen), ("l", shown.rejected)):
+        for t, token in enumerate(tokens):
+            tip = tips[f"{side}-{t}"]
+            head, numbers, *rest = tip.split("<br>")
+            said = "shared, the two" if token.row == "shared" else "pushed up" if side == "w" else "pushed down"
+            assert said in head and said in (names.get(f"{side}-{t}") or said)
+            assert f"p {token.probability:.5f}, log pi {token.logp:.4f}, log pi_ref {token.ref_logp:.4f}" in numbers
+            assert f"log-ratio {token.log_ratio:.4f}, reward so far {token.reward:.4f}" in numbers
+            assert ("Here the responses part" in tip) == (token.row == "branch")
+            if token.row != "shared":
+                assert f"push {token.push:.2g}, |dL/ds| {token.gradient_norm:.2g}" in numbers
+                assert (
+                    f"up: {html.escape(repr(token.up[0][0]) if len(token.up[0][0]) == 1 else token.up[0][0])}"
+                    in rest[-1]
+                )
+            if token.token in " \n":
+                assert faces[f"{side}-{t}"] == {" ": "\u2423", "\n": "\u21b5"}[token.token]
+    assert 'aria-label="space, ' in text and 'aria-label="newline, ' in text and 'aria-label="end of text, ' in text
+    assert len(re.findall('class="word"', text)) == 5  # "ab " and "c"; "ab ", "d" with its newline, and the end
+
+
+def test_a_token_that_is_not_pushed_has_no_arrow():
+    """Otherwise, where sigma(-z) has underflowed, a chosen token is shown as pushed down by 0."""
+    _, shown = view("abc", "bcd", beta=1e9)
+    ahead = shown if shown.margin > 0 else view("bcd", "abc", beta=1e9)[1]
+    assert ahead.weight == 0 and {page.direction(token) for token in ahead.chosen + ahead.rejected} == {"none"}
+    assert Reader(page.page(ahead)).texts.count(("small", "\u00b7")) == 8
 
 
 def luminance(colour):
@@ -118,30 +163,61 @@ def test_the_table_in_a_terminal_has_every_token():
     lines = page.tokens_as_text(shown).splitlines()
     titles = [line for line in lines if line in ("shared", "chosen", "rejected")]
     assert titles == ["shared", "chosen", "rejected"]
-    first = [line[2:].rsplit("  ")[0] for line in lines]
+    first = [line[7:].rsplit("  ")[0] for line in lines]
     for token in ("'a'", "' '", "'c'", "'\\x07'", '"\'"', "<|endoftext|>"):
         assert any(start.startswith(token) for start in first), token
-    assert sum("cancels" in line for line in lines) == 3 + 1 and "one row of logits" in lines[-1]
+    assert sum("cancels" in line for line in lines) == 3 + 1 and "one row of logits" in lines[-2]
+    numbered = [line for line in lines[1:-2] if line not in titles]
+    tokens = [*shown.chosen, *shown.rejected[shown.shared :]]
+    for line, token in zip(numbered, tokens, strict=True):
+        assert line[0] == {"shared": "=", "branch": "^", "own": " "}[token.row]
+        cells = line[20:].split()
+        own = (token.probability, token.logp, token.ref_logp, token.log_ratio, token.reward)
+        assert np.allclose([float(cell) for cell in cells[:5]], own, atol=1e-4)
+        if token.row != "shared":
+            assert np.allclose(
+                [float(cell) for cell in cells[5:7]], [token.coefficient, token.gradient_norm], rtol=0.06
+            )
+    assert [int(line[2:6]) for line in numbered] == [*range(len(shown.chosen)), *range(3, len(shown.rejected))]
     assert "\x07" not in page.tokens_as_text(shown) + page.aligned(shown)
     prompt, chosen, rejected, marks = page.aligned(shown).splitlines()
     assert [prompt, chosen, rejected] == ["prompt    <i>\\n", "chosen    ab c\\x07", "rejected  ab e'"]
     assert marks == "          ===^ tokens shared: 3; what they are pushed by cancels"
+    assert page.width("a\u65e5\u05d0\u05b0") == 4
+    for chosen, rejected, expected in (("a", "b", "^ tokens shared: 0"), ("a", "a", "= tokens shared: 2; what")):
+        assert page.aligned(view(chosen, rejected)[1]).splitlines()[-1].strip().startswith(expected)
 
 
 def test_the_summaries_show_the_numbers():
     """Otherwise the footer rounds away what the loss is made of."""
     policy, shown = view("abc", "abd")
     text = page.summary(shown)
-    for number in (shown.logp_w, shown.logp_l, shown.ref_logp_w, shown.ref_logp_l, shown.margin, shown.loss):
-        assert f"{number:.4f}" in text
+    w, l, gap = (list(map(float, line.split()[-4:])) for line in text.splitlines()[1:4])
+    assert np.allclose(w, [shown.logp_w, shown.ref_logp_w, shown.logp_w - shown.ref_logp_w, shown.reward_w], atol=1e-4)
+    assert np.allclose(l, [shown.logp_l, shown.ref_logp_l, shown.logp_l - shown.ref_logp_l, shown.reward_l], atol=1e-4)
+    assert np.allclose(gap, [shown.policy_gap, shown.reference_gap, shown.margin, 0.2 * shown.margin], atol=1e-4)
+    assert f"margin {shown.margin:.4f}, z = 0.2 margin = {0.2 * shown.margin:.4g}, weight" in text
+    assert f"{shown.weight:.4g}, loss -log sigma(z) {shown.loss:.4g}" in text
     assert text.splitlines()[-1] == shown.says
     ways = explain.four_ways(policy, CONFIG, shown)
     table = page.ways_as_text(ways).splitlines()
-    assert len(table) == len(ways) + 2 and table[1].split() == ["logp_w", *[f"{ways[0].autograd:.9f}"] * 3]
+    assert len(table) == len(ways) + 2
+    for line, way in zip(table[1:-1], ways, strict=True):
+        assert np.allclose(
+            [float(cell) for cell in line[32:].split()], [x for x in way[1:] if x is not None], rtol=1e-6
+        )
+    exact, finite = explain.largest_differences(ways)
+    assert f"{exact:.0e} among the first three, {finite:.0e} to the fourth" in table[-1]
     plain, adam = (displacement.step(policy, CONFIG, shown, 1e-6, make) for make in (optim.SGD, optim.AdamW))
     rows = page.step_as_text(plain, adam).splitlines()
     assert f"K_ww {plain.K_ww:.4g}, K_wl {plain.K_wl:.4g}, K_ll {plain.K_ll:.4g}; rate 1e-06" == rows[0]
-    assert f"{plain.chosen.measured:+.3e}" in rows[2] and f"{adam.rejected.measured:+.3e}" in rows[3]
+    for row, name in ((rows[2], "chosen"), (rows[3], "rejected")):
+        change, other = getattr(plain, name), getattr(adam, name)
+        expected = (change.own, change.cross, change.predicted, change.measured, change.measured / change.predicted)
+        assert np.allclose([float(cell) for cell in row.split()[2:]], [*expected, other.measured], rtol=1e-3)
+    same = explain.pair(policy, policy, CONFIG, [0], [1, 2], [1, 2], 0.2)
+    still = displacement.step(policy, CONFIG, same)
+    assert "rounding" in page.step_as_text(still, still)
 
 
 def test_pairs_without_a_branch_or_a_push_are_shown_too():

@@ -65,7 +65,7 @@ def test_pretrain_on_blocks_and_held_out_texts(tmp_path):
     seen = []
     right = training.sft_training_step
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "sft_training_step", lambda *a: seen.append(a[3]) or right(*a))
+        patch.setattr(training, "sft_training_step", lambda *a, **k: seen.append(a[3]) or right(*a, **k))
         assert cli.main(["pretrain", *given, f"--out={tmp_path / 'm'}", *SHORT, *SMALL]) == 0
     tokenizer = checkpoint.load(tmp_path / "m").tokenizer
     assert {tokenizer.decode(y) for batch in seen for _, y in batch} == {"ab\nc", "b", "ab"}
@@ -102,7 +102,7 @@ def test_sft_learns_completions_or_one_or_both_responses(folder, tmp_path):
     ):
         seen = []
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(training, "sft_training_step", lambda *a, seen=seen: seen.append(a[3]) or right(*a))
+            patch.setattr(training, "sft_training_step", lambda *a, seen=seen, **k: seen.append(a[3]) or right(*a, **k))
             run = tmp_path / f"run{len(more)}{data.stem}"
             given = [f"--data={data}", f"--out={run}", "--steps=9", "--batch-size=4", *SMALL, *more]
             assert cli.main(["sft", *given]) == 0

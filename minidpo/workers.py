@@ -1,0 +1,192 @@
+"""One gradient by several processes: the loss of a batch is a sum over its examples, so whole examples are shared out.
+
+Processes and not threads: Python's own lock lets one thread at a time begin an array operation, and small ones are
+over before it has changed hands. A worker is forked once and stays; it is asked in JSON, reads the weights from
+memory that all share, and leaves its gradient there. Each has one BLAS thread.
+"""
+
+import contextlib
+import ctypes
+import importlib
+import json
+import math
+import mmap
+import os
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, NoReturn, TextIO
+
+import numpy
+
+from .backend import Array, on_host
+from .model import Params
+from .tensor import Tensor
+
+Gradient = Callable[[Params, Any], Any]  # sweeps the losses of a share, which is JSON as is what it returns
+
+
+class Blas(NamedTuple):
+    """How many threads NumPy's matrix products have, to read and to set."""
+
+    get: Callable[[], int]
+    set: Callable[[int], None]
+
+
+def blas() -> Blas | None:
+    """The two functions of the OpenBLAS that NumPy brings; None if it has another library."""
+    library = ctypes.CDLL(importlib.import_module("numpy._core._multiarray_umath").__file__)
+    for name in ("scipy_openblas_{}_num_threads64_", "openblas_{}_num_threads64_", "openblas_{}_num_threads"):
+        with contextlib.suppress(AttributeError):
+            return Blas(getattr(library, name.format("get")), getattr(library, name.format("set")))
+    return None
+
+
+@contextlib.contextmanager
+def blas_threads(count: int) -> Iterator[None]:
+    """So many BLAS threads within, where they can be set."""
+    found = blas()
+    before = found.get() if found else 0
+    if found:
+        found.set(count)
+    yield
+    if found:
+        found.set(before)
+
+
+def worker_count(params: Params) -> int:
+    """As many as NumPy has BLAS threads; one where these cannot be set, on a device, and where nothing can fork."""
+    found = blas()
+    forks = hasattr(os, "fork") and all(on_host(p.data) for p in params.values())
+    return found.get() if found and forks else 1
+
+
+def shared_arrays(params: Params) -> dict[str, Array]:
+    """An array for each parameter in memory that stays common after a fork."""
+    offsets = [0]
+    for p in params.values():
+        offsets.append(offsets[-1] + math.ceil(p.data.nbytes / 64) * 64)
+    memory = mmap.mmap(-1, max(1, offsets[-1]))
+    return {
+        name: numpy.frombuffer(memory, p.dtype, p.data.size, offset).reshape(p.shape)
+        for offset, (name, p) in zip(offsets, params.items())
+    }
+
+
+class Worker(NamedTuple):
+    """A process, from the outside."""
+
+    pid: int
+    ask: TextIO
+    answer: TextIO
+    gradient: dict[str, Array]
+
+
+class Workers:
+    """A process and its workers.
+
+    Parameters
+    ----------
+    params : dict of str to Tensor
+        What the gradients belong to; their arrays may be replaced, not their shapes.
+    gradient : function
+        `gradient(params, share)` adds to `grad` of the parameters and returns what JSON holds.
+    count : int
+        Processes in all, the one that asks among them.
+    """
+
+    def __init__(self, params: Params, gradient: Gradient, count: int):
+        self.params, self.gradient = params, gradient
+        self.weights = shared_arrays(params) if count > 1 else {}
+        self.others = [self.forked() for _ in range(count - 1)]
+
+    def __len__(self) -> int:
+        return 1 + len(self.others)
+
+    def __enter__(self) -> "Workers":
+        return self
+
+    def __exit__(self, *fault: object) -> None:
+        for worker in self.others:
+            with contextlib.suppress(BrokenPipeError):  # it is gone
+                worker.ask.close()  # which ends it
+            worker.answer.close()
+            os.waitpid(worker.pid, 0)
+
+    def forked(self) -> Worker:
+        """A new worker."""
+        gradient = shared_arrays(self.params)
+        (asked, ask), (answer, answered) = os.pipe(), os.pipe()
+        pid = os.fork()
+        if pid == 0:
+            self.serve(asked, answered, gradient)
+        os.close(asked)
+        os.close(answered)
+        return Worker(pid, open(ask, "w"), open(answer), gradient)
+
+    def serve(self, asked: int, answered: int, gradient: dict[str, Array]) -> NoReturn:
+        """A worker's life: until the process that asks is gone, however it went."""
+        try:
+            for number in (signal.SIGINT, signal.SIGTERM):  # theirs to handle
+                signal.signal(number, signal.SIG_IGN)
+            low, high = sorted((asked, answered))
+            for first, last in ((3, low), (low + 1, high), (high + 1, os.sysconf("SC_OPEN_MAX"))):
+                os.closerange(first, last)  # a lock, other workers' pipes: none may outlive its owner here
+            leaves = {name: Tensor(x, self.params[name].requires_grad) for name, x in self.weights.items()}
+            with open(asked) as questions, open(answered, "w") as answers, blas_threads(1):
+                for question in questions:
+                    answers.write(json.dumps(self.answered(leaves, json.loads(question), gradient)) + "\n")
+                    answers.flush()
+        finally:
+            os._exit(0)
+
+    def answered(self, leaves: Params, share: Any, gradient: dict[str, Array]) -> dict[str, Any]:
+        """What a worker says of a share, having left its gradient."""
+        try:
+            for p in leaves.values():
+                p.grad = None
+            said = self.gradient(leaves, share)
+            for name, p in leaves.items():
+                gradient[name][...] = 0 if p.grad is None else p.grad
+            return {"said": said}
+        except FloatingPointError as error:
+            return {"not finite": str(error)}
+        except Exception as error:
+            return {"failed": f"{type(error).__name__}: {error}"}
+
+    def __call__(self, shares: Sequence[Any]) -> list[Any]:
+        """What `gradient` returns for each share; `grad` of the parameters is the sum over all.
+
+        Raises
+        ------
+        FloatingPointError
+            If a share's loss is not finite.
+        RuntimeError
+            If a worker failed or is gone.
+        """
+        others = self.others[: len(shares) - 1]
+        for name, p in self.params.items() if others else ():
+            self.weights[name][...] = p.data
+        for worker, share in zip(others, shares[1:]):
+            with contextlib.suppress(BrokenPipeError):  # then there is no answer
+                worker.ask.write(json.dumps(share) + "\n")
+                worker.ask.flush()
+        try:
+            with blas_threads(1) if self.others else contextlib.nullcontext():
+                said = [self.gradient(self.params, shares[0])]
+        finally:
+            answers = [json.loads(worker.answer.readline() or '{"failed": "it is gone"}') for worker in others]
+        for worker, answer in zip(others, answers):
+            if "not finite" in answer:
+                raise FloatingPointError(answer["not finite"])
+            if "failed" in answer:
+                raise RuntimeError(f"a worker could not do its share: {answer['failed']}")
+            said.append(answer["said"])
+            for name, p in self.params.items():
+                p.grad = p.grad + worker.gradient[name] if p.grad is not None else worker.gradient[name].copy()
+        return said
+
+
+def shares(sizes: Sequence[int], count: int) -> list[list[int]]:
+    """Indices of examples, shared out so that the shares' sizes are about equal; none is empty."""
+    order = sorted(range(len(sizes)), key=lambda i: sizes[i]) if count > 1 else range(len(sizes))
+    return [list(order[k::count]) for k in range(min(count, len(sizes)))]
