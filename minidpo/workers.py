@@ -22,6 +22,7 @@ from .backend import Array, on_host
 from .model import Params
 from .tensor import Tensor
 
+MOST = 8  # workers; more have not been tried
 Gradient = Callable[[Params, Any], Any]  # sweeps the losses of a share, which is JSON as is what it returns
 
 
@@ -54,10 +55,10 @@ def blas_threads(count: int) -> Iterator[None]:
 
 
 def worker_count(params: Params) -> int:
-    """As many as NumPy has BLAS threads; one where these cannot be set, on a device, and where nothing can fork."""
+    """As many as NumPy has BLAS threads, up to `MOST`; one where these cannot be set, on a device, or without fork."""
     found = blas()
     forks = hasattr(os, "fork") and all(on_host(p.data) for p in params.values())
-    return found.get() if found and forks else 1
+    return min(MOST, found.get()) if found and forks else 1
 
 
 def shared_arrays(params: Params) -> dict[str, Array]:
@@ -182,7 +183,10 @@ class Workers:
                 raise RuntimeError(f"a worker could not do its share: {answer['failed']}")
             said.append(answer["said"])
             for name, p in self.params.items():
-                p.grad = p.grad + worker.gradient[name] if p.grad is not None else worker.gradient[name].copy()
+                if p.grad is None:
+                    p.grad = worker.gradient[name].copy()
+                else:
+                    p.grad += worker.gradient[name]  # an array of its own, as `backward` leaves it
         return said
 
 

@@ -41,6 +41,39 @@ def test_a_broken_loss_does_not_hold(monkeypatch):
     assert min(*held[:3], held[8]) > 1e-3 and max(held[3:8]) < 1e-11
 
 
+def captured(monkeypatch, holder, name):
+    """The calls of a function, which goes on as it was: arguments and keywords of each."""
+    calls, right = [], getattr(holder, name)
+    monkeypatch.setattr(holder, name, lambda *args, **options: calls.append((args, options)) or right(*args, **options))
+    return calls
+
+
+def test_the_rows_do_what_their_names_say(monkeypatch):
+    """Otherwise "pads: id, side and amount" compares one way with itself, and "another order" is the same."""
+    world = invariances.random_world(0)
+    forwards = captured(monkeypatch, invariances, "forward")
+    invariances.padding(world)
+    ways = set()
+    for (_, _, (tokens,), real), _ in forwards:
+        row = real[0] if real else [True] * len(tokens)
+        pads = [token for token, known in zip(tokens, row, strict=True) if not known]
+        ways.add((pads[0], not row[0], len(pads)) if pads else real is None)
+    assert ways == {True, False, *[(pad, left, n) for pad in (0, 3) for left in (False, True) for n in (1, 5)]}
+    steps = captured(monkeypatch, training, "dpo_training_step")
+    invariances.micro_batches(world)
+    assert [options["micro_batch_size"] for _, options in steps] == [None, 1, 2]
+    padded = captured(monkeypatch, invariances, "padded_logprobs")
+    invariances.routes(world)
+    assert len(padded) == 2  # policy and reference
+    scored = captured(monkeypatch, invariances, "shared_logprobs")
+    invariances.order(world)
+    orders = [args[2] for args, _ in scored]
+    assert invariances.PAIRS[::-1] in orders and invariances.PAIRS in orders
+    (mixed,) = [pairs for pairs in orders[::2] if pairs not in (invariances.PAIRS, invariances.PAIRS[::-1])]
+    assert all(w == right[1] and l != right[2] for (_, w, l), right in zip(mixed, invariances.PAIRS, strict=True))
+    assert sorted(l for *_, l in mixed) == sorted(l for *_, l in invariances.PAIRS)
+
+
 def test_the_reference_is_scored_once(monkeypatch):
     """Otherwise "from a file" is another way of computing it again."""
     calls = []

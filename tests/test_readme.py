@@ -13,6 +13,8 @@ from pathlib import Path
 from hypothesis import settings
 
 import minidpo
+from benchmarks import speed
+from benchmarks.workload import SIZES as SIZES_OF_SPEED
 from minidpo import assumptions, demo, frontier, laboratory
 from minidpo.cli import main
 from test_demo import SIZES
@@ -92,6 +94,29 @@ def test_the_figures_of_the_demo_are_those_that_its_benchmark_wrote():
     assert f"DPO model's {accuracies['dpo']:.2f}" in prose
     seconds = [run["seconds"] for run in runs]
     assert f"The demo took {min(seconds):.0f} to {max(seconds):.0f} seconds" in prose
+
+
+def test_the_figures_of_speed_are_those_that_the_benchmark_wrote():
+    """Otherwise the table of speed is of another day, or of other contenders."""
+    told = json.loads((Path(__file__).parents[1] / "benchmarks" / "results" / "speed.json").read_text())
+    rows = {name: cells.split(" | ") for name, cells in re.findall(r"^\| ([^|]+) \| (\d.*) \|$", README, re.MULTILINE)}
+    eager, recipe = "PyTorch eager, padded", "PyTorch eager, our recipe"
+    expected = {
+        "time, the same algorithm": ("step", "minidpo, padded", eager, "seconds"),
+        "time, our recipe": ("step", "minidpo", eager, "seconds"),
+        "time, our recipe, of PyTorch's with our recipe": ("step", "minidpo", recipe, "seconds"),
+        "peak memory, our recipe": ("step", "minidpo", eager, "peak_mib"),
+        "time a token, sampling one text with a cache": ("sampling", "minidpo", "PyTorch eager", "seconds"),
+    }
+    for name, (suite, ours, theirs, key) in expected.items():
+        ratios = [speed.ratio(told[suite][size], ours, theirs, key) for size in SIZES_OF_SPEED]
+        assert rows[name] == [f"{ratio:.2f}" for ratio in ratios], name
+    assert rows["a step of our recipe, ms"] == [
+        f"{1e3 * told['step'][size]['minidpo']['median']:.0f}" for size in SIZES_OF_SPEED
+    ]
+    assert told["rounds"] >= 15 and all(
+        result["error"] < speed.TOLERANCE for size in SIZES_OF_SPEED for result in told["step"][size].values()
+    )
 
 
 def test_each_stage_is_better_than_the_one_before_in_every_seed():

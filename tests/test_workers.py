@@ -175,6 +175,8 @@ def test_one_worker_where_there_can_be_no_more(monkeypatch, cupy):
     monkeypatch.setattr(workers, "blas", lambda: workers.Blas(lambda: 7, print))
     assert workers.worker_count(host) == (7 if hasattr(os, "fork") else 1)
     assert workers.worker_count({"x": Tensor(cupy.zeros(1))}) == 1
+    monkeypatch.setattr(workers, "MOST", 3)
+    assert workers.worker_count(host) == (3 if hasattr(os, "fork") else 1)
     monkeypatch.delattr(os, "fork", raising=False)
     assert workers.worker_count(host) == 1
     monkeypatch.setattr(workers, "blas", lambda: None)

@@ -1,0 +1,1 @@
+"""One file a library: a DPO step and sampling, as that library does them best."""

@@ -1,0 +1,188 @@
+"""PyTorch: GPT-2 in functions, with its fused attention, norm, GELU and optimizer."""
+
+import numpy
+import torch
+import torch.nn.functional as F
+
+from benchmarks.workload import BETA, LEARNING_RATE, padded
+
+torch.set_num_threads(2)
+
+
+def versions():
+    return {"torch": torch.__version__}
+
+
+def layers(params, config, x, attend, rows=None):
+    """The blocks and the last norm; after the last attention only `rows` go on."""
+    for i in range(config.n_layer):
+        p = {name: params[f"h.{i}.{name}"] for name in LAYER}
+        h = F.layer_norm(x, x.shape[-1:], p["ln_1.weight"], p["ln_1.bias"])
+        y = attend(h @ p["attn.c_attn.weight"] + p["attn.c_attn.bias"])
+        if rows is not None and i == config.n_layer - 1:
+            x, y = x[rows], y[rows]
+        x = x + y @ p["attn.c_proj.weight"] + p["attn.c_proj.bias"]
+        h = F.layer_norm(x, x.shape[-1:], p["ln_2.weight"], p["ln_2.bias"])
+        h = F.gelu(h @ p["mlp.c_fc.weight"] + p["mlp.c_fc.bias"], approximate="tanh")
+        x = x + h @ p["mlp.c_proj.weight"] + p["mlp.c_proj.bias"]
+    return F.layer_norm(x, x.shape[-1:], params["ln_f.weight"], params["ln_f.bias"])
+
+
+LAYER = [
+    f"{name}.{kind}"
+    for name in ("ln_1", "attn.c_attn", "attn.c_proj", "ln_2", "mlp.c_fc", "mlp.c_proj")
+    for kind in ("weight", "bias")
+]
+
+
+class Padded:
+    """The plain algorithm: one padded batch, the reference scored again each step without a graph."""
+
+    compiled = False
+
+    def __init__(self, work):
+        self.work = work
+        self.policy = {name: torch.tensor(x, requires_grad=True) for name, x in work.policy.items()}
+        self.reference = {name: torch.tensor(x) for name, x in work.reference.items()}
+        self.optimizer = torch.optim.AdamW(list(self.policy.values()), LEARNING_RATE, weight_decay=0.0, fused=True)
+        self.prepare()
+
+    def prepare(self):
+        self.inputs, self.targets, self.counts = map(torch.tensor, padded(self.work.pairs))
+        self.logps = torch.compile(self.padded_logps) if self.compiled else self.padded_logps
+
+    def padded_logps(self, params):
+        config, (B, T) = self.work.config, self.inputs.shape
+
+        def attend(qkv):  # (B, T, 3C) -> (B, T, C)
+            q, k, v = qkv.view(B, T, 3, config.n_head, -1).permute(2, 0, 3, 1, 4)
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+            return y.transpose(1, 2).reshape(B, T, -1)
+
+        x = F.embedding(self.inputs, params["wte.weight"]) + params["wpe.weight"][:T]
+        logits = layers(params, config, x, attend) @ params["wte.weight"].T
+        nll = F.cross_entropy(logits.view(B * T, -1), self.targets.view(-1), reduction="none").view(B, T)
+        return -(nll * self.counts).sum(1)
+
+    def references(self):
+        with torch.no_grad():
+            return self.logps(self.reference)
+
+    def gradient(self):
+        self.optimizer.zero_grad()
+        ref, logp = self.references(), self.logps(self.policy)
+        B = len(self.work.pairs)
+        ratio = logp - ref
+        loss = -F.logsigmoid(BETA * (ratio[:B] - ratio[B:])).mean()
+        loss.backward()
+        return loss.item(), {name: p.grad.numpy() for name, p in self.policy.items()}
+
+    def step(self):
+        self.gradient()
+        self.optimizer.step()
+
+
+class Compiled(Padded):
+    """The same through torch.compile."""
+
+    compiled = True
+
+
+class Best(Padded):
+    """The recipe of minidpo: cached reference, prefixes shared, nothing padded, response rows only at the end."""
+
+    def prepare(self):
+        tokens, places, self.cuts, heads, targets, owners = [], [], [], [], [], []
+        B = len(self.work.pairs)
+        for b, (x, w, l) in enumerate(self.work.pairs):
+            start = len(tokens)
+            prompt, rejected = start + len(w) - 1, start + len(w) - 1 + len(x)
+            tokens += [*w[:-1], *x, *l[:-1]]
+            places += [*range(len(x), len(x) + len(w) - 1), *range(len(x) + len(l) - 1)]
+            self.cuts.append((start, prompt, rejected, len(tokens)))
+            for y, rows, owner in ((w, range(start, prompt), b), (l, range(rejected, len(tokens)), B + b)):
+                heads += [rejected - 1, *rows]
+                targets += y
+                owners += [owner] * len(y)
+        self.tokens, self.places = torch.tensor(tokens), torch.tensor(places)
+        rows, where = numpy.unique(heads, return_inverse=True)
+        self.rows, self.where = torch.tensor(rows), torch.tensor(where)
+        self.targets, self.owners = torch.tensor(targets), torch.tensor(owners)
+        longest = max(end - rejected for *_, rejected, end in self.cuts) + max(p - s for s, p, *_ in self.cuts)
+        T = max(longest, self.work.config.n_positions)
+        self.earlier = torch.ones(T, T, dtype=torch.bool).tril()
+        self.logps = self.shared_logps
+        with torch.no_grad():
+            self.cached = self.logps(self.reference)
+
+    def shared_logps(self, params):
+        config, H = self.work.config, self.work.config.n_head
+
+        def attend(qkv):  # (N, 3C) -> (N, C)
+            q, k, v = qkv.view(len(qkv), 3, H, -1).permute(1, 2, 0, 3)  # (H, N, D) each
+            parts = []
+            for start, prompt, rejected, end in self.cuts:
+                x = slice(prompt, rejected)
+                for rows in (slice(start, prompt), x, slice(rejected, end)):
+                    n = rows.stop - rows.start
+                    if rows == x:
+                        y = F.scaled_dot_product_attention(q[None, :, x], k[None, :, x], v[None, :, x], is_causal=True)
+                    else:
+                        keys, values = (torch.cat([a[None, :, x], a[None, :, rows]], 2) for a in (k, v))
+                        m = keys.shape[2] - n
+                        seen = self.earlier[m : m + n, : m + n]
+                        y = F.scaled_dot_product_attention(q[None, :, rows], keys, values, attn_mask=seen)
+                    parts.append(y[0])
+            return torch.cat(parts, 1).transpose(0, 1).reshape(len(qkv), -1)
+
+        x = F.embedding(self.tokens, params["wte.weight"]) + F.embedding(self.places, params["wpe.weight"])
+        logits = layers(params, config, x, attend, self.rows) @ params["wte.weight"].T
+        logp = F.log_softmax(logits, -1)[self.where, self.targets]
+        return torch.zeros(2 * len(self.work.pairs)).index_add(0, self.owners, logp)
+
+    def references(self):
+        return self.cached
+
+
+class Sampling:
+    """One text, token by token, with a cache of keys and values."""
+
+    def __init__(self, work):
+        self.work = work
+        self.params = {name: torch.tensor(x) for name, x in work.policy.items()}
+
+    @torch.no_grad()
+    def step(self):
+        config, params = self.work.config, self.params
+        T, H = config.n_positions, config.n_head
+        prompt = self.work.pairs[0][0][: T // 4]
+        cache = torch.zeros(config.n_layer, 2, H, T, config.n_embd // H)
+        draws = torch.Generator().manual_seed(0)
+        new, start, drawn = torch.tensor(prompt), 0, 0
+        while True:
+            n, at = len(new), iter(range(config.n_layer))
+
+            def attend(qkv):
+                i = next(at)  # noqa: B023
+                q, k, v = qkv.view(n, 3, H, -1).permute(1, 2, 0, 3)  # noqa: B023
+                cache[i, 0, :, start : start + n], cache[i, 1, :, start : start + n] = k, v  # noqa: B023
+                keys, values = cache[i, :, :, : start + n]  # noqa: B023
+                y = F.scaled_dot_product_attention(q[None], keys[None], values[None], is_causal=n > 1)[0]  # noqa: B023
+                return y.transpose(0, 1).reshape(n, -1)  # noqa: B023
+
+            x = params["wte.weight"][new] + params["wpe.weight"][start : start + n]
+            logits = layers(params, config, x, attend)[-1] @ params["wte.weight"].T
+            token = torch.multinomial(torch.softmax(logits, -1), 1, generator=draws)
+            start, new, drawn = start + n, token, drawn + 1
+            if token.item() == 0 or start == T:
+                return drawn
+
+
+CONTENDERS = {
+    "step": {
+        "PyTorch eager, padded": Padded,
+        "PyTorch compiled, padded": Compiled,
+        "PyTorch eager, our recipe": Best,
+    },
+    "sampling": {"PyTorch eager": Sampling},
+}

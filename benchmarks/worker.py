@@ -1,0 +1,64 @@
+"""One contender in a process of its own: it reads commands on its input and answers in JSON."""
+
+import importlib
+import json
+import os
+import pathlib
+import sys
+import time
+
+import numpy
+
+from benchmarks.workload import SIZES, Size, draw
+
+here, TICKS = pathlib.Path("/proc"), os.sysconf("SC_CLK_TCK")
+
+
+def processes():
+    """Ids of the contender's process and of its children."""
+    stats = [path.read_text().rpartition(")")[2].split() for path in here.glob("[0-9]*/stat")]
+    pids = [path.parent.name for path in here.glob("[0-9]*/stat")]
+    return [os.getpid(), *[int(pid) for pid, fields in zip(pids, stats) if int(fields[1]) == os.getpid()]]
+
+
+def peak():
+    """Largest resident memory so far, in MiB, summed over all processes of the contender."""
+    lines = (line for pid in processes() for line in (here / str(pid) / "status").read_text().splitlines())
+    return sum(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
+
+
+def cpu():
+    """Processor seconds that they have used."""
+    fields = [(here / str(pid) / "stat").read_text().rpartition(")")[2].split() for pid in processes()]
+    return sum(int(user) + int(system) for *_, user, system in (field[:13] for field in fields)) / TICKS
+
+
+def answer(**content):
+    print(json.dumps(content), flush=True)
+
+
+def main(module, name, size, seed):
+    contender_module = importlib.import_module(f"benchmarks.contenders.{module}")
+    work = draw(SIZES[size] if size in SIZES else Size(*map(int, size.split(","))), int(seed))
+    made = getattr(contender_module, name)(work)
+    answer(ready=True, idle_mib=peak())
+    for line in sys.stdin:
+        command, *rest = line.split()
+        if command == "check":
+            loss, gradient = made.gradient()
+            numpy.savez(rest[0], loss=loss, **gradient)
+            answer(loss=loss)
+        elif command == "turn":
+            started, used, count = time.perf_counter(), cpu(), 0
+            while count < int(rest[1]) or time.perf_counter() - started < float(rest[0]):
+                result = made.step()
+                count += 1
+            seconds = time.perf_counter() - started
+            tokens = result if isinstance(result, int) else None
+            answer(seconds=seconds, steps=count, cpu=cpu() - used, tokens=tokens)
+        elif command == "peak":
+            answer(peak_mib=peak())
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
