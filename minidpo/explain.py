@@ -236,10 +236,10 @@ def in_words(ratio_w: float, ratio_l: float, beta: float, weight: float, identic
     if identical:
         return "The responses are identical: every push cancels, and no gradient is left but rounding."
     margin = ratio_w - ratio_l
-    gap = f"{abs(margin):.3f} nats {'larger' if margin > 0 else 'smaller'} than" if margin else "that of"
+    gap = f"{abs(margin):.3f} nats {'larger' if margin > 0 else 'smaller'} than" if margin else "as"
     return (
         f"Against the reference log pi(chosen) has moved by {ratio_w:+.3f} nats and log pi(rejected) by "
-        f"{ratio_l:+.3f}: the first minus the second is {gap} the reference. At beta {beta:g} the implicit rewards "
+        f"{ratio_l:+.3f}: the first minus the second is {gap} under the reference. At beta {beta:g} the implicit rewards "
         f"give the label a probability of sigma(z) = {1 - weight:.3f}, and the pair pulls with the weight that is "
         f"missing to 1, {weight:.3g}."
     )

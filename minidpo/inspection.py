@@ -27,10 +27,11 @@ def settle(options: argparse.Namespace) -> None:
     What else that run minimised is in `note`.
     """
     run: dict[str, str] = {}
-    for folder in (options.checkpoint.parent, options.checkpoint):
-        if (folder / "run.json").exists():
-            command, *given = described(folder)["arguments"]
-            run = dict(option.removeprefix("--").partition("=")[::2] for option in given) if command == "dpo" else {}
+    folders = (options.checkpoint, options.checkpoint.parent)  # RUN/model stands in its run
+    folder = next((folder for folder in folders if (folder / "run.json").exists()), None)
+    if folder:
+        command, *given = described(folder)["arguments"]
+        run = dict(option.removeprefix("--").partition("=")[::2] for option in given) if command == "dpo" else {}
     trained = run.get("reference", run.get("init"))
     if trained and not options.reference and not Path(trained).exists():
         raise ValueError(f"{trained}: was the reference of this run and is not there: give --reference")

@@ -49,9 +49,11 @@ def blas_threads(count: int) -> Iterator[None]:
     before = found.get() if found else 0
     if found:
         found.set(count)
-    yield
-    if found:
-        found.set(before)
+    try:
+        yield
+    finally:
+        if found:
+            found.set(before)
 
 
 def worker_count(params: Params) -> int:
@@ -151,6 +153,8 @@ class Workers:
             return {"said": said}
         except FloatingPointError as error:
             return {"not finite": str(error)}
+        except MemoryError as error:
+            return {"no memory": str(error)}
         except Exception as error:
             return {"failed": f"{type(error).__name__}: {error}"}
 
@@ -161,8 +165,10 @@ class Workers:
         ------
         FloatingPointError
             If a share's loss is not finite.
-        RuntimeError
+        OSError
             If a worker failed or is gone.
+        MemoryError
+            If it had too little memory.
         """
         others = self.others[: len(shares) - 1]
         for name, p in self.params.items() if others else ():
@@ -180,7 +186,9 @@ class Workers:
             if "not finite" in answer:
                 raise FloatingPointError(answer["not finite"])
             if "failed" in answer:
-                raise RuntimeError(f"a worker could not do its share: {answer['failed']}")
+                raise OSError(f"a worker could not do its share: {answer['failed']}")
+            if "no memory" in answer:
+                raise MemoryError(answer["no memory"])
             said.append(answer["said"])
             for name, p in self.params.items():
                 if p.grad is None:

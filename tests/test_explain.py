@@ -117,14 +117,14 @@ def test_what_it_says_is_what_happened(ids, seed):
     assert f"log pi(chosen) has moved by {view.logp_w - view.ref_logp_w:+.3f} nats" in view.says
     assert f"log pi(rejected) by {view.logp_l - view.ref_logp_l:+.3f}:" in view.says
     word = "larger" if view.policy_gap > view.reference_gap else "smaller"
-    assert f"{abs(view.policy_gap - view.reference_gap):.3f} nats {word} than the reference" in view.says
+    assert f"{abs(view.policy_gap - view.reference_gap):.3f} nats {word} than under the reference" in view.says
     assert f"sigma(z) = {1 - view.weight:.3f}" in view.says and f"to 1, {view.weight:.3g}." in view.says
 
 
 def test_at_the_reference_the_gap_is_the_reference_s():
     """Otherwise a policy that has not moved is said to have."""
     same = explain.pair(small(0), small(0), CONFIG, [0, 1], [2, 0], [3, 0], 0.3)
-    assert "is that of the reference" in same.says and same.margin == 0 and same.loss == math.log(2)
+    assert "is as under the reference" in same.says and same.margin == 0 and same.loss == math.log(2)
 
 
 def test_beta_is_a_tenth_unless_given():

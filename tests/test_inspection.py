@@ -86,6 +86,16 @@ def test_a_checkpoint_inside_a_run_is_of_that_run(run, capsys):
     assert told["margin"] == 0
 
 
+def test_a_run_inside_a_demo_is_its_own(run, capsys):
+    """Otherwise the folder around a run speaks for it."""
+    (run.parent / "run.json").write_text("{}")
+    try:
+        told = explained(capsys, f"--checkpoint={run}", *PAIR)
+        assert told["reference"] == str(run.parent / "init") and told["beta"] == 0.7
+    finally:
+        (run.parent / "run.json").unlink()
+
+
 def test_a_reference_of_its_own_and_of_another_shape(run, capsys):
     """Otherwise a run with --reference is explained against its beginning, or with a context that it lacks."""
     here = run.parent

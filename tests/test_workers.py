@@ -58,6 +58,8 @@ def sums(params, share):
     """A gradient that can be read: each entry of the share is added."""
     if share == ["fail"]:
         raise KeyError("share")
+    if share == ["large"]:
+        raise MemoryError("a billion")
     if share == ["nan"]:
         raise FloatingPointError("the loss is nan")
     if share == ["none"]:
@@ -93,7 +95,8 @@ def test_a_fault_is_told_and_the_next_question_is_answered():
         for asked, fault, sentence in (
             ([[1], ["nan"]], FloatingPointError, "the loss is nan"),
             ([["nan"], [1]], FloatingPointError, "the loss is nan"),
-            ([[1], ["fail"]], RuntimeError, "a worker could not do its share: KeyError: 'share'"),
+            ([[1], ["large"]], MemoryError, "a billion"),
+            ([[1], ["fail"]], OSError, "a worker could not do its share: KeyError: 'share'"),
         ):
             with pytest.raises(fault, match=sentence):
                 crew(asked)
@@ -101,7 +104,7 @@ def test_a_fault_is_told_and_the_next_question_is_answered():
             assert len(crew([[1], [10]])) == 2 and x.grad[0] == 11
         os.kill(crew.others[0].pid, signal.SIGKILL)
         os.waitid(os.P_PID, crew.others[0].pid, os.WEXITED | os.WNOWAIT)
-        with pytest.raises(RuntimeError, match="is gone"):
+        with pytest.raises(OSError, match="is gone"):
             crew([[1], [10]])
 
 
@@ -166,6 +169,9 @@ def test_blas_has_the_threads_that_it_is_given():
     with workers.blas_threads(1):
         assert found.get() == 1
     assert found.get() == before >= 1
+    with pytest.raises(KeyError), workers.blas_threads(1):
+        raise KeyError
+    assert found.get() == before
 
 
 def test_one_worker_where_there_can_be_no_more(monkeypatch, cupy):
