@@ -239,9 +239,9 @@ def in_words(ratio_w: float, ratio_l: float, beta: float, weight: float, identic
     gap = f"{abs(margin):.3f} nats {'larger' if margin > 0 else 'smaller'} than" if margin else "as"
     return (
         f"Against the reference log pi(chosen) has moved by {ratio_w:+.3f} nats and log pi(rejected) by "
-        f"{ratio_l:+.3f}: the first minus the second is {gap} under the reference. At beta {beta:g} the implicit rewards "
-        f"give the label a probability of sigma(z) = {1 - weight:.3f}, and the pair pulls with the weight that is "
-        f"missing to 1, {weight:.3g}."
+        f"{ratio_l:+.3f}: the first minus the second is {gap} under the reference. At beta {beta:g} the implicit "
+        f"rewards give the label a probability of sigma(z) = {1 - weight:.3f}, and the pair pulls with the weight that "
+        f"is missing to 1, {weight:.3g}."
     )
 
 
