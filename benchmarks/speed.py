@@ -22,8 +22,7 @@ import numpy
 from benchmarks.workload import BETA, draw
 from minidpo import Tensor, losses, ops, scoring
 
-MODULES = {"ours": None, "pytorch": "torch", "dense": "jax"}
-BASELINE = "PyTorch eager, padded"
+MODULES = ("ours", "pytorch", "dense")
 THREADS = {name: "2" for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")}
 TOLERANCE = 2e-3  # of float32 against float64, relative to each parameter's largest gradient
 PAUSE = 0.25  # seconds in which the pool of the last contender falls asleep

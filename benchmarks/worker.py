@@ -16,9 +16,8 @@ here, TICKS = pathlib.Path("/proc"), os.sysconf("SC_CLK_TCK")
 
 def processes():
     """Ids of the contender's process and of its children."""
-    stats = [path.read_text().rpartition(")")[2].split() for path in here.glob("[0-9]*/stat")]
-    pids = [path.parent.name for path in here.glob("[0-9]*/stat")]
-    return [os.getpid(), *[int(pid) for pid, fields in zip(pids, stats) if int(fields[1]) == os.getpid()]]
+    parents = {path.parent.name: path.read_text().rpartition(")")[2].split()[1] for path in here.glob("[0-9]*/stat")}
+    return [os.getpid(), *[int(pid) for pid, parent in parents.items() if int(parent) == os.getpid()]]
 
 
 def peak():
@@ -41,7 +40,7 @@ def main(module, name, size, seed):
     contender_module = importlib.import_module(f"benchmarks.contenders.{module}")
     work = draw(SIZES[size] if size in SIZES else Size(*map(int, size.split(","))), int(seed))
     made = getattr(contender_module, name)(work)
-    answer(ready=True, idle_mib=peak())
+    answer(ready=True)
     for line in sys.stdin:
         command, *rest = line.split()
         if command == "check":

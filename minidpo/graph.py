@@ -57,8 +57,8 @@ class Graph:
         """The graph in Graphviz' language: `dot -Tsvg`."""
         lines = ["digraph {", "  rankdir=LR", '  node [shape=box, fontname="monospace"]']
         for node in self.nodes:
-            label = "\\n".join(line.replace("\\", "\\\\").replace('"', '\\"') for line in described(node))
-            lines.append(f'  n{node.number} [label="{label}"{", style=rounded" if node.op == "leaf" else ""}]')
+            text = "\\n".join(line.replace("\\", "\\\\").replace('"', '\\"') for line in label(node))
+            lines.append(f'  n{node.number} [label="{text}"{", style=rounded" if node.op == "leaf" else ""}]')
             lines += [f"  n{parent} -> n{node.number}" for parent in node.parents]
         return "\n".join([*lines, "}\n"])
 
@@ -66,14 +66,14 @@ class Graph:
         """The graph as a Mermaid flowchart, which Markdown pages draw."""
         lines = ["flowchart LR"]
         for node in self.nodes:
-            label = "<br/>".join(html.escape(line).replace("&#x27;", "'") for line in described(node))
+            text = "<br/>".join(html.escape(line).replace("&#x27;", "'") for line in label(node))
             left, right = ("([", "])") if node.op == "leaf" else ("[", "]")
-            lines.append(f'  n{node.number}{left}"{label}"{right}')
+            lines.append(f'  n{node.number}{left}"{text}"{right}')
             lines += [f"  n{parent} --> n{node.number}" for parent in node.parents]
         return "\n".join([*lines, ""])
 
 
-def described(node: Node) -> list[str]:
+def label(node: Node) -> list[str]:
     """The lines in a node of a picture: values and gradients of a small one, else shape and norm."""
     if node.value is not None and node.gradient is not None:
         return [node.title, f"data {numbers(node.value)}", f"grad {numbers(node.gradient)}"]

@@ -14,6 +14,7 @@ import numpy
 
 from . import losses, model, ops, optim, training
 from .backend import Array
+from .explain import shared_rows
 from .model import Config, Params, forward
 from .preferences import collate
 from .scoring import Pair, padded_logprobs, sequence_logprob, shared_logprobs
@@ -117,7 +118,7 @@ def with_prompt(x: list[int], y: list[int], pair: Pair) -> tuple[list[int], list
 def without_prefix(x: list[int], y: list[int], pair: Pair) -> tuple[list[int], list[int]]:
     """What the responses begin with alike is given, not scored."""
     _, w, l = pair
-    alike = next(t for t, (a, b) in enumerate(zip(w, l)) if a != b)
+    alike, _ = shared_rows(w, l)
     return x + y[:alike], y[alike:]
 
 

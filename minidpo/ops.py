@@ -224,7 +224,8 @@ def gelu(x):
     y, slope = in_pieces(gelu_and_slope, x)
 
     # dy_i/dx_i = p_i + x_i dp_i/dx_i
-    # dp/du = (1 - tanh^2 u)/2 = 2 p (1 - p):  dp_i/dx_i = 2 p_i (1 - p_i) du_i/dx_i, du/dx = sqrt(2/pi) (1 + 3a x^2)
+    # dp/du = (1 - tanh^2 u)/2 = 2 p (1 - p):  dp_i/dx_i = 2 p_i (1 - p_i) du_i/dx_i
+    # du_i/dx_i = sqrt(2/pi) (1 + 3 * 0.044715 x_i^2)
     def vjp(g):  # keeps slope
         return (g * slope,)
 

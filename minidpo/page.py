@@ -60,20 +60,31 @@ def tokens_as_text(view: PairView) -> str:
     return "\n".join([*lines, *([branch] if branches(view) else []), so_far])
 
 
+def totals(view: PairView) -> list[tuple[str, ...]]:
+    """The four log-probabilities and their differences: name, policy, reference, log-ratio, reward."""
+    rows = (
+        ("log pi(chosen)", view.logp_w, view.ref_logp_w, view.logp_w - view.ref_logp_w, f"{view.reward_w:.4f}"),
+        ("log pi(rejected)", view.logp_l, view.ref_logp_l, view.logp_l - view.ref_logp_l, f"{view.reward_l:.4f}"),
+        ("gap", view.policy_gap, view.reference_gap, view.margin, f"{view.beta * view.margin:.4g}"),
+    )
+    return [(name, *[f"{x:.4f}" for x in logps], reward) for name, *logps, reward in rows]
+
+
+def made_of_it(view: PairView) -> str:
+    """What the loss makes of the margin."""
+    return (
+        f"margin {view.margin:.4f}, z = {view.beta:g} margin = {view.beta * view.margin:.4g}, "
+        f"weight sigma(-z) {view.weight:.4g}, loss -log sigma(z) {view.loss:.4g}"
+    )
+
+
 def summary(view: PairView) -> str:
     """The four log-probabilities and what the loss makes of them."""
-    sigma = f"sigma(-z) {view.weight:.4g}"
     return "\n".join(
         [
             f"{'':<15}{'policy':>12}{'reference':>12}{'log-ratio':>12}{'reward':>12}",
-            f"{'log pi(chosen)':<15}{view.logp_w:>12.4f}{view.ref_logp_w:>12.4f}"
-            f"{view.logp_w - view.ref_logp_w:>12.4f}{view.reward_w:>12.4f}",
-            f"{'log pi(rejected)':<16}{view.logp_l:>11.4f}{view.ref_logp_l:>12.4f}"
-            f"{view.logp_l - view.ref_logp_l:>12.4f}{view.reward_l:>12.4f}",
-            f"{'gap':<15}{view.policy_gap:>12.4f}{view.reference_gap:>12.4f}{view.margin:>12.4f}"
-            f"{view.beta * view.margin:>12.4g}",
-            f"margin {view.margin:.4f}, z = {view.beta:g} margin = {view.beta * view.margin:.4g}, weight {sigma}, "
-            f"loss -log sigma(z) {view.loss:.4g}",
+            *[f"{name:<16}{policy:>11}" + "".join(f"{x:>12}" for x in rest) for name, policy, *rest in totals(view)],
+            made_of_it(view),
             view.says,
         ]
     )
@@ -222,14 +233,9 @@ def token_table(title: str, tokens: Sequence[TokenView]) -> str:
 def page(view: PairView) -> str:
     """One HTML page that needs nothing else: no script, no network; a policy in it forbids both."""
     hardest = max((abs(token.push) for token in view.chosen + view.rejected), default=0.0) or 1.0
-    rows = (
-        ("log pi(chosen)", view.logp_w, view.ref_logp_w, view.logp_w - view.ref_logp_w, view.reward_w),
-        ("log pi(rejected)", view.logp_l, view.ref_logp_l, view.logp_l - view.ref_logp_l, view.reward_l),
-        ("gap", view.policy_gap, view.reference_gap, view.margin, view.beta * view.margin),
-    )
     four = "\n".join(
-        f'<tr><th scope="row">{name}</th>' + "".join(f"<td>{x:.4f}</td>" for x in numbers) + "</tr>"
-        for name, *numbers in rows
+        f'<tr><th scope="row">{name}</th>' + "".join(f"<td>{x}</td>" for x in figures) + "</tr>"
+        for name, *figures in totals(view)
     )
     heads = "<td></td>"
     heads += "".join(f'<th scope="col">{name}</th>' for name in ("policy", "reference", "log-ratio", "reward"))
@@ -255,8 +261,7 @@ reach it with the tab key, for its numbers; <a href="#numbers">or read them all<
 {response_section("Rejected", "l", view.rejected, view.logp_l, view.reward_l, hardest)}
 <h2>The pair</h2>
 <div class="wide" role="region" aria-label="The pair" tabindex="0"><table>
-<caption>Log-probabilities in nats; margin {view.margin:.4f}, z = {view.beta:g} margin = {view.beta * view.margin:.4g},
-weight sigma(-z) {view.weight:.4g}, loss -log sigma(z) {view.loss:.4g}</caption>
+<caption>Log-probabilities in nats; {made_of_it(view)}</caption>
 <thead><tr>{heads}</tr></thead>
 <tbody>
 {four}

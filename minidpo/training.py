@@ -75,14 +75,18 @@ def swept(loss: Tensor) -> float:
     return value
 
 
+def micro_batches(count: int, size: int | None) -> list[slice]:
+    """The parts of `count` examples, of `size` each; all at once if there is none."""
+    return [slice(start, start + (size or count)) for start in range(0, count, size or count)]
+
+
 def nll_gradient(config: Config, micro_batch_size: int | None = None) -> Gradient:
     """The gradient of a share of a batch's `nll`: "examples", and how many "tokens" the batch has.  -> its loss"""
 
     def gradient(params: Params, share: Any) -> float:
         examples, loss = share["examples"], 0.0
-        for start in range(0, len(examples), micro_batch_size or len(examples)):
-            part = examples[start : start + (micro_batch_size or len(examples))]
-            loss += swept(-ops.sum(packed_logprobs(params, config, part)) * (1 / share["tokens"]))
+        for part in micro_batches(len(examples), micro_batch_size):
+            loss += swept(-ops.sum(packed_logprobs(params, config, examples[part])) * (1 / share["tokens"]))
         return loss
 
     return gradient
@@ -156,8 +160,7 @@ def pair_gradient(
 
     def gradient(policy: Params, share: Any) -> dict[str, Any]:
         pairs, B, said = share["pairs"], share["B"], []
-        for start in range(0, len(pairs), micro_batch_size or len(pairs)):
-            part = slice(start, start + (micro_batch_size or len(pairs)))
+        for part in micro_batches(len(pairs), micro_batch_size):
             logp_w, logp_l = shared_logprobs(policy, config, pairs[part])  # -> (B,), (B,)
             xp, dtype = array_module(logp_w.data), logp_w.dtype
             ref_logp_w, ref_logp_l = (

@@ -7,6 +7,7 @@ memory that all share, and leaves its gradient there. Each has one BLAS thread.
 
 import contextlib
 import ctypes
+import functools
 import importlib
 import json
 import math
@@ -33,6 +34,7 @@ class Blas(NamedTuple):
     set: Callable[[int], None]
 
 
+@functools.cache
 def blas() -> Blas | None:
     """The two functions of the OpenBLAS that NumPy brings; None if it has another library."""
     library = ctypes.CDLL(importlib.import_module("numpy._core._multiarray_umath").__file__)

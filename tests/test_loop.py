@@ -16,6 +16,8 @@ from minidpo import checkpoint, cli, loop, model, optim, training
 from minidpo.model import Config
 from minidpo.tokenizer import Tokenizer
 
+forks = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
+
 HERE = Path(__file__).parent
 TOKENIZER = Tokenizer("\nabcd")
 CONFIG = Config(TOKENIZER.vocab_size, 16, 8, 1, 2)
@@ -48,7 +50,7 @@ def lines(path):
 
 
 @pytest.mark.parametrize("what", ["writes", "instants", "signals"])
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
+@forks
 def test_a_killed_run_ends_in_the_same_bytes(what, folder, tmp_path):
     """Before every write, at random instants, by SIGTERM: otherwise a night's work is lost, or quietly another."""
     for name in ("pairs.jsonl", "init"):

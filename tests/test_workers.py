@@ -17,9 +17,9 @@ from minidpo import Tensor, losses, optim, training, workers
 from minidpo.preferences import collate
 from minidpo.workers import Workers
 from models import CONFIG, small
+from test_loop import forks
 
 close = np.testing.assert_allclose
-forks = pytest.mark.skipif(not hasattr(os, "fork"), reason="a worker is forked")
 PAIRS = [([0, 1], [2, 3, 0], [2, 0]), ([0], [1, 0], [3, 3, 3, 0]), ([0, 4, 4], [1, 0], [0]), ([0, 2], [4, 0], [1, 0])]
 EXAMPLES = [([0], [1, 2, 0]), ([0, 1], [0]), ([0, 3], [4, 4, 0])]
 
