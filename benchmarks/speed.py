@@ -48,7 +48,7 @@ def contenders(suite, names=None):
             if library and importlib.util.find_spec(library) is None:
                 missing.append(f"{name}: {library} is not installed")
             elif names is None or name in names:
-                found[name] = (module, made.__name__)
+                found[name] = (module, made)
     return found, missing
 
 
@@ -145,9 +145,9 @@ def measure(size, seed, rounds, seconds=0.3, names=None, suite="step", say=print
     with contextlib.ExitStack() as stack:
         workers = {}
         for name, (module, made) in found.items():
-            workers[name] = worker = Worker(module, made, size, seed)
+            workers[name] = worker = Worker(module, made.__name__, size, seed)
             stack.callback(worker.close)
-            error = check(name, worker, expected) if suite == "step" else None
+            error = check(name, worker, expected) if getattr(made, "gradient", None) else None
             warm = worker.ask("turn", seconds, 2)
             slow[name] = warm["seconds"] / warm["steps"] > SLOW
             results[name] = {"seconds": [], "quiet": [], "error": error}

@@ -57,6 +57,14 @@ def draw(size, seed):
     return Workload(config, policy, reference, pairs)
 
 
+def endless(policy):
+    """The same weights, but for two arrays that make end-of-text all but impossible: a text then fills its context."""
+    away = 20 / policy["ln_f.bias"].size ** 0.5
+    wte = policy["wte.weight"].copy()
+    wte[0] = -away
+    return {**policy, "wte.weight": wte, "ln_f.bias": policy["ln_f.bias"] + numpy.float32(away)}
+
+
 def padded(pairs):
     """Chosen above rejected texts as one padded batch: inputs, targets and which targets count.  (2B, T) each"""
     texts = [[*x, *w] for x, w, _ in pairs] + [[*x, *l] for x, _, l in pairs]

@@ -20,8 +20,8 @@ class DeviceError(RuntimeError):
 
 def array_module(*operands: Any) -> Any:
     """`cupy` if one of the operands is CuPy's, else `numpy`."""
-    on_device = any(type(x).__module__.partition(".")[0] == "cupy" for x in operands)
-    return sys.modules["cupy"] if on_device else numpy
+    cupy = sys.modules.get("cupy")
+    return cupy if cupy and any(isinstance(x, cupy.ndarray) for x in operands) else numpy
 
 
 def on_host(x: Any) -> bool:
@@ -37,7 +37,7 @@ def asarray(x: Any) -> Array:
     TypeError
         If `x` is not made of numbers.
     """
-    array = array_module(x).asarray(x)
+    array = x if type(x) is numpy.ndarray else array_module(x).asarray(x)
     if array.dtype.kind not in "biufc":
         raise TypeError(f"expected an array of numbers, got {type(x).__name__}")
     return array

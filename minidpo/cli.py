@@ -198,7 +198,7 @@ def parser() -> argparse.ArgumentParser:
         added.add_argument("--steps", type=at_least(0), default=steps, help="optimizer steps")
         added.add_argument("--batch-size", type=at_least(1), default=batch_size, help="examples a step")
         added.add_argument(
-            "--micro-batch-size", type=at_least(1), help="examples at a time; less memory, same gradient"
+            "--micro-batch-size", type=at_least(1), help="examples at a time: same gradient, other memory"
         )
         added.add_argument(
             "--learning-rate", type=between(0, math.inf), default=learning_rate, help="peak of the cosine schedule"

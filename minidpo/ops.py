@@ -493,8 +493,9 @@ def log_softmax(x):
 
 def normed(x, eps):
     """Rows of mean 0 and variance 1, and what they were multiplied with.  (..., C) -> (..., C), (..., 1)"""
-    c = x - x.mean(axis=-1, keepdims=True)
-    r = ((c * c).mean(axis=-1, keepdims=True) + eps) ** -0.5
+    C = x.shape[-1]
+    c = x - x.sum(axis=-1, keepdims=True) / C
+    r = ((c * c).sum(axis=-1, keepdims=True) / C + eps) ** -0.5
     return c * r, r
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy
 
 from . import checkpoint, losses, ops, optim, safetensors
-from .backend import Array, array_module, to_host
+from .backend import Array, array_module, on_host, to_host
 from .losses import PreferenceLoss
 from .model import Config, Params
 from .preferences import Batch
@@ -25,6 +25,7 @@ from .tensor import Tensor
 from .tokenizer import END_OF_TEXT, Tokenizer
 from .workers import Gradient, Workers, shares
 
+ROWS = 640  # of tokens in a forward pass, if nothing is asked for: more were no faster and take more memory
 Example = tuple[list[int], list[int]]  # ids of prompt and response
 Metrics = dict[str, float]
 Loss = Callable[[Any, Any, Any, Any, float], PreferenceLoss]
@@ -75,9 +76,17 @@ def swept(loss: Tensor) -> float:
     return value
 
 
-def micro_batches(count: int, size: int | None) -> list[slice]:
-    """The parts of `count` examples, of `size` each; all at once if there is none."""
-    return [slice(start, start + (size or count)) for start in range(0, count, size or count)]
+def micro_batches(rows: Sequence[int], size: int | None, params: Params) -> list[slice]:
+    """The parts of examples that have so many `rows` each.
+
+    Of `size` examples; if that is None, of as many as have `ROWS` rows together, and on a device all at once.
+    """
+    starts, together, most = [0], 0, ROWS if all(on_host(p.data) for p in params.values()) else math.inf
+    for i, n in enumerate(rows):
+        if i and (together + n > most if size is None else i % size == 0):
+            starts, together = [*starts, i], 0
+        together += n
+    return [slice(start, end) for start, end in zip(starts, [*starts[1:], len(rows)])]
 
 
 def nll_gradient(config: Config, micro_batch_size: int | None = None) -> Gradient:
@@ -85,7 +94,7 @@ def nll_gradient(config: Config, micro_batch_size: int | None = None) -> Gradien
 
     def gradient(params: Params, share: Any) -> float:
         examples, loss = share["examples"], 0.0
-        for part in micro_batches(len(examples), micro_batch_size):
+        for part in micro_batches([len(x) + len(y) for x, y in examples], micro_batch_size, params):
             loss += swept(-ops.sum(packed_logprobs(params, config, examples[part])) * (1 / share["tokens"]))
         return loss
 
@@ -160,7 +169,7 @@ def pair_gradient(
 
     def gradient(policy: Params, share: Any) -> dict[str, Any]:
         pairs, B, said = share["pairs"], share["B"], []
-        for part in micro_batches(len(pairs), micro_batch_size):
+        for part in micro_batches([len(x) + len(w) + len(l) for x, w, l in pairs], micro_batch_size, policy):
             logp_w, logp_l = shared_logprobs(policy, config, pairs[part])  # -> (B,), (B,)
             xp, dtype = array_module(logp_w.data), logp_w.dtype
             ref_logp_w, ref_logp_l = (

@@ -38,7 +38,7 @@ class Asked:
         np.savez(path, loss=loss, **gradient)
 
 
-@pytest.mark.parametrize("made", ours.CONTENDERS["step"].values())
+@pytest.mark.parametrize("made", [ours.Padded, ours.Best])
 def test_what_is_right_passes_and_what_is_wrong_is_not_timed(made):
     """Otherwise a fast step wins that computes something else."""
     work = draw(SMALL, 0)
@@ -70,9 +70,11 @@ def test_operations_are_counted_on_the_graph():
         keys = len(x) ** 2 + (len(w) - 1) * (len(x) + len(w) - 1) + (len(l) - 1) * (len(x) + len(l) - 1)
         forward += work.config.n_layer * 2 * 2 * keys * work.config.n_embd
     assert speed.flops(work.config, work.pairs) == 3 * forward
+    floor = ours.products(work.config, work.pairs)
+    assert sum(2 * times * n * k * m for times, (n, k, m) in floor) == forward
 
 
 def test_sampling_draws_what_it_counts():
     """Otherwise a time per token is divided by other tokens."""
-    drawn = ours.Sampling(draw(SMALL, 0)).step()
-    assert 1 <= drawn <= SMALL.T
+    work = draw(SMALL, 0)
+    assert ours.Sampling(work).step() == SMALL.T - len(work.pairs[0][0][: SMALL.T // 4])

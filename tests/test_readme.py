@@ -105,6 +105,7 @@ def test_the_figures_of_speed_are_those_that_the_benchmark_wrote():
         "time, the same algorithm": ("step", "minidpo, padded", eager, "seconds"),
         "time, our recipe": ("step", "minidpo", eager, "seconds"),
         "time, our recipe, of PyTorch's with our recipe": ("step", "minidpo", recipe, "seconds"),
+        "time, our recipe, of its matrix products alone": ("step", "minidpo", "minidpo, products alone", "seconds"),
         "peak memory, our recipe": ("step", "minidpo", eager, "peak_mib"),
         "time a token, sampling one text with a cache": ("sampling", "minidpo", "PyTorch eager", "seconds"),
     }
@@ -115,7 +116,10 @@ def test_the_figures_of_speed_are_those_that_the_benchmark_wrote():
         f"{1e3 * told['step'][size]['minidpo']['median']:.0f}" for size in SIZES_OF_SPEED
     ]
     assert told["rounds"] >= 15 and all(
-        result["error"] < speed.TOLERANCE for size in SIZES_OF_SPEED for result in told["step"][size].values()
+        result["error"] < speed.TOLERANCE
+        for size in SIZES_OF_SPEED
+        for name, result in told["step"][size].items()
+        if name != "minidpo, products alone"
     )
 
 

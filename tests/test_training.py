@@ -122,6 +122,18 @@ def test_micro_batches_give_the_gradient_of_the_batch(size, nll_weight, loss):
             close(parts[name], whole[name], rtol=1e-12, atol=1e-12)
 
 
+def test_micro_batches_take_every_example_once_and_no_more_rows_than_asked():
+    """Otherwise a step's memory grows with its batch, or an example is left out."""
+    params, most = small(0), training.ROWS
+
+    def parts(rows, size=None):
+        return [list(range(len(rows)))[part] for part in training.micro_batches(rows, size, params)]
+
+    assert parts([most]) == [[0]] and parts([most, 1]) == [[0], [1]] and parts([most + 1, 1]) == [[0], [1]]
+    assert parts([most // 2] * 5) == [[0, 1], [2, 3], [4]] and parts([1, 2, 3]) == [[0, 1, 2]]
+    assert parts([most] * 5, 2) == [[0, 1], [2, 3], [4]] and parts([1, 1, 1], 1) == [[0], [1], [2]]
+
+
 @given(batch=several_pairs, beta=st.floats(0.05, 2), nll_weight=st.sampled_from([0.0, 0.5]))
 def test_a_dpo_step_descends_the_paper_s_loss(batch, beta, nll_weight):
     """Loss and gradient of equation 7, written with the one-text route: otherwise the step optimises something else."""

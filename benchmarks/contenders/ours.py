@@ -1,10 +1,11 @@
 """minidpo itself."""
 
 import contextlib
+import functools
 
 import numpy
 
-from benchmarks.workload import BETA, LEARNING_RATE
+from benchmarks.workload import BETA, LEARNING_RATE, endless
 from minidpo import Tensor, generation, losses, model, optim, preferences, scoring, training, workers
 
 
@@ -72,12 +73,51 @@ def unmoved(optimizer):
     optimizer.step = step
 
 
+class Products(Best):
+    """The floor: the matrix products of `Best` alone, forward and backward, on arrays of the same shapes."""
+
+    gradient = None  # there is no loss to compare
+
+    def prepare(self):
+        self.arrays = functools.cache(numpy.random.default_rng(0).random)  # one of each shape
+        self.workers = workers.Workers(self.policy, self.share_products, workers.worker_count(self.policy))
+
+    def share_products(self, policy, pairs):
+        for part in training.micro_batches([sum(map(len, pair)) for pair in pairs], None, policy):
+            for times, (n, k, m) in products(self.work.config, pairs[part]):
+                x, y, g = (self.arrays(shape, "float32") for shape in ((n, k), (k, m), (n, m)))
+                for _ in range(times):
+                    x @ y, g @ y.T, x.T @ g
+
+    def step(self):
+        pairs = self.work.pairs
+        parts = workers.shares([sum(map(len, pair)) for pair in pairs], len(self.workers))
+        self.workers([[pairs[i] for i in part] for part in parts])
+
+
+def products(config, pairs):
+    """How often a forward pass multiplies (n, k) with (k, m); its operations are those that `speed.flops` counts."""
+    C, H, layers = config.n_embd, config.n_head, config.n_layer
+    rows = sum(len(x) + len(w) - 1 + len(l) - 1 for x, w, l in pairs)
+    wanted = sum(len(w) - 1 + len(l) - 1 + 1 for _, w, l in pairs)
+    found = [(layers, (rows, C, 3 * C)), (1, (wanted, C, config.vocab_size))]
+    for times, N in ((layers - 1, rows), (1, wanted)):
+        found += [(times, (N, C, C)), (times, (N, C, 4 * C)), (times, (N, 4 * C, C))]
+    for x, w, l in pairs:
+        for queries, keys in ((len(x), 0), (len(w) - 1, len(x)), (len(l) - 1, len(x))):
+            found += [
+                (layers * H, (queries, C // H, queries + keys)),
+                (layers * H, (queries, queries + keys, C // H)),
+            ]
+    return found
+
+
 class Sampling:
     """One text, token by token, with a cache of keys and values."""
 
     def __init__(self, work):
         self.work = work
-        self.params = model.frozen({name: Tensor(x) for name, x in work.policy.items()})
+        self.params = model.frozen({name: Tensor(x) for name, x in endless(work.policy).items()})
 
     def step(self):
         T = self.work.config.n_positions
@@ -88,4 +128,7 @@ class Sampling:
         return len(drawn.responses[0])
 
 
-CONTENDERS = {"step": {"minidpo, padded": Padded, "minidpo": Best}, "sampling": {"minidpo": Sampling}}
+CONTENDERS = {
+    "step": {"minidpo, padded": Padded, "minidpo": Best, "minidpo, products alone": Products},
+    "sampling": {"minidpo": Sampling},
+}

@@ -4,7 +4,7 @@ import numpy
 import torch
 import torch.nn.functional as F
 
-from benchmarks.workload import BETA, LEARNING_RATE, padded
+from benchmarks.workload import BETA, LEARNING_RATE, endless, padded
 
 torch.set_num_threads(2)
 
@@ -149,7 +149,7 @@ class Sampling:
 
     def __init__(self, work):
         self.work = work
-        self.params = {name: torch.tensor(x) for name, x in work.policy.items()}
+        self.params = {name: torch.tensor(x) for name, x in endless(work.policy).items()}
 
     @torch.no_grad()
     def step(self):
