@@ -52,6 +52,7 @@ def main(module, name, size, seed):
             while count < int(rest[1]) or time.perf_counter() - started < float(rest[0]):
                 result = made.step()
                 count += 1
+            getattr(made, "finish", int)()
             seconds = time.perf_counter() - started
             tokens = result if isinstance(result, int) else None
             answer(seconds=seconds, steps=count, cpu=cpu() - used, tokens=tokens)

@@ -24,6 +24,11 @@ def array_module(*operands: Any) -> Any:
     return cupy if cupy and any(isinstance(x, cupy.ndarray) for x in operands) else numpy
 
 
+def device_fault(error: BaseException) -> bool:
+    """Whether an error came from a device or the way to it, and not from what was asked of it."""
+    return isinstance(error, DeviceError) or type(error).__module__.partition(".")[0] in ("cupy", "cupy_backends")
+
+
 def on_host(x: Any) -> bool:
     """Whether looking at the values of `x` is free: not on a device, which would have to stop first."""
     return array_module(x) is numpy

@@ -11,6 +11,7 @@ import numpy
 
 from . import (
     assumptions,
+    checkpoint,
     demo,
     dynamics,
     frontier,
@@ -22,6 +23,7 @@ from . import (
     recipes,
     report,
 )
+from .backend import device_fault
 from .cases import CASES, RandomDraw
 from .checkpoint import CheckpointError
 from .gradcheck import TOLERANCE, GradientError, check_vjp
@@ -180,6 +182,11 @@ def parser() -> argparse.ArgumentParser:
             added.add_argument("--seed", type=at_least(0, 2**63), default=0, help="of all random numbers")
         return added
 
+    def device_option(added: argparse.ArgumentParser) -> None:
+        added.add_argument(
+            "--device", choices=("cpu", "cuda"), default="cpu", help="where the arrays are; cuda is CuPy"
+        )
+
     def training_command(
         run: Callable[[argparse.Namespace], int],
         summary: str,
@@ -206,6 +213,7 @@ def parser() -> argparse.ArgumentParser:
         added.add_argument("--warmup-steps", type=at_least(0), default=50 if steps > 500 else 10, help="up to the peak")
         added.add_argument("--evaluate-every", type=at_least(1), default=evaluate_every, help="steps to a checkpoint")
         added.add_argument("--patience", type=at_least(1), help="measurements without a better one before the end")
+        device_option(added)
         return added
 
     def model_options(added: argparse.ArgumentParser, n_layer: int, n_positions: str) -> None:
@@ -364,6 +372,7 @@ def parser() -> argparse.ArgumentParser:
         added.add_argument("--data", type=Path, required=True, help="JSON Lines of prompt/chosen/rejected")
         added.add_argument("--beta", type=between(0, math.inf), default=0.2, help="reward per nat of log-ratio")
         row_options(added)
+        device_option(added)
         if required:
             added.add_argument("--json", action="store_true", help="print one JSON object")
 
@@ -432,6 +441,7 @@ def parser() -> argparse.ArgumentParser:
     added.add_argument("--temperature", type=float, default=1.0, help="divides the logits; 0 takes the likeliest")
     added.add_argument("--top-k", type=at_least(1), help="keep the k likeliest tokens")
     added.add_argument("--top-p", type=float, help="keep the fewest tokens with this much probability")
+    device_option(added)
 
     added = command(
         resume,
@@ -465,6 +475,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         fault = str(error)
     except MemoryError as error:
         fault = f"not enough memory ({error}): a smaller model, a smaller batch or shorter lines may fit"
+        fault += how_to_go_on(options)
+    except RuntimeError as error:
+        if not device_fault(error):
+            raise
+        fault = f"{error}{how_to_go_on(options)}"
     print(report.shown(f"minidpo {options.command}: {fault}"), file=sys.stderr)
     return status
 
@@ -472,4 +487,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def how_to_go_on(options: argparse.Namespace) -> str:
     """What to do when a command was cut off, if it has a run."""
     run = getattr(options, "out", getattr(options, "folder", None))
-    return f"; go on with: python -m minidpo resume {run}" if run and (run / "run.json").exists() else ""
+    if not (run and (run / "run.json").exists()):
+        return ""
+    last = checkpoint.latest(run)
+    kept = f"; the last checkpoint is {last}" if last != run else ""
+    return f"{kept}; go on with: python -m minidpo resume {run}"

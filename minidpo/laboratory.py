@@ -8,12 +8,12 @@ for each response, or another transformer. Arrays are (P, N): prompts, responses
 import collections
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy
 
 from . import exact, model, ops, optim
-from .backend import Array
+from .backend import Array, array_module
 from .model import Config
 from .streams import stream
 from .tensor import Tensor
@@ -38,11 +38,12 @@ class Claim(NamedTuple):
     holds: bool | None
 
 
-def at_most(text: str, number: float, bound: float) -> Claim:
+def at_most(text: str, number: Any, bound: float) -> Claim:
     """A claim that a number, an error as a rule, is small; without a bound it is shown and not judged."""
+    number = number.item() if hasattr(number, "item") else number
     if bound == math.inf:
-        return Claim(text, float(number), None)
-    return Claim(f"{text} (at most {bound:g})", float(number), bool(number <= bound))
+        return Claim(text, number, None)
+    return Claim(f"{text} (at most {bound:g})", number, number <= bound)
 
 
 def small_world(seed: int, characters: int = 3, cap: int = 4, prompts: int = 3) -> World:
@@ -59,9 +60,10 @@ def small_world(seed: int, characters: int = 3, cap: int = 4, prompts: int = 3) 
 
 def random_policies(world: World, seed: int, count: int = 20) -> Iterator[Array]:
     """Policies of all kinds: log-softmax of normal logits, from nearly uniform to nearly certain."""
+    xp = array_module(world.reward)
     for i in range(count):
         logits = stream(seed, "policies", i).normal(size=world.reward.shape) * 10 ** (-2 + 4 * i / count)
-        yield ops.log_softmax.raw(logits)[0]
+        yield ops.log_softmax.raw(xp.asarray(logits))[0]
 
 
 def sampled_wins(world: World, rng: numpy.random.Generator, count: int) -> Array:
@@ -123,16 +125,17 @@ def constrained_objective(world: World, seed: int) -> Iterator[Claim]:
     for beta in BETAS:
         star, log_z = exact.optimum(world.ref_logp, world.reward, beta)
         best = exact.objective(star, world.ref_logp, world.reward, beta)
-        at_optimum = max(at_optimum, abs(best - beta * log_z).max())
+        at_optimum = max(at_optimum, abs(best - beta * log_z).max().item())
         for logp in random_policies(world, seed):
             lost = best - exact.objective(logp, world.ref_logp, world.reward, beta)
-            gap = max(gap, (abs(lost - beta * exact.kl(logp, star)) / (1 + abs(lost))).max())
+            gap = max(gap, (abs(lost - beta * exact.kl(logp, star)) / (1 + abs(lost))).max().item())
     yield at_most("J(pi*) = beta log Z", at_optimum, 1e-12)
     yield at_most("J(pi*) - J(pi) = beta KL(pi || pi*), for any pi", gap, 1e-12)
     star, _ = exact.optimum(world.ref_logp, world.reward, 1e7)
     yield at_most("beta to infinity: pi* is the reference", exact.total_variation(star, world.ref_logp).max(), 1e-6)
     star, _ = exact.optimum(world.ref_logp, world.reward, 1e-7)
-    missing = 1 - numpy.exp(numpy.take_along_axis(star, world.reward.argmax(axis=-1)[:, None], axis=-1)).min()
+    best_logp = ops.gather.raw(star, world.reward.argmax(axis=-1))[0]
+    missing = 1 - array_module(star).exp(best_logp).min()
     yield at_most("beta to 0: pi* is certain of the best response", missing, 1e-6)
 
 
@@ -144,11 +147,12 @@ def reparametrisation(world: World, seed: int) -> Iterator[Claim]:
     yield at_most(
         "beta log(pi*/pi_ref) = r - beta log Z(x)", abs(implicit - (world.reward - beta * log_z[:, None])).max(), 1e-12
     )
-    spread = float(log_z.max() - log_z.min())
+    spread = (log_z.max() - log_z.min()).item()
     yield Claim("log Z(x) differs from prompt to prompt (by more than 0.01)", spread, spread > 0.01)
     differences = [r[:, :, None] - r[:, None, :] for r in (implicit, world.reward)]
     yield at_most("and yet cancels in every pair", abs(differences[0] - differences[1]).max(), 1e-12)
-    shifted = world.reward + stream(seed, "shift").normal(size=(len(world.reward), 1))
+    shift = stream(seed, "shift").normal(size=(len(world.prompts), 1))
+    shifted = world.reward + array_module(world.reward).asarray(shift)
     error = abs(exact.preference_probabilities(shifted) - exact.preference_probabilities(world.reward)).max()
     yield at_most("Lemma 1: r(x, y) and r(x, y) + f(x) give the same preferences", error, 1e-12)
     error = exact.total_variation(exact.optimum(world.ref_logp, shifted, beta)[0], star).max()

@@ -227,7 +227,7 @@ def save(
     folder = run / step_name(state.step)
     if folder.exists():  # written by a process that was killed before it could point to it
         shutil.rmtree(folder)
-    if not all(array_module(p.data).isfinite(p.data).all() for p in params.values()):
+    if not all(array_module(p.data).isfinite(p.data).all().item() for p in params.values()):
         raise FloatingPointError("a parameter is not finite")
     arrays, numbers = optimizer_state(optimizer)
     checkpoint.save(folder, params, config, tokenizer, arrays, {**vars(state), "optimizer": numbers})

@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from . import ops
-from .backend import Array, array_module, asarray, index_array
+from .backend import Array, array_module, asarray, device_module, index_array
 from .tensor import Tensor
 
 Params = dict[str, Tensor]
@@ -116,6 +116,18 @@ def init(config: Config, rng: Any, dtype: str = "float32") -> Params:
 def frozen(params: Params) -> Params:
     """A copy that no optimizer moves and through which no graph is built: the reference model."""
     return {name: Tensor(p.data.copy()) for name, p in params.items()}
+
+
+def placed(params: Params, device: str) -> Params:
+    """The same parameters as arrays of a device, "cpu" or "cuda"; what is there already is not copied.
+
+    Raises
+    ------
+    DeviceError
+        If the device cannot be used.
+    """
+    xp = device_module(device)
+    return {name: Tensor(xp.asarray(p.data), p.requires_grad) for name, p in params.items()}
 
 
 def check_length(length: int, config: Config) -> None:

@@ -8,7 +8,7 @@ import math
 from abc import ABC, abstractmethod
 from typing import Any
 
-from .backend import Array, array_module
+from .backend import Array, array_module, to_host
 from .tensor import Tensor
 
 
@@ -151,11 +151,14 @@ def clip_global_norm(params: dict[str, Tensor], max_norm: float) -> float:
     if not max_norm >= 0:
         raise ValueError(f"max_norm must be at least 0, not {max_norm}")
     graded = {p: name for name, p in params.items() if p.grad is not None}  # a tensor with two names counts once
-    squares = {name: (p.grad.astype("float64") ** 2).sum().item() for p, name in graded.items()}
-    culprits = [name for name, square in squares.items() if not math.isfinite(square)]
+    if not graded:
+        return 0.0
+    squares = [(p.grad.astype("float64") ** 2).sum() for p in graded]
+    squares = to_host(array_module(*squares).stack(squares)).tolist()  # a device stops once, not for each
+    culprits = [name for name, square in zip(graded.values(), squares) if not math.isfinite(square)]
     if culprits:
         raise FloatingPointError(f"the gradient is not finite in {', '.join(culprits)}")
-    norm = math.sqrt(math.fsum(squares.values()))
+    norm = math.sqrt(math.fsum(squares))
     if norm > max_norm:
         for p in graded:
             p.grad = p.grad * float(max_norm / norm)

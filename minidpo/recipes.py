@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from . import checkpoint, losses, model, optim, preferences, report, training
+from .backend import to_host
 from .checkpoint import Checkpoint, CheckpointError
 from .generation import generate
 from .loop import Settings, Task, create, run_loop, same_as_begun
@@ -47,9 +48,10 @@ def data_files(options: argparse.Namespace) -> list[tuple[str, Path]]:
     return [(name, path) for name, path in files if path is not None]
 
 
-def load(folder: Path, requires_grad: bool = False) -> Checkpoint:
-    """A checkpoint; says so where nothing vouches for its weights."""
+def load(folder: Path, requires_grad: bool = False, device: str = "cpu") -> Checkpoint:
+    """A checkpoint, its parameters on a device; says so where nothing vouches for its weights."""
     loaded = checkpoint.load(folder, requires_grad)
+    loaded = loaded._replace(params=model.placed(loaded.params, device))
     if not loaded.verified:
         print(f"{folder}: no checksum in the weights, taken as they are", file=sys.stderr)
     return loaded
@@ -110,11 +112,12 @@ def beginning(options: argparse.Namespace, text: str, sizes: dict[str, int]) -> 
         given = [name for name in MODEL if getattr(options, name) not in (None, False)]
         if given:
             raise ValueError(f"--{given[0].replace('_', '-')} is for a new model, and --init names one that is there")
-        loaded = load(options.init, requires_grad=True)
+        loaded = load(options.init, requires_grad=True, device=options.device)
         return Beginning(*loaded[:3], {"init_sha256": training.fingerprint(loaded.params)})
     tokenizer = Tokenizer.from_text(text + TURN, replacement=options.replacement)
     config = Config(tokenizer.vocab_size, *(getattr(options, name) or size for name, size in sizes.items()))
-    return Beginning(model.init(config, stream(options.seed, "init")), config, tokenizer, {})
+    params = model.placed(model.init(config, stream(options.seed, "init")), options.device)
+    return Beginning(params, config, tokenizer, {})
 
 
 def read_texts(path: Path, blocks: bool) -> list[str]:
@@ -274,10 +277,10 @@ def chosen_loss(name: str, label_smoothing: float) -> Loss:
 
 def dpo(options: argparse.Namespace) -> int:
     """Prefer the chosen responses, against a frozen reference."""
-    loaded = load(options.init, requires_grad=True)
+    loaded = load(options.init, requires_grad=True, device=options.device)
     policy, config, tokenizer = loaded.params, loaded.config, loaded.tokenizer
     if options.reference:
-        other = load(options.reference)
+        other = load(options.reference, device=options.device)
         same_vocabulary(options.init, loaded, options.reference, other)
         reference, reference_config = other.params, other.config
     else:
@@ -296,9 +299,9 @@ def dpo(options: argparse.Namespace) -> int:
     )
     pairs: list[Any] = [*rows.train.ids, *rows.held_out.ids]
     print(f"the reference scores {len(pairs)} pairs", flush=True)
-    ref_logp_w, ref_logp_l = training.cached_reference_logprobs(
-        options.out / "reference.safetensors", reference, reference_config, tokenizer, pairs
-    )
+    kept = options.out / "reference.safetensors"
+    scores = training.cached_reference_logprobs(kept, reference, reference_config, tokenizer, pairs)
+    ref_logp_w, ref_logp_l = (to_host(logp) for logp in scores)  # a step takes those of its pairs
     count = len(rows.train.ids)
     held_out = collate(pairs[count:], ref_logp_w[count:], ref_logp_l[count:])
     optimizer = optim.AdamW(policy, options.learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
@@ -337,8 +340,8 @@ def same_vocabulary(folder: Path, loaded: Checkpoint, other_folder: Path, other:
 
 def scored_rows(options: argparse.Namespace) -> tuple[Checkpoint, Checkpoint, Encoded, int]:
     """Policy, reference, the rows of a file that both can score, and how many rows were set aside."""
-    policy = load(options.checkpoint)
-    reference = load(options.reference) if options.reference else policy
+    policy = load(options.checkpoint, device=options.device)
+    reference = load(options.reference, device=options.device) if options.reference else policy
     same_vocabulary(options.checkpoint, policy, options.reference or options.checkpoint, reference)
     n_positions = min(policy.config.n_positions, reference.config.n_positions)
     rows, faults = preferences.read(options.data)
@@ -391,7 +394,7 @@ def score(options: argparse.Namespace) -> int:
 
 def sample(options: argparse.Namespace) -> int:
     """Print what a model answers to a prompt."""
-    loaded = load(options.checkpoint)
+    loaded = load(options.checkpoint, device=options.device)
     text = options.prompt + (TURN if options.newline else "")
     drawn = generate(
         loaded.params,

@@ -264,7 +264,8 @@ def preference_evaluation(
     """
     constants = {name: p.detach() for name, p in policy.items()}
     logp_w, logp_l = (Tensor(logp) for logp in reference_logprobs(constants, config, batch.pairs))
-    out = loss(logp_w, logp_l, batch.ref_logp_w, batch.ref_logp_l, beta)
+    xp = array_module(logp_w.data)
+    out = loss(logp_w, logp_l, xp.asarray(batch.ref_logp_w), xp.asarray(batch.ref_logp_l), beta)
     shown = (to_host(x.data).astype("float64") for x in (out.reward_w, out.reward_l, logp_w, logp_l))
     metrics = preference_metrics(out.loss.item(), *shown)
     tokens = sum(len(w) for _, w, _ in batch.pairs)

@@ -92,7 +92,21 @@ def _in_place(function):
 
 for name in ("add", "sub", "mul", "truediv"):
     setattr(ndarray, f"__i{name}__", _in_place(getattr(operator, name)))
-for name in ("sum", "mean", "max", "any", "all", "reshape", "transpose", "swapaxes", "squeeze", "astype", "copy"):
+for name in (
+    "sum",
+    "mean",
+    "max",
+    "min",
+    "argmax",
+    "any",
+    "all",
+    "reshape",
+    "transpose",
+    "swapaxes",
+    "squeeze",
+    "astype",
+    "copy",
+):
     setattr(ndarray, name, _method(name))
 
 
@@ -117,6 +131,7 @@ cupy.cuda = types.SimpleNamespace(
 cupy.array = _upload
 cupy.asarray = lambda x, dtype=None: x if isinstance(x, ndarray) and dtype in (None, x.dtype) else _upload(x, dtype)
 cupy.split = lambda x, ends, axis: [device(part) for part in np.split(host(x), ends, axis=axis)]
+cupy.stack = lambda arrays, axis=0: device(np.stack([host(x) for x in arrays], axis=axis))
 cupy.concatenate = lambda arrays, axis=0: device(np.concatenate([host(x) for x in arrays], axis=axis))
 cupy.add = types.SimpleNamespace(at=lambda x, key, y: np.add.at(host(x), host(key), host(y)))
 for name in (

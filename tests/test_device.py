@@ -2,6 +2,7 @@
 check touches stays on the double of `device_double`, whose rules are CuPy's.
 """
 
+import json
 import sys
 
 import numpy as np
@@ -11,7 +12,24 @@ from hypothesis import strategies as st
 
 from device_double import cupy, ndarray
 from drawing import cases, is_varied, seeds
-from minidpo import Tensor, checkpoint, generation, gradcheck, losses, model, ops, optim, preferences, scoring, training
+from minidpo import (
+    Tensor,
+    checkpoint,
+    cli,
+    exact,
+    generation,
+    gradcheck,
+    laboratory,
+    losses,
+    model,
+    ops,
+    optim,
+    preferences,
+    recipes,
+    scoring,
+    training,
+)
+from minidpo.loop import json_lines
 from minidpo.ops import OPS
 from minidpo.tokenizer import Tokenizer
 from models import CONFIG, small
@@ -198,6 +216,126 @@ def test_steps_of_each_kind_of_training_on_the_device(tmp_path):
         assert all(type(p.data) is type(p.grad) for p in params.values())
         seen.append([value for line in metrics for value in line.values()])
     np.testing.assert_allclose(seen[0], seen[1], rtol=1e-7, atol=1e-9)
+
+
+PREFERENCES = [
+    {"prompt": "ab", "chosen": "cd", "rejected": "d"},
+    {"prompt": "b", "chosen": "dc", "rejected": "cca"},
+    {"prompt": "ca", "chosen": "a", "rejected": "bd"},
+]
+
+
+def said(capsys, *arguments):
+    """What a command prints where it succeeds."""
+    assert cli.main([str(part) for part in arguments]) == 0
+    return capsys.readouterr().out
+
+
+def test_commands_do_the_same_on_both_devices(tmp_path, capsys, monkeypatch):
+    """Otherwise --device cuda trains on other batches, draws other samples, or stops where a host array slips in."""
+    texts, pairs = tmp_path / "texts.txt", tmp_path / "pairs.jsonl"
+    texts.write_text("abcd\nbad cab\ndad\ncab\n" * 2)
+    pairs.write_text("".join(json.dumps(row) + "\n" for row in PREFERENCES * 2))
+    monkeypatch.setattr(recipes, "worker_count", lambda params: 1)
+    forward, seen_on = model.row_logits, set()
+
+    def watched(params, *args, **options):
+        logits = forward(params, *args, **options)
+        seen_on.add(type(logits.data))
+        return logits
+
+    for module in (model, scoring, generation):
+        monkeypatch.setattr(module, "row_logits", watched)
+    short = ("--steps", 3, "--evaluate-every", 2, "--warmup-steps", 1, "--seed", 1)
+    found = {}
+    for name in ("cpu", "cuda"):
+        run, on = tmp_path / name, ("--device", name)
+        sizes = ("--n-embd", 8, "--n-layer", 2, "--n-head", 2)
+        said(capsys, "pretrain", "--data", texts, "--out", run / "base", *sizes, "--n-positions", 12, *short, *on)
+        said(capsys, "sft", "--data", pairs, "--init", run / "base", "--out", run / "sft", *short, *on)
+        said(capsys, "dpo", "--data", pairs, "--init", run / "sft", "--out", run / "dpo", *short, *on)
+        both = ("--checkpoint", run / "dpo", "--reference", run / "sft", "--data", pairs)
+        text = said(capsys, "sample", "--checkpoint", run / "dpo", "--prompt", "ab", "--samples", 3, *on)
+        metrics = json.loads(said(capsys, "evaluate", *both, "--json", *on))
+        lines = said(capsys, "score", *both, *on)
+        losses_seen = [[row["loss"] for row in json_lines(run / stage / "metrics.jsonl") if "loss" in row]
+                       for stage in ("base", "sft", "dpo")]  # fmt: skip
+        weights = {key: p.data for key, p in checkpoint.load(run / "dpo").params.items()}
+        assert seen_on == {ndarray if name == "cuda" else np.ndarray}
+        seen_on.clear()
+        found[name] = (text, metrics, lines.count("logps/chosen"), losses_seen, weights)
+    host_text, host_metrics, host_lines, host_losses, host_weights = found["cpu"]
+    text, metrics, lines, losses_seen, weights = found["cuda"]
+    assert text == host_text and lines == host_lines == 6
+    assert metrics == pytest.approx(host_metrics, rel=1e-3, abs=1e-4)
+    for ours, theirs in zip(losses_seen, host_losses):
+        assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-5) and len(ours) == 3
+    for key, expected in host_weights.items():
+        if not key.endswith("c_attn.bias"):  # a third of it has no gradient but rounding, which AdamW makes a step
+            np.testing.assert_allclose(weights[key], expected, rtol=1e-3, atol=1e-4)
+
+
+def test_what_a_device_says_is_one_sentence_and_names_what_was_saved(tmp_path, capsys, monkeypatch):
+    """Otherwise a lost device or a full one ends in a traceback, and no one is told where to go on."""
+    texts = tmp_path / "texts.txt"
+    texts.write_text("abcd\ncab\ndad\n")
+
+    class OutOfMemoryError(MemoryError):
+        __module__ = "cupy.cuda.memory"
+
+    class CUBLASError(RuntimeError):
+        __module__ = "cupy_backends.cuda.libs.cublas"
+
+    step = training.sft_training_step
+    for number, fault in enumerate((OutOfMemoryError("Out of memory allocating 512 bytes"), CUBLASError("it is lost"))):
+
+        def third_fails(*args, fault=fault, **options):
+            metrics = step(*args, **options)
+            if args[2].steps == 3:
+                raise fault
+            return metrics
+
+        monkeypatch.setattr(training, "sft_training_step", third_fails)
+        run = tmp_path / f"run{number}"
+        arguments = ["pretrain", "--data", texts, "--out", run, "--n-embd", 8, "--n-head", 2, "--n-layer", 1,
+                     "--steps", 4, "--evaluate-every", 2, "--device", "cuda"]  # fmt: skip
+        assert cli.main([str(part) for part in arguments]) == 2
+        told = capsys.readouterr().err.strip().splitlines()[-1]
+        assert str(fault) in told and told.startswith("minidpo pretrain: ")
+        assert f"the last checkpoint is {run / 'step-000002'}" in told and f"resume {run}" in told
+
+    def bug(*args, **options):
+        raise RuntimeError("not the device's")
+
+    monkeypatch.setattr(training, "sft_training_step", bug)
+    with pytest.raises(RuntimeError, match="not the device's"):
+        cli.main([str(part) for part in [*arguments[:4], tmp_path / "bug", *arguments[5:]]])
+
+
+@pytest.mark.parametrize("page", [laboratory.constrained_objective, laboratory.reparametrisation])
+def test_a_page_of_the_exact_laboratory_on_the_device(page):
+    """Otherwise the derivation is proved on the host alone."""
+    world = laboratory.small_world(0)
+    there = world._replace(reward=cupy.asarray(world.reward), ref_logp=cupy.asarray(world.ref_logp))
+    claims = list(page(there, 0))
+    assert claims and all(claim.holds for claim in claims)
+    for claim, expected in zip(claims, page(world, 0), strict=True):
+        assert claim.text == expected.text and type(claim.number) is float
+        assert claim.number == pytest.approx(expected.number, abs=1e-11)
+
+
+def test_enumeration_runs_on_the_device():
+    """Otherwise what is exact about a model must leave the device first."""
+    responses = exact.complete_responses(CONFIG.vocab_size, 2)
+    scores = [
+        exact.exact_logprobs(params, CONFIG, [[1, 2], [3]], responses) for params in (small(), on_device(small()))
+    ]
+    assert type(scores[1].data) is ndarray
+    np.testing.assert_allclose(scores[1].data.get(), scores[0].data, rtol=1e-10, atol=1e-12)
+    at = [small()["wte.weight"], on_device(small())["wte.weight"]]
+    logp, ref = (ops.log_softmax.raw(x.data)[0] for x in at)
+    assert type(exact.kl(ref, ref)) is ndarray and type(exact.optimum(ref, ref, 0.5)[0]) is ndarray
+    np.testing.assert_allclose(exact.optimum(ref, ref, 0.5)[0].get(), exact.optimum(logp, logp, 0.5)[0], rtol=1e-12)
 
 
 def test_closed_form_gradient_stays_on_the_device():

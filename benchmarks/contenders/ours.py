@@ -7,6 +7,7 @@ import numpy
 
 from benchmarks.workload import BETA, LEARNING_RATE, endless
 from minidpo import Tensor, generation, losses, model, optim, preferences, scoring, training, workers
+from minidpo.backend import device_module, to_host
 
 
 def versions():
@@ -16,10 +17,13 @@ def versions():
 class Padded:
     """The plain algorithm: one padded batch, the reference scored again each step; pairs shared out to workers."""
 
+    device = "cpu"
+
     def __init__(self, work):
         self.work = work
         self.policy = {name: Tensor(x, requires_grad=True) for name, x in work.policy.items()}
-        self.reference = {name: Tensor(x) for name, x in work.reference.items()}
+        self.policy = model.placed(self.policy, self.device)
+        self.reference = model.placed({name: Tensor(x) for name, x in work.reference.items()}, self.device)
         self.optimizer = optim.AdamW(self.policy, LEARNING_RATE, weight_decay=0.0)
         self.prepare()
 
@@ -57,7 +61,7 @@ class Best(Padded):
     def gradient(self):
         with unmoved(self.optimizer):
             metrics = self.step()
-        return metrics["loss"], {name: p.grad for name, p in self.policy.items()}
+        return metrics["loss"], {name: to_host(p.grad) for name, p in self.policy.items()}
 
     def step(self):
         return training.dpo_training_step(
@@ -71,6 +75,15 @@ def unmoved(optimizer):
     step, optimizer.step = optimizer.step, lambda: None
     yield
     optimizer.step = step
+
+
+class BestOnGPU(Best):
+    """The same on CuPy arrays, by the same source."""
+
+    device = "cuda"
+
+    def finish(self):
+        device_module("cuda").cuda.Device().synchronize()
 
 
 class Products(Best):
@@ -131,4 +144,5 @@ class Sampling:
 CONTENDERS = {
     "step": {"minidpo, padded": Padded, "minidpo": Best, "minidpo, products alone": Products},
     "sampling": {"minidpo": Sampling},
+    "gpu": {"minidpo": BestOnGPU},
 }

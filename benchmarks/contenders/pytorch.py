@@ -38,9 +38,11 @@ LAYER = [
 class Padded:
     """The plain algorithm: one padded batch, the reference scored again each step without a graph."""
 
-    compiled = False
+    mode = None  # of torch.compile; not compiled if there is none
+    device = "cpu"
 
     def __init__(self, work):
+        torch.set_default_device(self.device)
         self.work = work
         self.policy = {name: torch.tensor(x, requires_grad=True) for name, x in work.policy.items()}
         self.reference = {name: torch.tensor(x) for name, x in work.reference.items()}
@@ -49,7 +51,7 @@ class Padded:
 
     def prepare(self):
         self.inputs, self.targets, self.counts = map(torch.tensor, padded(self.work.pairs))
-        self.logps = torch.compile(self.padded_logps) if self.compiled else self.padded_logps
+        self.logps = torch.compile(self.padded_logps, mode=self.mode) if self.mode else self.padded_logps
 
     def padded_logps(self, params):
         config, (B, T) = self.work.config, self.inputs.shape
@@ -68,24 +70,27 @@ class Padded:
         with torch.no_grad():
             return self.logps(self.reference)
 
-    def gradient(self):
+    def loss(self):
         self.optimizer.zero_grad()
         ref, logp = self.references(), self.logps(self.policy)
         B = len(self.work.pairs)
         ratio = logp - ref
         loss = -F.logsigmoid(BETA * (ratio[:B] - ratio[B:])).mean()
         loss.backward()
-        return loss.item(), {name: p.grad.numpy() for name, p in self.policy.items()}
+        return loss.item()
+
+    def gradient(self):
+        return self.loss(), {name: p.grad.cpu().numpy() for name, p in self.policy.items()}
 
     def step(self):
-        self.gradient()
+        self.loss()
         self.optimizer.step()
 
 
 class Compiled(Padded):
     """The same through torch.compile."""
 
-    compiled = True
+    mode = "default"
 
 
 class Best(Padded):
@@ -178,6 +183,27 @@ class Sampling:
                 return drawn
 
 
+class OnGPU:
+    """Mixed in first: the tensors live on the GPU, and a turn ends when it has."""
+
+    device = "cuda"
+
+    def finish(self):
+        torch.cuda.synchronize()
+
+
+class PaddedOnGPU(OnGPU, Padded):
+    pass
+
+
+class CompiledOnGPU(OnGPU, Padded):
+    mode = "reduce-overhead"
+
+
+class BestOnGPU(OnGPU, Best):
+    pass
+
+
 CONTENDERS = {
     "step": {
         "PyTorch eager, padded": Padded,
@@ -185,4 +211,9 @@ CONTENDERS = {
         "PyTorch eager, our recipe": Best,
     },
     "sampling": {"PyTorch eager": Sampling},
+    "gpu": {
+        "PyTorch eager, padded": PaddedOnGPU,
+        "PyTorch compiled (reduce-overhead), padded": CompiledOnGPU,
+        "PyTorch eager, our recipe": BestOnGPU,
+    },
 }
