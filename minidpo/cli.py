@@ -12,6 +12,7 @@ import numpy
 from . import (
     assumptions,
     checkpoint,
+    course,
     demo,
     dynamics,
     frontier,
@@ -119,6 +120,16 @@ def frontier_runs(options: argparse.Namespace) -> int:
     return 0
 
 
+def learn(options: argparse.Namespace) -> int:
+    """List the tutorials, or run one."""
+    if options.number is not None:
+        return course.run(options.number)
+    for lesson in course.lessons():
+        print(f"{lesson.number:>2}  {lesson.title}\n    {lesson.question}")
+    print("run one: python -m minidpo learn NUMBER")
+    return 0
+
+
 def support_desk(options: argparse.Namespace) -> int:
     """The demo, with this command line for its stages."""
     return demo.demo(options.out, options.seed, options.resume, main)
@@ -157,7 +168,7 @@ def between(low: float, high: float, closed: str = "") -> Callable[[str], float]
     return number
 
 
-WITHOUT_CHANCE = (recipes.evaluate, recipes.score, inspection.explain_pair, inspection.displaced, resume)
+WITHOUT_CHANCE = (recipes.evaluate, recipes.score, inspection.explain_pair, inspection.displaced, resume, learn)
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):
@@ -246,6 +257,14 @@ def parser() -> argparse.ArgumentParser:
         "complex step. Prints the worst error; exits with 1 if any is too large.",
     )
     added.add_argument("--cases", type=at_least(1), default=100, help="random cases per op")
+
+    added = command(
+        learn,
+        "list the tutorials, or run one",
+        "Print the tutorials with the question that each answers; with a number, run that one. They are scripts in "
+        "tutorials/, which open as notebooks too.",
+    )
+    added.add_argument("number", nargs="?", type=at_least(0), help="of the tutorial to run")
 
     command(
         oracles,

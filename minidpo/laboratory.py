@@ -256,7 +256,7 @@ def optimum_of_dpo(world: World, seed: int) -> Iterator[Claim]:
         ("Adam", lambda p: optim.AdamW(p, 0.0, weight_decay=0.0)),
     ):
         params, log_policy = table_policy(world)
-        steepest = beta**2 / (2 * world.reward.size)  # at most this is the curvature of the loss
+        steepest = beta**2 / (2 * world.reward.size)  # about the largest curvature of the loss
         rates = [1 / steepest if name == "gradient descent" else optim.warmup_cosine(s, 500, 0.3) for s in range(500)]
         logp = last(
             descend(params, log_policy, lambda p: pair_loss(p, world.ref_logp, wins, beta), make(params), rates)

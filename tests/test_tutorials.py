@@ -1,0 +1,108 @@
+"""The course runs, has one shape, and its map in the README is true."""
+
+import ast
+import contextlib
+import importlib.util
+import io
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import minidpo
+from minidpo import course
+from minidpo.cli import main
+
+FOLDER = Path(__file__).parents[1] / "tutorials"
+README = (Path(__file__).parents[1] / "README.md").read_text()
+SOURCE = Path(minidpo.__file__).parent
+SCRIPTS = sorted(FOLDER.glob("*.py"))
+NUMBERED = [path for path in SCRIPTS if path.stem[:2].isdecimal()]
+scripts = pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
+numbered = pytest.mark.parametrize("path", NUMBERED, ids=lambda path: path.stem)
+
+
+@scripts
+def test_a_script_runs_and_its_assertions_hold(path, tmp_path):
+    """Otherwise the course says what it does not show. A picture is drawn where matplotlib is, else a word says so."""
+    shutil.copy(path, tmp_path)
+    ran = subprocess.run(
+        [sys.executable, "-W", "error", tmp_path / path.name],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(SOURCE.parent)},
+        timeout=300,
+    )
+    assert ran.returncode == 0, ran.stderr
+    drawn = [found.name for found in tmp_path.glob("*.png")]
+    if "report.picture(" in path.read_text():
+        has_plot = importlib.util.find_spec("matplotlib") is not None
+        assert drawn == ([f"{path.stem}.png"] if has_plot else []), ran.stdout
+        assert ("matplotlib" in ran.stdout) == (not has_plot), ran.stdout
+    assert len(ran.stdout.splitlines()) <= (80 if path in NUMBERED else 400)
+
+
+@numbered
+def test_a_script_has_the_shape_of_the_others(path):
+    """Otherwise a reader must find out each time where the question, the aims and the solutions are."""
+    text = path.read_text()
+    parts = ["**Question.**", "**Afterwards you can say**", "**Predict first.**", "**The formula.**", "# ## ",
+             "The answer to the prediction", "## What was shown", "## Exercises", "## Solutions"]  # fmt: skip
+    places = [text.index(part) for part in parts]
+    assert places[:5] == sorted(places[:5]) and places[-3:] == sorted(places[-3:])
+    assert text.startswith(f"# %% [markdown]\n# # {path.stem[:2]}. ")
+    after = text[text.index("## Exercises") :]
+    assert re.search(r"^# 1\. ", after, re.MULTILINE) and re.search(r"^# 2\. ", after, re.MULTILINE)
+    tested = [node for node in ast.walk(ast.parse(after[after.index("\n# %%") :])) if isinstance(node, ast.Assert)]
+    assert tested or "assert_" in after
+
+
+def test_the_map_in_the_readme_is_true():
+    """Otherwise a reader is sent to a script, a file or a function that is not there."""
+    rows = re.findall(
+        r"^\| \[`(\w+\.py)`\]\(tutorials/(\w+\.py)\) \| (.+?) \| (\d+) \| (.+?) \| (.+?) \|$", README, re.M
+    )
+    assert [name for name, *_ in rows] == [link for _, link, *_ in rows] == [path.name for path in SCRIPTS]
+    for name, _, question, minutes, _, where in rows:
+        text = (FOLDER / name).read_text()
+        assert int(minutes) == round(len(text.split()) / 100), f"{name}: a hundred words a minute"
+        if name != "errata.py":
+            lesson = next(lesson for lesson in course.lessons(FOLDER) if lesson.path.name == name)
+            assert question == lesson.question
+        places = re.findall(r"`(\w+)\.(\w+)`", where)
+        assert places, name
+        for module, function in places:
+            defined = {
+                node.name
+                for node in ast.walk(ast.parse((SOURCE / f"{module}.py").read_text()))
+                if isinstance(node, ast.FunctionDef | ast.ClassDef)
+            }
+            assert function in defined, f"{name}: minidpo/{module}.py has no {function}"
+
+
+def test_learn_lists_them_and_runs_one(monkeypatch, capsys, tmp_path):
+    """Otherwise the course must be looked for."""
+    monkeypatch.setattr(course, "FOLDER", FOLDER)
+    monkeypatch.setattr(course.lessons, "__defaults__", (FOLDER,))
+    assert main(["learn"]) == 0
+    told = capsys.readouterr().out
+    for path in NUMBERED:
+        assert re.search(rf"^ ?{int(path.stem[:2])}  .+$", told, re.MULTILINE)
+    assert len(told.splitlines()) == 2 * len(NUMBERED) + 1
+    assert main(["learn", "99"]) == 2
+    assert "there is no tutorial 99, they go from 1 to 14" in capsys.readouterr().err
+    asked = []
+    monkeypatch.setattr(
+        course.subprocess, "run", lambda command: asked.append(command) or subprocess.CompletedProcess(command, 3)
+    )
+    with contextlib.redirect_stdout(io.StringIO()):
+        assert main(["learn", "2"]) == 3
+    assert asked == [[sys.executable, str(FOLDER / "02_autograd.py")]]
+    monkeypatch.setattr(course.lessons, "__defaults__", (tmp_path,))
+    assert main(["learn"]) == 2
+    assert "they come with the source" in capsys.readouterr().err

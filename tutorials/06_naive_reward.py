@@ -1,0 +1,187 @@
+# %% [markdown]
+# # 06. The naive reward
+#
+# **Question.** Take log pi(y|x) itself as the reward, without a reference. What goes wrong, and what does not?
+#
+# **Afterwards you can say**
+# - which way, and how hard, the naive loss pushes both responses of a pair;
+# - what lengths do to the weight of a pair, and what they never do;
+# - what the reference changes and what it cannot, and where shared filler really goes.
+#
+# **Predict first.** The chosen response is long, logp_w = -.735, the rejected one short, logp_l = -.210. It is often
+# said that this loss teaches "shorter is better". Does its gradient push the long chosen response up or down? And
+# harder or more softly than in a pair whose two log-probabilities are equal?
+#
+# **The formula.** margin = logp_w - logp_l, L = -log sigma(margin), and so
+#
+#     dL/dlogp_w = -sigma(-margin),   dL/dlogp_l = +sigma(-margin).
+#
+# DPO: margin = (logp_w - ref_logp_w) - (logp_l - ref_logp_l), z = beta * margin, L = -log sigma(z).
+
+# %%
+import math
+
+import numpy as np
+
+from minidpo import Tensor, losses, ops
+
+
+def sigma(z):
+    return 1 / (1 + np.exp(-z))
+
+
+def naive(logp_w, logp_l):
+    """Loss, dL/dlogp_w and dL/dlogp_l of one pair."""
+    margin = logp_w - logp_l
+    return np.logaddexp(0, -margin), -sigma(-margin), sigma(-margin)  # -log sigma(m) = log(1 + e^-m)
+
+
+long_chosen, short_rejected = -0.735, -0.210
+loss, slope_w, slope_l = naive(long_chosen, short_rejected)
+print("the long response is chosen    margin    loss   dL/dlogp_w   dL/dlogp_l")
+for name, pair in (("yes", (long_chosen, short_rejected)), ("no, it is rejected", (short_rejected, long_chosen))):
+    print(f"{name:<29}{pair[0] - pair[1]:>+8.3f}" + "{:>8.3f}{:>13.3f}{:>13.3f}".format(*naive(*pair)))
+print(f"{'equal log-probabilities':<29}{0:>+8.3f}" + "{:>8.3f}{:>13.3f}{:>13.3f}".format(*naive(-0.5, -0.5)))
+
+# %% [markdown]
+# ## The library's version
+# `losses.reference_free_loss` with beta = 1, by its sweep and in closed form, and a finite difference.
+
+# %%
+w, l = Tensor(long_chosen, requires_grad=True), Tensor(short_rejected, requires_grad=True)
+out = losses.reference_free_loss(w, l, beta=1.0)
+out.loss.backward()
+closed_w, closed_l = losses.reference_free_gradient(long_chosen, short_rejected, beta=1.0)
+finite_w = (naive(long_chosen + 1e-6, short_rejected)[0] - naive(long_chosen - 1e-6, short_rejected)[0]) / 2e-6
+np.testing.assert_allclose([out.loss.item(), w.grad, l.grad], [loss, slope_w, slope_l], rtol=0, atol=1e-12)
+np.testing.assert_allclose([closed_w, closed_l, finite_w], [slope_w, slope_l, slope_w], rtol=0, atol=1e-9)
+
+# %% [markdown]
+# ## The answer to the prediction
+# Up, and harder. The slope on logp_w is -.628, so descent pushes the long chosen response up; at margin 0 the slope is
+# -.5. The label decides the direction, at every margin. (The push is on the two log-probabilities. What a step on
+# shared parameters makes of it is another matter, with or without a reference.) The naive *score* does rank the short
+# response first; but the loss sees labelled pairs, and never scores a sample of the model's own.
+#
+# The figures are the usual example: 7 tokens against 2, each of probability .9. Unrounded they are 7 log .9 = -.7375
+# and 2 log .9 = -.2107. As probabilities, .480 + .811 > 1: no model gives both to two complete responses to one prompt.
+
+# %%
+assert round(out.margin.item(), 3) == -0.525 and round(loss, 3) == 0.990 and round(slope_w, 3) == -0.628
+assert slope_w < naive(-0.5, -0.5)[1] == -0.5
+assert round(7 * math.log(0.9), 4) == -0.7375 and round(2 * math.log(0.9), 4) == -0.2107
+assert round(math.exp(long_chosen), 3) == 0.480 and round(math.exp(short_rejected), 3) == 0.811
+
+# %% [markdown]
+# ## What lengths do: the weights
+# At -1.5 nats a token, 20 tokens more are a margin of -30 or +30 before anything is learned. The pair whose chosen
+# response is long has a weight of nearly 1; the pair whose chosen response is short has a weight of nearly 0 and
+# teaches nothing. DPO starts both at sigma(0) = 1/2. Gradient steps on the two log-probabilities show what is learned:
+# the change of logp_w - logp_l.
+
+# %%
+PER_TOKEN, LONG, SHORT, RATE, STEPS = -1.5, 30, 10, 0.1, 100
+starts = {"long chosen": (LONG * PER_TOKEN, SHORT * PER_TOKEN), "short chosen": (SHORT * PER_TOKEN, LONG * PER_TOKEN)}
+
+
+def learned(logp_w, logp_l, ref_logp_w, ref_logp_l, beta):
+    """By how much logp_w - logp_l grows; the naive reward has ref_logp 0 and beta 1."""
+    start = logp_w - logp_l
+    for _ in range(STEPS):
+        weight = sigma(-beta * (logp_w - ref_logp_w - logp_l + ref_logp_l))
+        logp_w, logp_l = logp_w + RATE * beta * weight, logp_l - RATE * beta * weight
+    return logp_w - logp_l - start
+
+
+gained = {name: (learned(*pair, 0, 0, 1), learned(*pair, *pair, 1)) for name, pair in starts.items()}
+print(f"\nafter {STEPS} steps     first weight    learned, nats")
+print("pair              naive    DPO     naive     DPO   (beta 1)")
+for name, (logp_w, logp_l) in starts.items():
+    print(f"{name:<15}{-naive(logp_w, logp_l)[1]:>8.1e}{0.5:>7}{gained[name][0]:>10.3f}{gained[name][1]:>8.3f}")
+assert gained["long chosen"][0] > 19.9 and gained["short chosen"][0] < 1e-11
+np.testing.assert_allclose(gained["long chosen"][1], gained["short chosen"][1], rtol=1e-9)
+
+# %% [markdown]
+# ## What the reference changes: the weight, never the direction
+# ref_logp_w and ref_logp_l are constants: whatever they are, the gradient is beta sigma(-z) times (-1, +1).
+#
+# It is also said that the reference takes the gain from common words: let "Paris" go from .20 to .45, "the" from .95 to
+# .96; at beta .1 the rewards are a tenth of .811 and of .0105, 77 to 1. But without a reference the log-probabilities
+# rise by .811 and .0105, 77 to 1 again. And if "the" has 50 000 places and "Paris" 10, "the" gains more in sum, with a
+# reference too. Shared filler goes by the subtraction *within a pair*: where both responses have read the same and go
+# on alike, the push on the logits, onehot - softmax, comes once with + and once with -. Where they part, and in every
+# row after that, a push is left.
+
+# %%
+gain = {"Paris": math.log(0.45 / 0.20), "the": math.log(0.96 / 0.95)}
+assert round(gain["Paris"], 3) == 0.811 and round(gain["the"], 4) == 0.0105
+assert round(gain["Paris"] / gain["the"]) == 77
+in_sum = 0.1 * 50_000 * gain["the"], 0.1 * 10 * gain["Paris"]
+print(f"\nrewards in sum: the {in_sum[0]:.1f}, Paris {in_sum[1]:.3f}")
+assert in_sum[0] > 50 * in_sum[1]
+
+rng = np.random.default_rng(0)
+words = {"the": 0, "is": 1, "Paris": 2, "Rome": 3, "yes": 4}
+chosen, rejected = (["the", "is", city, "yes"] for city in ("Paris", "Rome"))
+prefixes = sorted({tuple(y[:t]) for y in (chosen, rejected) for t in range(4)}, key=lambda p: (len(p), p))
+logits = Tensor(rng.normal(size=(len(prefixes), len(words))), requires_grad=True)  # a row for each prefix
+
+
+def logprob(y):
+    rows = logits[np.array([prefixes.index(tuple(y[:t])) for t in range(len(y))])]
+    return ops.sum(ops.gather(ops.log_softmax(rows), np.array([words[word] for word in y])))
+
+
+losses.reference_free_loss(logprob(chosen), logprob(rejected), beta=1.0).loss.backward()
+print("\nafter the prefix    largest |dL/dlogit|")
+for prefix, g in zip(prefixes, logits.grad):
+    print(f"{' '.join(prefix) or '(nothing)':<16}{abs(g).max():>13.4f}")
+shared = [len(prefix) < 3 and prefix != ("the", "is") for prefix in prefixes]
+assert abs(logits.grad[shared]).max() < 1e-15 and abs(logits.grad[~np.array(shared)]).max(axis=1).min() > 0.01
+
+# %% [markdown]
+# ## What DPO does not solve
+# Its log-ratios are sums as well: a response whose every token is d nats likelier than under the reference has the
+# reward beta d |y|, three times as much for three times the length. And small numbers prove nothing: rewards of +.0015
+# and -.0010 are P(chosen preferred) = .5006 and a loss of .6919, where log 2 = .6931 is no preference; at DPO's true
+# start, policy = reference, both rewards are 0.
+
+# %%
+out = losses.dpo_loss(*(np.array([y]) for y in (LONG * -1.4, SHORT * -1.4, LONG * -1.5, SHORT * -1.5)), beta=0.1)
+np.testing.assert_allclose(out.reward_w.data / out.reward_l.data, LONG / SHORT, rtol=1e-9)
+rewards = out.reward_w.data[0], out.reward_l.data[0]
+print(f"\nd = 0.1, beta = 0.1: reward {rewards[0]:.2f} for {LONG} tokens, {rewards[1]:.2f} for {SHORT}")
+z = 0.0015 + 0.0010
+assert round(sigma(z), 4) == 0.5006 and round(np.logaddexp(0, -z), 4) == 0.6919 and round(math.log(2), 4) == 0.6931
+start = losses.dpo_loss(-10.0, -15.0, -10.0, -15.0, beta=0.1)
+assert start.reward_w.item() == start.reward_l.item() == 0 and abs(start.loss.item() - math.log(2)) < 1e-12
+
+# %% [markdown]
+# ## What was shown
+# The naive loss pushes the response that the label names, long or short. What is wrong are its weights: a difference in
+# length saturates them. The reference re-weights pairs and turns no direction; shared filler cancels within a pair.
+#
+# ## Exercises
+# 1. Derive: at what margin is the naive weight 1/100? How many tokens of -1.5 nats is that?
+# 2. Find the bug: "the naive reward made fair", a *mean* over the tokens in place of the sum. Responses of 4 and of 8
+#    tokens share their first 3. With which factor does a shared token's log-probability enter the margin?
+
+# %%
+for ref in rng.normal(scale=5.0, size=(20, 2)):
+    g_w, g_l = losses.dpo_gradient(long_chosen, short_rejected, *ref, beta=0.1)
+    assert g_w < 0 and g_l == -g_w
+    np.testing.assert_allclose(g_w, -0.1 * sigma(-0.1 * (long_chosen - ref[0] - short_rejected + ref[1])), rtol=1e-12)
+print("06: the long chosen response is pushed up, harder than at margin 0; a reference changes the weight alone")
+
+# %% [markdown]
+# ## Solutions
+# 1. sigma(-m) = 1/100 at m = log 99 = 4.6 nats: about three tokens.
+# 2. 1/4 - 1/8 = 1/8 in place of 1 - 1 = 0: the shared prefix no longer cancels, and text on which the two do not differ
+#    is trained. It is another objective, with another bias.
+
+# %%
+np.testing.assert_allclose(sigma(-math.log(99)), 1 / 100, rtol=1e-12)
+assert round(math.log(99), 1) == 4.6 and round(math.log(99) / 1.5) == 3
+tokens = Tensor(np.full(3, -1.5), requires_grad=True)  # the shared ones' log-probabilities
+((ops.sum(tokens) - 1.5 * 1) / 4 - (ops.sum(tokens) - 1.5 * 5) / 8).backward()
+np.testing.assert_allclose(tokens.grad, 1 / 8, rtol=1e-12)

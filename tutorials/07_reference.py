@@ -1,0 +1,195 @@
+# %% [markdown]
+# # 07. The reference model
+#
+# **Question.** What does the reference model change in the gradient of a preference pair, and what does it leave alone?
+#
+# **Afterwards you can say**
+# - what the loss compares: how far each log-probability has moved from the reference's, not where it stands
+# - that the reference sets a pair's weight sigma(-beta * margin), and never the direction of the pair's gradient
+# - why at the start the loss is log 2, the accuracy 0 and the gradient not 0
+#
+# **Predict first.** A policy gives a pair logp_w = -4 and logp_l = -5, and beta is 0.1. Reference A gives the pair
+# -4 and -5 as well, reference B gives it -20 and -3. Under which of the two is the pair's gradient in the policy's
+# parameters longer, how many times, and does it point elsewhere?
+#
+# **The formula.**
+#
+#     margin = (logp_w - ref_logp_w) - (logp_l - ref_logp_l),   z = beta * margin,   L = -log sigma(z)
+#     dL/dtheta = -beta sigma(-z) (dlogp_w/dtheta - dlogp_l/dtheta)
+#
+# The second line is the chain rule: dL/dz = -sigma(-z), and dz/dtheta = beta (dlogp_w/dtheta - dlogp_l/dtheta), since
+# ref_logp_w and ref_logp_l do not depend on theta. The reference occurs in z alone, so in sigma(-z) alone.
+
+# %%
+import math
+
+import numpy as np
+
+from minidpo import Config, losses, model, ops, optim, preferences, scoring, training
+
+beta = 0.1
+rng = np.random.default_rng(0)
+
+# %% [markdown]
+# ## From NumPy alone
+# A policy of two layers over five replies: logits = V tanh(U f), where f are the features of the prompt. The gradient
+# is written by hand. Both replies are scored by one row of logits, so logp_w - logp_l = logits_w - logits_l: the
+# normaliser cancels, and dL/dlogits = -beta sigma(-z) (onehot(w) - onehot(l)).
+
+# %%
+f, U, V = rng.normal(size=3), rng.normal(size=(4, 3)), rng.normal(size=(5, 4))
+w, l = 1, 3
+
+
+def reply_logprobs(U, V):
+    logits = V @ np.tanh(U @ f)  # (3,) -> (4,) -> (5,)
+    return logits - np.log(np.exp(logits).sum())
+
+
+def loss_and_gradient(U, V, ref_logp_w, ref_logp_l):
+    logp, h = reply_logprobs(U, V), np.tanh(U @ f)
+    z = beta * ((logp[w] - ref_logp_w) - (logp[l] - ref_logp_l))
+    g = -beta / (1 + math.exp(z)) * (np.eye(5)[w] - np.eye(5)[l])  # dL/dlogits, since sigma(-z) = 1/(1 + exp(z))
+    flat = np.concatenate([np.outer((V.T @ g) * (1 - h**2), f).ravel(), np.outer(g, h).ravel()])  # dL/dU, dL/dV
+    return math.log1p(math.exp(-z)), flat  # -log sigma(z) = log(1 + exp(-z))
+
+
+logp, lengths, units = reply_logprobs(U, V), [], []
+print("One pair under three references (NumPy)")
+print("reference          margin    loss  length of gradient / A's  cosine to A's")
+for name, up_w, up_l in (("A, as the policy", 0, 0), ("B, -16 and +2", -16, 2), ("C, +9 and -9", 9, -9)):
+    ref = (logp[w] + up_w, logp[l] + up_l)
+    loss, gradient = loss_and_gradient(U, V, *ref)
+    uU, uV, h = rng.normal(size=U.shape), rng.normal(size=V.shape), 1e-5  # a random direction, a central difference
+    ends = [loss_and_gradient(U + s * uU, V + s * uV, *ref)[0] for s in (h, -h)]
+    along = gradient @ np.concatenate([uU.ravel(), uV.ravel()])
+    np.testing.assert_allclose(along, (ends[0] - ends[1]) / (2 * h), rtol=1e-6, atol=1e-9)
+    lengths.append(np.linalg.norm(gradient))
+    units.append(gradient / lengths[-1])
+    np.testing.assert_allclose(units[-1], units[0], rtol=0, atol=1e-14)
+    print(f"{name:<17} {up_l - up_w:7.1f} {loss:7.4f} {lengths[-1] / lengths[0]:25.4f} {units[-1] @ units[0]:14.4f}")
+
+# %% [markdown]
+# ## The answer to the prediction
+# The margin is 0 under A and (-4 + 20) - (-5 + 3) = 18 under B, so the weights are sigma(0) = 0.5 and
+# sigma(-1.8) = 0.1419. The gradient under A is 3.52 times as long, and both point the same way: rows A and B above.
+# Row C is a reference that found the chosen reply likelier than the policy does: the pair weighs more.
+
+# %%
+np.testing.assert_allclose([1 / (1 + math.exp(1.8)), lengths[0] / lengths[1]], [0.14185, 3.5248], rtol=1e-4)
+
+# %% [markdown]
+# ## The library's version
+# `model.frozen` copies the parameters as constants. No graph is built through them, no optimizer moves them.
+
+# %%
+config = Config(vocab_size=7, n_positions=12, n_embd=16, n_layer=2, n_head=2)
+
+
+def random_transformer():
+    params = model.init(config, rng, dtype="float64")
+    for p in params.values():
+        p.data = p.data + 0.3 * rng.normal(size=p.shape)
+    return params
+
+
+policy = random_transformer()
+reference = model.frozen(policy)
+pairs = [([0, 1, 2], [3, 4, 0], [3, 5, 5, 0]), ([0, 2], [6, 0], [1, 4, 0])]  # prompt, chosen, rejected; 0 ends a text
+
+
+def pair_logprobs(params, pair):
+    x, y_w, y_l = pair
+    return [scoring.sequence_logprob(params, config, [x], [y]) for y in (y_w, y_l)]  # logp_w, logp_l: (1,) each
+
+
+def gradients(output):
+    for p in policy.values():
+        p.grad = None
+    output.backward()
+    return {name: p.grad for name, p in policy.items()}
+
+
+assert not pair_logprobs(reference, pairs[0])[0].requires_grad  # a constant: there is nothing to sweep
+difference = pair_logprobs(policy, pairs[0])
+direction = gradients(difference[0] - difference[1])  # dlogp_w/dtheta - dlogp_l/dtheta, and no reference in sight
+print("\nOne pair under three references (a transformer of 2 layers)")
+print("reference                margin    loss  weight  g = -beta weight (dlogp_w - dlogp_l), each parameter")
+others = {"its frozen copy": reference, "another transformer": random_transformer(), "a third": random_transformer()}
+for name, other in others.items():
+    out = losses.dpo_loss(*pair_logprobs(policy, pairs[0]), *pair_logprobs(other, pairs[0]), beta=beta)
+    g, margin = gradients(out.loss), out.margin.item()
+    weight = 1 / (1 + math.exp(beta * margin))
+    for key in policy:
+        expected = -beta * weight * direction[key]
+        np.testing.assert_allclose(g[key], expected, rtol=0, atol=1e-12 * abs(expected).max())
+    print(f"{name:<20} {margin:10.3f} {out.loss.item():7.4f} {weight:7.4f}  to 12 digits, {len(g)} of {len(policy)}")
+
+# %% [markdown]
+# ## At the start
+# DPO starts with policy = reference. Each margin is 0, so the loss is -log sigma(0) = log 2 and the weight 1/2: the
+# gradient is -(beta/2) (dlogp_w/dtheta - dlogp_l/dtheta), the first row above. Both rewards are 0, a tie. A tie is not
+# counted as a success, so the accuracy is 0; `rewards/ties` says why.
+
+# %%
+batch = preferences.collate(pairs, *training.reference_logprobs(reference, config, pairs))
+optimizer = optim.SGD(policy, learning_rate=0.1)
+start = training.preference_evaluation(policy, config, batch, beta)
+before = {name: p.data.copy() for name, p in reference.items()}
+first_step = training.dpo_training_step(policy, reference, config, optimizer, batch, beta)
+later = training.preference_evaluation(policy, config, batch, beta)
+print("\nTwo pairs, before and after one step of training")
+for name in ("loss", "rewards/accuracies", "rewards/ties", "rewards/margins"):
+    print(f"{name:<20} {start[name]:8.4f} {later[name]:8.4f}")
+assert start["rewards/ties"] == 1 and start["rewards/accuracies"] == 0
+assert later["rewards/ties"] == 0 and later["rewards/accuracies"] == 1 and later["loss"] < start["loss"]
+assert first_step["grad_norm"] > 0.01
+assert all(np.array_equal(reference[name].data, before[name]) for name in before)  # the reference has not moved
+
+# %% [markdown]
+# ## What the loss cannot see
+# Add c to both log-probabilities of the policy: the margin, and with it the loss, stays. So the reference does not keep
+# both from falling. The loss without a reference has the same blind spot.
+
+# %%
+print("\nBoth log-probabilities moved by c, from -10 and -15, against -12 and -14")
+for c in (-8.0, 0.0, 8.0):
+    with_reference = losses.dpo_loss(-10.0 + c, -15.0 + c, -12.0, -14.0, beta).loss.item()
+    without = losses.reference_free_loss(-10.0 + c, -15.0 + c, beta).loss.item()
+    print(f"c = {c:4.0f}   loss {with_reference:.4f}   without a reference {without:.4f}")
+    np.testing.assert_allclose([with_reference, without], [0.5544, 0.4741], rtol=0, atol=5e-5)
+
+# %% [markdown]
+# ## What was shown
+# The reference enters a pair's gradient as one number, sigma(-z). The further the policy has moved towards the label,
+# compared with the reference, the less the pair weighs; the further the other way, the more, up to beta times the
+# length of dlogp_w/dtheta - dlogp_l/dtheta. The direction is the policy's own.
+#
+# ## Exercises
+# 1. Find the bug: somebody writes `reference = policy` instead of `model.frozen(policy)` and computes all four
+#    log-probabilities with a graph. What are the loss and the gradient, at every step?
+# 2. Each pair keeps its direction. Does the gradient of a *batch* keep its direction when the reference changes?
+
+# %%
+np.testing.assert_allclose([start["loss"], start["rewards/margins"]], [math.log(2), 0], rtol=1e-12, atol=1e-12)
+print("\n07: the reference changes a pair's weight, sigma(-z), and not the direction of its gradient.")
+
+# %% [markdown]
+# ## Solutions
+# 1. The margin is 0 whatever the parameters are: the loss stays log 2, and its gradient is 0. Nothing is learnt.
+# 2. No. It is a sum of the pairs' gradients: each has its direction, but their weights change in different ratios.
+#    Below, one reference gives the two pairs margins 0 and 0, another -20 and 20.
+
+# %%
+out = losses.dpo_loss(*pair_logprobs(policy, pairs[0]), *pair_logprobs(policy, pairs[0]), beta=beta)
+g = gradients(out.loss)
+np.testing.assert_allclose(out.loss.item(), math.log(2), rtol=1e-12)
+assert max(abs(x).max() for x in g.values()) < 1e-12
+
+each = []
+for pair in pairs:
+    logp_w, logp_l = pair_logprobs(policy, pair)
+    each.append(np.concatenate([x.ravel() for x in gradients(ops.sub(logp_w, logp_l)).values()]))
+weights = [1 / (1 + np.exp(beta * np.array(margins))) for margins in ((0, 0), (-20, 20))]  # two references, two pairs
+even, uneven = (a * each[0] + b * each[1] for a, b in weights)  # but for the factor -beta/2
+assert even @ uneven / (np.linalg.norm(even) * np.linalg.norm(uneven)) < 0.99

@@ -1,0 +1,215 @@
+# %% [markdown]
+# # 09. The DPO training step
+#
+# **Question.** What does one training step on a preference pair compute, number by number?
+#
+# **Afterwards you can say**
+# - how to get margin, rewards, loss and both gradients from four log-probabilities, on paper
+# - what `dpo_training_step` does: score, loss, sweep, step; and that its metrics are from before the step
+# - how the push on a response spreads over its tokens, and why tokens that both responses begin with get none
+#
+# **Predict first.** A policy is trained with DPO from a frozen copy of itself. Which loss and which rewards does the
+# first step report, and does the first step move the policy?
+#
+# **The formula.** logp_w = sum_t log pi(y_w,t | x, y_w,<t), a sum over the tokens of the response and no mean.
+#
+#     margin   = (logp_w - ref_logp_w) - (logp_l - ref_logp_l)         before beta
+#     reward_w = beta (logp_w - ref_logp_w),   reward_l likewise,   z = beta * margin = reward_w - reward_l
+#     L        = -log sigma(z),   dL/dlogp_w = -beta sigma(-z),   dL/dlogp_l = +beta sigma(-z)
+
+# %%
+import math
+
+import numpy as np
+
+from minidpo import Config, Tensor, explain, losses, model, optim, preferences, scoring, training
+from minidpo.tokenizer import END_OF_TEXT, Tokenizer
+
+# %% [markdown]
+# ## From NumPy alone
+# The worked example: the policy gives the chosen response -10 and the rejected one -15, the reference -12 and -14.
+#
+#     reward_w = 0.1 (-10 + 12) = 0.2,   reward_l = 0.1 (-15 + 14) = -0.1,   margin = 2 - (-1) = 3,   z = 0.3
+#     L = log(1 + exp(-0.3)) = 0.5544,   sigma(-0.3) = 0.42556,   gradients -0.042556 and +0.042556
+
+# %%
+logp_w, logp_l, ref_logp_w, ref_logp_l, beta = -10.0, -15.0, -12.0, -14.0, 0.1
+
+
+def loss_by_hand(logp_w, logp_l, ref_logp_w, ref_logp_l, beta):
+    z = beta * ((logp_w - ref_logp_w) - (logp_l - ref_logp_l))
+    return np.logaddexp(0, -z)  # log(1 + exp(-z)), which is -log sigma(z), without overflow
+
+
+def gradient_by_hand(logp_w, logp_l, ref_logp_w, ref_logp_l, beta):
+    z = beta * ((logp_w - ref_logp_w) - (logp_l - ref_logp_l))
+    weight = np.exp(-np.logaddexp(0, z))  # sigma(-z)
+    return -beta * weight, beta * weight
+
+
+example = (logp_w, logp_l, ref_logp_w, ref_logp_l)
+reward_w, reward_l = beta * (logp_w - ref_logp_w), beta * (logp_l - ref_logp_l)
+hand_w, hand_l = gradient_by_hand(*example, beta)
+np.testing.assert_allclose([reward_w, reward_l], [0.2, -0.1], rtol=1e-12)
+np.testing.assert_allclose(loss_by_hand(*example, beta), 0.5544, rtol=0, atol=5e-5)
+np.testing.assert_allclose([hand_w, hand_l], [-0.042556, 0.042556], rtol=0, atol=5e-7)
+
+# %% [markdown]
+# ## The library's version
+# `losses.dpo_loss` builds a graph, `losses.dpo_gradient` is the closed form, autograd sweeps the graph.
+
+# %%
+closed_w, closed_l = losses.dpo_gradient(*example, beta=beta)
+leaf_w, leaf_l = Tensor(logp_w, requires_grad=True), Tensor(logp_l, requires_grad=True)
+out = losses.dpo_loss(leaf_w, leaf_l, ref_logp_w, ref_logp_l, beta=beta)
+out.loss.backward()
+h = 1e-5
+finite_w = (loss_by_hand(logp_w + h, *example[1:], beta) - loss_by_hand(logp_w - h, *example[1:], beta)) / (2 * h)
+up, down = ((logp_w, logp_l + s, ref_logp_w, ref_logp_l) for s in (h, -h))
+finite_l = (loss_by_hand(*up, beta) - loss_by_hand(*down, beta)) / (2 * h)
+print("The worked example")
+print(f"reward_w {out.reward_w.item():.4f}   reward_l {out.reward_l.item():.4f}   margin {out.margin.item():.4f}")
+print(f"loss {out.loss.item():.4f}   (log 2 = {math.log(2):.4f})")
+print("             by hand   closed form    autograd   finite difference")
+print(f"dL/dlogp_w  {hand_w:8.5f}   {closed_w:11.5f}    {leaf_w.grad:8.5f}   {finite_w:17.5f}")
+print(f"dL/dlogp_l  {hand_l:8.5f}   {closed_l:11.5f}    {leaf_l.grad:8.5f}   {finite_l:17.5f}")
+np.testing.assert_allclose([closed_w, closed_l], [hand_w, hand_l], rtol=1e-12)
+np.testing.assert_allclose([leaf_w.grad, leaf_l.grad], [hand_w, hand_l], rtol=1e-12)
+np.testing.assert_allclose([finite_w, finite_l], [hand_w, hand_l], rtol=1e-7)
+np.testing.assert_allclose(out.loss.item(), loss_by_hand(*example, beta), rtol=1e-12)
+
+# %% [markdown]
+# ## A transformer to train
+# Characters, one layer, float64. For a moment it learns both responses of three pairs, so that it gives them a
+# probability worth comparing. Then it becomes the policy, and a frozen copy of it the reference.
+
+# %%
+texts = [
+    ("my bill?", "i'm sorry! it is paid.", "i'm busy."),
+    ("my login?", "sorry! it is sent.", "so what?"),
+    ("my parcel?", "thank you! it is sent.", "look online."),
+]
+tokenizer = Tokenizer.from_text("".join("".join(row) for row in texts))
+pairs = [
+    ([END_OF_TEXT, *tokenizer.encode(x)], [*tokenizer.encode(w), END_OF_TEXT], [*tokenizer.encode(l), END_OF_TEXT])
+    for x, w, l in texts
+]
+config = Config(vocab_size=tokenizer.vocab_size, n_positions=40, n_embd=32, n_layer=1, n_head=2)
+policy = model.init(config, np.random.default_rng(0), dtype="float64")
+optimizer = optim.AdamW(policy, learning_rate=1e-2)
+examples = [(x, y) for x, w, l in pairs for y in (w, l)]
+for step in range(60):
+    told = training.sft_training_step(policy, config, optimizer, examples)
+    if step in (0, 59):
+        print(f"{'' if step else chr(10)}fine-tuning, step {step + 1:2}: {told['loss']:.2f} nats a token")
+reference = model.frozen(policy)
+
+# %% [markdown]
+# ## One step
+# `training.dpo_training_step` scores the pairs under both models, computes the loss, sweeps, and lets the optimizer
+# step. With plain gradient descent the step can be predicted from the formula, for every parameter:
+#
+#     theta <- theta - learning_rate * mean over the pairs of -beta sigma(-z) (dlogp_w/dtheta - dlogp_l/dtheta)
+
+# %%
+
+
+def pair_logprobs(params, pair):
+    x, w, l = pair
+    return [scoring.sequence_logprob(params, config, [x], [y]) for y in (w, l)]  # logp_w, logp_l: (1,) each
+
+
+def step_by_hand(learning_rate):
+    """What one step of gradient descent makes of each parameter, by the formula."""
+    moved = {name: p.data.copy() for name, p in policy.items()}
+    for pair in pairs:
+        logp_w, logp_l = pair_logprobs(policy, pair)
+        ref_logp_w, ref_logp_l = pair_logprobs(reference, pair)
+        weight, _ = gradient_by_hand(logp_w.item(), logp_l.item(), ref_logp_w.item(), ref_logp_l.item(), beta)
+        for p in policy.values():
+            p.grad = None
+        (logp_w - logp_l).backward()
+        for name, p in policy.items():
+            moved[name] -= learning_rate * weight * p.grad / len(pairs)
+    return moved
+
+
+optimizer, batch, reports = optim.SGD(policy, learning_rate=0.05), preferences.collate(pairs), []
+for _ in range(4):
+    expected = step_by_hand(optimizer.learning_rate)
+    reports.append(training.dpo_training_step(policy, reference, config, optimizer, batch, beta=beta))
+    for name, p in policy.items():
+        np.testing.assert_allclose(p.data, expected[name], rtol=0, atol=1e-10)
+
+print("\nFour steps of DPO on three pairs, as reported")
+print("step      loss  rewards/chosen  rewards/rejected  logps/chosen  logps/rejected  grad_norm")
+for step, told in enumerate(reports, 1):
+    chosen, rejected = (round(told[name], 4) + 0.0 for name in ("rewards/chosen", "rewards/rejected"))  # no -0
+    print(f"{step:4} {told['loss']:9.4f} {chosen:15.4f} {rejected:17.4f}", end="")
+    print(f" {told['logps/chosen']:13.3f} {told['logps/rejected']:15.3f} {told['grad_norm']:10.3f}")
+
+# %% [markdown]
+# ## The answer to the prediction
+# Loss log 2 and rewards 0, up to rounding: the metrics are of the policy that the step started from, which equals the
+# reference. The gradient is not 0 there, -(beta/2) (dlogp_w/dtheta - dlogp_l/dtheta) for a pair, so the first step
+# moves the policy; the second step's report shows it.
+
+# %%
+np.testing.assert_allclose(reports[0]["loss"], math.log(2), rtol=1e-9)
+np.testing.assert_allclose([reports[0]["rewards/chosen"], reports[0]["rewards/rejected"]], 0, atol=1e-9)
+assert reports[0]["grad_norm"] > 0.01 and reports[1]["loss"] < reports[0]["loss"]
+
+# %% [markdown]
+# ## One pair, token by token
+# `explain.pair` splits the numbers of a pair among its tokens. A response's reward is beta times the sum of its tokens'
+# log-ratios. The gradient in the logits s that predict a token is c (softmax(s) - onehot(token)) with
+# c = beta sigma(-z) in the chosen response and -beta sigma(-z) in the rejected one. As long as both responses have the
+# same tokens they share s, and the two gradients cancel. The push on a token is -dL/ds at its own logit.
+
+# %%
+view = explain.pair(policy, reference, config, *pairs[0], beta=beta, tokenizer=tokenizer)
+print(f"\n{texts[0][0]}  chosen: {texts[0][1]}  rejected: {texts[0][2]}")
+print(f"margin {view.margin:.3f}   loss {view.loss:.4f}   weight {view.weight:.4f}   shared tokens {view.shared}")
+print("            chosen                               rejected")
+print("row     token  log-ratio  push on it      token  log-ratio  push on it")
+for a, b in zip(view.chosen[:8], view.rejected):
+    left = f"{explain.quoted(a.token):>5} {a.log_ratio:10.4f} {a.push:11.5f}"
+    print(f"{a.row:<8}{left} {explain.quoted(b.token):>10} {b.log_ratio:10.4f} {b.push:11.5f}")
+
+for side, reward, logp in ((view.chosen, view.reward_w, view.logp_w), (view.rejected, view.reward_l, view.logp_l)):
+    np.testing.assert_allclose(beta * sum(token.log_ratio for token in side), reward, rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(sum(token.logp for token in side), logp, rtol=1e-9)
+    for token in side:
+        if token.row == "own":
+            np.testing.assert_allclose(token.push, -token.coefficient * (1 - token.probability), rtol=1e-9)
+assert view.shared == 4 and all(token.gradient_norm < 1e-15 for token in view.chosen[:4])
+exactly, finite = explain.largest_differences(explain.four_ways(policy, config, view))
+assert exactly < 1e-12 and finite < 1e-7
+print("the pair's gradient by formula, per logit and by autograd: equal to 1e-12; by finite difference: to 1e-7")
+
+# %% [markdown]
+# ## What was shown
+# Four log-probabilities give the loss and its gradient; the gradient in the parameters follows by the chain rule. One
+# step of `dpo_training_step` moved every parameter where the formula says.
+#
+# ## Exercises
+# 1. Compute on paper: the worked example at beta = 0.5. Rewards, loss, gradients?
+# 2. Find the bug: a scorer returns the mean log-probability of a response's tokens. What do the four shared tokens of
+#    the pair above then contribute to the margin?
+
+# %%
+assert reports[-1]["loss"] < reports[0]["loss"] and reports[-1]["rewards/margins"] > 0
+print("\n09: by hand, closed form, autograd and training step agree on -beta sigma(-z) (dlogp_w - dlogp_l).")
+
+# %% [markdown]
+# ## Solutions
+# 1. Rewards 1 and -0.5, z = 1.5, loss log(1 + exp(-1.5)) = 0.2014, gradients -+0.5 sigma(-1.5) = -+0.09121.
+# 2. Their log-ratios are divided by two different lengths, 23 and 10, and no longer cancel; in sums they do.
+
+# %%
+np.testing.assert_allclose(loss_by_hand(*example, 0.5), 0.2014, rtol=0, atol=5e-5)
+np.testing.assert_allclose(gradient_by_hand(*example, 0.5), [-0.09121, 0.09121], rtol=0, atol=5e-6)
+shared_w, shared_l = (sum(token.log_ratio for token in side[:4]) for side in (view.chosen, view.rejected))
+assert (len(view.chosen), len(view.rejected)) == (23, 10)
+np.testing.assert_allclose(shared_w - shared_l, 0, atol=1e-12)
+assert abs(shared_w / 23 - shared_l / 10) > 1e-6

@@ -1,0 +1,242 @@
+# %% [markdown]
+# # 10. The gradient, three ways
+#
+# **Question.** What does the DPO loss ask of a pair, of each logit and of each parameter, and does the policy obey?
+#
+# **Afterwards you can say**
+# - the gradient of the loss in the log-probabilities, in the logits and in the parameters, and derive each;
+# - what a pair's weight and a logit's push are;
+# - why the chosen response can become less likely while the margin grows, and when it does.
+#
+# **Predict first.** One small gradient step on one pair. Can log pi(y_w|x) fall? Can the margin fall?
+#
+# **The formula.** For B pairs, margin = (logp_w - ref_logp_w) - (logp_l - ref_logp_l) and z = beta * margin:
+#
+#     L = -(1/B) sum log sigma(z)
+#     dL/dlogp_w  = -(beta/B) sigma(-z),   dL/dlogp_l = -dL/dlogp_w
+#     dL/dlogits_t = -(c beta/B) sigma(-z) (onehot(y_t) - softmax(logits_t)),   c = +1 chosen, -1 rejected
+#
+# Where both responses are predicted from the same row of logits, the two terms add.
+
+# %%
+import numpy as np
+
+from minidpo import Config, Tensor, displacement, explain, gradcheck, losses, model, scoring
+
+# %% [markdown]
+# ## From NumPy alone: the four log-probabilities
+
+
+# %%
+def dpo_loss_value(logp_w, logp_l, ref_logp_w, ref_logp_l, beta):
+    z = beta * ((logp_w - ref_logp_w) - (logp_l - ref_logp_l))  # (B,)
+    return np.logaddexp(0.0, -z).mean()  # -log sigma(z) = log(1 + e^-z)
+
+
+def numerical_gradient(f, x, h=1e-6):
+    gradient = np.zeros_like(x)
+    for i in np.ndindex(x.shape):
+        step = np.zeros_like(x)
+        step[i] = h
+        gradient[i] = (f(x + step) - f(x - step)) / (2 * h)
+    return gradient
+
+
+def sigma(a):
+    return 1 / (1 + np.exp(-a))
+
+
+beta = 0.1
+logp_w, logp_l = np.array([-12.0, -10.0, -20.0]), np.array([-14.0, -15.0, -8.0])  # three pairs
+ref_logp_w, ref_logp_l = np.array([-12.0, -12.0, -12.0]), np.array([-14.0, -14.0, -14.0])
+margin = (logp_w - ref_logp_w) - (logp_l - ref_logp_l)
+weight = sigma(-beta * margin)  # how sure the policy's implicit rewards are of the wrong order
+closed_w = -beta / len(margin) * weight
+numerical_w = numerical_gradient(lambda w: dpo_loss_value(w, logp_l, ref_logp_w, ref_logp_l, beta), logp_w)
+numerical_l = numerical_gradient(lambda l: dpo_loss_value(logp_w, l, ref_logp_w, ref_logp_l, beta), logp_l)
+np.testing.assert_allclose(numerical_w, closed_w, rtol=0, atol=1e-9)
+np.testing.assert_allclose(numerical_l, -closed_w, rtol=0, atol=1e-9)
+
+# %% [markdown]
+# ## The library's version: the four log-probabilities
+#
+# d(-log sigma(z))/dz = -sigma(-z), dz/dlogp_w = beta, and the mean divides by B: that is the whole derivation.
+# The first pair stands where training starts, policy = reference: its weight is 1/2, not 0. The second is ordered
+# more firmly than by the reference and weighs less, the third is ordered the wrong way and weighs more.
+
+# %%
+leaf_w, leaf_l = Tensor(logp_w, requires_grad=True), Tensor(logp_l, requires_grad=True)
+losses.dpo_loss(leaf_w, leaf_l, ref_logp_w, ref_logp_l, beta).loss.backward()
+library_w, library_l = losses.dpo_gradient(logp_w, logp_l, ref_logp_w, ref_logp_l, beta)
+for gradient in (leaf_w.grad, library_w, -leaf_l.grad, -library_l):
+    np.testing.assert_allclose(gradient, closed_w, rtol=1e-12, atol=0)
+print("dL/dlogp_w of three pairs, beta 0.1")
+print(f"{'margin':>8}{'weight':>9}{'closed form':>14}{'autograd':>14}{'numerical':>14}")
+for row in zip(margin, weight, closed_w, leaf_w.grad, numerical_w):
+    print("{:8.1f}{:9.4f}{:14.8f}{:14.8f}{:14.8f}".format(*row))
+
+# %% [markdown]
+# ## From NumPy alone: the logits
+#
+# log pi(y_t) = logits_t[y_t] - logsumexp(logits_t), so its gradient in that row is onehot(y_t) - softmax(logits_t).
+# Below, chosen and rejected begin with the same token 1, then part. A row of logits belongs to a context, so rows 0
+# and 1 predict a token of each response; the later rows belong to one response.
+
+# %%
+w, l = [1, 2, 0], [1, 3, 3, 0]
+rows_w, rows_l = [0, 1, 2], [0, 1, 3, 4]  # which row predicts each token
+ref_w, ref_l, V = -4.0, -6.5, 4
+logits = np.random.default_rng(0).normal(size=(5, V))
+
+
+def log_softmax(s):
+    return s - np.log(np.exp(s).sum(axis=-1, keepdims=True))
+
+
+def response_logps(s):
+    logp = log_softmax(s)
+    return logp[rows_w, w].sum(), logp[rows_l, l].sum()
+
+
+def logits_gradient(s):
+    (lp_w, lp_l), softmax = response_logps(s), np.exp(log_softmax(s))
+    weight = sigma(-beta * ((lp_w - ref_w) - (lp_l - ref_l)))
+    gradient = np.zeros_like(s)
+    for c, rows, y in ((+1, rows_w, w), (-1, rows_l, l)):
+        for row, token in zip(rows, y):
+            gradient[row] -= c * beta * weight * (np.eye(V)[token] - softmax[row])  # B = 1
+    return gradient
+
+
+closed = logits_gradient(logits)  # (5, V)
+numerical = numerical_gradient(lambda s: dpo_loss_value(*response_logps(s), ref_w, ref_l, beta), logits)
+np.testing.assert_allclose(numerical, closed, rtol=0, atol=1e-9)
+np.testing.assert_allclose(closed.sum(axis=1), 0, atol=1e-15)  # a push up is paid by the row's other tokens
+assert np.abs(closed[0]).max() < 1e-15  # the same token in both: nothing is asked
+assert np.abs(closed[1, [0, 1]]).max() < 1e-15  # where they part the softmax cancels, two tokens are pushed
+
+# %% [markdown]
+# ## The library's version: logits, then parameters
+#
+# The push on a logit is -dL/dlogits: the direction of a step down the gradient. The library's `explain` computes it
+# for a transformer. For the parameters there is no new formula, only the chain rule from the log-probabilities or
+# from the logits. `four_ways` puts both beside autograd and the central difference; of each parameter array it
+# shows the entry with the largest gradient.
+
+# %%
+leaf = Tensor(logits, requires_grad=True)
+of_w, of_l = explain.sums(explain.context_logprobs(leaf, ([0], w, l)))
+losses.dpo_loss(of_w, of_l, np.array([ref_w]), np.array([ref_l]), beta).loss.backward()
+np.testing.assert_allclose(leaf.grad, closed, rtol=0, atol=1e-15)
+
+config = Config(vocab_size=5, n_positions=8, n_embd=4, n_layer=1, n_head=2)
+rng = np.random.default_rng(0)
+policy = model.init(config, rng, dtype="float64")
+reference = model.frozen(policy)
+for p in policy.values():
+    p.data = p.data + 0.5 * rng.normal(size=p.shape)  # a policy that has moved away
+x, w, l = [0, 1], [1, 2, 0], [1, 3, 3, 0]
+view = explain.pair(policy, reference, config, x, w, l, beta)
+ways = explain.four_ways(policy, config, view)
+print("\none pair, one transformer, four ways (a dash: not reached through the logits)")
+print(f"{'d loss / d':<26}{'by logps':>12}{'by logits':>12}{'autograd':>12}{'numerical':>12}")
+for row in [*ways[:2], *ways[4:7], *ways[-4:-1]]:
+    cells = [f"{'-':>12}" if way is None else f"{way:12.7f}" for way in row[1:]]
+    print(f"{row.name:<26}" + "".join(cells))
+exact_error, numerical_error = explain.largest_differences(ways)
+refs = np.array([view.ref_logp_w]), np.array([view.ref_logp_l])
+
+
+def loss_of_params(params):
+    return losses.dpo_loss(*scoring.shared_logprobs(params, config, [(x, w, l)]), *refs, beta).loss
+
+
+worst = gradcheck.check_gradient(loss_of_params, policy, np.random.default_rng(1))
+print(f"all {len(ways)} rows: the exact ways differ by less than 1e-12: {exact_error < 1e-12};", end=" ")
+print(f"20 random directions agree to 1e-6: {worst < 1e-6}")
+
+# %% [markdown]
+# ## From NumPy alone: what a step does to the two log-probabilities
+#
+# With g_a = grad log pi(y_a|x) over the parameters and K_ab = <g_a, g_b>, a step of size rate against the gradient is
+#
+#     theta <- theta + rate beta sigma(-z) (g_w - g_l)
+#     change of log pi(y_w|x) = rate beta sigma(-z) (K_ww - K_wl)             + O(rate^2)
+#     change of log pi(y_l|x) = rate beta sigma(-z) (K_wl - K_ll)             + O(rate^2)
+#     change of the margin    = rate beta sigma(-z) (K_ww - 2 K_wl + K_ll)    + O(rate^2)
+#
+# A small model that shows it: three words with fixed vectors, log pi = log_softmax(vectors @ h), and a single
+# pair, "no" preferred to "never". Then g_a = vector_a - (mean vector under pi).
+
+# %%
+words, vectors = ("no", "never", "yes"), np.array([[1.0, 1.0], [0.0, 0.0], [5.0, 0.0]])
+h, rate, half = np.zeros(2), 1e-3, 0.5  # policy = reference: z = 0, sigma(-z) = 1/2
+before = log_softmax(vectors @ h)
+g = vectors - np.exp(before) @ vectors  # (3, 2), a row for each word
+K = g @ g.T  # (3, 3)
+predicted = rate * beta * half * (K[:, 0] - K[:, 1])
+measured = log_softmax(vectors @ (h + rate * beta * half * (g[0] - g[1]))) - before
+np.testing.assert_allclose(measured, predicted, rtol=1e-3, atol=0)
+print(f"\none step on 'no' over 'never': K_ww {K[0, 0]:.3f} < K_wl {K[0, 1]:.3f}")
+print(f"{'word':<8}{'predicted change':>20}{'measured':>14}")
+for row in zip(words, predicted, measured):
+    print("{:<8}{:+20.3e}{:+14.3e}".format(*row))
+
+# %% [markdown]
+# ## The answer to the prediction
+#
+# Log pi(y_w|x) can fall: for small enough steps it does where K_wl > K_ww, and rises where K_wl < K_ww. Here it falls,
+# "never" falls further, and the probability goes to "yes", of which the pair says nothing. The margin cannot fall to
+# first order, since K_ww - 2 K_wl + K_ll = |g_w - g_l|^2. A transformer obeys the same rule; `displacement.step`
+# predicts, takes the step on a copy and measures: below, two responses labelled one way, then the other. Labelled the
+# first way both rise, the second way both fall.
+
+# %%
+np.testing.assert_allclose(displacement.slope(0.0, beta), beta * half * (K[0, 0] - K[0, 1]), rtol=1e-12)
+assert measured[1] < measured[0] < 0 < measured[2]
+steps = []
+print("\na transformer, one step on one pair: the change of logp_w, predicted and measured, and of logp_l, measured")
+print(f"{'chosen':<14}{'rejected':<14}{'K_ww':>8}{'K_wl':>8}{'predicted':>12}{'logp_w':>12}{'logp_l':>12}")
+for w, l in (([1, 3, 3, 0], [2, 3, 0]), ([2, 3, 0], [1, 3, 3, 0])):
+    step = displacement.step(policy, config, explain.pair(policy, reference, config, x, w, l, beta))
+    steps.append(step)
+    print(f"{w!s:<14}{l!s:<14}{step.K_ww:8.2f}{step.K_wl:8.2f}", end="")
+    print(f"{step.chosen.predicted:+12.2e}{step.chosen.measured:+12.2e}{step.rejected.measured:+12.2e}")
+
+# %% [markdown]
+# ## What was shown
+#
+# Formula, autograd and finite differences give one gradient: for log-probabilities, logits and parameters. The loss
+# pushes logp_w up and logp_l down; since parameters are shared, what happens to logp_w is the sign of K_ww - K_wl.
+#
+# ## Exercises
+#
+# 1. Derive dL/dbeta. When is it positive? Check it on the three pairs above.
+# 2. Find the bug: someone writes sigma(z) for the weight, tests the gradient at policy = reference, and it passes. Why,
+#    and which of the three pairs shows the bug?
+
+# %%
+rise, fall = steps
+for step in steps:  # the sign is that of K_ww - K_wl, and the margin grows
+    np.testing.assert_allclose(step.chosen.measured, step.chosen.predicted, rtol=1e-3, atol=1e-11)
+    assert (step.chosen.measured > 0) == (step.K_ww > step.K_wl)
+    assert step.chosen.measured > step.rejected.measured
+assert rise.rejected.measured > 0 > fall.chosen.measured
+assert exact_error < 1e-12 and numerical_error < 1e-6 and worst < 1e-6
+print("10: formula, autograd and finite differences agree for log-probs, logits and parameters; where K_wl > K_ww")
+print("    a step made the chosen response less likely, and the margin grew all the same.")
+
+# %% [markdown]
+# ## Solutions
+#
+# 1. dz/dbeta = margin, so dL/dbeta = -(1/B) sum sigma(-z) margin. A pair contributes a positive term if its margin is
+#    negative: scaling up a wrong answer costs. Here the third pair outweighs the second.
+# 2. At z = 0 both are 1/2. Any margin other than 0 shows it: the second pair and the third.
+
+# %%
+of_beta = numerical_gradient(lambda b: dpo_loss_value(logp_w, logp_l, ref_logp_w, ref_logp_l, b), np.array(beta))
+np.testing.assert_allclose(of_beta, -(weight * margin).mean(), rtol=1e-6)
+assert of_beta > 0
+
+wrong_w = -beta / len(margin) * sigma(beta * margin)
+assert list(np.isclose(wrong_w, numerical_w, rtol=0, atol=1e-6)) == [True, False, False]

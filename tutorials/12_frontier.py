@@ -1,0 +1,200 @@
+# %% [markdown]
+# # 12. The frontier of reward against KL
+#
+# **Question.** How much expected reward can a policy have at a given distance from the reference, and who gets there?
+#
+# **Afterwards you can say**
+# - why no policy lies above the curve of pi* = pi_ref exp(r/beta)/Z, and what its slope is;
+# - where DPO, the policy gradient, fine-tuning on preferred responses and unlikelihood end;
+# - what "DPO is equivalent to RLHF" means, and what breaks it.
+#
+# **Predict first.** Draw endless pairs of responses from the reference, label them by the Bradley-Terry law,
+# fine-tune a policy that can represent anything on the preferred ones, to the optimum. Rewards may be as extreme as
+# you like. Can KL(pi || pi_ref) reach 1 nat?
+#
+# **The formula.** J(pi) = E_pi[r] - beta KL(pi || pi_ref). For every policy pi and every beta > 0
+#
+#     beta log Z - J(pi) = beta KL(pi || pi*) >= 0,   so   E_pi[r] <= beta (KL(pi || pi_ref) + log Z(beta)),
+#
+# a straight line over the (KL, reward) plane, of slope beta, which pi*(beta) alone touches.
+
+# %%
+import pathlib
+
+import numpy as np
+
+from minidpo import assumptions, exact, frontier, laboratory, report
+
+ref_logp = np.log([0.40, 0.25, 0.15, 0.10, 0.06, 0.04])  # six responses to a single prompt
+reward = np.array([-0.5, 0.3, -1.0, 1.2, 0.0, 2.0])
+
+# %% [markdown]
+# ## From NumPy alone: the curve, and 20,000 policies
+#
+# Each beta gives a line that no policy is above; the lowest of all lines is the frontier. Half of the policies are
+# random, half are pi* of a random beta, disturbed.
+
+
+# %%
+def log_softmax(s):
+    return s - np.logaddexp.reduce(s, axis=-1, keepdims=True)
+
+
+def kl_and_reward(logp):
+    p = np.exp(logp)
+    return (p * (logp - ref_logp)).sum(axis=-1), (p * reward).sum(axis=-1)
+
+
+def lowest_line(kl):
+    betas = np.geomspace(1e-3, 1e3, 4000)
+    log_z = np.logaddexp.reduce(ref_logp + reward / betas[:, None], axis=-1)
+    return np.array([(betas * (x + log_z)).min() for x in np.atleast_1d(kl)])
+
+
+rng = np.random.default_rng(0)
+size = 10.0 ** rng.uniform(-3, 1, size=(20_000, 1))
+start = np.zeros((20_000, 6))
+start[10_000:] = ref_logp + reward / 10.0 ** rng.uniform(-1, 1, size=(10_000, 1))
+sample_kl, sample_reward = kl_and_reward(log_softmax(start + size * rng.normal(size=start.shape)))
+shortfall = lowest_line(sample_kl) - sample_reward
+curve_betas = np.geomspace(0.1, 30, 60)
+curve_kl, curve_reward = kl_and_reward(log_softmax(ref_logp + reward / curve_betas[:, None]))
+np.testing.assert_allclose(lowest_line(curve_kl), curve_reward, rtol=0, atol=1e-5)  # pi* touches the lowest line
+assert shortfall.min() > -1e-12
+near = np.array([kl_and_reward(log_softmax(ref_logp + reward / b)) for b in (0.5001, 0.4999)])
+d_kl, d_reward = near[1] - near[0]
+np.testing.assert_allclose(d_reward / d_kl, 0.5, rtol=1e-6)  # the slope of the frontier at pi*(beta) is beta
+print(f"20,000 policies: above the frontier {(shortfall < -1e-12).sum()}, within 0.01 of it {(shortfall < 0.01).sum()}")
+
+# %% [markdown]
+# ## From NumPy alone: four methods, one logit per response
+#
+# DPO sees every pair as often as Bradley-Terry has it; its gradient in a logit is a sum of
+# P(i beats j) - sigma(beta (h_i - h_j)), h = log pi - log pi_ref. The policy gradient is exact: pi (A - E[A]) with
+# A = r - beta h. Fine-tuning on the preferred ends at their distribution, W. Unlikelihood, -log pi(y_w) +
+# alpha log pi(y_l), has no minimum as soon as a response wins less than alpha times as often as it loses.
+
+# %%
+beta, alpha = 0.5, 0.5
+P = 1 / (1 + np.exp(reward[None, :] - reward[:, None]))  # P[i, j]: i is preferred to j
+pi_ref = np.exp(ref_logp)
+W, L = 2 * pi_ref * (P @ pi_ref), 2 * pi_ref * (P.T @ pi_ref)  # how preferred and rejected responses are distributed
+
+
+def dpo_push(h):
+    return 4 / (beta * len(h)) * (P - 1 / (1 + np.exp(-beta * (h[:, None] - h[None, :])))).sum(axis=1)
+
+
+def reward_push(h):
+    pi, A = np.exp(ref_logp + h), reward - beta * h
+    return pi * (A - pi @ A)
+
+
+def unlikelihood_push(h):
+    return (W - alpha * L) - np.exp(ref_logp + h) * (1 - alpha)
+
+
+def policy_after(push, steps):
+    logp = ref_logp
+    for _ in range(steps):
+        logp = log_softmax(logp + push(logp - ref_logp))
+    return logp
+
+
+star = log_softmax(ref_logp + reward / beta)
+ends = {
+    "reference": ref_logp,
+    "pi*, beta 0.5": star,
+    "DPO, 500 steps": policy_after(dpo_push, 500),
+    "policy gradient, 5,000 steps": policy_after(reward_push, 5000),
+    "preferred fine-tuning": np.log(W),
+    "unlikelihood, 30 steps": policy_after(unlikelihood_push, 30),
+    "unlikelihood, 3,000 steps": policy_after(unlikelihood_push, 3000),
+}
+print(f"\n{'six responses':<34}{'KL, nats':>10}{'reward':>10}{'below frontier':>16}")
+for name, logp in ends.items():
+    kl, value = kl_and_reward(logp)
+    print(f"{name:<34}{kl:10.3f}{value:10.3f}{abs(lowest_line(kl)[0] - value):16.3f}")
+
+# %% [markdown]
+# ## The answer to the prediction
+#
+# No. A preferred response is y with probability W(y) = 2 pi_ref(y) P(y beats a draw of pi_ref), at most 2 pi_ref(y),
+# so log(pi/pi_ref) is at most log 2 for every y, and the KL at most log 2 = 0.69: the method cannot be told to go
+# further. Unlikelihood goes on: here its loss falls without end.
+#
+# ## The library's version
+#
+# The same six responses as a `World`; then one of 121 responses and three prompts. Equivalent means: at the optimum,
+# with Bradley-Terry labels, enough pairs, full support and a policy class that can represent pi*, DPO and the policy
+# gradient of J end at one policy. `assumptions` drops these one at a time (cDPO, which is told how many labels are
+# flipped, is left out below).
+
+# %%
+six = laboratory.World([[0]], [[1]] * 6, reward[None, :], ref_logp[None, :])
+np.testing.assert_allclose(exact.optimum(ref_logp, reward, beta)[0], star, rtol=0, atol=1e-12)
+np.testing.assert_allclose(laboratory.newton(six, laboratory.all_pairs(six), beta)[0][0], star, rtol=0, atol=1e-10)
+np.testing.assert_allclose(frontier.unlikelihood(six, 0.0, 300)[0], np.log(W), rtol=0, atol=1e-2)
+np.testing.assert_allclose(frontier.most_reward(six, 0.7), lowest_line(0.7)[0], rtol=0, atol=1e-5)
+
+world = laboratory.small_world(0)
+outcomes = {outcome.name: outcome for outcome in assumptions.what_breaks_it(world, 0, 500)}
+print(f"\n{'121 responses, beta 0.5':<54}{'TV to pi*':>10}{'KL':>8}{'reward':>9}{'below':>8}")
+for name, outcome in outcomes.items():
+    below = abs(frontier.most_reward(world, outcome.kl) - outcome.reward)
+    if "cDPO" not in name:
+        print(f"{name:<54}{outcome.tv:10.3f}{outcome.kl:8.2f}{outcome.reward:9.3f}{below:8.3f}")
+
+# %%
+lines = [report.Line("2,000 of the policies", sample_kl[::10], sample_reward[::10], ".", True, False)]
+lines += [report.Line("the frontier, pi*(beta)", curve_kl, curve_reward)]
+for name, marker in zip(ends, "oPsD^vX"):
+    kl, value = kl_and_reward(ends[name])
+    lines.append(report.Line(name, [kl], [value], marker, joined=False))
+picture = pathlib.Path("12_frontier.png")
+drawn = report.picture(picture, [report.Panel("reward and KL", "KL(pi || pi_ref), nats", "expected reward", lines)])
+print(f"\npicture: {picture.name}" if drawn else "\nthe picture needs matplotlib (the `plot` extra)")
+
+# %% [markdown]
+# ## What was shown
+#
+# The frontier is the curve of pi*(beta), its slope is beta, and no policy is above it. With exact preferences DPO and
+# the policy gradient of J reach it at one point. With few pairs, certain or flipped labels, missing support or a
+# small policy DPO ends elsewhere; with certain labels and distinct rewards no finite minimiser exists, and DPO goes
+# on for as long as one trains.
+#
+# ## Exercises
+#
+# 1. Preferred fine-tuning when the better response always wins, 1,000 equally likely responses, distinct rewards: show
+#    that the optimum is the best of two draws. What is its KL? (Sum, or integrate.)
+# 2. Find the bug: a plot has random policies above the frontier. Its x axis is (pi_ref * (ref_logp - logp)).sum().
+
+# %%
+for name in ("DPO, 500 steps", "policy gradient, 5,000 steps"):
+    np.testing.assert_allclose(ends[name], star, rtol=0, atol=1e-6)
+assert np.all(W < 2 * pi_ref) and np.isclose(W.sum(), 1)
+falling = [-((W - alpha * L) * ends[f"unlikelihood, {n} steps"]).sum() for n in ("30", "3,000")]
+later = -((W - alpha * L) * policy_after(unlikelihood_push, 6000)).sum()
+assert (W < alpha * L).any() and falling[0] > falling[1] > later
+assert outcomes["DPO, nothing broken"].tv < 0.01
+broken = [name for name, outcome in outcomes.items() if name.startswith("DPO") and outcome.tv > 0.03]
+assert len(broken) == 5 and not exact.has_maximum((reward[:, None] > reward[None, :]).astype(float))
+print("12: no policy of 20,000 lay above the curve of pi*; DPO and the policy gradient met on it, and five breaches of")
+print("    the assumptions moved DPO away from pi*")
+
+# %% [markdown]
+# ## Solutions
+#
+# 1. W(y) = 2 pi_ref(y) P(y beats a draw), ties half: the best of two. Its density at rank u in [0, 1] is 2u, so the KL
+#    tends to the integral of 2u log 2u = log 2 - 1/2 = 0.193.
+# 2. The arguments are exchanged: that is KL(pi_ref || pi). The bound holds for KL(pi || pi_ref).
+
+# %%
+ranks = laboratory.World([[0]], [[1]] * 1000, np.arange(1000.0)[None, :], np.full((1, 1000), -np.log(1000)))
+best_of_two = frontier.best_of(ranks, 2)
+np.testing.assert_allclose(np.exp(best_of_two[0]), 2 / 1000 * (np.arange(1000) + 0.5) / 1000, rtol=1e-9)
+np.testing.assert_allclose(frontier.measured(ranks, best_of_two)[0], np.log(2) - 0.5, rtol=0, atol=1e-4)
+
+sample_logp = log_softmax(start[10_000:])  # on the frontier, if the axis is right
+exchanged = (pi_ref * (ref_logp - sample_logp)).sum(axis=-1)
+assert (lowest_line(exchanged) < kl_and_reward(sample_logp)[1] - 1e-3).any()

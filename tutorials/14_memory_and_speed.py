@@ -1,0 +1,244 @@
+# %% [markdown]
+# # 14. Memory and speed
+#
+# **Question.** What does a step of DPO hold in memory, what does it compute, and which of it can be left out?
+#
+# **Afterwards you can say**
+# - what a parameter costs, trained or frozen, and what PPO and DPO need for 7 billion of them;
+# - what a small model holds, role by role, and how much the activations add to that;
+# - why a cached reference and a shared prefix leave loss and gradient as they are, and what they save.
+#
+# **Predict first.** A model of 7 billion parameters is trained with AdamW in mixed precision. How many gigabytes does
+# DPO need, activations not counted? How many if the reference's log-probabilities are computed beforehand?
+#
+# **The formula.** In mixed precision a trained parameter costs 16 bytes: weight 2 and gradient 2, and in float32 its
+# master copy 4, AdamW's m 4 and v 4. A frozen one costs 2. Rows of a pair (x, y_w, y_l), the last token being no input:
+# packed (|x| + |y_w| - 1) + (|x| + |y_l| - 1), prefix shared |x| + |y_w| + |y_l| - 2: the difference is |x|.
+
+# %%
+import gc
+import time
+import tracemalloc
+
+import numpy as np
+
+from minidpo import Config, Tensor, explain, losses, model, ops, optim, preferences, scoring, training
+
+
+def gigabytes(trained, frozen):  # of billions of parameters
+    return 16 * trained + 2 * frozen
+
+
+def parameters(V, T, C, layers):  # of GPT-2's shape: weights and biases
+    norm, attention, mlp = 2 * C, (C + 1) * 3 * C + (C + 1) * C, (C + 1) * 4 * C + (4 * C + 1) * C
+    return V * C + T * C + layers * (norm + attention + norm + mlp) + norm
+
+
+def rows_of(pairs):  # padded, packed, shared
+    lengths = np.array([[len(x), len(w), len(l)] for x, w, l in pairs])  # (B, 3)
+    x, w, l = lengths.T
+    longest = (x + np.maximum(w, l) - 1).max()
+    return int(2 * len(pairs) * longest), int((2 * x + w + l - 2).sum()), int((x + w + l - 2).sum())
+
+
+# %% [markdown]
+# ## From NumPy alone: the models
+#
+# PPO holds a policy and a critic, which are trained, a reference and a reward model, which are not. A critic that is a
+# head on the policy has few parameters of its own, counted as none here. DPO has a policy and a reference; its reward
+# is beta times their log-ratio. The reference enters the loss through two numbers a pair, which never change: compute
+# them once, keep them, and the model need not be in memory.
+
+# %%
+SIZE = 7
+plans = {  # models trained, models frozen
+    "PPO, a critic of its own": (2, 2),
+    "PPO, the critic a head on the policy": (1, 2),
+    "DPO": (1, 1),
+    "DPO, reference cached": (1, 0),
+}
+print(f"Memory for models of {SIZE} billion parameters, GB (activations not counted)")
+print(f"{'':<40}{'trained':>9}{'frozen':>9}{'weights alone':>16}{'in training':>14}")
+for name, (trained, frozen) in plans.items():
+    weights, training_too = 2 * SIZE * (trained + frozen), gigabytes(SIZE * trained, SIZE * frozen)
+    print(f"{name:<40}{trained:>9}{frozen:>9}{weights:>16}{training_too:>14}")
+
+# %% [markdown]
+# ## The answer to the prediction
+#
+# 126 GB, and 112 with a cached reference. "DPO needs 28 GB, half of PPO's 56" counts weights alone. In training a
+# frozen model is cheap: to drop the reference saves 14 of the 126 GB, to drop a critic of its own 112 of PPO's 252.
+#
+# ## The library's version: a ledger of arrays
+#
+# A small model in float32, after one step on four pairs. Here too a trained parameter costs 16 bytes, but otherwise
+# divided, 4 each for weight, gradient, m and v: no master copy. The frozen reference costs 4 a parameter.
+
+# %%
+config = Config(vocab_size=200, n_positions=256, n_embd=64, n_layer=2, n_head=4)
+rng = np.random.default_rng(0)
+policy = model.init(config, rng, dtype="float32")
+reference = model.frozen(model.init(config, rng, dtype="float32"))  # another model, so that no margin is 0
+lengths = [(90, 60, 40), (120, 30, 50), (80, 70, 20), (100, 40, 40)]  # |x|, |y_w|, |y_l|
+pairs = [tuple(rng.integers(1, config.vocab_size, n).tolist() for n in three) for three in lengths]
+B = len(pairs)
+start = {name: Tensor(p.data.copy(), requires_grad=True) for name, p in policy.items()}
+optimizer = optim.AdamW(policy, learning_rate=1e-3)
+training.dpo_training_step(policy, reference, config, optimizer, preferences.collate(pairs))
+P = sum(p.data.size for p in policy.values())
+ledger = {
+    "policy: weights": sum(p.data.nbytes for p in policy.values()),
+    "policy: gradients": sum(p.grad.nbytes for p in policy.values()),
+    "optimizer: m": sum(state["m"].nbytes for state in optimizer.state.values()),
+    "optimizer: v": sum(state["v"].nbytes for state in optimizer.state.values()),
+    "reference: weights": sum(p.data.nbytes for p in reference.values()),
+}
+
+# %% [markdown]
+# ## Cached or not, the step is the same
+#
+# The reference's log-probabilities are constants: two steps from one start, with and without them at hand, must end in
+# the same weights, bit for bit.
+
+# %%
+ref_logp_w, ref_logp_l = training.reference_logprobs(reference, config, pairs)  # (B,), (B,)
+cached = preferences.collate(pairs, ref_logp_w, ref_logp_l)
+training.dpo_training_step(start, {}, config, optim.AdamW(start, learning_rate=1e-3), cached)  # no reference at all
+assert all(np.array_equal(start[name].data, p.data) for name, p in policy.items())
+
+# %% [markdown]
+# ## Three routes to the same log-probabilities
+#
+# Padded: 2B texts of one length. Packed: the texts one after another, no pads. Shared: each prompt once, two responses
+# after it. With causal attention a prompt's rows do not depend on what follows, so that both responses may use them.
+
+# %%
+
+
+def packed(params, config, pairs):
+    examples = [(x, w) for x, w, _ in pairs] + [(x, l) for x, _, l in pairs]
+    order = sorted(range(len(examples)), key=lambda i: sum(map(len, examples[i])))  # texts stand by length
+    response = [i for i in order for _ in examples[i][1]]
+    sums = ops.segment_sum(scoring.packed_logprobs(params, config, examples), response, len(examples))  # (M,) -> (2B,)
+    return sums[: len(pairs)], sums[len(pairs) :]
+
+
+routes = {"padded": scoring.padded_logprobs, "packed": packed, "prefix shared": scoring.shared_logprobs}
+values, gradients = {}, {}
+for name, route in routes.items():  # in float64, where rounding is small
+    double = {key: Tensor(p.data.astype("float64"), requires_grad=True) for key, p in policy.items()}
+    logp_w, logp_l = route(double, config, pairs)
+    values[name] = np.concatenate([logp_w.data, logp_l.data])  # (2B,)
+    losses.dpo_loss(logp_w, logp_l, ref_logp_w.astype("float64"), ref_logp_l.astype("float64")).loss.backward()
+    gradients[name] = np.concatenate([p.grad.ravel() for p in double.values()])  # (P,)
+
+
+# %% [markdown]
+# ## Activations
+#
+# The sweep needs what the forward computed: values, and what each op's `vjp` keeps. They live until it has passed.
+# `explain.graph` adds up their bytes, each array once; Python's `tracemalloc` sees the same from outside.
+
+
+# %%
+def loss_by(route, some=slice(None)):
+    return losses.dpo_loss(*route(policy, config, pairs[some]), ref_logp_w[some], ref_logp_l[some]).loss
+
+
+def activations(route):  # the graph, and the bytes that Python allocated for it
+    loss_by(route)
+    gc.collect()
+    tracemalloc.start()
+    loss = loss_by(route)
+    held = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    return explain.graph(loss, policy), held
+
+
+def seconds(step, repeats=5):
+    told = []
+    for _ in range(repeats):
+        began = time.perf_counter()
+        step()
+        told.append(time.perf_counter() - began)
+    return min(told)
+
+
+graphs = {name: activations(route) for name, route in routes.items()}
+rows = {name: next(n.shape[0] for n in graph.nodes if n.op == "embedding") for name, (graph, _) in graphs.items()}
+shared, _ = graphs["prefix shared"]
+print(f"\nThe ledger of one step: {P:,} parameters in float32, {B} pairs")
+print(f"{'role':<40}{'bytes':>12}{'a parameter':>14}")
+for name, size in {**ledger, "activations, prefix shared": shared.kept}.items():
+    print(f"{name:<40}{size:>12,}{size / P:>14.1f}")
+kinds = sorted({n.op for n in shared.nodes}, key=lambda op: -sum(n.kept for n in shared.nodes if n.op == op))
+print("\nThe largest of the activations, by op")
+for op in kinds[:4]:
+    print(f"{op:<40}{sum(n.kept for n in shared.nodes if n.op == op):>12,}")
+
+# %% [markdown]
+# ## What is computed
+#
+# A matrix product of the forward has two of its size in the sweep. So a step has 3 passes over its rows, and 4 if the
+# reference is scored too: the cost of the linear layers goes as rows x passes. It is not the whole cost, and times
+# differ from machine to machine. The packed and shared routes compute less than their rows say: after the last
+# attention they go on only with rows that predict a token of a response.
+
+# %%
+print("\nActivations and time by route (time: of the first line's, measured now)")
+print(f"{'':<34}{'rows':>7}{'kept, bytes':>14}{'tracemalloc':>14}{'rows x passes':>15}{'share':>8}{'time':>7}")
+base, first = 4 * rows["padded"], None
+for name, route, passes in [(n, r, 4) for n, r in routes.items()] + [("prefix shared", routes["prefix shared"], 3)]:
+
+    def step(route=route, passes=passes):
+        if passes == 4:
+            route(reference, config, pairs)
+        loss_by(route).backward()
+
+    spent = seconds(step)
+    first = first or spent
+    (graph, held), work = graphs[name], passes * rows[name]
+    title = f"{name}, reference {'scored' if passes == 4 else 'cached'}"
+    print(f"{title:<34}{rows[name]:>7}{graph.kept:>14,}{held:>14,}{work:>15,}{work / base:>8.2f}{spent / first:>7.2f}")
+
+# %% [markdown]
+# ## What was shown
+#
+# In mixed precision a trained parameter costs 16 bytes and a frozen one 2. Activations come on top: in a model as small
+# as this one they are the largest item. A cached reference and a shared prefix change no log-probability and no
+# gradient.
+#
+# ## Exercises
+#
+# 1. An adapter of 0.02 billion parameters is trained on a frozen model of 7 billion. What does DPO need, and why is no
+#    second copy for the reference among it?
+# 2. `micro_batch_size=1` sweeps each pair before the next one is scored. Predict the bytes kept at any one time, by the
+#    rows of the largest pair; then compute them.
+
+# %%
+assert [gigabytes(SIZE * trained, SIZE * frozen) for trained, frozen in plans.values()] == [252, 140, 126, 112]
+assert P == parameters(config.vocab_size, config.n_positions, config.n_embd, config.n_layer)
+assert list(ledger.values()) == [4 * P] * 5
+assert tuple(rows.values()) == rows_of(pairs)
+assert rows["packed"] - rows["prefix shared"] == sum(len(x) for x, _, _ in pairs)
+for name in routes:
+    np.testing.assert_allclose(values[name], values["padded"], rtol=0, atol=1e-10)
+    np.testing.assert_allclose(gradients[name], gradients["padded"], rtol=0, atol=1e-10)
+    graph, held = graphs[name]
+    assert abs(graph.kept - held) < 0.03 * held
+assert graphs["padded"][0].kept > graphs["packed"][0].kept > shared.kept > 4 * P
+print("\n14: 252, 140, 126 and 112 GB; 16 bytes a trained parameter; three routes, one loss and one gradient.")
+
+# %% [markdown]
+# ## Solutions
+#
+# 1. 16 * 0.02 + 2 * 7 = 14.32 GB. The frozen model without the adapter is the reference.
+# 2. Nearly all that is kept is kept for rows, so the share is about that of the rows.
+
+# %%
+assert abs(gigabytes(0.02, 7) - 14.32) < 1e-12
+largest = max(range(B), key=lambda b: rows_of([pairs[b]])[2])
+one = explain.graph(loss_by(scoring.shared_logprobs, slice(largest, largest + 1)), policy).kept
+share = rows_of([pairs[largest]])[2] / rows_of(pairs)[2]
+print(f"Solution 2: {one:,} bytes, {one / shared.kept:.2f} of the batch's; its rows are {share:.2f} of them.")
+assert abs(one / shared.kept - share) < 0.05
