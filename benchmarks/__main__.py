@@ -16,6 +16,8 @@ from benchmarks.workload import SIZES, draw
 from minidpo import report
 
 RESULTS = pathlib.Path(__file__).parent / "results"
+BASELINES = {"step": "PyTorch eager, padded", "sampling": "PyTorch eager"}
+SUITES = (*BASELINES, "growth")
 GROWTH = {"T": (32, 64, 128, 256), "n_embd": (64, 128, 256), "pairs": (4, 8, 16, 32)}
 
 
@@ -41,6 +43,7 @@ def silent(*text, **options):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--suites", nargs="+", choices=SUITES, default=list(SUITES), help="the others stay as they are")
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--seed", type=int, default=0, help="of weights and pairs")
@@ -49,26 +52,48 @@ def main():
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     told = {"environment": speed.environment(), "seed": options.seed, "rounds": options.rounds}
-    told |= {"step": {}, "sampling": {}, "growth": {}}
-    for suite, baseline in (("step", "PyTorch eager, padded"), ("sampling", "PyTorch eager")):
-        for size in options.sizes:
+    path = options.out / "speed.json"
+    before = json.loads(path.read_text()) if path.exists() else {}
+    kept = [suite for suite in SUITES if suite not in options.suites]
+    if kept and {key: before.get(key) for key in told} != told:
+        parser.error(f"{path} is of another machine, seed or number of rounds: measure all suites")
+    told |= {suite: before[suite] if suite in kept else {} for suite in SUITES}
+    for suite, baseline in BASELINES.items():
+        for size in options.sizes if suite in options.suites else ():
             print(f"\n{suite}, {size}: {SIZES[size]}", flush=True)
             results, missing = speed.measure(
                 SIZES[size], options.seed, options.rounds, names=options.names, suite=suite
             )
             told[suite][size] = results
             print(*[f"  not measured: {line}" for line in missing], table(results, baseline), sep="\n", flush=True)
-    panels = []
+    if "growth" in options.suites:
+        told["growth"] = growth(options.seed)
+    path.write_text(json.dumps(told, indent=1) + "\n")
+    drawn = report.picture(options.out / "speed.png", panels(told["growth"]))
+    print(f"written to {options.out}" + ("" if drawn else f"; {report.NO_CURVES}"))
+
+
+def growth(seed):
+    """A few rounds for each length, width and number of pairs, the rest as in "small"."""
+    found = {}
     for axis, values in GROWTH.items():
         points = []
         for value in values:
             size = SIZES["small"]._replace(**{axis: value})
-            work = draw(size, options.seed)
-            results, _ = speed.measure(size, options.seed, 3, names=["minidpo", "PyTorch eager, padded"], say=silent)
+            work = draw(size, seed)
+            results, _ = speed.measure(size, seed, 5, names=["minidpo", BASELINES["step"]], say=silent)
             points.append({"value": value, "flops": speed.flops(work.config, work.pairs), "results": results})
             took = [f"{name} {1e3 * r['median']:.1f} ms {r['peak_mib']:.0f} MiB" for name, r in results.items()]
             print(f"{axis} = {value}: {points[-1]['flops'] / 1e9:.2f} GFLOP, {', '.join(took)}", flush=True)
-        told["growth"][axis] = points
+        found[axis] = points
+    return found
+
+
+def panels(measured):
+    """Time and memory over each axis, the count of operations beside the time."""
+    drawn = []
+    for axis, points in measured.items():
+        values = [point["value"] for point in points]
         for title, of in (("ms a step", lambda r: 1e3 * r["median"]), ("peak MiB", lambda r: r["peak_mib"])):
             lines = [
                 report.Line(name, values, [of(point["results"][name]) for point in points], "o")
@@ -78,10 +103,8 @@ def main():
                 first = points[-1]["results"]["minidpo"]["median"] / points[-1]["flops"]
                 curve = [1e3 * first * point["flops"] for point in points]
                 lines.append(report.Line("operations in closed form", values, curve, faint=True))
-            panels.append(report.Panel(f"{title} over {axis}", axis, title, lines, "log"))
-    (options.out / "speed.json").write_text(json.dumps(told, indent=1) + "\n")
-    drawn = report.picture(options.out / "speed.png", panels)
-    print(f"written to {options.out}" + ("" if drawn else f"; {report.NO_CURVES}"))
+            drawn.append(report.Panel(f"{title} over {axis}", axis, title, lines, "log"))
+    return drawn
 
 
 if __name__ == "__main__":

@@ -338,10 +338,10 @@ def same_vocabulary(folder: Path, loaded: Checkpoint, other_folder: Path, other:
         )
 
 
-def scored_rows(options: argparse.Namespace) -> tuple[Checkpoint, Checkpoint, Encoded, int]:
+def scored_rows(options: argparse.Namespace, device: str = "cpu") -> tuple[Checkpoint, Checkpoint, Encoded, int]:
     """Policy, reference, the rows of a file that both can score, and how many rows were set aside."""
-    policy = load(options.checkpoint, device=options.device)
-    reference = load(options.reference, device=options.device) if options.reference else policy
+    policy = load(options.checkpoint, device=device)
+    reference = load(options.reference, device=device) if options.reference else policy
     same_vocabulary(options.checkpoint, policy, options.reference or options.checkpoint, reference)
     n_positions = min(policy.config.n_positions, reference.config.n_positions)
     rows, faults = preferences.read(options.data)
@@ -357,7 +357,7 @@ def scored_rows(options: argparse.Namespace) -> tuple[Checkpoint, Checkpoint, En
 
 def evaluate(options: argparse.Namespace) -> int:
     """Compare a policy with its reference on pairs."""
-    policy, reference, rows, faults = scored_rows(options)
+    policy, reference, rows, faults = scored_rows(options, options.device)
     pairs: list[Any] = rows.ids
     ref_logp_w, ref_logp_l = training.reference_logprobs(reference.params, reference.config, pairs)
     batch = collate(pairs, ref_logp_w, ref_logp_l)
@@ -374,7 +374,7 @@ def evaluate(options: argparse.Namespace) -> int:
 
 def score(options: argparse.Namespace) -> int:
     """Print the log-probabilities of each pair."""
-    policy, reference, rows, _ = scored_rows(options)
+    policy, reference, rows, _ = scored_rows(options, options.device)
     pairs: list[Any] = rows.ids
     for row, pair in zip(rows.rows, pairs):
         logp_w, logp_l = training.reference_logprobs(policy.params, policy.config, [pair])
