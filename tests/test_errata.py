@@ -104,7 +104,7 @@ EXPECTED = {
     },
     "E14": {
         "loss without a reference, log-probs -10 and -15, beta 0.1": "0.4741",  # log(1 + e^-0.5)
-        "DPO loss with a uniform reference": "0.4741",
+        "DPO loss, reference -20 and -20": "0.4741",
         "distance (TV) of the two optima on six responses, beta 1": POSITIVE,
     },
     "E15": {
@@ -115,7 +115,7 @@ EXPECTED = {
         "certain label, beta 1: margin after 10000 steps": (9.7, 10.1),
         "certain label, beta 0.1: margin after 1000 steps": "29",
         "certain label, beta 0.1: margin after 10000 steps": "53",
-        "a chain of three labels has a finite minimiser (1 yes, 0 no)": "0",
+        "a chain of three responses, two labels, has a finite minimiser (1 yes, 0 no)": "0",
         "a cycle of three has one": "1",
         "cycle: largest margin after 200 steps": ZERO,
         "cycle: loss there": "0.6931",

@@ -17,7 +17,8 @@
 # **The formula.** x is a prompt, w the chosen response, l the rejected one.
 #
 #     margin = score_w - score_l                          z = beta * margin, and beta = 1 in this script
-#     P(w preferred to l) = e^score_w / (e^score_w + e^score_l) = sigma(z),    sigma(z) = 1/(1 + e^-z)
+#     P(w preferred to l) = e^(beta score_w) / (e^(beta score_w) + e^(beta score_l)) = sigma(z)
+#     sigma(z) = 1/(1 + e^-z), the logistic function
 #     loss = -log P = -log sigma(z)
 
 # %%
@@ -145,7 +146,9 @@ print("found " + "{:6.2f} {:6.2f} {:6.2f}".format(*score))
 # %% [markdown]
 # ## The library's version
 # `ops.logsigmoid` is log sigma in a form that survives large |z| (tutorial 03); `backward` finds the gradient (02). In
-# DPO the scores are rewards, reward_w = beta * (logp_w - ref_logp_w), and the loss is this one.
+# DPO the score of a response is logp - ref_logp, by how much the policy, the model that is trained, finds it likelier
+# than a reference model does (04, 07). The margin is the difference of two scores, before beta; beta * score is called
+# the reward, and the loss is this one.
 
 # %%
 scores = Tensor(true_score, requires_grad=True)
@@ -174,7 +177,7 @@ print("\n01: at P = .01 the slopes are -.99 and -.0099; -log P finds p at z = 1.
 # %% [markdown]
 # ## Solutions
 # 1. (1 + e^z) dz = dt, so t = z + e^z taken from z0 = log(.01/.99) to 0: 5.6. For 1 - P, dz/dt = sigma(z) sigma(-z) =
-#    1/(2 + e^z + e^-z), so t = 2z + e^z - e^-z taken between the same bounds: 108.2.
+#    1/(2 + e^z + e^-z), so t = 2z + e^z - e^-z taken between the same bounds: 108.2. Counted: 6 and 110.
 # 2. Equal scores, 3 log 2: there the gradient is 0, and the sum is convex. Without the third judgement there is no
 #    minimum: with the scores s, 0, -s the sum falls towards 0 as s grows, and never gets there.
 

@@ -1,7 +1,7 @@
 # %% [markdown]
 # # 03. log_softmax, gather and logsigmoid by hand
 #
-# **Question.** Three functions lead from a model's logits to the DPO loss. Why is none of them written as its formula?
+# **Question.** Three functions lead from a model's logits to the DPO loss. Why does the obvious way to write each fail?
 #
 # **Afterwards you can say**
 # - for which inputs each formula fails, and with what: nan, -inf or a silent 0;
@@ -205,8 +205,9 @@ for dtype, bits in ((np.float32, 24), (np.float64, 53)):
 
 # %% [markdown]
 # ## What was shown
-# The formulas are right and fail in floating point: exponentials leave the range, 1 + a loses a small a, 0 * -inf is
-# nan. Subtract the maximum; use log1p and expm1; select, do not multiply. The vjps need only y, or the index.
+# The obvious forms are right on paper and fail in floating point: exponentials leave the range, 1 + a loses a small
+# a, 0 * -inf is nan. Subtract the maximum; use log1p and expm1; select, do not multiply. The vjps need only y, or the
+# index.
 #
 # ## Exercises
 # 1. A chosen and a rejected response differ in the token after the same prompt, so both read the same row of logits x.
@@ -226,8 +227,8 @@ print("03: the stable forms are finite where the formulas fail, and agree with f
 # ## Solutions
 # 1. g = onehot(l) - onehot(w) sums to 0, so gx = g - p * 0 = onehot(l) - onehot(w): p has cancelled. No other
 #    logit of the row is pushed. (DPO multiplies this by beta sigma(-z), z being that of the two whole responses.)
-# 2. For a row that lies more than about 745 below the largest entry of the array: all its exponentials become 0, and
-#    minus log 0 is inf. Two logits of one row may differ by as much without harm.
+# 2. For a row that lies more than about 708 below the largest entry of the array: its exponentials lose digits, and
+#    from about 745 on all become 0, and minus log 0 is inf. Two logits of one row may differ by as much without harm.
 
 # %%
 x = Tensor(rng.normal(size=5), requires_grad=True)

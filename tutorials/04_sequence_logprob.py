@@ -12,8 +12,9 @@
 # the token before it. Add up the probabilities that it gives to all complete responses. Is the sum less than 1,
 # exactly 1, or more than 1?
 #
-# **The formula.** log pi(y|x) = sum_t log pi(y_t | x, y_1 ... y_(t-1)), in nats: a sum over the response's tokens, the
-# last of which is end-of-text (id 0) unless the response was cut. A sum, not a mean: DPO is defined with the sum.
+# **The formula.** log pi(y|x) = sum_t log pi(y_t | x, y_1 ... y_(t-1)), in nats (natural logarithms), by the chain
+# rule of probability, which is not that of 02: a sum over the response's tokens, the last of which is end-of-text (id
+# 0) unless the response was cut. A sum, not a mean: DPO is defined with the sum.
 
 # %%
 import itertools
@@ -74,7 +75,7 @@ print(f"log pi(y|x) = {total:.3f}, the sum of those of y")
 
 # %%
 def chain_rule(logits_of, x, y):
-    """One run of the model for each prefix, of which the last row is read: no shift, no slice, no mask."""
+    """One run of the model for each prefix, of which the last row is read: no shift, no slice of logits, no mask."""
     return sum(log_softmax(logits_of([*x, *y[:t]]))[-1, token] for t, token in enumerate(y))
 
 
@@ -101,10 +102,11 @@ assert abs(sums["right"] - 1) < 1e-12 and gaps["right"] < 1e-12
 
 # %% [markdown]
 # ## The answer to the prediction
-# Exactly 1. The row two places before a token has read less than it may, but what it has read are earlier tokens: after
-# each prefix it still gives one distribution over the next id, and the proof above asks for no more. Without a shift,
-# the row has read the very token that it scores: that is no distribution over what comes next. So the sum finds some
-# mistakes, and for the others there is the chain rule, which uses no slice that could be wrong.
+# Exactly 1. The row two places before a token has read less than it may, but what it has read are earlier tokens:
+# after each prefix it still gives one distribution over the next id, and the proof above asks for no more. Without a
+# shift, the row has read the very token that it scores: that is no distribution over what comes next. So the sum
+# finds some mistakes, and for the others there is the chain rule, which slices no logits. (A prompt of one token has
+# no row two places before: the sum is 1 for two or more.)
 
 # %%
 assert abs(sums["shift by two"] - 1) < 1e-12 < 0.01 < gaps["shift by two"]
@@ -134,7 +136,7 @@ print("\n" + mutants.as_text(verdicts))
 # it from the end-of-text that is scored. What a pad predicts is left out by selection. Multiplying by a mask of 0 and 1
 # is not the same: 0 times -inf is nan. The shared route needs no pads: a pair's prompt is computed once, and both
 # responses follow it. Three routes, one number, and one gradient, for a random cotangent. Last, what the prompt's mask
-# is worth: with sums, scoring the prompt adds the same to both responses, and their difference stays.
+# is worth to a pair: nothing, with sums. Scoring the prompt adds the same to both responses; their difference stays.
 
 # %%
 with np.errstate(invalid="ignore"):
@@ -165,8 +167,8 @@ np.testing.assert_allclose((prompt_scored[0] - prompt_scored[1]).data, (logp_w -
 
 # %% [markdown]
 # ## What was shown
-# The response begins at row len(x) - 1; end-of-text is scored, prompt and pads are not. The sum over complete responses
-# finds what is no distribution, the chain rule also what is a wrong one.
+# Row len(x) - 1 predicts the response's first token; end-of-text is scored, prompt and pads are not. The sum over
+# complete responses finds what is no distribution, the chain rule also what is a wrong one.
 #
 # ## Exercises
 # 1. Derive: if the first token is not scored, the sum is exactly V. If end-of-text is not scored, it is 1 plus the mean

@@ -6,7 +6,7 @@
 # **Afterwards you can say**
 # - the shape of every array between tokens and logits, and what each step does to it;
 # - what pre-training and supervised fine-tuning (SFT) minimise, and that they differ in the data, not in the formula;
-# - how much of "it answers" the base model knew already, in nats.
+# - how much of "it answers" even a perfect base model lacks, in nats.
 #
 # **Predict first.** Texts of a support desk begin with a customer's line. In half of them a reply follows, in the other
 # half the customer asks on. A perfect model of these texts is given such a line. How often does it reply?
@@ -16,7 +16,11 @@
 #
 #     x <- x + heads(softmax(q k^T/sqrt(D)) v) W + b,   x <- x + gelu(layer_norm(x) W + b) W + b
 #
-# with q, k, v linear in layer_norm(x), and no query seeing a later key. Loss: -mean_t log pi(y_t | x, y_1 ... y_(t-1)).
+# with q, k, v linear in layer_norm(x), and no query seeing a later key. wte and wpe hold a vector of size C for each
+# token and each place; each of the H heads has D = C/H of it. A score q k^T is a sum of D products: if these vary
+# independently by 1, it varies by sqrt(D), and is divided by that, so that the softmax does not saturate. Attention
+# moves vectors between places, the second line treats each place alone, and both add to x. W and b are others each
+# time. Loss: -mean_t log pi(y_t | x, y_1 ... y_(t-1)).
 
 # %%
 import math
@@ -151,7 +155,7 @@ print("\nof 200 held-out lines    base     SFT")
 for title, share in (("well-formed reply", replied), ("asks on", asked_on)):
     print(f"{title:<22}{share['base']:>7.2f} {share['SFT']:>7.2f}")
 gain = (sft_nll[0] - sft_nll[-1]) * np.mean([len(y) for _, y in reply_examples(held_out_rows)])
-print(f"fine-tuning gained {gain:.1f} nats a held-out reply; a perfect base model could gain {math.log(2):.3f}")
+print(f"fine-tuning gained {gain:.1f} nats a held-out reply; a perfect base model gains {math.log(2):.3f}")
 
 # %% [markdown]
 # ## The answer to the prediction
@@ -173,7 +177,7 @@ for x in train[::200]:
 # in half of its texts the customer asks on; the SFT model replies.
 #
 # ## Exercises
-# 1. Count the parameters in terms of V, n_positions = P, C and L = n_layer. Why does the head add none?
+# 1. Count the parameters in terms of V, C, n_positions and n_layer. Why does the head add none?
 # 2. Find the bug: `causal=False` in `forward` above. Shapes fit, weights sum to 1. Which experiment with one token
 #    shows it, and why could training reach a low loss with it that is of no use for generation?
 

@@ -16,7 +16,9 @@
 #
 #     dL/dlogp_w = -sigma(-margin),   dL/dlogp_l = +sigma(-margin).
 #
-# DPO: margin = (logp_w - ref_logp_w) - (logp_l - ref_logp_l), z = beta * margin, L = -log sigma(z).
+# DPO: margin = (logp_w - ref_logp_w) - (logp_l - ref_logp_l), z = beta * margin, L = -log sigma(z). The policy is the
+# model that is trained, the reference a frozen copy of it from before. The slope's size, sigma(-margin) above and
+# sigma(-z) in DPO, is called the pair's weight.
 
 # %%
 import math
@@ -76,8 +78,9 @@ assert round(math.exp(long_chosen), 3) == 0.480 and round(math.exp(short_rejecte
 # ## What lengths do: the weights
 # At -1.5 nats a token, 20 tokens more are a margin of -30 or +30 before anything is learned. The pair whose chosen
 # response is long has a weight of nearly 1; the pair whose chosen response is short has a weight of nearly 0 and
-# teaches nothing. DPO starts both at sigma(0) = 1/2. Gradient steps on the two log-probabilities show what is learned:
-# the change of logp_w - logp_l.
+# teaches nothing. (That is at beta = 1, as in the formula; at beta = 0.1 the weights would be sigma(3) = .953 and
+# sigma(-3) = .047, still 20 to 1.) DPO starts both at sigma(0) = 1/2. Gradient steps on the two log-probabilities show
+# what is learned: the change of logp_w - logp_l.
 
 # %%
 PER_TOKEN, LONG, SHORT, RATE, STEPS = -1.5, 30, 10, 0.1, 100
@@ -158,8 +161,9 @@ assert start.reward_w.item() == start.reward_l.item() == 0 and abs(start.loss.it
 
 # %% [markdown]
 # ## What was shown
-# The naive loss pushes the response that the label names, long or short. What is wrong are its weights: a difference in
-# length saturates them. The reference re-weights pairs and turns no direction; shared filler cancels within a pair.
+# The naive loss pushes the response that the label names, long or short. What is wrong are its weights: a difference
+# in length sets them, and at beta = 1 saturates them. The reference re-weights pairs and turns no direction; shared
+# filler cancels within a pair.
 #
 # ## Exercises
 # 1. Derive: at what margin is the naive weight 1/100? How many tokens of -1.5 nats is that?

@@ -129,7 +129,8 @@ for name, other in others.items():
 # ## At the start
 # DPO starts with policy = reference. Each margin is 0, so the loss is -log sigma(0) = log 2 and the weight 1/2: the
 # gradient is -(beta/2) (dlogp_w/dtheta - dlogp_l/dtheta), the first row above. Both rewards are 0, a tie. A tie is not
-# counted as a success, so the accuracy is 0; `rewards/ties` says why.
+# counted as a success, so the accuracy, the share of pairs with reward_w > reward_l, is 0; `rewards/ties` says why.
+# `rewards/margins` is the mean of z: beta times the margin.
 
 # %%
 batch = preferences.collate(pairs, *training.reference_logprobs(reference, config, pairs))
@@ -162,12 +163,13 @@ for c in (-8.0, 0.0, 8.0):
 # %% [markdown]
 # ## What was shown
 # The reference enters a pair's gradient as one number, sigma(-z). The further the policy has moved towards the label,
-# compared with the reference, the less the pair weighs; the further the other way, the more, up to beta times the
-# length of dlogp_w/dtheta - dlogp_l/dtheta. The direction is the policy's own.
+# compared with the reference, the less the pair weighs; the further the other way, the more, up to a weight of 1,
+# where the gradient is as long as beta (dlogp_w/dtheta - dlogp_l/dtheta). The direction is the policy's own.
 #
 # ## Exercises
 # 1. Find the bug: somebody writes `reference = policy` instead of `model.frozen(policy)` and computes all four
-#    log-probabilities with a graph. What are the loss and the gradient, at every step?
+#    log-probabilities with a graph. What are the loss and the gradient, at every step? And if the reference is computed
+#    from the policy of the moment, but as constants?
 # 2. Each pair keeps its direction. Does the gradient of a *batch* keep its direction when the reference changes?
 
 # %%
@@ -176,7 +178,9 @@ print("\n07: the reference changes a pair's weight, sigma(-z), and not the direc
 
 # %% [markdown]
 # ## Solutions
-# 1. The margin is 0 whatever the parameters are: the loss stays log 2, and its gradient is 0. Nothing is learnt.
+# 1. The margin is 0 whatever the parameters are: the loss stays log 2, and its gradient is 0. Nothing is learnt. With
+#    constants the loss shown is log 2 as well, but the gradient is that of the start, at every step: the weight stays
+#    1/2, and nothing ever slows the policy down.
 # 2. No. It is a sum of the pairs' gradients: each has its direction, but their weights change in different ratios.
 #    Below, one reference gives the two pairs margins 0 and 0, another -20 and 20.
 
@@ -185,6 +189,10 @@ out = losses.dpo_loss(*pair_logprobs(policy, pairs[0]), *pair_logprobs(policy, p
 g = gradients(out.loss)
 np.testing.assert_allclose(out.loss.item(), math.log(2), rtol=1e-12)
 assert max(abs(x).max() for x in g.values()) < 1e-12
+logps = pair_logprobs(policy, pairs[0])
+g = gradients(losses.dpo_loss(*logps, *[logp.detach() for logp in logps], beta=beta).loss)
+before_step = gradients(ops.sub(*pair_logprobs(policy, pairs[0])))
+assert all(np.allclose(g[name], -beta / 2 * before_step[name], rtol=1e-12, atol=1e-14) for name in g)
 
 each = []
 for pair in pairs:

@@ -168,11 +168,13 @@ for claim in reparametrisation(world, 0):
 # 1. The labels are drawn from Bradley-Terry probabilities. 2. There are enough pairs. 3. The reference has full
 # support: where pi_ref is 0 pi* is 0, whatever the reward. 4. The policy class contains pi*.
 #
-# Take the first. Let the better reply be preferred every time, and let the policy rank the replies of a prompt by h as
-# the reward does. Multiplying all h_i - h_j by a number above 1 then makes the z of every pair larger and the loss
+# Take the first. Let the better reply be preferred every time, and let the policy rank the replies of a prompt by h
+# as the reward does. Multiplying all h_i - h_j by a number above 1 then makes the z of every pair larger and the loss
 # smaller. It comes as near to 0 as one likes and no policy attains 0, whatever beta is. For a free policy class a
-# finite minimiser exists only if, among the compared replies, each can be reached from each other along "was preferred
-# to". The 300 pairs below, labelled by chance, fail that too: a reply that lost every comparison reaches no other.
+# finite minimiser exists only if, among the compared replies, each can be reached from each other along "was
+# preferred to". (The table's distances are to pi* of the world before anything was broken. Where support is missing,
+# the minimiser is still pi* of the reference that lacks it.) The 300 pairs below, labelled by chance, fail that too:
+# a reply that lost every comparison reaches no other.
 
 # %%
 gaps = {

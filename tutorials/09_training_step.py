@@ -161,10 +161,12 @@ assert reports[0]["grad_norm"] > 0.01 and reports[1]["loss"] < reports[0]["loss"
 
 # %% [markdown]
 # ## One pair, token by token
-# `explain.pair` splits the numbers of a pair among its tokens. A response's reward is beta times the sum of its tokens'
-# log-ratios. The gradient in the logits s that predict a token is c (softmax(s) - onehot(token)) with
-# c = beta sigma(-z) in the chosen response and -beta sigma(-z) in the rejected one. As long as both responses have the
-# same tokens they share s, and the two gradients cancel. The push on a token is -dL/ds at its own logit.
+# `explain.pair` splits the numbers of a pair among its tokens. A response's reward is beta times the sum of its
+# tokens' log-ratios. The gradient in the logits s that predict a token is c (softmax(s) - onehot(token)) with c =
+# beta sigma(-z) in the chosen response and -beta sigma(-z) in the rejected one. As long as both responses have the
+# same tokens they share s, and the two gradients cancel. In the row where they part they still share s: there
+# softmax(s) cancels, the chosen token is pushed by beta sigma(-z), the rejected one by as much the other way. The
+# push on a token is -dL/ds at its own logit.
 
 # %%
 view = explain.pair(policy, reference, config, *pairs[0], beta=beta, tokenizer=tokenizer)

@@ -119,7 +119,7 @@ world = laboratory.small_world(0)
 wins, reward_gaps = laboratory.all_pairs(world), world.reward[:, :, None] - world.reward[:, None, :]
 kls = []
 for beta in betas:
-    end = gap_after_steps(beta, 2000, 0.5 / beta**2, p)  # a rate of 1/beta^2: see below
+    end = gap_after_steps(beta, 2000, 0.5 / beta**2, p)  # a rate in proportion to 1/beta^2
     np.testing.assert_allclose(end, r / beta, rtol=1e-6)
     star, _ = exact.optimum(world.ref_logp, world.reward, beta)
     minimiser, _ = laboratory.newton(world, wins, beta)
@@ -151,8 +151,9 @@ print(f"\npicture: {picture.name}" if drawn else "\nthe picture needs matplotlib
 # %% [markdown]
 # ## What was shown
 #
-# Early, h = beta t to first order: larger beta moves faster. At the optimum, where one exists, h = r/beta: larger beta
-# stays closer. So "larger beta is more conservative" is true of optima and false of the first steps.
+# Early, h = beta t to first order: larger beta moves faster. At the optimum, where one exists, h = r/beta: larger
+# beta stays closer. So "larger beta is more conservative" is true of optima, and late in training, and false of the
+# first steps.
 #
 # ## Exercises
 #

@@ -127,8 +127,9 @@ for name, logp in ends.items():
 #
 # The same six responses as a `World`; then one of 121 responses and three prompts. Equivalent means: at the optimum,
 # with Bradley-Terry labels, enough pairs, full support and a policy class that can represent pi*, DPO and the policy
-# gradient of J end at one policy. `assumptions` drops these one at a time (cDPO, which is told how many labels are
-# flipped, is left out below).
+# gradient of J end at one policy. `assumptions` drops these one at a time; distances are to pi* and to the reference of
+# the world before anything was dropped. (cDPO, which is told how many labels are flipped, is left out below. IPO is
+# another loss, the mean of (margin - 1/(2 tau))^2, tau in beta's place.)
 
 # %%
 six = laboratory.World([[0]], [[1]] * 6, reward[None, :], ref_logp[None, :])
@@ -167,7 +168,7 @@ print(f"\npicture: {picture.name}" if drawn else "\nthe picture needs matplotlib
 #
 # 1. Preferred fine-tuning when the better response always wins, 1,000 equally likely responses, distinct rewards: show
 #    that the optimum is the best of two draws. What is its KL? (Sum, or integrate.)
-# 2. Find the bug: a plot has random policies above the frontier. Its x axis is (pi_ref * (ref_logp - logp)).sum().
+# 2. Find the bug: a plot has policies above the frontier. Its x axis is (pi_ref * (ref_logp - logp)).sum().
 
 # %%
 for name in ("DPO, 500 steps", "policy gradient, 5,000 steps"):

@@ -77,7 +77,7 @@ show("1. One pair, no over never", ("log pi of", "no", "never", "yes"), rows)
 # A log-ratio is a sum over tokens: if every token of a reply gains d nats, its reward is beta d |y|, so length is paid.
 # Setup: a reply of k words has log pi = k log q + log(1 - q), q = sigma(theta) being the probability of going on; the
 # mean number of words is q/(1 - q) = exp(theta). If the chosen reply has `more` words than the other, the ends cancel:
-# margin = more * (log q - log q_ref). What helps: a reward of alpha a word that is given for nothing,
+# margin = more * (log q - log q_ref). What helps: a reward of alpha a word that is given for nothing, in this section
 # z = beta * margin + alpha * more (Park et al., arXiv 2403.19159). If alpha * more = log(0.6/0.4), margin 0 explains
 # the judges, and nothing is left to learn from their bias.
 
@@ -249,7 +249,7 @@ np.testing.assert_allclose(start - 2.0 * leaf.grad, trained(np.array([1, 0, 0]),
 # ## Exercises
 #
 # 1. Let f(z) = -log sigma(z). Find a and b such that a f(z) + b f(-z), averaged over labels flipped with probability e,
-#    is f(z). What is dangerous about it?
+#    is f(z), for e < 1/2. What is dangerous about it?
 # 2. In the last table bread shares a feature with both trained prompts. Why has training on both not moved its refusal?
 
 # %%

@@ -5,7 +5,7 @@
 # computed here and now, and why they differ. Nothing is looked up: change an input, and the numbers follow.
 #
 # Letters: w the chosen response, l the rejected one; h_w = logp_w - ref_logp_w, h_l likewise,
-# margin = h_w - h_l (the "gap" below), z = beta * margin, loss = -log sigma(z).
+# margin = h_w - h_l; the gap of one model is its logp_w - logp_l, z = beta * margin, loss = -log sigma(z).
 
 # %%
 import itertools
@@ -102,8 +102,9 @@ def e1():
         "A beta of 0.5 is aggressive, 0.1 conservative, and 0.01 barely changes the model.",
         {},
         computed,
-        "At the optimum the gap is (reward gap)/beta, here 1.7/beta: the smallest beta ends farthest from the "
-        "reference. Early in training it is the other way round, since the gap begins to grow with speed beta; so the "
+        "At the optimum the margin is (difference of rewards)/beta, here 1.7/beta: the smallest beta ends farthest "
+        "from the reference. Early in training it is the other way round, since the margin begins to grow with speed "
+        "beta; so the "
         "curves (hard labels, gradient flow on the two log-probs) cross.",
     )
 
@@ -292,8 +293,8 @@ def e10():
             "change of the loss if both log-probs fall by 5, without a reference": without[1] - without[0],
             "the same with a reference": with_reference[1] - with_reference[0],
         },
-        "Probabilities sum to 1, so they cannot all rise or all fall. The loss sees only the gap, with or without a "
-        "reference, and so the reference does not stop both responses of a pair from falling.",
+        "Probabilities sum to 1, so they cannot all rise or all fall. The loss sees only the policy's gap, with or "
+        "without a reference, and so the reference does not stop both responses of a pair from falling.",
     )
 
 
@@ -370,7 +371,7 @@ def e13():
             "slope of -log sigma(beta h) for a single response marked good, h = 0": float(h.grad),
         },
         "Any scalar reward can label pairs. Soft labels take probabilities, Plackett-Luce takes whole rankings, and "
-        "KTO and BCO take single responses marked good or bad.",
+        "Its relatives KTO and BCO take single responses marked good or bad.",
     )
 
 
@@ -387,11 +388,11 @@ def e14():
             "loss without a reference, log-probs -10 and -15, beta 0.1": losses.reference_free_loss(
                 -10.0, -15.0, BETA
             ).loss.item(),
-            "DPO loss with a uniform reference": losses.dpo_loss(-10.0, -15.0, -20.0, -20.0, BETA).loss.item(),
+            "DPO loss, reference -20 and -20": losses.dpo_loss(-10.0, -15.0, -20.0, -20.0, BETA).loss.item(),
             "distance (TV) of the two optima on six responses, beta 1": float(exact.total_variation(anchored, free)),
         },
-        "It is defined: it is DPO with a uniform reference, and SimPO, ORPO and CPO do without one too. What is lost "
-        "is the anchor, and the link to the KL-constrained objective.",
+        "It is defined: it is DPO with a reference that finds both responses equally likely, and SimPO, ORPO and CPO "
+        "do without one too. What is lost is the anchor, and the link to the KL-constrained objective.",
     )
 
 
@@ -428,7 +429,9 @@ def e15():
             ),
             **{f"certain label, beta 1: margin after {n} steps": margin_after(n, 1.0) for n in (100, 1000, 10000)},
             **{f"certain label, beta 0.1: margin after {n} steps": margin_after(n, 0.1) for n in (1000, 10000)},
-            "a chain of three labels has a finite minimiser (1 yes, 0 no)": float(exact.has_maximum(chain)),
+            "a chain of three responses, two labels, has a finite minimiser (1 yes, 0 no)": float(
+                exact.has_maximum(chain)
+            ),
             "a cycle of three has one": float(exact.has_maximum(cycle)),
             "cycle: largest margin after 200 steps": float(abs(out.margin.data).max()),
             "cycle: loss there": out.loss.item(),
@@ -556,7 +559,8 @@ def e20():
         f'"{text}" is 7 tokens at log 0.9 = -0.105 each.',
         {"tokens": 7, "sum": -0.735},
         {"words": len(text.split()), "7 log 0.9": 7 * ops.log(0.9).item()},
-        "It has six words, and a factor that was rounded before it was multiplied carries its error seven times.",
+        "It has six words; how many tokens they are depends on the tokenizer. And a factor that was rounded before it was "
+        "multiplied carries its error seven times.",
     )
 
 
