@@ -559,8 +559,8 @@ def e20():
         f'"{text}" is 7 tokens at log 0.9 = -0.105 each.',
         {"tokens": 7, "sum": -0.735},
         {"words": len(text.split()), "7 log 0.9": 7 * ops.log(0.9).item()},
-        "It has six words; how many tokens they are depends on the tokenizer. And a factor that was rounded before it was "
-        "multiplied carries its error seven times.",
+        "It has six words; how many tokens they are depends on the tokenizer. And a factor that was rounded before it "
+        "was multiplied carries its error seven times.",
     )
 
 
