@@ -26,7 +26,7 @@ MODULES = ("ours", "pytorch", "dense")
 THREADS = {name: "2" for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")}
 TOLERANCE = 2e-3  # of float32 against float64, relative to each parameter's largest gradient
 PAUSE = 0.25  # seconds in which the pool of the last contender falls asleep
-SLOW, FEW = 2.0, 3  # a contender whose step takes longer than so many seconds has so few rounds
+SLOW, FEW = 2.0, 3  # a contender none of whose first few steps took less than so many seconds has no more rounds
 FOREIGN = 0.1  # share of the processors that others may have used in a turn
 
 
@@ -141,20 +141,19 @@ def measure(size, seed, rounds, seconds=0.3, names=None, suite="step", say=print
     work = draw(size, seed)
     if suite != "sampling":
         expected = truth(work)
-    results, slow = {}, {}
+    results = {}
     with contextlib.ExitStack() as stack:
         workers = {}
         for name, (module, made) in found.items():
             workers[name] = worker = Worker(module, made.__name__, size, seed)
             stack.callback(worker.close)
             error = check(name, worker, expected) if getattr(made, "gradient", None) else None
-            warm = worker.ask("turn", seconds, 2)
-            slow[name] = warm["seconds"] / warm["steps"] > SLOW
+            worker.ask("turn", seconds, 2)  # to be warm
             results[name] = {"seconds": [], "quiet": [], "error": error}
         for at in range(rounds):
             say(f"  round {at + 1} of {rounds}", flush=True) if at % 5 == 0 else None
             order = list(workers) if at % 2 == 0 else list(workers)[::-1]
-            for name in [name for name in order if at < FEW or not slow[name]]:
+            for name in [name for name in order if at < FEW or min(results[name]["seconds"][:FEW]) < SLOW]:
                 took, quiet = turn(workers[name], seconds)
                 results[name]["seconds"].append(took)
                 results[name]["quiet"].append(quiet)
