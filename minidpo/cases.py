@@ -179,7 +179,7 @@ def block_attention(draw: Draw) -> Case:
     hidden = []
     for queries, keys, texts in blocks:
         q, k = (places[rows][: len(places[rows]) // texts] for rows in (queries, keys))
-        hidden.append(numpy.where(k > q[:, None], -numpy.inf, 0.0))
+        hidden.append(numpy.where(k[:, None] > q, -numpy.inf, 0.0))
     return (draw.array((len(places), 3, H, D)), tuple(blocks), tuple(hidden)), {}
 
 

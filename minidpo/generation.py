@@ -64,7 +64,8 @@ def draw(
     if temperature == 0:
         return logp.argmax(axis=-1)
     order = numpy.argsort(-logp, axis=-1, kind="stable")  # likeliest first
-    ordered = numpy.take_along_axis(logp, order, axis=-1).astype("float64")
+    rows = numpy.arange(len(logp))
+    ordered = logp[rows[:, None], order].astype("float64")
     below = numpy.maximum(ordered - ordered[:, :1], -1e3 * temperature)  # e^-1000 is 0 already
     p = numpy.exp(below / temperature)
     p[:, logp.shape[1] if top_k is None else top_k :] = 0
@@ -73,7 +74,7 @@ def draw(
         p[numpy.cumsum(p, axis=-1) - p >= top_p] = 0  # what the likelier ones have together is enough
     reached = numpy.cumsum(p, axis=-1)
     choice = (reached <= uniform[:, None] * reached[:, -1:]).sum(axis=-1)  # uniform < 1: never past the last kept
-    return numpy.take_along_axis(order, choice[:, None], axis=-1)[:, 0]
+    return order[rows, choice]
 
 
 def generate(

@@ -216,12 +216,12 @@ def row_logits(
 
 
 def hidden(places: Array, blocks: Sequence[Block]) -> tuple[Array, ...]:
-    """For each block -inf where a key stands later in its text than a query, else 0.  (T, S) each"""
+    """For each block -inf where a key stands later in its text than a query, else 0.  (S, T) each"""
     told = []
     for queries, keys, count in blocks:
         q, k = places[queries], places[keys]
         q, k = q[: q.shape[0] // count], k[: k.shape[0] // count]  # the texts of a block are alike
-        told.append(array_module(places).where(k > q[:, None], -math.inf, 0.0).astype("float32"))
+        told.append(array_module(places).where(k[:, None] > q, -math.inf, 0.0).astype("float32"))
     return tuple(told)
 
 

@@ -21,16 +21,14 @@ PIECE = 2**15  # entries: a few arrays of so many fit a processor's cache
 
 
 def in_pieces(function, x):
-    """The arrays that a function of rows makes of x, some rows at a time: what lies in between stays in the cache."""
+    """Both arrays that a function of single entries makes of x, a piece at a time: what lies between stays cached."""
     if x.size <= PIECE or not on_host(x):
         return function(x)
-    rows = x.reshape(-1, x.shape[-1])
-    step = max(1, PIECE // x.shape[-1])
-    whole = [array_module(x).empty((len(rows), *part.shape[1:]), dtype=part.dtype) for part in function(rows[:1])]
-    for start in range(0, len(rows), step):
-        for result, part in zip(whole, function(rows[start : start + step])):
-            result[start : start + step] = part
-    return [result.reshape(*x.shape[:-1], -1) for result in whole]
+    flat, (y, z) = x.reshape(-1), (array_module(x).empty(x.size, dtype=x.dtype) for _ in range(2))
+    for start in range(0, x.size, PIECE):
+        piece = slice(start, start + PIECE)
+        y[piece], z[piece] = function(flat[piece])
+    return y.reshape(x.shape), z.reshape(x.shape)
 
 
 def plus(x, y):
@@ -491,12 +489,9 @@ def log_softmax(x):
 # ---- the fused ops of a transformer -------------------------------------------------------------------
 
 
-def normed(x, eps):
-    """Rows of mean 0 and variance 1, and what they were multiplied with.  (..., C) -> (..., C), (..., 1)"""
-    C = x.shape[-1]
-    c = x - x.sum(axis=-1, keepdims=True) / C
-    r = ((c * c).sum(axis=-1, keepdims=True) / C + eps) ** -0.5
-    return c * r, r
+def row_sum(x):
+    """The sum of each row, as a product with ones, which is faster.  (..., C) -> (..., 1)"""
+    return x @ array_module(x).ones((x.shape[-1], 1), dtype=x.dtype)
 
 
 @op
@@ -506,8 +501,10 @@ def layer_norm(x, w, b, eps=1e-5):
     (..., C), (C), (C) -> (..., C)
     """
     reduced_size(x, -1)
-    like_w, like_b = like(w), like(b)
-    n, r = in_pieces(lambda x: normed(x, float(eps)), x)
+    like_w, like_b, C = like(w), like(b), x.shape[-1]
+    c = x - row_sum(x) / C
+    r = (row_sum(c * c) / C + float(eps)) ** -0.5
+    n = c * r
     y = plus(n * w, b)
 
     # y = n w + b:  gw = g n, gb = g, both summed over the rows, and gn = g w
@@ -516,10 +513,37 @@ def layer_norm(x, w, b, eps=1e-5):
     # c = x - mean(x):  gx = gc - mean(gc), where mean(n) = 0 leaves mean(gc) = r mean(gn)
     def vjp(g):  # keeps n, r, w
         gn, gw = g * w, g * n
-        gx = gn - gn.mean(axis=-1, keepdims=True)
-        gx -= n * (gn * n).mean(axis=-1, keepdims=True)
+        gx = gn - row_sum(gn) / C
+        gx -= n * (row_sum(gn * n) / C)
         gx *= r
         return gx, unbroadcast(gw, like_w), unbroadcast(g, like_b)
+
+    return y, vjp
+
+
+def attention(q, k, v, hidden):
+    """Softmax of q k^T + hidden^T, times v, with few passes: p = e/total is never formed, and scores stand keys by
+    queries, since a column's largest is found faster than a row's.
+
+    (..., T, D), (..., S, D), (..., S, D), (..., S, T) -> (..., T, D)
+    """
+    xp = array_module(q)
+    e = k @ q.swapaxes(-1, -2)  # (..., S, D) -> (..., S, T)
+    e += hidden
+    e -= e.max(axis=-2, keepdims=True)
+    e = xp.exp(e)
+    total = row_sum(e.swapaxes(-1, -2))  # over the keys: (..., S, T) -> (..., T, 1)
+    y = e.swapaxes(-1, -2) @ v / total
+
+    # y_j = sum_i p_ij v_i with p_ij = e_ij/total_j, so with h = g/total:  gv = p g = e h
+    # s_ij = k_i q_j:  gs_ij = p_ij (gp_ij - sum_l p_lj gp_lj), as for softmax, with gp_ij = v_i g_j:
+    #                  gs_ij = e_ij (v_i h_j - y_j h_j).   gq = gs^T k,  gk = gs q
+    def vjp(g):  # keeps q, k, v, e, total, y
+        h = g / total
+        gs = v @ h.swapaxes(-1, -2)
+        gs -= row_sum(h * y).swapaxes(-1, -2)
+        gs *= e
+        return gs.swapaxes(-1, -2) @ k, gs @ q, e @ h
 
     return y, vjp
 
@@ -534,44 +558,15 @@ def causal_attention(q, k, v, later=None):
     xp, T, S, D = array_module(q), q.shape[-2], k.shape[-2], q.shape[-1]
     if not 0 < T <= S or D == 0:
         raise ValueError(f"causal_attention: {T} queries at the last of {S} places, of size {D}, cannot be")
-    scale = D**-0.5
     later = xp.arange(S) > xp.arange(S - T, S)[:, None] if later is None else later  # (T, S)
-    scaled = q * scale  # before masking: for complex input -inf times scale is nan
-    s = xp.where(later, -math.inf, scaled @ k.swapaxes(-1, -2))  # (..., T, D) -> (..., T, S)
-    p, softmax_vjp = softmax.raw(s)
-    y = p @ v  # (..., T, S) -> (..., T, D)
+    hidden = xp.where(later.swapaxes(-1, -2), -math.inf, 0.0)  # (T, S) -> (S, T)
+    scale = D**-0.5
+    y, attention_vjp = attention(q * scale, k, v, hidden)
 
-    # y = p v:  gp = g v^T, gv = p^T g
-    # p = softmax(s):  gs_j = p_j (gp_j - sum_i gp_i p_i), which is 0 at later places, where p_j is
-    # s = scaled k^T:  g_scaled = gs k, gk = gs^T scaled.   scaled = q scale:  gq = g_scaled scale
-    def vjp(g):  # keeps scaled, k, v, p
-        gp, gv = g @ v.swapaxes(-1, -2), p.swapaxes(-1, -2) @ g
-        (gs,) = softmax_vjp(gp)
-        gq, gk = gs @ k * scale, gs.swapaxes(-1, -2) @ scaled
-        return gq, gk, gv
-
-    return y, vjp
-
-
-def attention(q, k, v, hidden):
-    """`causal_attention` of queries that are scaled, with fewer passes: p = e/total is never formed."""
-    xp = array_module(q)
-    e = q @ k.swapaxes(-1, -2)  # (..., T, D) -> (..., T, S)
-    e += hidden
-    e -= e.max(axis=-1, keepdims=True)
-    e = xp.exp(e)
-    total = e @ xp.ones((e.shape[-1], 1), dtype=e.dtype)  # a sum over the keys: (..., T, S) -> (..., T, 1)
-    y = e @ v / total
-
-    # y = p v with p = e/total, so with h = g/total:  gv = p^T g = e^T h
-    # s = q k^T:  gs_j = p_j (gp_j - sum_i gp_i p_i), as for softmax, with gp = g v^T:  gs_j = e_j (h v_j - h y)
-    # gq = gs k,  gk = gs^T q
+    # y = attention(scaled, k, v) with scaled = q scale:  gq = g_scaled scale
     def vjp(g):  # keeps q, k, v, e, total, y
-        h = g / total
-        gs = h @ v.swapaxes(-1, -2)
-        gs -= (h * y).sum(axis=-1, keepdims=True)
-        gs *= e
-        return gs @ k, gs.swapaxes(-1, -2) @ q, e.swapaxes(-1, -2) @ h
+        gq, gk, gv = attention_vjp(g)
+        return gq * scale, gk, gv
 
     return y, vjp
 
@@ -581,7 +576,7 @@ def block_attention(qkv, blocks, hidden):
     """Causal attention among rows that belong together.  (N, 3, H, D), blocks, hidden -> (N, H, D)
 
     Row n holds the query, key and value of one token. A block (queries, keys, count) is two slices of rows, each of
-    `count` texts of one length; its array of `hidden`, (T, S), is -inf where a query of a text does not see a key,
+    `count` texts of one length; its array of `hidden`, (S, T), is -inf where a key is not seen by a query,
     else 0. No two blocks share a query; what is in no block gets 0.
     """
     xp, (N, _, H, D) = array_module(qkv), qkv.shape

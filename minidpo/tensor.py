@@ -262,8 +262,8 @@ def op(function: Callable[..., tuple[Array, Vjp]]) -> Op:
         for option, value in options.items():
             if isinstance(value, Tensor):
                 raise TypeError(f"{name}: pass the tensor {option} by position; a keyword gets no gradient")
-        y, vjp = function(*[unwrapped(x) for x in operands], **options)
-        parents = tuple(x if isinstance(x, Tensor) and x.requires_grad else None for x in operands)
+        y, vjp = function(*map(unwrapped, operands), **options)
+        parents = tuple([x if isinstance(x, Tensor) and x.requires_grad else None for x in operands])
         if not any(parents):
             return Tensor(y)  # a constant: no graph, and vjp with all that it keeps is dropped
         return Tensor(y, requires_grad=True, parents=parents, vjp=vjp, op=name)

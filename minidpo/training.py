@@ -77,15 +77,14 @@ def swept(loss: Tensor) -> float:
 
 
 def micro_batches(rows: Sequence[int], size: int | None, params: Params) -> list[slice]:
-    """The parts of examples that have so many `rows` each.
-
-    Of `size` examples; if that is None, of as many as have `ROWS` rows together, and on a device all at once.
+    """Parts of examples that have so many `rows` each: `size` examples; if that is None, about `ROWS` rows, and on a
+    device all at once.
     """
-    starts, together, most = [0], 0, ROWS if all(on_host(p.data) for p in params.values()) else math.inf
-    for i, n in enumerate(rows):
-        if i and (together + n > most if size is None else i % size == 0):
-            starts, together = [*starts, i], 0
-        together += n
+    starts = list(range(0, len(rows), size or len(rows)))
+    if size is None and all(on_host(p.data) for p in params.values()):
+        ends, parts = numpy.cumsum(rows), round(sum(rows) / ROWS)
+        part = (ends - numpy.asarray(rows) / 2) * parts // ends[-1]  # in which an example's middle row lies
+        starts = [0, *(1 + numpy.flatnonzero(numpy.diff(part))).tolist()]
     return [slice(start, end) for start, end in zip(starts, [*starts[1:], len(rows)])]
 
 

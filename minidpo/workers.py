@@ -202,5 +202,7 @@ class Workers:
 
 def shares(sizes: Sequence[int], count: int) -> list[list[int]]:
     """Indices of examples, shared out so that the shares' sizes are about equal; none is empty."""
-    order = sorted(range(len(sizes)), key=lambda i: sizes[i]) if count > 1 else range(len(sizes))
-    return [list(order[k::count]) for k in range(min(count, len(sizes)))]
+    parts: list[list[int]] = [[] for _ in range(min(count, len(sizes)))]
+    for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):  # the largest first, each to the least so far
+        min(parts, key=lambda part: sum(sizes[j] for j in part)).append(i)
+    return [sorted(part) for part in parts]

@@ -263,18 +263,15 @@ def law_of_segment_sum(x: arrays((5,)), segment: st.lists(st.integers(0, 2), min
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64", "complex128"])
-@pytest.mark.parametrize("name", ["gelu", "layer_norm"])
-def test_pieces_change_nothing(name, dtype, monkeypatch):
-    """Otherwise a long array has another GELU, or norm, than a short one."""
+def test_pieces_change_nothing(dtype, monkeypatch):
+    """Otherwise a long array has another GELU than a short one."""
     rng = np.random.default_rng(0)
-    x, *more = (rng.normal(size=shape).astype(dtype) for shape in ((7, 3, 5), (5,), (5,)))
-    arguments = [x[:, ::-1], *more] if name == "layer_norm" else [x[:, ::-1]]
-    g = rng.normal(size=x.shape).astype(dtype)
-    whole, vjp = OPS[name].raw(*arguments)
+    x, g = (rng.normal(size=(7, 3, 5)).astype(dtype) for _ in range(2))
+    whole, vjp = ops.gelu.raw(x[:, ::-1])
     expected = [whole, *vjp(g)]
     for piece in (1, 11, 30, 104):
         monkeypatch.setattr(ops, "PIECE", piece)
-        y, vjp = OPS[name].raw(*arguments)
+        y, vjp = ops.gelu.raw(x[:, ::-1])
         for made, right in zip([y, *vjp(g)], expected, strict=True):
             assert made.dtype == right.dtype and made.shape == right.shape
             close(made, right, rtol=1e-6 if dtype == "float32" else 1e-14)

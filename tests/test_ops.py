@@ -131,7 +131,7 @@ def kept_arrays(function):
         if isinstance(cell.cell_contents, np.ndarray):
             kept[name] = cell.cell_contents
         elif isinstance(cell.cell_contents, types.FunctionType) and cell.cell_contents.__name__ == "vjp":
-            kept["p"] = kept_arrays(cell.cell_contents)["y"]  # attention keeps what its softmax keeps
+            kept |= kept_arrays(cell.cell_contents)
         elif name == "vjps":  # and attention in blocks what each of its attentions keeps
             kept |= kept_arrays(cell.cell_contents[0])
     return kept

@@ -122,15 +122,16 @@ def test_micro_batches_give_the_gradient_of_the_batch(size, nll_weight, loss):
             close(parts[name], whole[name], rtol=1e-12, atol=1e-12)
 
 
-def test_micro_batches_take_every_example_once_and_no_more_rows_than_asked():
-    """Otherwise a step's memory grows with its batch, or an example is left out."""
+def test_micro_batches_take_every_example_once_and_about_as_many_rows_as_asked():
+    """Otherwise a step's memory grows with its batch, or an example is left out, or goes alone for want of a row."""
     params, most = small(0), training.ROWS
 
     def parts(rows, size=None):
         return [list(range(len(rows)))[part] for part in training.micro_batches(rows, size, params)]
 
-    assert parts([most]) == [[0]] and parts([most, 1]) == [[0], [1]] and parts([most + 1, 1]) == [[0], [1]]
-    assert parts([most // 2] * 5) == [[0, 1], [2, 3], [4]] and parts([1, 2, 3]) == [[0, 1, 2]]
+    assert parts([most]) == [[0]] and parts([most, 1]) == [[0, 1]] and parts([3 * most, 1, 3 * most]) == [[0], [1], [2]]
+    assert parts([most // 2] * 4) == [[0, 1], [2, 3]] and parts([1, 2, 3]) == [[0, 1, 2]]
+    assert parts([most // 2] * 6 + [1]) == [[0, 1], [2, 3], [4, 5, 6]] and parts([most // 10] * 13) == [list(range(13))]
     assert parts([most] * 5, 2) == [[0, 1], [2, 3], [4]] and parts([1, 1, 1], 1) == [[0], [1], [2]]
 
 

@@ -31,11 +31,15 @@ class Padded:
         self.workers = workers.Workers(self.policy, self.share_gradient, workers.worker_count(self.policy))
 
     def share_gradient(self, policy, pairs):
-        refs = [logp.data for logp in scoring.padded_logprobs(self.reference, self.work.config, pairs)]
-        out = losses.dpo_loss(*scoring.padded_logprobs(policy, self.work.config, pairs), *refs, BETA)
-        loss = out.loss * (len(pairs) / len(self.work.pairs))
-        loss.backward()
-        return loss.item()
+        total = 0.0
+        rows = [2 * max(len(x) + len(w), len(x) + len(l)) for x, w, l in pairs]
+        for part in training.micro_batches(rows, None, policy):
+            refs = [logp.data for logp in scoring.padded_logprobs(self.reference, self.work.config, pairs[part])]
+            out = losses.dpo_loss(*scoring.padded_logprobs(policy, self.work.config, pairs[part]), *refs, BETA)
+            loss = out.loss * (len(pairs[part]) / len(self.work.pairs))
+            loss.backward()
+            total += loss.item()
+        return total
 
     def gradient(self):
         self.optimizer.zero_grad()
