@@ -40,6 +40,7 @@ def main(module, name, size, seed):
     contender_module = importlib.import_module(f"benchmarks.contenders.{module}")
     work = draw(SIZES[size] if size in SIZES else Size(*map(int, size.split(","))), int(seed))
     made = getattr(contender_module, name)(work)
+    made.work = work = work._replace(policy={}, reference={})  # it has its own, and a step needs no others
     answer(ready=True)
     for line in sys.stdin:
         command, *rest = line.split()

@@ -117,7 +117,8 @@ class Tensor:
     def backward(self, cotangent: Any = None) -> None:
         """Add dL/dleaf to the `grad` of every leaf that this tensor depends on.
 
-        Sweeps add up; set `grad` to None (`Optimizer.zero_grad`) to start anew.
+        Sweeps add up, in place; set `grad` to None (`Optimizer.zero_grad`) to start anew. If a `vjp` fails, `grad`
+        is None in all of them.
 
         Parameters
         ----------
@@ -148,9 +149,11 @@ class Tensor:
         cotangent = xp.asarray(cotangent, dtype=self.dtype)
         if cotangent.shape != self.shape:
             raise ValueError(f"the cotangent has shape {cotangent.shape}, the tensor {self.shape}; they must be equal")
-        for leaf, g in [(node, g) for node, g in sweep(self, cotangent) if node.vjp is None]:
-            total = xp.array(g) if leaf.grad is None else leaf.grad + g  # an array of its own
-            leaf.grad = xp.asarray(total, dtype=leaf.dtype)
+        sums = {node: node.grad for node in tape(self) if node.vjp is None and node.grad is not None}
+        for leaf in sums:
+            leaf.grad = None  # until the sweep is over: one that fails leaves no half of a sum
+        for leaf, g in [(node, g) for node, g in sweep(self, cotangent, sums) if node.vjp is None]:
+            leaf.grad = xp.asarray(g, dtype=leaf.dtype)
 
     def __iter__(self) -> Iterator["Tensor"]:
         return (self[i] for i in range(len(self.data)))
@@ -173,48 +176,55 @@ def _freed(g: Array) -> NoReturn:
 
 
 def tape(output: Tensor) -> list[Tensor]:
-    """All that `output` depends on and that requires a gradient, oldest first."""
+    """All that `output` depends on and that requires a gradient, oldest first.
+
+    Raises
+    ------
+    RuntimeError
+        If an earlier sweep has freed part of it.
+    """
     seen, frontier = {output}, [output]
     while frontier:
-        for parent in frontier.pop().parents:
+        node = frontier.pop()
+        if node.vjp is _freed:
+            _freed(node.data)
+        for parent in node.parents:
             if parent is not None and parent not in seen:
                 seen.add(parent)
                 frontier.append(parent)
     return sorted(seen, key=lambda node: node.creation)
 
 
-def sweep(output: Tensor, cotangent: Array) -> Iterator[tuple[Tensor, Array]]:
+def sweep(output: Tensor, cotangent: Array, sums: dict[Tensor, Array] | None = None) -> Iterator[tuple[Tensor, Array]]:
     """Yield (node, dL/dnode) from `output` down to the leaves, newest first, freeing each node when passed.
 
     Descending creation number is a reverse topological order, so a node's turn comes when all that it
     contributed to have had theirs, and its gradient is complete.
 
     A `vjp` may return one array twice, or its own g: the first gradient of a node is borrowed, the second
-    makes a sum of our own, and only into that are later ones added.
-
-    Raises
-    ------
-    RuntimeError
-        If an earlier sweep has freed part of the graph.
+    makes a sum of our own, and only into that are later ones added. A leaf, which keeps its gradient, has a
+    sum from the first on, or the one in `sums` if it has one there.
     """
     nodes = tape(output)
-    for node in nodes:
-        if node.vjp is _freed:
-            _freed(cotangent)
-    gradients, ours = {output: cotangent}, set()
+    gradients, ours = dict(sums or {}), set(sums or {})
+
+    def receive(node: Tensor, gradient: Array) -> None:
+        if node in ours:
+            gradients[node] += gradient
+        elif node in gradients or node.vjp is None:
+            gradients[node] = gradients.get(node, 0) + gradient
+            ours.add(node)
+        else:
+            gradients[node] = gradient
+
+    receive(output, cotangent)
     while nodes:
         node = nodes.pop()
         if node in gradients:  # else no consumer had a derivative to give
             g = gradients.pop(node)
             yield node, g
             for parent, gradient in parents_gradients(node, g):
-                if parent not in gradients:
-                    gradients[parent] = gradient
-                elif parent not in ours:
-                    gradients[parent] = gradients[parent] + gradient
-                    ours.add(parent)
-                else:
-                    gradients[parent] += gradient
+                receive(parent, gradient)
         if node.vjp:
             node.parents, node.vjp = (), _freed
 

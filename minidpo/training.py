@@ -25,7 +25,7 @@ from .tensor import Tensor
 from .tokenizer import END_OF_TEXT, Tokenizer
 from .workers import Gradient, Workers, shares
 
-ROWS = 640  # of tokens in a forward pass, if nothing is asked for: more were no faster and take more memory
+CACHED = 2**18  # numbers, 4 n_embd for a token, in the widest arrays of a forward pass: these fit a processor's cache
 Example = tuple[list[int], list[int]]  # ids of prompt and response
 Metrics = dict[str, float]
 Loss = Callable[[Any, Any, Any, Any, float], PreferenceLoss]
@@ -77,12 +77,12 @@ def swept(loss: Tensor) -> float:
 
 
 def micro_batches(rows: Sequence[int], size: int | None, params: Params) -> list[slice]:
-    """Parts of examples that have so many `rows` each: `size` examples; if that is None, about `ROWS` rows, and on a
-    device all at once.
+    """Parts of examples that have so many `rows` of tokens each: `size` examples; if that is None, as many as keep
+    about to `CACHED`, and on a device all at once.
     """
     starts = list(range(0, len(rows), size or len(rows)))
     if size is None and all(on_host(p.data) for p in params.values()):
-        ends, parts = numpy.cumsum(rows), round(sum(rows) / ROWS)
+        ends, parts = numpy.cumsum(rows), round(sum(rows) * 4 * params["wte.weight"].shape[1] / CACHED)
         part = (ends - numpy.asarray(rows) / 2) * parts // ends[-1]  # in which an example's middle row lies
         starts = [0, *(1 + numpy.flatnonzero(numpy.diff(part))).tolist()]
     return [slice(start, end) for start, end in zip(starts, [*starts[1:], len(rows)])]

@@ -147,11 +147,13 @@ class Workers:
     def answered(self, leaves: Params, share: Any, gradient: dict[str, Array]) -> dict[str, Any]:
         """What a worker says of a share, having left its gradient."""
         try:
-            for p in leaves.values():
-                p.grad = None
+            for name, p in leaves.items():
+                gradient[name][...] = 0
+                p.grad = gradient[name]  # a sweep adds to it in place
             said = self.gradient(leaves, share)
             for name, p in leaves.items():
-                gradient[name][...] = 0 if p.grad is None else p.grad
+                if p.grad is not gradient[name]:
+                    gradient[name][...] = p.grad
             return {"said": said}
         except FloatingPointError as error:
             return {"not finite": str(error)}

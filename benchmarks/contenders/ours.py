@@ -58,7 +58,7 @@ class Best(Padded):
 
     def prepare(self):
         refs = training.reference_logprobs(self.reference, self.work.config, self.work.pairs)
-        self.batch = preferences.collate(self.work.pairs, *refs)
+        self.batch, self.reference = preferences.collate(self.work.pairs, *refs), {}
         gradient = training.pair_gradient(self.work.config, BETA)
         self.workers = workers.Workers(self.policy, gradient, workers.worker_count(self.policy))
 

@@ -118,7 +118,7 @@ class Best(Padded):
         self.earlier = torch.ones(T, T, dtype=torch.bool).tril()
         self.logps = self.shared_logps
         with torch.no_grad():
-            self.cached = self.logps(self.reference)
+            self.cached, self.reference = self.logps(self.reference), {}
 
     def shared_logps(self, params):
         config, H = self.work.config, self.work.config.n_head
