@@ -69,6 +69,15 @@ def test_gradients_accumulate_over_sweeps():
     assert t.grad == 4.0
 
 
+def test_a_later_sweep_adds_in_place():
+    """Otherwise a model's gradients stand in memory twice, and a worker's are not where it was told to leave them."""
+    t = leaf(np.ones(3))
+    mine = t.grad = np.ones(3)
+    for _ in range(2):
+        ops.sum(t * 5.0).backward()
+    assert t.grad is mine and mine.tolist() == [11, 11, 11]
+
+
 def test_only_leaves_get_grad():
     """Otherwise every activation's gradient would outlive the sweep."""
     t = leaf(2.0)

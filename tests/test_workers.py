@@ -157,7 +157,8 @@ def test_shares_hold_every_example_once(sizes, count):
     assert sorted(i for part in parts for i in part) == list(range(len(sizes)))
     assert len(parts) == min(count, len(sizes)) and all(parts)
     totals = [sum(sizes[i] for i in part) for part in parts]
-    assert max(totals) - min(totals) <= max(sizes)
+    fullest = max(parts, key=lambda part: sum(sizes[i] for i in part))
+    assert max(totals) - min(totals) <= min(sizes[i] for i in fullest)
 
 
 def test_blas_has_the_threads_that_it_is_given():
