@@ -21,7 +21,6 @@ import numpy
 
 from .backend import Array, on_host
 from .model import Params
-from .tensor import Tensor
 
 MOST = 8  # workers; more have not been tried
 Gradient = Callable[[Params, Any], Any]  # sweeps the losses of a share, which is JSON as is what it returns
@@ -136,22 +135,23 @@ class Workers:
             low, high = sorted((asked, answered))
             for first, last in ((3, low), (low + 1, high), (high + 1, os.sysconf("SC_OPEN_MAX"))):
                 os.closerange(first, last)  # a lock, other workers' pipes: none may outlive its owner here
-            leaves = {name: Tensor(x, self.params[name].requires_grad) for name, x in self.weights.items()}
+            for name, x in self.weights.items():
+                self.params[name].data = x  # and what was inherited is freed
             with open(asked) as questions, open(answered, "w") as answers, blas_threads(1):
                 for question in questions:
-                    answers.write(json.dumps(self.answered(leaves, json.loads(question), gradient)) + "\n")
+                    answers.write(json.dumps(self.answered(json.loads(question), gradient)) + "\n")
                     answers.flush()
         finally:
             os._exit(0)
 
-    def answered(self, leaves: Params, share: Any, gradient: dict[str, Array]) -> dict[str, Any]:
+    def answered(self, share: Any, gradient: dict[str, Array]) -> dict[str, Any]:
         """What a worker says of a share, having left its gradient."""
         try:
-            for name, p in leaves.items():
+            for name, p in self.params.items():
                 gradient[name][...] = 0
                 p.grad = gradient[name]  # a sweep adds to it in place
-            said = self.gradient(leaves, share)
-            for name, p in leaves.items():
+            said = self.gradient(self.params, share)
+            for name, p in self.params.items():
                 if p.grad is not gradient[name]:
                     gradient[name][...] = p.grad
             return {"said": said}

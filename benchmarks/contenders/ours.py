@@ -28,7 +28,12 @@ class Padded:
         self.prepare()
 
     def prepare(self):
-        self.workers = workers.Workers(self.policy, self.share_gradient, workers.worker_count(self.policy))
+        """What is done once."""
+
+    @functools.cached_property
+    def workers(self):
+        """Forked at the first step, with what a step needs and nothing else."""
+        return workers.Workers(self.policy, self.share_gradient, workers.worker_count(self.policy))
 
     def share_gradient(self, policy, pairs):
         total = 0.0
@@ -59,8 +64,7 @@ class Best(Padded):
     def prepare(self):
         refs = training.reference_logprobs(self.reference, self.work.config, self.work.pairs)
         self.batch, self.reference = preferences.collate(self.work.pairs, *refs), {}
-        gradient = training.pair_gradient(self.work.config, BETA)
-        self.workers = workers.Workers(self.policy, gradient, workers.worker_count(self.policy))
+        self.share_gradient = training.pair_gradient(self.work.config, BETA)
 
     def gradient(self):
         with unmoved(self.optimizer):
@@ -97,9 +101,8 @@ class Products(Best):
 
     def prepare(self):
         self.arrays = functools.cache(numpy.random.default_rng(0).random)  # one of each shape
-        self.workers = workers.Workers(self.policy, self.share_products, workers.worker_count(self.policy))
 
-    def share_products(self, policy, pairs):
+    def share_gradient(self, policy, pairs):
         for part in training.micro_batches([sum(map(len, pair)) for pair in pairs], None, policy):
             for times, (n, k, m) in products(self.work.config, pairs[part]):
                 x, y, g = (self.arrays(shape, "float32") for shape in ((n, k), (k, m), (n, m)))
