@@ -156,7 +156,7 @@ def graph(tensor: Tensor, names: Mapping[str, Tensor] | None = None) -> Graph:
             }
         )
     ones = array_module(tensor.data).ones(tensor.shape, dtype=tensor.dtype)
-    for node, g in sweep(tensor, ones):
+    for node, g in sweep(nodes, ones):
         told = listed[number[node]]
         told["gradient_norm"] = math.sqrt((g.astype("float64") ** 2).sum().item())
         told["gradient"] = to_host(g).reshape(-1).tolist() if g.size <= SMALL else None

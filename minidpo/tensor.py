@@ -149,10 +149,11 @@ class Tensor:
         cotangent = xp.asarray(cotangent, dtype=self.dtype)
         if cotangent.shape != self.shape:
             raise ValueError(f"the cotangent has shape {cotangent.shape}, the tensor {self.shape}; they must be equal")
-        sums = {node: node.grad for node in tape(self) if node.vjp is None and node.grad is not None}
+        nodes = tape(self)
+        sums = {node: node.grad for node in nodes if node.vjp is None and node.grad is not None}
         for leaf in sums:
             leaf.grad = None  # until the sweep is over: one that fails leaves no half of a sum
-        for leaf, g in [(node, g) for node, g in sweep(self, cotangent, sums) if node.vjp is None]:
+        for leaf, g in [(node, g) for node, g in sweep(nodes, cotangent, sums) if node.vjp is None]:
             leaf.grad = xp.asarray(g, dtype=leaf.dtype)
 
     def __iter__(self) -> Iterator["Tensor"]:
@@ -195,8 +196,12 @@ def tape(output: Tensor) -> list[Tensor]:
     return sorted(seen, key=lambda node: node.creation)
 
 
-def sweep(output: Tensor, cotangent: Array, sums: dict[Tensor, Array] | None = None) -> Iterator[tuple[Tensor, Array]]:
-    """Yield (node, dL/dnode) from `output` down to the leaves, newest first, freeing each node when passed.
+def sweep(
+    nodes: list[Tensor], cotangent: Array, sums: dict[Tensor, Array] | None = None
+) -> Iterator[tuple[Tensor, Array]]:
+    """Yield (node, dL/dnode) from the last of a tape, the output, down to the leaves, newest first.
+
+    Each node is freed and leaves `nodes` when it is passed.
 
     Descending creation number is a reverse topological order, so a node's turn comes when all that it
     contributed to have had theirs, and its gradient is complete.
@@ -205,7 +210,6 @@ def sweep(output: Tensor, cotangent: Array, sums: dict[Tensor, Array] | None = N
     makes a sum of our own, and only into that are later ones added. A leaf, which keeps its gradient, has a
     sum from the first on, or the one in `sums` if it has one there.
     """
-    nodes = tape(output)
     gradients, ours = dict(sums or {}), set(sums or {})
 
     def receive(node: Tensor, gradient: Array) -> None:
@@ -217,7 +221,7 @@ def sweep(output: Tensor, cotangent: Array, sums: dict[Tensor, Array] | None = N
         else:
             gradients[node] = gradient
 
-    receive(output, cotangent)
+    receive(nodes[-1], cotangent)
     while nodes:
         node = nodes.pop()
         if node in gradients:  # else no consumer had a derivative to give

@@ -205,6 +205,9 @@ class Workers:
 def shares(sizes: Sequence[int], count: int) -> list[list[int]]:
     """Indices of examples, shared out so that the shares' sizes are about equal; none is empty."""
     parts: list[list[int]] = [[] for _ in range(min(count, len(sizes)))]
+    totals = [0] * len(parts)
     for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):  # the largest first, each to the least so far
-        min(parts, key=lambda part: sum(sizes[j] for j in part)).append(i)
+        least = totals.index(min(totals))
+        parts[least].append(i)
+        totals[least] += sizes[i]
     return [sorted(part) for part in parts]

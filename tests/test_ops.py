@@ -14,7 +14,7 @@ from minidpo import Tensor, ops
 from minidpo.cases import CASES
 from minidpo.gradcheck import STEP, check_vjp
 from minidpo.ops import OPS
-from minidpo.tensor import sweep
+from minidpo.tensor import sweep, tape
 
 every_op = pytest.mark.parametrize("name", OPS)
 
@@ -231,7 +231,7 @@ def test_a_constant_of_another_dtype_keeps_gradients_in_that_of_the_leaf():
         lambda h: h * np.ones(2) @ np.eye(2),
     ):
         h = ops.exp(Tensor(np.ones((2, 2), dtype="float32"), requires_grad=True))
-        dtypes = {node.op: gradient.dtype.name for node, gradient in sweep(function(h), g)}
+        dtypes = {node.op: gradient.dtype.name for node, gradient in sweep(tape(function(h)), g)}
         assert (dtypes["exp"], dtypes["leaf"]) == ("float32", "float32")
 
 

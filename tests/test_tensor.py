@@ -125,7 +125,7 @@ def test_the_tape_is_in_order_of_creation():
     b = ops.log(a)
     c = a + b
     assert tape(c) == [t, a, b, c]
-    assert [node for node, _ in sweep(c, np.ones(()))] == [c, b, a, t]
+    assert [node for node, _ in sweep(tape(c), np.ones(()))] == [c, b, a, t]
 
 
 def test_activations_die_as_the_sweep_passes():
