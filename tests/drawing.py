@@ -39,6 +39,13 @@ def cases(draw, name):
     return CASES[name](HypothesisDraw(draw))
 
 
+def each_array(function, x):
+    """A function of every array in an argument, also inside an index; all else as it is."""
+    if isinstance(x, tuple):
+        return tuple(each_array(function, part) for part in x)
+    return function(x) if isinstance(x, np.ndarray) else x
+
+
 def arrays(shape=(2, 3), low=-3.0, high=3.0):
     return hnp.arrays(np.float64, shape, elements=st.floats(low, high))
 

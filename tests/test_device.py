@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from device_double import cupy, ndarray
-from drawing import cases, is_varied, seeds
+from drawing import cases, each_array, is_varied, seeds
 from minidpo import (
     Tensor,
     checkpoint,
@@ -43,13 +43,6 @@ def double_is_cupy():
         yield
 
 
-def uploaded(x):
-    """Arrays, also those inside an index, moved to the device; all else as it is."""
-    if isinstance(x, np.ndarray):
-        return cupy.asarray(x)
-    return tuple(uploaded(part) for part in x) if isinstance(x, tuple) else x
-
-
 @pytest.mark.parametrize("refused", [
     lambda x: np.asarray(x),
     lambda x: np.exp(x),
@@ -77,7 +70,7 @@ def test_every_op_stays_on_the_device(name, data, seed):
     """Otherwise an op works on every laptop and fails on the first GPU."""
     arguments, options = data.draw(cases(name))
     y, vjp = OPS[name].raw(*arguments, **options)
-    on_device, device_vjp = OPS[name].raw(*uploaded(arguments), **options)
+    on_device, device_vjp = OPS[name].raw(*each_array(cupy.asarray, arguments), **options)
     assert type(on_device) is (ndarray if any(is_varied(x) for x in arguments) else type(y))
     if not isinstance(on_device, ndarray):
         return

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from drawing import cases, is_varied, seeds
+from drawing import cases, each_array, is_varied, seeds
 from minidpo import generation, losses, model, optim, preferences, training
 from minidpo.backend import DeviceError, device_module, to_host
 from minidpo.model import Config
@@ -34,31 +34,17 @@ def close(found, expected, tolerance):
     np.testing.assert_allclose(found.get(), expected, rtol=0, atol=tolerance * max(largest, 1e-300))
 
 
-def cast(x, dtype):
-    """Floating-point arrays in a dtype, also those inside an index; all else as it is."""
-    if isinstance(x, tuple):
-        return tuple(cast(part, dtype) for part in x)
-    return x.astype(dtype) if isinstance(x, np.ndarray) and x.dtype.kind == "f" else x
-
-
-def uploaded(x):
-    """Arrays, also those inside an index, on the GPU; all else as it is."""
-    if isinstance(x, tuple):
-        return tuple(uploaded(part) for part in x)
-    return cupy.asarray(x) if isinstance(x, np.ndarray) else x
-
-
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("name", OPS)
 @given(data=st.data(), seed=seeds)
 def test_an_op_gives_the_same(name, dtype, data, seed):
     """Forward and vjp; otherwise what the tests on a laptop prove of an op is not so on a GPU."""
     arguments, options = data.draw(cases(name))
-    arguments = [cast(x, dtype) for x in arguments]
+    arguments = each_array(lambda x: x.astype(dtype) if x.dtype.kind == "f" else x, arguments)
     if not any(is_varied(x) for x in arguments):
         return
     y, vjp = OPS[name].raw(*arguments, **options)
-    there, vjp_there = OPS[name].raw(*[uploaded(x) for x in arguments], **options)
+    there, vjp_there = OPS[name].raw(*each_array(cupy.asarray, arguments), **options)
     close(there, y, TOLERANCE[dtype])
     g = np.random.default_rng(seed).normal(size=y.shape).astype(y.dtype)
     for found, expected in zip(vjp_there(cupy.asarray(g)), vjp(g), strict=True):
