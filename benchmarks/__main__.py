@@ -13,7 +13,7 @@ import statistics
 
 from benchmarks import speed
 from benchmarks.workload import SIZES, draw
-from minidpo import report
+from minidpo import checkpoint, report
 
 RESULTS = pathlib.Path(__file__).parent / "results"
 BASELINES = {"step": "PyTorch eager, padded", "sampling": "PyTorch eager"}
@@ -68,7 +68,7 @@ def main():
             print(*[f"  not measured: {line}" for line in missing], table(results, baseline), sep="\n", flush=True)
     if "growth" in options.suites:
         told["growth"] = growth(options.seed)
-    path.write_text(json.dumps(told, indent=1) + "\n")
+    checkpoint.write_whole(path, (json.dumps(told, indent=1) + "\n").encode())
     drawn = report.picture(options.out / "speed.png", panels(told["growth"]))
     print(f"written to {options.out}" + ("" if drawn else f"; {report.NO_CURVES}"))
 

@@ -56,5 +56,5 @@ if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:
         runs = [one_seed(Path(folder) / f"demo{seed}", seed) for seed in seeds]
     RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps(runs, indent=2) + "\n")
+    demo.checkpoint.write_whole(RESULTS, (json.dumps(runs, indent=2) + "\n").encode())
     print(f"written to {RESULTS}")
