@@ -288,7 +288,7 @@ def parser() -> argparse.ArgumentParser:
         "how much true reward each method buys with how much KL",
         "Run DPO, IPO, policy gradients, preferred fine-tuning, unlikelihood and best-of-N in small worlds, with exact "
         "true reward and exact KL to the reference, and print how far each ends below the best that its KL could buy. "
-        "About ten seconds for three worlds.",
+        "About twenty seconds for three worlds.",
         name="frontier",
     )
     added.add_argument("--out", type=Path, default=Path("frontier"), help="folder for frontier.json and frontier.png")
