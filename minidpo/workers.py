@@ -23,6 +23,7 @@ from .backend import Array, on_host
 from .model import Params
 
 MOST = 8  # workers; more have not been tried
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's numbers for what mallopt sets
 Gradient = Callable[[Params, Any], Any]  # sweeps the losses of a share, which is JSON as is what it returns
 
 
@@ -57,6 +58,18 @@ def blas_threads(count: int) -> Iterator[None]:
             found.set(before)
 
 
+@functools.cache
+def keep_memory() -> None:
+    """Let the C library keep what freed arrays leave for the next ones: the system would clear each page anew.
+
+    Nothing changes where the library is not glibc. (mallopt(3))
+    """
+    with contextlib.suppress(AttributeError, TypeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(M_TRIM_THRESHOLD, -1)  # never
+        mallopt(M_MMAP_THRESHOLD, 2**25)  # bytes, the most there can be
+
+
 def worker_count(params: Params) -> int:
     """As many as NumPy has BLAS threads, up to `MOST`; one where these cannot be set, on a device, or without fork."""
     found = blas()
@@ -86,7 +99,7 @@ class Worker(NamedTuple):
 
 
 class Workers:
-    """A process and its workers.
+    """A process and its workers, all of which keep the memory that they once had (`keep_memory`).
 
     Parameters
     ----------
@@ -99,6 +112,7 @@ class Workers:
     """
 
     def __init__(self, params: Params, gradient: Gradient, count: int):
+        keep_memory()
         self.params, self.gradient = params, gradient
         self.weights = shared_arrays(params) if count > 1 else {}
         self.others = [self.forked() for _ in range(count - 1)]

@@ -1,10 +1,13 @@
 """Several processes, one gradient."""
 
+import ctypes
 import json
 import os
+import platform
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 from pathlib import Path
 
@@ -173,6 +176,36 @@ def test_blas_has_the_threads_that_it_is_given():
     with pytest.raises(KeyError), workers.blas_threads(1):
         raise KeyError
     assert found.get() == before
+
+
+def test_memory_that_an_array_leaves_is_kept_for_the_next():
+    """Otherwise the system clears the pages of a graph anew for every micro-batch, up to a tenth of a step."""
+    if platform.libc_ver()[0] != "glibc":
+        pytest.skip("the C library is not glibc")
+    code = """
+        import resource
+        import numpy
+        from minidpo import Tensor
+        from minidpo.workers import Workers
+
+        def pages_taken():
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+            graph = [numpy.ones(2**18) for _ in range(10)]  # 20 MiB, 5120 pages
+            return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+        Workers({"x": Tensor(numpy.zeros(1))}, None, 1)
+        print(pages_taken(), pages_taken(), pages_taken())
+    """
+    run = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=True)
+    first, *later = map(int, run.stdout.split())
+    assert max(later) < first / 10
+
+
+@pytest.mark.parametrize("library", [lambda name: object(), lambda name: name + "so"])
+def test_another_c_library_keeps_memory_as_it_does(library, monkeypatch):
+    """Otherwise there is no training on macOS, whose library has no mallopt, or on Windows, which refuses None."""
+    monkeypatch.setattr(ctypes, "CDLL", library)
+    workers.keep_memory.__wrapped__()
 
 
 def test_one_worker_where_there_can_be_no_more(monkeypatch, cupy):
