@@ -180,10 +180,10 @@ def flops(config, pairs):
     C, total = config.n_embd, 0
     for x, w, l in pairs:
         X, W, L = len(x), len(w) - 1, len(l) - 1
-        seen = X * X + W * (X + W) + L * (X + L)
+        seen = (X - 1) ** 2 + W * (X + W) + (L + 1) * (X + L)
         total += config.n_layer * (12 * C * C * (X + W + L) + 2 * C * seen) + config.vocab_size * C * (W + L + 1)
         total -= 8 * C * C * (X - 1)  # past the last attention the prompt's last row goes on alone
-        total -= C * C * (X - 1)  # nor is its attention projected
+        total -= C * C * (X - 1) + 2 * C * (X - 1) ** 2  # the others' attention is neither projected nor computed
     return 3 * 2 * total
 
 

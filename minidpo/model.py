@@ -19,10 +19,11 @@ checkpoint of ours is a GPT-2 checkpoint:
     ln_f.weight, .bias        (C,)              the last layer norm
 """
 
-import functools
 import math
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import compress
 from typing import Any, NamedTuple
 
 from . import ops
@@ -199,18 +200,24 @@ def row_logits(
     config: Config,
     rows: Rows,
     attend: Callable[[int, Tensor], Tensor] | None = None,
-    wanted: Array | None = None,
+    wanted: Sequence[int] | None = None,
 ) -> Tensor:
     """Logits of rows, (N, V), or of those that are `wanted`, (M,) in ascending order: past the last attention no row
     needs another. `attend(i, qkv)` takes the place of attention within blocks in layer i.
     """
     xp = array_module(params["wte.weight"].data)
     tokens, places = xp.asarray(rows.tokens), xp.asarray(rows.places)
-    wanted = None if wanted is None else xp.asarray(wanted)
-    attend = attend or functools.partial(within_blocks, tuple(rows.blocks), hidden(places, rows.blocks))
+    last, remaining = config.n_layer - 1, None if wanted is None else xp.asarray(wanted)
+    asked = [wanted is None or bisect_left(wanted, q.start) < bisect_left(wanted, q.stop) for q, _, _ in rows.blocks]
+    everywhere = tuple(rows.blocks), hidden(places, rows.blocks)
+    at_last = tuple(tuple(compress(part, asked)) for part in everywhere)  # without blocks that have no wanted query
+
+    def within_blocks(i: int, qkv: Tensor) -> Tensor:
+        return ops.block_attention(qkv, *(at_last if i == last else everywhere))
+
     x = ops.embedding(params["wte.weight"], tokens) + ops.embedding(params["wpe.weight"], places)  # (N,) -> (N, C)
     for i in range(config.n_layer):
-        x = layer(params, config, i, x, attend, wanted if i == config.n_layer - 1 else None)
+        x = layer(params, config, i, x, attend or within_blocks, remaining if i == last else None)
     x = ops.layer_norm(x, params["ln_f.weight"], params["ln_f.bias"])
     return x @ ops.transpose(params["wte.weight"])  # (M, C) -> (M, V)
 
@@ -223,11 +230,6 @@ def hidden(places: Array, blocks: Sequence[Block]) -> tuple[Array, ...]:
         q, k = q[: q.shape[0] // count], k[: k.shape[0] // count]  # the texts of a block are alike
         told.append(array_module(places).where(k[:, None] > q, -math.inf, 0.0).astype("float32"))
     return tuple(told)
-
-
-def within_blocks(blocks: tuple[Block, ...], hidden: tuple[Array, ...], i: int, qkv: Tensor) -> Tensor:
-    """Attention of layer i, among the rows of each block."""
-    return ops.block_attention(qkv, blocks, hidden)
 
 
 def layer(

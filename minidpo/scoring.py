@@ -81,7 +81,7 @@ def shared_logprobs(params: Params, config: Config, pairs: Sequence[Pair]) -> tu
 
     A pair's rows are chosen | prompt | rejected: each response and the prompt are then one slice of keys.
     The prompt sees itself, either response itself and the prompt, and the last prompt row predicts both first
-    tokens.
+    tokens: it stands with the rejected ones, so that the prompt's block has no row that is wanted.
 
     Raises
     ------
@@ -96,13 +96,14 @@ def shared_logprobs(params: Params, config: Config, pairs: Sequence[Pair]) -> tu
         check_length(len(x) + max(len(w), len(l)) - 1, config)
         start, prompt = len(tokens), len(tokens) + len(w) - 1  # rows where the pair and its prompt begin
         rejected, end = prompt + len(x), prompt + len(x) + len(l) - 1
+        last = rejected - 1  # of the prompt
         tokens += [*w[:-1], *x, *l[:-1]]
         places += [*range(len(x), len(x) + len(w) - 1), *range(len(x) + len(l) - 1)]
-        blocks.append((slice(prompt, rejected), slice(prompt, rejected), 1))
+        blocks.append((slice(last, end), slice(prompt, end), 1))
         blocks += [(slice(start, prompt), slice(start, rejected), 1)] if start < prompt else []
-        blocks += [(slice(rejected, end), slice(prompt, end), 1)] if rejected < end else []
+        blocks += [(slice(prompt, last), slice(prompt, last), 1)] if prompt < last else []
         for y, rows, response in ((w, range(start, prompt), b), (l, range(rejected, end), len(pairs) + b)):
-            picks += zip([rejected - 1, *rows], y, [response] * len(y))
+            picks += zip([last, *rows], y, [response] * len(y))
     laid_out = Rows(index_array(tokens, config.vocab_size, array_module()), asarray(places), blocks)
     return picked_sums(*wanted_logits(params, config, laid_out, picks), len(pairs))
 
@@ -150,7 +151,7 @@ def wanted_logits(params: Params, config: Config, rows: Rows, picks: list[Pick])
     """The logits of those rows alone that predict a token, and the picks with the numbers that these rows then have."""
     wanted = sorted({row for row, _, _ in picks})
     number = {row: i for i, row in enumerate(wanted)}
-    logits = row_logits(params, config, rows, wanted=asarray(wanted))
+    logits = row_logits(params, config, rows, wanted=wanted)
     return logits, [(number[row], token, response) for row, token, response in picks]
 
 

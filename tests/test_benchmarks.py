@@ -67,8 +67,9 @@ def test_operations_are_counted_on_the_graph():
             rows, inner = graph.nodes[node.parents[0]].shape
             forward += 2 * rows * inner * node.shape[1]
     for x, w, l in work.pairs:
-        keys = len(x) ** 2 + (len(w) - 1) * (len(x) + len(w) - 1) + (len(l) - 1) * (len(x) + len(l) - 1)
-        forward += work.config.n_layer * 2 * 2 * keys * work.config.n_embd
+        responses = (len(w) - 1) * (len(x) + len(w) - 1) + len(l) * (len(x) + len(l) - 1)
+        scores = work.config.n_layer * responses + (work.config.n_layer - 1) * (len(x) - 1) ** 2
+        forward += 2 * 2 * scores * work.config.n_embd
     assert speed.flops(work.config, work.pairs) == 3 * forward
     floor = ours.products(work.config, work.pairs)
     assert sum(2 * times * n * k * m for times, (n, k, m) in floor) == forward

@@ -124,11 +124,13 @@ def products(config, pairs):
     for times, N in ((layers - 1, rows), (1, wanted)):
         found += [(times, (N, C, C)), (times, (N, C, 4 * C)), (times, (N, 4 * C, C))]
     for x, w, l in pairs:
-        for queries, keys in ((len(x), 0), (len(w) - 1, len(x)), (len(l) - 1, len(x))):
-            found += [
-                (layers * H, (queries, C // H, queries + keys)),
-                (layers * H, (queries, queries + keys, C // H)),
-            ]
+        X = len(x)
+        for times, T, S in (
+            (layers - 1, X - 1, X - 1),
+            (layers, len(w) - 1, X + len(w) - 1),
+            (layers, len(l), X + len(l) - 1),
+        ):
+            found += [(times * H, (T, C // H, S)), (times * H, (T, S, C // H))]
     return found
 
 

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.workload import BETA, LEARNING_RATE, endless, padded
+from minidpo import workers
 
 torch.set_num_threads(2)
 
@@ -18,7 +19,7 @@ def layers(params, config, x, attend, rows=None):
     for i in range(config.n_layer):
         p = {name: params[f"h.{i}.{name}"] for name in LAYER}
         h = F.layer_norm(x, x.shape[-1:], p["ln_1.weight"], p["ln_1.bias"])
-        y = attend(h @ p["attn.c_attn.weight"] + p["attn.c_attn.bias"])
+        y = attend(i, h @ p["attn.c_attn.weight"] + p["attn.c_attn.bias"])
         if rows is not None and i == config.n_layer - 1:
             x, y = x[rows], y[rows]
         x = x + y @ p["attn.c_proj.weight"] + p["attn.c_proj.bias"]
@@ -56,7 +57,7 @@ class Padded:
     def padded_logps(self, params):
         config, (B, T) = self.work.config, self.inputs.shape
 
-        def attend(qkv):  # (B, T, 3C) -> (B, T, C)
+        def attend(i, qkv):  # (B, T, 3C) -> (B, T, C)
             q, k, v = qkv.view(B, T, 3, config.n_head, -1).permute(2, 0, 3, 1, 4)
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
             return y.transpose(1, 2).reshape(B, T, -1)
@@ -87,6 +88,14 @@ class Padded:
         self.optimizer.step()
 
 
+class Kept(Padded):
+    """The same with the C library set as minidpo sets it."""
+
+    def prepare(self):
+        workers.keep_memory()
+        super().prepare()
+
+
 class Compiled(Padded):
     """The same through torch.compile."""
 
@@ -97,6 +106,7 @@ class Best(Padded):
     """The recipe of minidpo: cached reference, prefixes shared, nothing padded, response rows only at the end."""
 
     def prepare(self):
+        workers.keep_memory()
         tokens, places, self.cuts, heads, targets, owners = [], [], [], [], [], []
         B = len(self.work.pairs)
         for b, (x, w, l) in enumerate(self.work.pairs):
@@ -123,20 +133,24 @@ class Best(Padded):
     def shared_logps(self, params):
         config, H = self.work.config, self.work.config.n_head
 
-        def attend(qkv):  # (N, 3C) -> (N, C)
+        def attend(i, qkv):  # (N, 3C) -> (N, C)
             q, k, v = qkv.view(len(qkv), 3, H, -1).permute(1, 2, 0, 3)  # (H, N, D) each
             parts = []
             for start, prompt, rejected, end in self.cuts:
-                x = slice(prompt, rejected)
-                for rows in (slice(start, prompt), x, slice(rejected, end)):
-                    n = rows.stop - rows.start
-                    if rows == x:
-                        y = F.scaled_dot_product_attention(q[None, :, x], k[None, :, x], v[None, :, x], is_causal=True)
-                    else:
-                        keys, values = (torch.cat([a[None, :, x], a[None, :, rows]], 2) for a in (k, v))
-                        m = keys.shape[2] - n
-                        seen = self.earlier[m : m + n, : m + n]
-                        y = F.scaled_dot_product_attention(q[None, :, rows], keys, values, attn_mask=seen)
+                x, w, others, l = map(
+                    slice, (prompt, start, prompt, rejected - 1), (rejected, prompt, rejected - 1, end)
+                )
+                for rows, *keys in ((w, x, w), (others, others), (l, slice(prompt, end))):
+                    queries = q[None, :, rows]
+                    if rows == others and i == config.n_layer - 1:
+                        parts.append(torch.zeros_like(queries[0]))  # which nobody needs
+                        continue
+                    seen, n = None, rows.stop - rows.start
+                    sources = [torch.cat([a[None, :, part] for part in keys], 2) for a in (k, v)]
+                    if rows != others:
+                        earlier = sources[0].shape[2] - n
+                        seen = self.earlier[earlier : earlier + n, : earlier + n]
+                    y = F.scaled_dot_product_attention(queries, *sources, attn_mask=seen, is_causal=seen is None)
                     parts.append(y[0])
             return torch.cat(parts, 1).transpose(0, 1).reshape(len(qkv), -1)
 
@@ -165,10 +179,9 @@ class Sampling:
         draws = torch.Generator().manual_seed(0)
         new, start, drawn = torch.tensor(prompt), 0, 0
         while True:
-            n, at = len(new), iter(range(config.n_layer))
+            n = len(new)
 
-            def attend(qkv):
-                i = next(at)  # noqa: B023
+            def attend(i, qkv):
                 q, k, v = qkv.view(n, 3, H, -1).permute(1, 2, 0, 3)  # noqa: B023
                 cache[i, 0, :, start : start + n], cache[i, 1, :, start : start + n] = k, v  # noqa: B023
                 keys, values = cache[i, :, :, : start + n]  # noqa: B023
@@ -207,6 +220,7 @@ class BestOnGPU(OnGPU, Best):
 CONTENDERS = {
     "step": {
         "PyTorch eager, padded": Padded,
+        "PyTorch eager, padded, memory kept": Kept,
         "PyTorch compiled, padded": Compiled,
         "PyTorch eager, our recipe": Best,
     },
