@@ -9,65 +9,11 @@ from pathlib import Path
 
 import numpy
 
-from . import (
-    assumptions,
-    checkpoint,
-    course,
-    demo,
-    dynamics,
-    frontier,
-    inspection,
-    laboratory,
-    model,
-    mutants,
-    preferences,
-    recipes,
-    report,
-)
+from . import checkpoint, checks, course, demo, inspection, preferences, recipes, report
 from .backend import device_fault
-from .cases import CASES, RandomDraw
 from .checkpoint import CheckpointError
-from .gradcheck import TOLERANCE, GradientError, check_vjp
-from .loop import Interrupted, described
-from .model import Config
-from .ops import OPS
-
-
-def check(options: argparse.Namespace) -> int:
-    """Print one row per op with its worst error by each method; return 1 if an op failed."""
-    print(f"{'op':<18}{'central':>10}{'complex':>10}{'cases':>8}", flush=True)
-    failures = []
-    for name in OPS:
-        row = ""
-        for method in TOLERANCE:
-            rng = numpy.random.default_rng(options.seed)
-            draw = RandomDraw(rng)
-            try:
-                worst = 0.0
-                for _ in range(options.cases):
-                    arguments, keywords = CASES[name](draw)
-                    worst = max(worst, check_vjp(OPS[name], *arguments, rng=rng, method=method, **keywords))
-                row += f"{worst:>10.1e}"
-            except GradientError as error:
-                failures.append(str(error))
-                row += f"{'FAILED':>10}"
-        print(f"{name:<18}{row}{options.cases:>8}", flush=True)
-    bounds = ", ".join(f"{method} {bound:.0e}" for method, bound in TOLERANCE.items())
-    print(f"\n{len(OPS)} ops, all within: {bounds}" if not failures else "")
-    for failure in failures:
-        print(failure, file=sys.stderr)
-    return 1 if failures else 0
-
-
-def oracles(options: argparse.Namespace) -> int:
-    """Print what the normalisation oracle and the chain rule say of the right score and of eleven wrong ones."""
-    rng = numpy.random.default_rng(options.seed)
-    config = Config(vocab_size=4, n_positions=8, n_embd=8, n_layer=2, n_head=2)
-    params = model.init(config, rng, dtype="float64")
-    for p in params.values():
-        p.data = p.data + 0.5 * rng.normal(size=p.shape)  # far from uniform, so that every mistake shows
-    print(mutants.as_text(mutants.verdicts(params, config, [2, 1, 3], cap=3)))
-    return 0
+from .loop import Interrupted
+from .runs import described
 
 
 def resume(options: argparse.Namespace) -> int:
@@ -78,46 +24,6 @@ def resume(options: argparse.Namespace) -> int:
     again = parser().parse_args([*given, f"--out={options.folder}"])
     again.resume = True
     return again.run(again)
-
-
-VERDICTS = {True: "holds", False: "FAILS", None: "shown"}
-
-
-def exactly(options: argparse.Namespace) -> int:
-    """Run the laboratory; return 1 if a claim does not hold."""
-    world = laboratory.small_world(options.seed)
-    print(f"{len(world.prompts)} prompts, {len(world.responses)} responses to each", flush=True)
-    claims = []
-    for part in (*laboratory.LABORATORY, assumptions.finite_margins, dynamics.beta_early_and_late):
-        print(f"\n{(part.__doc__ or '').splitlines()[0]}", flush=True)
-        for claim in part(world, options.seed):
-            claims.append(claim)
-            print(f"  {VERDICTS[claim.holds]} {claim.number:>10.2e}  {claim.text}", flush=True)
-    print("\nWhat breaks it, at beta 0.5: total variation to pi*, true reward, KL to the reference in nats")
-    for row in assumptions.what_breaks_it(world, options.seed):
-        print(f"  {row.tv:7.4f} {row.reward:7.3f} {row.kl:8.3f}  {row.name}", flush=True)
-    judged = [claim.holds for claim in claims if claim.holds is not None]
-    failed = judged.count(False)
-    print(f"\n{len(judged) - failed} of {len(judged)} claims hold")
-    if options.plot:
-        drawn = dynamics.draw_gaps(options.plot)
-        print(f"the gaps over time are in {options.plot}" if drawn else report.NO_CURVES)
-    return 1 if failed else 0
-
-
-def frontier_runs(options: argparse.Namespace) -> int:
-    """Run every method in several worlds, print the table, write points and picture."""
-    options.out.mkdir(parents=True, exist_ok=True)
-    points: list[frontier.Point] = []
-    for seed in range(options.seed, options.seed + options.worlds):
-        points += frontier.run([seed])
-        print(f"world {seed}: {len(points)} runs so far", flush=True)
-    print(frontier.as_text(points))
-    drawn = frontier.write(options.out, points)
-    print(
-        f"{options.out / 'frontier.json'}" + (f", {options.out / 'frontier.png'}" if drawn else f"; {report.NO_CURVES}")
-    )
-    return 0
 
 
 def learn(options: argparse.Namespace) -> int:
@@ -251,7 +157,7 @@ def parser() -> argparse.ArgumentParser:
         )
 
     added = command(
-        check,
+        checks.check,
         "compare every derivative with finite differences and the complex step",
         "Check the vector-Jacobian product of every op on random arguments, against central differences and the "
         "complex step. Prints the worst error; exits with 1 if any is too large.",
@@ -267,14 +173,14 @@ def parser() -> argparse.ArgumentParser:
     added.add_argument("number", nargs="?", type=at_least(0), help="of the tutorial to run")
 
     command(
-        oracles,
+        checks.oracles,
         "show how two oracles find eleven wrong ways to score a response",
         "Score every response of a small world, rightly and in eleven wrong ways. A distribution sums to 1; one that "
         "does and is still wrong differs from the chain rule, one forward per prefix.",
     )
 
     added = command(
-        exactly,
+        checks.exactly,
         "show the theory of DPO as equalities on a small world",
         "Enumerate all responses of a small world and print, for each claim that the theory makes, the number that "
         "bears it out: Bradley-Terry, the KL-constrained objective, its optimum, the implicit reward, the optimum of "
@@ -284,7 +190,7 @@ def parser() -> argparse.ArgumentParser:
     added.add_argument("--plot", type=Path, help="a PNG to draw what beta does into; needs the plot extra")
 
     added = command(
-        frontier_runs,
+        checks.frontier_runs,
         "how much true reward each method buys with how much KL",
         "Run DPO, IPO, policy gradients, preferred fine-tuning, unlikelihood and best-of-N in small worlds, with exact "
         "true reward and exact KL to the reference, and print how far each ends below the best that its KL could buy. "

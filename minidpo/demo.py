@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 from . import checkpoint, preferences, report, world
 from .checkpoint import Checkpoint
 from .generation import generate
-from .loop import create, json_lines, remove_leftovers
 from .recipes import load, read_texts, same_vocabulary
+from .runs import create, json_lines, remove_leftovers
 from .scoring import packed_logprobs
 from .streams import stream
 from .tokenizer import END_OF_TEXT, TURN

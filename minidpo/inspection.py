@@ -9,9 +9,9 @@ from typing import Any
 
 from . import checkpoint, displacement, explain, invariances, losses, optim, page, preferences
 from .checkpoint import CheckpointError
-from .loop import described
 from .preferences import Row
 from .recipes import load, same_vocabulary, scored_rows
+from .runs import described
 from .scoring import shared_logprobs
 from .tokenizer import TURN, Tokenizer
 

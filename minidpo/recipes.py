@@ -14,9 +14,10 @@ from . import checkpoint, losses, model, optim, preferences, report, training
 from .backend import to_host
 from .checkpoint import Checkpoint, CheckpointError
 from .generation import generate
-from .loop import Settings, Task, create, run_loop, same_as_begun
+from .loop import Settings, Task, run_loop
 from .model import Config, Params
 from .preferences import PAIRS, Encoded, collate
+from .runs import create, same_as_begun
 from .streams import stream
 from .tokenizer import END_OF_TEXT, TURN, Tokenizer
 from .training import Loss

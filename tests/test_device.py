@@ -29,8 +29,8 @@ from minidpo import (
     scoring,
     training,
 )
-from minidpo.loop import json_lines
 from minidpo.ops import OPS
+from minidpo.runs import json_lines
 from minidpo.tokenizer import Tokenizer
 from models import CONFIG, small
 

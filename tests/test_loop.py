@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from minidpo import checkpoint, cli, loop, model, optim, training
+from minidpo import checkpoint, cli, loop, model, optim, runs, training
 from minidpo.model import Config
 from minidpo.tokenizer import Tokenizer
 
@@ -167,9 +167,9 @@ def test_lines_after_the_checkpoint_are_cut_off(tmp_path):
     """Otherwise a step stands in the metrics twice; half a line makes the file unreadable."""
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n{"step": 2}\n{"step": 2, "eval_loss": 1}\n{"step": 3}\n{"st')
-    loop.cut(path, 2)
+    runs.cut(path, 2)
     assert [line["step"] for line in lines(path)] == [1, 2, 2]
-    loop.cut(tmp_path / "none.jsonl", 2)
+    runs.cut(tmp_path / "none.jsonl", 2)
     assert not (tmp_path / "none.jsonl").exists()
 
 
@@ -248,7 +248,7 @@ def setup(tmp_path, losses, patience=None, steps=10):
 
     task = loop.Task(6, step, lambda: {"loss": next(measured)}, lambda: [], lambda indices: f"lines {sorted(indices)}")
     settings = loop.Settings(0, steps, 2, 1e-3, 0, 1, patience)
-    loop.create(tmp_path / "run", {"arguments": ["sft"]}, {})
+    runs.create(tmp_path / "run", {"arguments": ["sft"]}, {})
     return tmp_path / "run", (params, CONFIG, TOKENIZER, optimizer, task, settings)
 
 
@@ -295,7 +295,7 @@ def test_one_process_at_a_time(tmp_path):
     half_written.mkdir()
     (run / "model").mkdir()
     (run / "metrics.jsonl").write_text('{"step": 5}\n{"st')
-    with loop.alone(run), pytest.raises(checkpoint.CheckpointError, match="another process is at this run"):
+    with runs.alone(run), pytest.raises(checkpoint.CheckpointError, match="another process is at this run"):
         loop.run_loop(run, *arguments)
     assert half_written.exists() and (run / "model").exists()
     assert (run / "metrics.jsonl").read_text() == '{"step": 5}\n{"st'
@@ -347,11 +347,11 @@ def test_the_optimizer_comes_back(tmp_path):
     params = model.init(CONFIG, np.random.default_rng(0))
     optimizer = optim.AdamW(params, 1e-2)
     training.sft_training_step(params, CONFIG, optimizer, [([0], [1, 0])])
-    state = loop.State(step=7, measured_at=6, best=1.5, best_step=6, worse=0)
-    loop.save(tmp_path, params, CONFIG, TOKENIZER, optimizer, state)
+    state = runs.State(step=7, measured_at=6, best=1.5, best_step=6, worse=0)
+    runs.save(tmp_path, params, CONFIG, TOKENIZER, optimizer, state)
     others = model.init(CONFIG, np.random.default_rng(1))
     again = optim.AdamW(others, 1e-2)
-    assert loop.restore(tmp_path / "step-000007", others, again) == state
+    assert runs.restore(tmp_path / "step-000007", others, again) == state
     assert again.state.keys() == optimizer.state.keys() and again.state["wte.weight"]["t"] == 1
     for name, kept in optimizer.state.items():
         assert again.state[name].keys() == kept.keys() == {"t", "m", "v"}
@@ -364,11 +364,11 @@ def test_a_checkpoint_of_no_run_is_no_place_to_go_on(tmp_path):
     params = model.init(CONFIG, np.random.default_rng(0))
     for number, (arrays, state) in enumerate([
         ({}, {}),
-        ({}, {**vars(loop.State()), "best": 1.0, "optimizer": [1]}),
-        ({"x/m": np.zeros(1)}, {**vars(loop.State()), "best": 1.0, "optimizer": {}}),
+        ({}, {**vars(runs.State()), "best": 1.0, "optimizer": [1]}),
+        ({"x/m": np.zeros(1)}, {**vars(runs.State()), "best": 1.0, "optimizer": {}}),
         ({}, {"step": 1, "optimizer": {}, "more": 2}),
-        ({}, {**vars(loop.State()), "best": 1.0, "step": "x", "optimizer": {}}),
+        ({}, {**vars(runs.State()), "best": 1.0, "step": "x", "optimizer": {}}),
     ]):  # fmt: skip
         checkpoint.save(tmp_path / str(number), params, CONFIG, TOKENIZER, arrays, state)
         with pytest.raises(checkpoint.CheckpointError, match="its training state is not that of this run"):
-            loop.restore(tmp_path / str(number), params, optim.AdamW(params))
+            runs.restore(tmp_path / str(number), params, optim.AdamW(params))
