@@ -34,16 +34,17 @@ class Cache:
 
     def extend(self, tokens: Array) -> Array:
         """Take in the next T tokens of every text; the logits after the last of them.  (B, T) -> (B, V)"""
-        B, T = tokens.shape
+        xp, (B, T) = array_module(self.keys_values), tokens.shape
         start, end, H = self.length, self.length + T, self.config.n_head
+        later = xp.arange(end) > xp.arange(start, end)[:, None]  # (T, S)
 
         def attend(i: int, qkv: Tensor) -> Tensor:
             heads = qkv.data.reshape(B, T, 3, H, -1).transpose(2, 0, 3, 1, 4)  # (B T, 3, H, D) -> (3, B, H, T, D)
             self.keys_values[i, :, :, :, start:end] = heads[1:]
-            y = ops.causal_attention(heads[0], *(self.keys_values[i, j, :, :, :end] for j in range(2)))
-            return ops.reshape(ops.transpose(y, (0, 2, 1, 3)), (B * T, H, -1))  # (B, H, T, D) -> (B T, H, D)
+            keys, values = (self.keys_values[i, j, :, :, :end] for j in range(2))
+            y = ops.causal_attention(heads[0], keys, values, later).data
+            return Tensor(y.swapaxes(1, 2).reshape(B * T, H, -1))  # (B, H, T, D) -> (B T, H, D)
 
-        xp = array_module(self.keys_values)
         rows = Rows(
             index_array(tokens, self.config.vocab_size, xp).reshape(B * T), xp.tile(xp.arange(start, end), B), []
         )

@@ -7,6 +7,7 @@ memory for the backward pass. `xp` is NumPy, or CuPy for arrays on a GPU (backen
 Operands (arrays, and what has no default) are passed by position, options by keyword.
 """
 
+import functools
 import itertools
 import math
 import numbers
@@ -491,9 +492,15 @@ def log_softmax(x):
 # ---- the fused ops of a transformer -------------------------------------------------------------------
 
 
+@functools.cache
+def ones(xp, n, dtype):
+    """A column of n ones, made once."""
+    return xp.ones((n, 1), dtype=dtype)
+
+
 def row_sum(x):
     """The sum of each row, as a product with ones, which is faster.  (..., C) -> (..., 1)"""
-    return x @ array_module(x).ones((x.shape[-1], 1), dtype=x.dtype)
+    return x @ ones(array_module(x), x.shape[-1], x.dtype)
 
 
 @op
