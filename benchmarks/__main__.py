@@ -103,7 +103,7 @@ def panels(measured):
                 first = points[-1]["results"]["minidpo"]["median"] / points[-1]["flops"]
                 curve = [1e3 * first * point["flops"] for point in points]
                 lines.append(report.Line("operations in closed form", values, curve, faint=True))
-            drawn.append(report.Panel(f"{title} over {axis}", axis, title, lines, "log"))
+            drawn.append(report.Panel(f"{title} over {axis}", axis, title, lines))
     return drawn
 
 
