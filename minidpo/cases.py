@@ -176,11 +176,11 @@ def block_attention(draw: Draw) -> Case:
         blocks = [(slice(chosen, middle), slice(chosen, middle), 1)]
         blocks += [(slice(0, chosen), slice(0, middle), 1)] if chosen else []
         blocks += [(slice(middle, end), slice(chosen, end), 1)] if rejected else []
-    hidden = []
+    masked = []
     for queries, keys, texts in blocks:
         q, k = (places[rows][: len(places[rows]) // texts] for rows in (queries, keys))
-        hidden.append(numpy.where(k[:, None] > q, -numpy.inf, 0.0))
-    return (draw.array((len(places), 3, H, D)), tuple(blocks), tuple(hidden)), {}
+        masked.append((queries, keys, texts, numpy.where(k[:, None] > q, -numpy.inf, 0.0)))
+    return (draw.array((len(places), 3, H, D)), tuple(masked)), {}
 
 
 def segment_sum(draw: Draw) -> Case:

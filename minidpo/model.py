@@ -23,7 +23,6 @@ import math
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import compress
 from typing import Any, NamedTuple
 
 from . import ops
@@ -207,13 +206,14 @@ def row_logits(
     """
     xp = array_module(params["wte.weight"].data)
     tokens, places = xp.asarray(rows.tokens), xp.asarray(rows.places)
-    last, remaining = config.n_layer - 1, None if wanted is None else xp.asarray(wanted)
-    asked = [wanted is None or bisect_left(wanted, q.start) < bisect_left(wanted, q.stop) for q, _, _ in rows.blocks]
-    everywhere = tuple(rows.blocks), hidden(places, rows.blocks)
-    at_last = tuple(tuple(compress(part, asked)) for part in everywhere)  # without blocks that have no wanted query
+    blocks, last = masked(rows.blocks, places), config.n_layer - 1
+    asked, remaining = blocks, None
+    if wanted is not None:  # a block without a wanted query is nothing to the last layer
+        asked = tuple(b for b in blocks if bisect_left(wanted, b[0].start) < bisect_left(wanted, b[0].stop))
+        remaining = xp.asarray(wanted)
 
     def within_blocks(i: int, qkv: Tensor) -> Tensor:
-        return ops.block_attention(qkv, *(at_last if i == last else everywhere))
+        return ops.block_attention(qkv, asked if i == last else blocks)
 
     x = ops.embedding(params["wte.weight"], tokens) + ops.embedding(params["wpe.weight"], places)  # (N,) -> (N, C)
     for i in range(config.n_layer):
@@ -222,14 +222,15 @@ def row_logits(
     return x @ ops.transpose(params["wte.weight"])  # (M, C) -> (M, V)
 
 
-def hidden(places: Array, blocks: Sequence[Block]) -> tuple[Array, ...]:
-    """For each block -inf where a key stands later in its text than a query, else 0.  (S, T) each"""
-    told = []
+def masked(blocks: Sequence[Block], places: Array) -> tuple[tuple[slice, slice, int, Array], ...]:
+    """The blocks, and with each -inf where a key stands later in its text than a query, else 0.  (S, T)"""
+    found = []
     for queries, keys, count in blocks:
         q, k = places[queries], places[keys]
         q, k = q[: q.shape[0] // count], k[: k.shape[0] // count]  # the texts of a block are alike
-        told.append(array_module(places).where(k[:, None] > q, -math.inf, 0.0).astype("float32"))
-    return tuple(told)
+        hidden = array_module(places).where(k[:, None] > q, -math.inf, 0.0).astype("float32")
+        found.append((queries, keys, count, hidden))
+    return tuple(found)
 
 
 def layer(

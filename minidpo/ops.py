@@ -581,11 +581,11 @@ def causal_attention(q, k, v, later=None):
 
 
 @op
-def block_attention(qkv, blocks, hidden):
-    """Causal attention among rows that belong together.  (N, 3, H, D), blocks, hidden -> (N, H, D)
+def block_attention(qkv, blocks):
+    """Causal attention among rows that belong together.  (N, 3, H, D), blocks -> (N, H, D)
 
-    Row n holds the query, key and value of one token. A block (queries, keys, count) is two slices of rows, each of
-    `count` texts of one length; its array of `hidden`, (S, T), is -inf where a key is not seen by a query,
+    Row n holds the query, key and value of one token. A block (queries, keys, count, hidden) is two slices of rows,
+    each of `count` texts of one length, and an array, (S, T), that is -inf where a key is not seen by a query,
     else 0. No two blocks share a query; what is in no block gets 0.
     """
     xp, (N, _, H, D) = array_module(qkv), qkv.shape
@@ -594,21 +594,21 @@ def block_attention(qkv, blocks, hidden):
     def heads(rows, count):
         return rows.reshape(count, -1, H, D).swapaxes(1, 2)  # (count T, H, D) -> (count, H, T, D), a view
 
-    for (queries, keys, count), unseen in zip(blocks, hidden):
+    for queries, keys, count, hidden in blocks:
         q, k, v = heads(scaled[queries], count), heads(qkv[keys, 1], count), heads(qkv[keys, 2], count)
-        part, vjp_part = attention(q, k, v, unseen)
+        part, vjp_part = attention(q, k, v, hidden)
         heads(y[queries], count)[...] = part
         vjps.append(vjp_part)
 
     # gq = g_scaled D^(-1/2); a row may be a key of several blocks, whose gradients add up
     def vjp(g):  # keeps q, k, v, e, total, y
         gqkv = xp.zeros((N, 3, H, D), dtype=g.dtype)
-        for (queries, keys, count), vjp_part in zip(blocks, vjps):
+        for (queries, keys, count, _), vjp_part in zip(blocks, vjps):
             for i, (rows, part) in enumerate(zip((queries, keys, keys), vjp_part(heads(g[queries], count)))):
                 into = heads(gqkv[rows, i], count)
                 into += part
         gqkv[:, 0] *= D**-0.5
-        return gqkv, None, None
+        return gqkv, None
 
     return y, vjp
 

@@ -148,7 +148,7 @@ def test_vjp_keeps_what_its_comment_says(name):
         "reshape": (np.ones((2, 3)), (6,)),
         "getitem": (np.ones((2, 3)), np.zeros(2, int)),
         "segment_sum": (np.ones(2), np.zeros(2, int), 2),
-        "block_attention": (np.ones((2, 3, 1, 1)), ((slice(0, 2), slice(0, 2), 1),), (np.zeros((2, 2)),)),
+        "block_attention": (np.ones((2, 3, 1, 1)), ((slice(0, 2), slice(0, 2), 1, np.zeros((2, 2))),)),
         "linear": (np.ones((2, 3)), np.ones((3, 3)), np.ones(3)),
         "layer_norm": (np.ones((2, 3)), np.ones(3), np.ones(3)),
     }
