@@ -36,7 +36,7 @@ class Cache:
         """Take in the next T tokens of every text; the logits after the last of them.  (B, T) -> (B, V)"""
         xp, (B, T) = array_module(self.keys_values), tokens.shape
         start, end, H = self.length, self.length + T, self.config.n_head
-        later = xp.arange(end) > xp.arange(start, end)[:, None]  # (T, S)
+        later = xp.arange(end) > xp.arange(start, end)[:, None]  # (T, S), once for all layers
 
         def attend(i: int, qkv: Tensor) -> Tensor:
             heads = qkv.data.reshape(B, T, 3, H, -1).transpose(2, 0, 3, 1, 4)  # (B T, 3, H, D) -> (3, B, H, T, D)
@@ -69,7 +69,8 @@ def draw(
     ordered = logp[rows[:, None], order].astype("float64")
     below = numpy.maximum(ordered - ordered[:, :1], -1e3 * temperature)  # e^-1000 is 0 already
     p = numpy.exp(below / temperature)
-    p[:, logp.shape[1] if top_k is None else top_k :] = 0
+    if top_k is not None:
+        p[:, top_k:] = 0
     p /= p.sum(axis=-1, keepdims=True)
     if top_p is not None:
         p[numpy.cumsum(p, axis=-1) - p >= top_p] = 0  # what the likelier ones have together is enough

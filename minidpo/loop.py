@@ -104,7 +104,7 @@ class Progress:
             ("eval_loss", "held-out loss", ".4f"),
             ("loss", "loss", ".4f"),
             ("rewards/accuracies", "accuracy", ".2f"),
-            ("rewards/margins", "margin", "+.3f"),
+            ("rewards/margins", "reward margin", "+.3f"),
         ):
             value = metrics.get(name, metrics.get(f"eval_{name}"))
             if value is not None and not (name == "loss" and "eval_loss" in metrics):

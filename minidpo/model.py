@@ -1,8 +1,8 @@
 """The character transformer: GPT-2's shape, as functions over a dict of parameters.
 
-Letters: B batch rows, T time, N rows of tokens (B T of them, or fewer where nothing is padded), V vocabulary,
-C channels (n_embd), H heads, D = C/H, i the number of a layer. Names and shapes are GPT-2's own, so that a
-checkpoint of ours is a GPT-2 checkpoint:
+Letters: B batch rows, T time, N rows of tokens (B T of them, or fewer where nothing is padded), M wanted ones of
+these, V vocabulary, C channels (n_embd), H heads, D = C/H, i the number of a layer. Names and shapes are GPT-2's
+own, so that a checkpoint of ours is a GPT-2 checkpoint:
 
     wte.weight                (V, C)            a token's embedding; its transpose is the output head
     wpe.weight                (n_positions, C)  a place's embedding
@@ -201,14 +201,16 @@ def row_logits(
     attend: Callable[[int, Tensor], Tensor] | None = None,
     wanted: Sequence[int] | None = None,
 ) -> Tensor:
-    """Logits of rows, (N, V), or of those that are `wanted`, (M,) in ascending order: past the last attention no row
-    needs another. `attend(i, qkv)` takes the place of attention within blocks in layer i.
+    """Logits of all rows, (N, V), or of those that are `wanted`, (M,) in ascending order: (M, V).
+
+    Past the last attention no row needs another, so the last layer leaves out blocks without a wanted query, and goes
+    on with the wanted rows. `attend(i, qkv)`, (N, 3, H, D) -> (N, H, D), takes the place of attention in layer i.
     """
     xp = array_module(params["wte.weight"].data)
     tokens, places = xp.asarray(rows.tokens), xp.asarray(rows.places)
     blocks, last = masked(rows.blocks, places), config.n_layer - 1
     asked, remaining = blocks, None
-    if wanted is not None:  # a block without a wanted query is nothing to the last layer
+    if wanted is not None:  # a slice holds one of them if more stand before its stop than before its start
         asked = tuple(b for b in blocks if bisect_left(wanted, b[0].start) < bisect_left(wanted, b[0].stop))
         remaining = xp.asarray(wanted)
 
@@ -255,6 +257,6 @@ def layer(
     y = ops.reshape(y, (N, C))  # (N, H, D) -> (N, C)
     if wanted is not None:
         x, y = x[wanted], y[wanted]  # (N, C) -> (M, C)
-    x = x + affine("attn.c_proj", y)
-    y = ops.gelu(affine("mlp.c_fc", norm("ln_2", x)))  # (N, C) -> (N, 4C)
-    return x + affine("mlp.c_proj", y)  # (N, 4C) -> (N, C)
+    x = x + affine("attn.c_proj", y)  # (M, C), where all rows are wanted M = N
+    y = ops.gelu(affine("mlp.c_fc", norm("ln_2", x)))  # (M, C) -> (M, 4C)
+    return x + affine("mlp.c_proj", y)  # (M, 4C) -> (M, C)

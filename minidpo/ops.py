@@ -33,7 +33,7 @@ def in_pieces(function, x):
 
 
 def plus(x, y):
-    """x + y, in the memory of x if the sum fits there; x is the caller's own."""
+    """x + y, in the memory of x, the caller's own, if it has the sum's dtype and axes; none of these is stretched."""
     if getattr(y, "dtype", None) != x.dtype or y.ndim > x.ndim:
         return x + y
     x += y
@@ -44,7 +44,10 @@ def plus(x, y):
 
 
 def like(x):
-    """Shape and dtype of the gradient for x; None where there is none, for a number or integers."""
+    """Shape and dtype of x, all that its gradient needs: a vjp that kept x itself would keep its memory.
+
+    None where there is no gradient: for a number, integers, booleans.
+    """
     return (x.shape, x.dtype) if hasattr(x, "dtype") and x.dtype.kind not in "biu" else None
 
 
@@ -53,10 +56,11 @@ def unbroadcast(g, like_x):
     if like_x is None:
         return None
     shape, dtype = like_x
-    front, kept = g.shape[: g.ndim - len(shape)], g.shape[g.ndim - len(shape) :]
-    if front:  # axes were put in front: a product with ones adds them up faster than sum does
-        rows = g.reshape(math.prod(front), math.prod(kept))
-        g = (array_module(g).ones(rows.shape[0], dtype=g.dtype) @ rows).reshape(kept)
+    added = g.ndim - len(shape)  # axes that x had not, all in front
+    if added:
+        copies, own = math.prod(g.shape[:added]), g.shape[added:]
+        row = array_module(g).ones(copies, dtype=g.dtype)
+        g = (row @ g.reshape(copies, math.prod(own))).reshape(own)  # adds up the copies, faster than sum does
     stretched = tuple(axis for axis, size in enumerate(shape) if size != g.shape[axis])  # 1 -> n
     if stretched:
         g = g.sum(axis=stretched, keepdims=True)
@@ -201,7 +205,7 @@ def logsigmoid(x):
 
 
 def gelu_and_slope(x):
-    """The value of `gelu` and its derivative."""
+    """The value y = x p of `gelu` and its derivative, p + 2 y (1 - p) du/dx."""
     a, scale = 0.044715, math.sqrt(2 / math.pi)
     square = x * x
     p = (a * scale) * square
@@ -209,10 +213,10 @@ def gelu_and_slope(x):
     p *= x  # u
     p = array_module(x).tanh(p)
     p *= 0.5
-    p += 0.5
+    p += 0.5  # (1 + tanh u)/2
     y = x * p
-    slope = (6 * a * scale) * square  # 2 du/dx, times y (1 - p), plus p
-    slope += 2 * scale
+    slope = (6 * a * scale) * square
+    slope += 2 * scale  # 2 du/dx
     slope *= y
     slope *= 1 - p
     slope += p
@@ -225,7 +229,7 @@ def gelu(x):
     y, slope = in_pieces(gelu_and_slope, x)
 
     # dy_i/dx_i = p_i + x_i dp_i/dx_i
-    # dp/du = (1 - tanh^2 u)/2 = 2 p (1 - p):  dp_i/dx_i = 2 p_i (1 - p_i) du_i/dx_i
+    # dp/du = (1 - tanh^2 u)/2 = 2 p (1 - p):  dp_i/dx_i = 2 p_i (1 - p_i) du_i/dx_i, and x_i p_i = y_i
     # du_i/dx_i = sqrt(2/pi) (1 + 3 * 0.044715 x_i^2)
     def vjp(g):  # keeps slope
         return (g * slope,)
@@ -531,10 +535,10 @@ def layer_norm(x, w, b, eps=1e-5):
 
 
 def attention(q, k, v, hidden):
-    """Softmax of q k^T + hidden^T, times v, with few passes: p = e/total is never formed, and scores stand keys by
-    queries, since a column's largest is found faster than a row's.
+    """y = p^T v, where each column of p is the softmax of a column of s = k q^T + hidden; `hidden` is -inf where a
+    query must not see a key, else 0.  (..., T, D), (..., S, D), (..., S, D), (..., S, T) -> (..., T, D)
 
-    (..., T, D), (..., S, D), (..., S, D), (..., S, T) -> (..., T, D)
+    Scores stand keys by queries, since a column's largest is found faster than a row's; p = e/total is never formed.
     """
     xp = array_module(q)
     e = k @ q.swapaxes(-1, -2)  # (..., S, D) -> (..., S, T)
@@ -544,9 +548,10 @@ def attention(q, k, v, hidden):
     total = row_sum(e.swapaxes(-1, -2))  # over the keys: (..., S, T) -> (..., T, 1)
     y = e.swapaxes(-1, -2) @ v / total
 
-    # y_j = sum_i p_ij v_i with p_ij = e_ij/total_j, so with h = g/total:  gv = p g = e h
-    # s_ij = k_i q_j:  gs_ij = p_ij (gp_ij - sum_l p_lj gp_lj), as for softmax, with gp_ij = v_i g_j:
-    #                  gs_ij = e_ij (v_i h_j - y_j h_j).   gq = gs^T k,  gk = gs q
+    # y_j = sum_i p_ij v_i with p_ij = e_ij/total_j, i and l keys, j a query; so with h = g/total:  gv = p g = e h
+    # gp_ij = v_i g_j, and sum_l p_lj gp_lj = y_j g_j; as for softmax, gs_ij = p_ij (gp_ij - sum_l p_lj gp_lj):
+    #                  gs_ij = e_ij (v_i h_j - y_j h_j)
+    # s_ij = k_i q_j:  gq = gs^T k,  gk = gs q
     def vjp(g):  # keeps q, k, v, e, total, y
         h = g / total
         gs = v @ h.swapaxes(-1, -2)

@@ -56,7 +56,7 @@ def tokens_as_text(view: PairView) -> str:
                 + (f"  {moved[0]} / {moved[1]}" if token.up else "")
             )
     branch = "^ one row of logits, two tokens: the softmax cancels, what is left pushes one up and the other down"
-    so_far = "so far: the implicit reward up to the token, beta times the sum of the ratios"
+    so_far = "so far: the implicit reward up to the token, beta times the sum of the ratios; s: the row of logits"
     return "\n".join([*lines, *([branch] if branches(view) else []), so_far])
 
 
@@ -118,6 +118,7 @@ def step_as_text(plain: Step, adam: Step) -> str:
     return "\n".join(
         [
             *lines,
+            "K_ab: the inner product of the gradients of log pi(a) and log pi(b), w chosen, l rejected.",
             "own push: by what the loss asks of this response; cross push: by what it asks of the other, through the",
             "parameters that both use. AdamW: its first step at the same rate, which the kernel does not predict.",
         ]

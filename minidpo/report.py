@@ -17,7 +17,7 @@ COLUMNS = {  # of the table of measurements
     "eval_loss": "held-out loss",
     "eval_rewards/accuracies": "accuracy",
     "eval_rewards/ties": "ties",
-    "eval_rewards/margins": "margin",
+    "eval_rewards/margins": "reward margin",
     "eval_logps/chosen": "log pi(chosen)",
     "eval_nll/chosen_rise": "rise of the chosen's nats a token",
 }

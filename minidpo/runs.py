@@ -19,7 +19,6 @@ import dataclasses
 import fcntl
 import json
 import math
-import os
 import platform
 import re
 import shutil
@@ -35,25 +34,19 @@ from .backend import array_module, to_host
 from .checkpoint import CheckpointError
 from .model import Config, Params
 from .tokenizer import Tokenizer
+from .workers import blas
 
 RESULT = "model"
 
 
-def blas_threads() -> int | None:
-    """How many threads a matrix product may use: what the environment says, else the cores at hand."""
-    for name in ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS"):
-        if os.environ.get(name, "").isdecimal():
-            return int(os.environ[name])
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-
-
 def environment() -> dict[str, Any]:
     """What the last bits of a result depend on besides the seed."""
-    blas = numpy.show_config(mode="dicts").get("Build Dependencies", {}).get("blas", {})
+    library = numpy.show_config(mode="dicts").get("Build Dependencies", {}).get("blas", {})
+    threads = blas()
     return {
         "numpy": numpy.__version__,
-        "blas": f"{blas.get('name')} {blas.get('version')}",
-        "blas_threads": blas_threads(),
+        "blas": f"{library.get('name')} {library.get('version')}",
+        "blas_threads": threads.get() if threads else None,  # None: cannot be read
         "machine": f"{platform.system()} {platform.machine()}",
     }
 

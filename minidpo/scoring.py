@@ -1,7 +1,8 @@
 """log pi(y|x), the log-probability of a response to a prompt, by three routes that must agree.
 
 The first is the seed of everything: concatenate, forward, slice, log_softmax, gather, sum. The second puts
-pairs into one padded batch. The third computes each pair's prompt once, though two responses follow it.
+pairs into one padded batch. The third computes each pair's prompt once, though two responses follow it. (For single
+responses, `packed_logprobs` gives token by token what the first adds up.)
 A response that was not cut ends in end-of-text, which is scored like any token. The last token is never an
 input, so a text may end one past `n_positions`.
 """
@@ -94,16 +95,18 @@ def shared_logprobs(params: Params, config: Config, pairs: Sequence[Pair]) -> tu
     picks: list[Pick] = []
     for b, (x, w, l) in enumerate(checked(pairs)):
         check_length(len(x) + max(len(w), len(l)) - 1, config)
-        start, prompt = len(tokens), len(tokens) + len(w) - 1  # rows where the pair and its prompt begin
+        chosen, prompt = len(tokens), len(tokens) + len(w) - 1  # the first row of each part
         rejected, end = prompt + len(x), prompt + len(x) + len(l) - 1
-        last = rejected - 1  # of the prompt
+        last = rejected - 1  # of the prompt's rows
         tokens += [*w[:-1], *x, *l[:-1]]
-        places += [*range(len(x), len(x) + len(w) - 1), *range(len(x) + len(l) - 1)]
-        blocks.append((slice(last, end), slice(prompt, end), 1))
-        blocks += [(slice(start, prompt), slice(start, rejected), 1)] if start < prompt else []
-        blocks += [(slice(prompt, last), slice(prompt, last), 1)] if prompt < last else []
-        for y, rows, response in ((w, range(start, prompt), b), (l, range(rejected, end), len(pairs) + b)):
-            picks += zip([last, *rows], y, [response] * len(y))
+        places += [*range(len(x), len(x) + len(w) - 1), *range(len(x) + len(l) - 1)]  # by these a token is later
+        blocks.append((slice(last, end), slice(prompt, end), 1))  # the last prompt row and rejected: prompt, rejected
+        if chosen < prompt:
+            blocks.append((slice(chosen, prompt), slice(chosen, rejected), 1))  # chosen: chosen, prompt
+        if prompt < last:
+            blocks.append((slice(prompt, last), slice(prompt, last), 1))  # prompt: prompt
+        picks += [(row, token, b) for row, token in zip([last, *range(chosen, prompt)], w)]
+        picks += [(row, token, len(pairs) + b) for row, token in zip([last, *range(rejected, end)], l)]
     laid_out = Rows(index_array(tokens, config.vocab_size, array_module()), asarray(places), blocks)
     return picked_sums(*wanted_logits(params, config, laid_out, picks), len(pairs))
 
@@ -111,7 +114,8 @@ def shared_logprobs(params: Params, config: Config, pairs: Sequence[Pair]) -> tu
 def packed_logprobs(params: Params, config: Config, examples: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Tensor:
     """Log-probability of every response token of (prompt, response) examples, from one forward without pads.
 
-    Texts of one length stand together and are one block; the tokens come in that order.  -> (M,)
+    Texts of one length stand together and are one block; the tokens come in that order, not the caller's: take sums
+    or means of them, or score one example at a time.  -> (M,)
 
     Raises
     ------
@@ -158,7 +162,7 @@ def wanted_logits(params: Params, config: Config, rows: Rows, picks: list[Pick])
 def picked(logits: Tensor, picks: list[Pick]) -> Tensor:
     """Log-probability of each picked token.  (N, V) -> (M,)"""
     N, V = logits.shape
-    index_array([token for _, token, _ in picks], V, array_module())
+    index_array([token for _, token, _ in picks], V, array_module())  # refuses what would be another row's in `flat`
     flat = array_module(logits.data).asarray([row * V + token for row, token, _ in picks])
     return ops.reshape(ops.log_softmax(logits), (N * V,))[flat]  # (N, V) -> (N V,) -> (M,)
 

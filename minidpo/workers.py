@@ -22,9 +22,9 @@ import numpy
 from .backend import Array, on_host
 from .model import Params
 
-MOST = 8  # workers; more have not been tried
+MOST = 8  # processes, the one that asks among them; more have not been tried
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's numbers for what mallopt sets
-Gradient = Callable[[Params, Any], Any]  # sweeps the losses of a share, which is JSON as is what it returns
+Gradient = Callable[[Params, Any], Any]  # of a share of a batch's examples; that and what is returned are JSON
 
 
 class Blas(NamedTuple):
@@ -133,28 +133,28 @@ class Workers:
     def forked(self) -> Worker:
         """A new worker."""
         gradient = shared_arrays(self.params)
-        (asked, ask), (answer, answered) = os.pipe(), os.pipe()
+        (questions, ask), (answer, answers) = os.pipe(), os.pipe()  # the ends to read and to write
         pid = os.fork()
         if pid == 0:
-            self.serve(asked, answered, gradient)
-        os.close(asked)
-        os.close(answered)
+            self.serve(questions, answers, gradient)
+        os.close(questions)
+        os.close(answers)
         return Worker(pid, open(ask, "w"), open(answer), gradient)
 
-    def serve(self, asked: int, answered: int, gradient: dict[str, Array]) -> NoReturn:
+    def serve(self, questions: int, answers: int, gradient: dict[str, Array]) -> NoReturn:
         """A worker's life: until the process that asks is gone, however it went."""
         try:
-            for number in (signal.SIGINT, signal.SIGTERM):  # theirs to handle
+            for number in (signal.SIGINT, signal.SIGTERM):  # left to the process that asks
                 signal.signal(number, signal.SIG_IGN)
-            low, high = sorted((asked, answered))
+            low, high = sorted((questions, answers))
             for first, last in ((3, low), (low + 1, high), (high + 1, os.sysconf("SC_OPEN_MAX"))):
                 os.closerange(first, last)  # a lock, other workers' pipes: none may outlive its owner here
             for name, x in self.weights.items():
                 self.params[name].data = x  # and what was inherited is freed
-            with open(asked) as questions, open(answered, "w") as answers, blas_threads(1):
-                for question in questions:
-                    answers.write(json.dumps(self.answered(json.loads(question), gradient)) + "\n")
-                    answers.flush()
+            with open(questions) as lines, open(answers, "w") as out, blas_threads(1):
+                for question in lines:
+                    out.write(json.dumps(self.answered(json.loads(question), gradient)) + "\n")
+                    out.flush()
         finally:
             os._exit(0)
 

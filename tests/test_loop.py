@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from minidpo import checkpoint, cli, loop, model, optim, runs, training
+from minidpo import checkpoint, cli, loop, model, optim, runs, training, workers
 from minidpo.model import Config
 from minidpo.tokenizer import Tokenizer
 
@@ -72,7 +72,7 @@ def test_what_a_run_leaves_behind(folder, tmp_path, capsys):
     assert cli.main(dpo(folder, run, *SHORT)) == 0
     printed = capsys.readouterr().out
     steps = re.findall(
-        r"^run +(\d+)/9 +held-out loss \d\.\d{4} +accuracy \d\.\d\d +margin [+-]\d", printed, re.MULTILINE
+        r"^run +(\d+)/9 +held-out loss \d\.\d{4} +accuracy \d\.\d\d +reward margin [+-]\d", printed, re.MULTILINE
     )
     assert steps == ["0", "4", "8", "9"] and "tokens/s" in printed and re.search(r"\d:\d\d left", printed)
     assert {
@@ -205,9 +205,9 @@ def test_a_run_goes_on_with_what_it_was_begun_with(folder, tmp_path, capsys):
 def test_another_number_of_threads_is_said(folder, tmp_path, capsys, monkeypatch):
     """Otherwise the last bits differ, and nobody knows why."""
     run = tmp_path / "run"
-    monkeypatch.setenv("OPENBLAS_NUM_THREADS", "3")
+    monkeypatch.setattr(runs, "blas", lambda: workers.Blas(lambda: 3, print))
     assert cli.main(dpo(folder, run, *SHORT)) == 0
-    monkeypatch.setenv("OPENBLAS_NUM_THREADS", "1")
+    monkeypatch.setattr(runs, "blas", lambda: workers.Blas(lambda: 1, print))
     capsys.readouterr()
     assert cli.main(["resume", str(run)]) == 0
     assert "blas_threads was 3 and is 1; the last bits of the result may differ" in capsys.readouterr().err
@@ -339,7 +339,9 @@ def test_a_terminal_sees_a_live_line_and_a_log_does_not(capsys, monkeypatch):
         assert ("\r" in printed and "loss 1.5000" in printed) if live else printed == ""
         progress.measured(10, {"eval_loss": 2.0, "eval_rewards/accuracies": 0.5, "eval_rewards/margins": -0.1})
         printed = capsys.readouterr().out
-        assert "10/100   held-out loss 2.0000   accuracy 0.50   margin -0.100" in printed and printed.endswith("left\n")
+        assert "10/100   held-out loss 2.0000   accuracy 0.50   reward margin -0.100" in printed and printed.endswith(
+            "left\n"
+        )
 
 
 def test_the_optimizer_comes_back(tmp_path):

@@ -149,7 +149,7 @@ def test_the_number_of_runs_is_true():
 
 def test_thorough_draws_a_hundred_times_as_many():
     """Otherwise `thorough` is another name for the same."""
-    assert "a hundred times\nas many" in README
+    assert "a hundred\ntimes as many" in README
     thorough, dev = settings.get_profile("thorough"), settings.get_profile("dev")
     assert thorough.max_examples == 100 * dev.max_examples and dev.derandomize and not thorough.derandomize
 
