@@ -173,9 +173,9 @@ def block_attention(draw: Draw) -> Case:
         after = numpy.arange(prompt, prompt + 3)
         places = numpy.concatenate([after[:chosen], numpy.arange(prompt), after[:rejected]])
         middle, end = chosen + prompt, chosen + prompt + rejected
-        blocks = [(slice(chosen, middle), slice(chosen, middle), 1)]
+        blocks = [(slice(middle - 1, end), slice(chosen, end), 1)]
         blocks += [(slice(0, chosen), slice(0, middle), 1)] if chosen else []
-        blocks += [(slice(middle, end), slice(chosen, end), 1)] if rejected else []
+        blocks += [(slice(chosen, middle - 1), slice(chosen, middle - 1), 1)] if prompt > 1 else []
     masked = []
     for queries, keys, texts in blocks:
         q, k = (places[rows][: len(places[rows]) // texts] for rows in (queries, keys))

@@ -184,7 +184,7 @@ def parser() -> argparse.ArgumentParser:
         "show the theory of DPO as equalities on a small world",
         "Enumerate all responses of a small world and print, for each claim that the theory makes, the number that "
         "bears it out: Bradley-Terry, the KL-constrained objective, its optimum, the implicit reward, the optimum of "
-        "DPO, RLHF, what beta does, and what breaks it. About a minute and a half; exits with 1 if a claim fails.",
+        "DPO, RLHF, what beta does, and what breaks it. About two minutes; exits with 1 if a claim fails.",
         name="exact",
     )
     added.add_argument("--plot", type=Path, help="a PNG to draw what beta does into; needs the plot extra")

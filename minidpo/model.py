@@ -201,7 +201,7 @@ def row_logits(
     attend: Callable[[int, Tensor], Tensor] | None = None,
     wanted: Sequence[int] | None = None,
 ) -> Tensor:
-    """Logits of all rows, (N, V), or of those that are `wanted`, (M,) in ascending order: (M, V).
+    """Logits of all rows, (N, V), or of those that are `wanted`, M numbers from 0 on: (M, V).
 
     Past the last attention no row needs another, so the last layer leaves out blocks without a wanted query, and goes
     on with the wanted rows. `attend(i, qkv)`, (N, 3, H, D) -> (N, H, D), takes the place of attention in layer i.
@@ -211,7 +211,8 @@ def row_logits(
     blocks, last = masked(rows.blocks, places), config.n_layer - 1
     asked, remaining = blocks, None
     if wanted is not None:  # a slice holds one of them if more stand before its stop than before its start
-        asked = tuple(b for b in blocks if bisect_left(wanted, b[0].start) < bisect_left(wanted, b[0].stop))
+        ascending = sorted(wanted)
+        asked = tuple(b for b in blocks if bisect_left(ascending, b[0].start) < bisect_left(ascending, b[0].stop))
         remaining = xp.asarray(wanted)
 
     def within_blocks(i: int, qkv: Tensor) -> Tensor:

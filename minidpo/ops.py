@@ -57,10 +57,12 @@ def unbroadcast(g, like_x):
         return None
     shape, dtype = like_x
     added = g.ndim - len(shape)  # axes that x had not, all in front
-    if added:
+    if added and shape:  # a product with ones adds up the rows; for a bias this is faster than sum
         copies, own = math.prod(g.shape[:added]), g.shape[added:]
         row = array_module(g).ones(copies, dtype=g.dtype)
-        g = (row @ g.reshape(copies, math.prod(own))).reshape(own)  # adds up the copies, faster than sum does
+        g = (row @ g.reshape(copies, math.prod(own))).reshape(own)
+    elif added:
+        g = g.sum()
     stretched = tuple(axis for axis, size in enumerate(shape) if size != g.shape[axis])  # 1 -> n
     if stretched:
         g = g.sum(axis=stretched, keepdims=True)
@@ -503,7 +505,7 @@ def ones(xp, n, dtype):
 
 
 def row_sum(x):
-    """The sum of each row, as a product with ones, which is faster.  (..., C) -> (..., 1)"""
+    """The sum of each row, as a product with ones, faster for rows as short as a model's.  (..., C) -> (..., 1)"""
     return x @ ones(array_module(x), x.shape[-1], x.dtype)
 
 

@@ -62,12 +62,12 @@ def blas_threads(count: int) -> Iterator[None]:
 def keep_memory() -> None:
     """Let the C library keep what freed arrays leave for the next ones: the system would clear each page anew.
 
-    Nothing changes where the library is not glibc. (mallopt(3))
+    This is for arrays of up to 32 MiB, and for as long as the process lives, where the library is glibc. (mallopt(3))
     """
     with contextlib.suppress(AttributeError, TypeError):
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(M_TRIM_THRESHOLD, -1)  # never
-        mallopt(M_MMAP_THRESHOLD, 2**25)  # bytes, the most there can be
+        mallopt(M_MMAP_THRESHOLD, 2**25)  # bytes, the most that every glibc takes
 
 
 def worker_count(params: Params) -> int:
@@ -99,7 +99,7 @@ class Worker(NamedTuple):
 
 
 class Workers:
-    """A process and its workers, all of which keep the memory that they once had (`keep_memory`).
+    """A process and its workers; from the first on, with workers or without, `keep_memory` holds.
 
     Parameters
     ----------

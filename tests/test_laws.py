@@ -251,8 +251,8 @@ def test_attention_of_large_scores_is_a_choice(dtype):
 @law
 def law_of_block_attention(qkv: arrays((7, 3, 2, 3)), cut: st.integers(1, 3)):
     """Rows chosen | prompt | rejected give what either text gives alone; so do texts side by side."""
-    chosen, prompt, rejected = slice(0, 2), slice(2, 4), slice(4, 7)
-    blocks = ((chosen, slice(0, 4), 1), (prompt, prompt, 1), (rejected, slice(2, 7), 1))
+    chosen = slice(0, 2)  # the prompt is 2 to 3, the rejected 4 to 6
+    blocks = ((chosen, slice(0, 4), 1), (slice(3, 7), slice(2, 7), 1), (slice(2, 3), slice(2, 3), 1))
     places = np.array([2, 3, 0, 1, 2, 3, 4])
     y = ops.block_attention(qkv, model.masked(blocks, places)).data
     for text in ([2, 3, 0, 1], [2, 3, 4, 5, 6]):

@@ -232,16 +232,18 @@ def test_wrong_sizes_are_refused(sizes, sentence):
         Config(*sizes)
 
 
-def test_wanted_rows_have_the_logits_that_they_had():
+@pytest.mark.parametrize("real", [None, np.ones((2, 4), bool)], ids=["one block", "two blocks"])
+@pytest.mark.parametrize("wanted", [[0, 3, 6], [6, 0, 3], [5], [0]])
+def test_wanted_rows_have_the_logits_that_they_had(wanted, real):
     """Otherwise what is left out past the last attention was needed: in value and in every gradient."""
-    tokens, wanted = np.array([[1, 2, 3, 0], [4, 4, 1, 2]]), np.array([0, 3, 6])
-    g = np.random.default_rng(0).normal(size=(3, 5))
+    tokens = np.array([[1, 2, 3, 0], [4, 4, 1, 2]])
+    g = np.random.default_rng(0).normal(size=(len(wanted), 5))
     results = []
     for keep in (False, True):
         params = small()
-        rows = model.batch_rows(tokens, CONFIG)
+        rows = model.batch_rows(tokens, CONFIG, real)
         logits = model.row_logits(params, CONFIG, rows, wanted=wanted if keep else None)
-        logits = logits if keep else logits[wanted]
+        logits = logits if keep else logits[np.array(wanted)]
         logits.backward(g)
         results.append([logits.data, *[p.grad for p in params.values()]])
     for made, right in zip(*results, strict=True):

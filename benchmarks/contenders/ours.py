@@ -15,7 +15,7 @@ def versions():
 
 
 class Padded:
-    """The plain algorithm: one padded batch, the reference scored again each step; pairs shared out to workers."""
+    """The plain algorithm: padded micro-batches, the reference scored again each step; pairs shared out to workers."""
 
     device = "cpu"
 
@@ -95,7 +95,10 @@ class BestOnGPU(Best):
 
 
 class Products(Best):
-    """The floor: the matrix products of `Best` alone, forward and backward, on arrays of the same shapes."""
+    """The floor: the matrix products of `Best` alone, forward and backward, on arrays that stay in a cache.
+
+    Products with ones, which only add up, are left out.
+    """
 
     gradient = None  # there is no loss to compare
 
