@@ -160,9 +160,10 @@ def train(
         return newest
     if (run / RESULT).exists():  # written by a process that was killed before it could point to it
         shutil.rmtree(run / RESULT)
-    state = State() if newest == run else restore(newest, params, optimizer)
+    fresh = newest == run  # it names no checkpoint yet
+    state = State() if fresh else restore(newest, params, optimizer)
     for name in ("metrics.jsonl", "samples.jsonl"):
-        cut(run / name, -1 if newest == run else state.step)
+        cut(run / name, -1 if fresh else state.step)
     progress = Progress(run.name, settings.steps)
     indices: list[int] = []
     try:
