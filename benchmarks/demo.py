@@ -13,7 +13,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from minidpo import demo, report
+from minidpo import checkpoint, demo, report
 
 RESULTS = Path(__file__).parent / "results" / "demo.json"
 
@@ -32,7 +32,7 @@ def one_seed(folder, seed):
     given = [f"--data={data / 'pairs.jsonl'}", f"--held-out-data={data / 'pairs_held_out.jsonl'}", f"--seed={seed}"]
     given += [f"--steps={demo.FULL.steps['dpo']}", "--evaluate-every=60", f"--init={folder / 'sft'}"]
     command("dpo", *given, f"--out={folder / 'collapse'}", "--beta=0.1", "--nll-weight=0")
-    models = {stage: demo.checkpoint.load(folder / stage) for stage in (*demo.STAGES, "collapse")}
+    models = {stage: checkpoint.load(folder / stage) for stage in (*demo.STAGES, "collapse")}
     prompts = demo.held_out_prompts(seed, demo.FULL.replies)
     collapse = demo.judged(models["collapse"], models["sft"], prompts, seed)
     del collapse["replies"]
@@ -56,5 +56,5 @@ if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:
         runs = [one_seed(Path(folder) / f"demo{seed}", seed) for seed in seeds]
     RESULTS.parent.mkdir(exist_ok=True)
-    demo.checkpoint.write_whole(RESULTS, (json.dumps(runs, indent=2) + "\n").encode())
+    checkpoint.write_whole(RESULTS, (json.dumps(runs, indent=2) + "\n").encode())
     print(f"written to {RESULTS}")
