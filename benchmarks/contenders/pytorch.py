@@ -134,25 +134,27 @@ class Best(Padded):
         config, H = self.work.config, self.work.config.n_head
 
         def attend(i, qkv):  # (N, 3C) -> (N, C)
-            q, k, v = qkv.view(len(qkv), 3, H, -1).permute(1, 2, 0, 3)  # (H, N, D) each
+            q, k, v = qkv.view(1, len(qkv), 3, H, -1).permute(2, 0, 3, 1, 4)  # (1, H, N, D) each
             parts = []
             for start, prompt, rejected, end in self.cuts:
                 x, w, others, l = map(
                     slice, (prompt, start, prompt, rejected - 1), (rejected, prompt, rejected - 1, end)
                 )
                 for rows, *keys in ((w, x, w), (others, others), (l, slice(prompt, end))):
-                    queries = q[None, :, rows]
+                    queries = q[:, :, rows]
                     if rows == others and i == config.n_layer - 1:
-                        parts.append(torch.zeros_like(queries[0]))  # which nobody needs
+                        parts.append(torch.zeros_like(queries))  # which nobody needs
                         continue
+                    sources = [[a[:, :, part] for part in keys] for a in (k, v)]
+                    sources = [torch.cat(a, 2) if len(a) > 1 else a[0] for a in sources]
                     seen, n = None, rows.stop - rows.start
-                    sources = [torch.cat([a[None, :, part] for part in keys], 2) for a in (k, v)]
                     if rows != others:
                         earlier = sources[0].shape[2] - n
                         seen = self.earlier[earlier : earlier + n, : earlier + n]
-                    y = F.scaled_dot_product_attention(queries, *sources, attn_mask=seen, is_causal=seen is None)
-                    parts.append(y[0])
-            return torch.cat(parts, 1).transpose(0, 1).reshape(len(qkv), -1)
+                    parts.append(
+                        F.scaled_dot_product_attention(queries, *sources, attn_mask=seen, is_causal=seen is None)
+                    )
+            return torch.cat(parts, 2)[0].transpose(0, 1).reshape(len(qkv), -1)
 
         x = F.embedding(self.tokens, params["wte.weight"]) + F.embedding(self.places, params["wpe.weight"])
         logits = layers(params, config, x, attend, self.rows) @ params["wte.weight"].T
