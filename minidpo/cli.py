@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy
 
-from . import checkpoint, checks, course, demo, inspection, preferences, recipes, report
+from . import checkpoint, checks, demo, inspection, preferences, recipes, report
 from .backend import device_fault
 from .checkpoint import CheckpointError
 from .loop import Interrupted
@@ -24,16 +24,6 @@ def resume(options: argparse.Namespace) -> int:
     again = parser().parse_args([*given, f"--out={options.folder}"])
     again.resume = True
     return again.run(again)
-
-
-def learn(options: argparse.Namespace) -> int:
-    """List the tutorials, or run one."""
-    if options.number is not None:
-        return course.run(options.number)
-    for lesson in course.lessons():
-        print(f"{lesson.number:>2}  {lesson.title}\n    {lesson.question}")
-    print("run one: python -m minidpo learn NUMBER")
-    return 0
 
 
 def support_desk(options: argparse.Namespace) -> int:
@@ -74,7 +64,7 @@ def between(low: float, high: float, closed: str = "") -> Callable[[str], float]
     return number
 
 
-WITHOUT_CHANCE = (recipes.evaluate, recipes.score, inspection.explain_pair, inspection.displaced, resume, learn)
+WITHOUT_CHANCE = (recipes.evaluate, recipes.score, inspection.explain_pair, inspection.displaced, resume)
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):
@@ -163,14 +153,6 @@ def parser() -> argparse.ArgumentParser:
         "complex step. Prints the worst error; exits with 1 if any is too large.",
     )
     added.add_argument("--cases", type=at_least(1), default=100, help="random cases per op")
-
-    added = command(
-        learn,
-        "list the tutorials, or run one",
-        "Print the tutorials with the question that each answers; with a number, run that one. They are scripts in "
-        "tutorials/, which open as notebooks too.",
-    )
-    added.add_argument("number", nargs="?", type=at_least(0), help="of the tutorial to run")
 
     command(
         checks.oracles,

@@ -11,7 +11,7 @@ SOURCE = Path(minidpo.__file__).parent
 FLOORS = """
     backend tensor ops gradcheck cases optim streams tokenizer model scoring losses generation exact mutants
     world preferences safetensors checkpoint workers training runs loop report graph explain displacement page
-    invariances laboratory assumptions dynamics frontier recipes inspection checks demo course __init__ cli __main__
+    invariances laboratory assumptions dynamics frontier recipes inspection checks demo __init__ cli __main__
 """.split()
 files = pytest.mark.parametrize("path", sorted(SOURCE.glob("*.py")), ids=lambda path: path.stem)
 
