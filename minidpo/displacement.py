@@ -15,8 +15,7 @@ from . import losses, ops, optim, training
 from .backend import Array
 from .explain import PairView, double, gradients, pair
 from .model import Config, Params
-from .preferences import collate
-from .scoring import Pair, sequence_logprob
+from .scoring import Pair, collate, sequence_logprob
 from .tensor import Tensor
 
 ROUNDING = 1e-11  # nats: a smaller change of a log-probability cannot be told from rounding

@@ -16,8 +16,7 @@ from . import losses, ops
 from .backend import Array, to_host
 from .graph import graph as graph
 from .model import Config, Params, forward
-from .preferences import collate
-from .scoring import Pair, shared_logprobs
+from .scoring import Pair, collate, shared_logprobs
 from .tensor import Tensor
 from .tokenizer import END_OF_TEXT, Tokenizer
 

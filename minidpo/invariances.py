@@ -16,8 +16,7 @@ from . import losses, model, ops, optim, training
 from .backend import Array
 from .explain import shared_rows
 from .model import Config, Params, forward
-from .preferences import collate
-from .scoring import Pair, padded_logprobs, sequence_logprob, shared_logprobs
+from .scoring import Pair, collate, padded_logprobs, sequence_logprob, shared_logprobs
 from .tensor import Tensor
 from .tokenizer import END_OF_TEXT, Tokenizer
 

@@ -8,7 +8,6 @@ end in a newline says so itself. What cannot be used is a `Fault`, with its line
 import contextlib
 import itertools
 import json
-import operator
 import os
 import stat
 from collections.abc import Callable, Hashable, Sequence
@@ -17,8 +16,7 @@ from typing import Any, BinaryIO, NamedTuple, TypeVar
 
 import numpy
 
-from .backend import Array
-from .scoring import Pair, checked
+from .scoring import collate as collate
 from .tokenizer import END_OF_TEXT, Tokenizer, UnknownCharacterError
 
 PAIRS = ("prompt", "chosen", "rejected")
@@ -57,14 +55,6 @@ class Encoded(NamedTuple):
     ids: list[tuple[list[int], ...]]  # prompt and responses of each row
     faults: list[Fault]
     truncated: list[int]  # lines of rows that lost tokens to the context
-
-
-class Batch(NamedTuple):
-    """Pairs for one step, and what the reference says of them if that is known already."""
-
-    pairs: Sequence[Pair]
-    ref_logp_w: Array | None = None  # (B,)
-    ref_logp_l: Array | None = None
 
 
 def read(path: Path, fields: Sequence[str] = PAIRS) -> tuple[list[Row], list[Fault]]:
@@ -303,28 +293,3 @@ def set_aside(path: Path, faults: Sequence[Fault], strict: bool) -> str:
             "set aside)"
         )
     return "".join(json.dumps({"file": path.name, **fault._asdict()}) + "\n" for fault in faults)
-
-
-def collate(pairs: Sequence[Any], ref_logp_w: Array | None = None, ref_logp_l: Array | None = None) -> Batch:
-    """Pairs of ids as a batch, each a (prompt, chosen, rejected); lengths may differ.
-
-    Parameters
-    ----------
-    pairs : sequence of (prompt, chosen, rejected) ids
-    ref_logp_w, ref_logp_l : (B,), optional
-        What `training.reference_logprobs` said of these pairs.
-
-    Raises
-    ------
-    ValueError
-        If there is no pair, a part is empty, or the reference's log-probabilities are not one per pair.
-    """
-    for logp in (ref_logp_w, ref_logp_l):
-        if (logp is None) != (ref_logp_w is None) or (logp is not None and logp.shape != (len(pairs),)):
-            raise ValueError(
-                f"{len(pairs)} pairs need as many log-probabilities under the reference, twice or not at all"
-            )
-    lists = [tuple([operator.index(token) for token in ids] for ids in pair) for pair in pairs]
-    if any(len(pair) != 3 for pair in lists):
-        raise ValueError("a pair is (prompt, chosen, rejected)")
-    return Batch(checked(lists), ref_logp_w, ref_logp_l)

@@ -16,8 +16,9 @@ from .checkpoint import Checkpoint, CheckpointError
 from .generation import generate
 from .loop import Settings, Task, run_loop
 from .model import Config, Params
-from .preferences import PAIRS, Encoded, collate
+from .preferences import PAIRS, Encoded
 from .runs import create, same_as_begun
+from .scoring import collate
 from .streams import stream
 from .tokenizer import END_OF_TEXT, TURN, Tokenizer
 from .training import Loss

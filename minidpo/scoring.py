@@ -8,17 +8,26 @@ input, so a text may end one past `n_positions`.
 """
 
 import itertools
+import operator
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from . import ops
-from .backend import array_module, asarray, index_array
+from .backend import Array, array_module, asarray, index_array
 from .model import Block, Config, Params, Rows, check_length, forward, row_logits
 from .tensor import Tensor
 from .tokenizer import END_OF_TEXT
 
 Pair = tuple[Sequence[int], Sequence[int], Sequence[int]]  # ids of prompt x, chosen y_w, rejected y_l
 Pick = tuple[int, int, int]  # the row that predicts a token, the token, and the response that it belongs to
+
+
+class Batch(NamedTuple):
+    """Pairs for one step, and what the reference says of them if that is known already."""
+
+    pairs: Sequence[Pair]
+    ref_logp_w: Array | None = None  # (B,)
+    ref_logp_l: Array | None = None
 
 
 def sequence_logprob(params: Params, config: Config, prompt: Any, response: Any) -> Tensor:
@@ -149,6 +158,31 @@ def checked(examples: Sequence[Any]) -> Sequence[Any]:
             if not len(ids):
                 raise ValueError(f"example {b}: the {name} has no token")
     return examples
+
+
+def collate(pairs: Sequence[Any], ref_logp_w: Array | None = None, ref_logp_l: Array | None = None) -> Batch:
+    """Pairs of ids as a batch, each a (prompt, chosen, rejected); lengths may differ.
+
+    Parameters
+    ----------
+    pairs : sequence of (prompt, chosen, rejected) ids
+    ref_logp_w, ref_logp_l : (B,), optional
+        What `training.reference_logprobs` said of these pairs.
+
+    Raises
+    ------
+    ValueError
+        If there is no pair, a part is empty, or the reference's log-probabilities are not one per pair.
+    """
+    for logp in (ref_logp_w, ref_logp_l):
+        if (logp is None) != (ref_logp_w is None) or (logp is not None and logp.shape != (len(pairs),)):
+            raise ValueError(
+                f"{len(pairs)} pairs need as many log-probabilities under the reference, twice or not at all"
+            )
+    lists = [tuple([operator.index(token) for token in ids] for ids in pair) for pair in pairs]
+    if any(len(pair) != 3 for pair in lists):
+        raise ValueError("a pair is (prompt, chosen, rejected)")
+    return Batch(checked(lists), ref_logp_w, ref_logp_l)
 
 
 def wanted_logits(params: Params, config: Config, rows: Rows, picks: list[Pick]) -> tuple[Tensor, list[Pick]]:

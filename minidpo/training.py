@@ -18,8 +18,7 @@ from . import checkpoint, losses, ops, optim, safetensors
 from .backend import Array, array_module, on_host, to_host
 from .losses import PreferenceLoss
 from .model import Config, Params
-from .preferences import Batch
-from .scoring import Pair, packed_logprobs, shared_logprobs
+from .scoring import Batch, Pair, packed_logprobs, shared_logprobs
 from .streams import stream
 from .tensor import Tensor
 from .tokenizer import END_OF_TEXT, Tokenizer
