@@ -13,7 +13,8 @@ import statistics
 
 from benchmarks import speed
 from benchmarks.workload import SIZES, draw
-from minidpo import checkpoint, report
+from minidpo import checkpoint
+from minidpo.run import report
 
 RESULTS = pathlib.Path(__file__).parent / "results"
 BASELINES = {"step": "PyTorch eager, padded", "sampling": "PyTorch eager"}

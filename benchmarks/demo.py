@@ -13,7 +13,9 @@ import tempfile
 import time
 from pathlib import Path
 
-from minidpo import checkpoint, demo, report
+from minidpo import checkpoint
+from minidpo.cli import demo
+from minidpo.run import report
 
 RESULTS = Path(__file__).parent / "results" / "demo.json"
 

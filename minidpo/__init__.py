@@ -1,22 +1,11 @@
 """minidpo: preference optimisation from scratch, every derivative in plain sight."""
 
-from . import (
-    checkpoint,
-    exact,
-    explain,
-    generation,
-    gradcheck,
-    losses,
-    model,
-    ops,
-    optim,
-    preferences,
-    scoring,
-    training,
-    world,
-)
+from . import explain, generation, gradcheck, losses, model, ops, optim, scoring, training
+from .data import preferences, world
 from .model import Config
+from .run import checkpoint
 from .tensor import Tensor
+from .theory import exact
 
 __all__ = [
     "Config",

@@ -14,15 +14,16 @@ from typing import Any
 
 import numpy
 
-from . import checkpoint, losses, ops, optim, safetensors
+from . import losses, ops, optim
 from .backend import Array, array_module, on_host, to_host
 from .losses import PreferenceLoss
 from .model import Config, Params
+from .run import checkpoint, safetensors
+from .run.workers import Gradient, Workers, shares
 from .scoring import Batch, Pair, packed_logprobs, shared_logprobs
 from .streams import stream
 from .tensor import Tensor
 from .tokenizer import END_OF_TEXT, Tokenizer
-from .workers import Gradient, Workers, shares
 
 CACHED = 2**18  # numbers, 4 n_embd for a token, in the widest arrays of a forward pass: these fit a processor's cache
 Example = tuple[list[int], list[int]]  # ids of prompt and response

@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from minidpo.cases import CASES
+from minidpo.cli.cases import CASES
 
 LAYOUTS = ("C", "F", "every other", "backwards")
 seeds = st.integers(0, 2**32 - 1)

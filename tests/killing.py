@@ -14,8 +14,8 @@ import sys
 import time
 from pathlib import Path
 
-from minidpo import report
 from minidpo.cli import main
+from minidpo.run import report
 
 report.curves = lambda path, runs: False  # takes most of the time, and is no part of what goes on
 

@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from minidpo import checkpoint, model, safetensors
-from minidpo.checkpoint import CheckpointError
+from minidpo import checkpoint, model
+from minidpo.run import safetensors
+from minidpo.run.checkpoint import CheckpointError
 from minidpo.tokenizer import Tokenizer
 from models import CONFIG, small
 

@@ -7,9 +7,10 @@ import re
 import numpy as np
 import pytest
 
-from minidpo import checkpoint, cli, demo, world
-from minidpo.exact import chain_rule_logprob
+from minidpo import checkpoint, cli, world
+from minidpo.cli import demo
 from minidpo.streams import stream
+from minidpo.theory.exact import chain_rule_logprob
 from minidpo.tokenizer import TURN
 
 SIZES = demo.Sizes(

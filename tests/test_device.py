@@ -19,18 +19,18 @@ from minidpo import (
     exact,
     generation,
     gradcheck,
-    laboratory,
     losses,
     model,
     ops,
     optim,
     preferences,
-    recipes,
     scoring,
     training,
 )
+from minidpo.cli import train
 from minidpo.ops import OPS
-from minidpo.runs import json_lines
+from minidpo.run.folder import json_lines
+from minidpo.theory import equalities
 from minidpo.tokenizer import Tokenizer
 from models import CONFIG, small
 
@@ -229,7 +229,7 @@ def test_commands_do_the_same_on_both_devices(tmp_path, capsys, monkeypatch):
     texts, pairs = tmp_path / "texts.txt", tmp_path / "pairs.jsonl"
     texts.write_text("abcd\nbad cab\ndad\ncab\n" * 2)
     pairs.write_text("".join(json.dumps(row) + "\n" for row in PREFERENCES * 2))
-    monkeypatch.setattr(recipes, "worker_count", lambda params: 1)
+    monkeypatch.setattr(train, "worker_count", lambda params: 1)
     forward, seen_on = model.row_logits, set()
 
     def watched(params, *args, **options):
@@ -305,10 +305,10 @@ def test_what_a_device_says_is_one_sentence_and_names_what_was_saved(tmp_path, c
         cli.main([str(part) for part in [*arguments[:4], tmp_path / "bug", *arguments[5:]]])
 
 
-@pytest.mark.parametrize("page", [laboratory.constrained_objective, laboratory.reparametrisation])
+@pytest.mark.parametrize("page", [equalities.constrained_objective, equalities.reparametrisation])
 def test_a_page_of_the_exact_laboratory_on_the_device(page):
     """Otherwise the derivation is proved on the host alone."""
-    world = laboratory.small_world(0)
+    world = equalities.small_world(0)
     there = world._replace(reward=cupy.asarray(world.reward), ref_logp=cupy.asarray(world.ref_logp))
     claims = list(page(there, 0))
     assert claims and all(claim.holds for claim in claims)

@@ -8,8 +8,9 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 import models
-from minidpo import Tensor, displacement, explain, model, optim, scoring
-from minidpo.displacement import VECTORS, three_words
+from minidpo import Tensor, explain, model, optim, scoring
+from minidpo.explain import displacement
+from minidpo.explain.displacement import VECTORS, three_words
 from minidpo.model import Config
 from models import CONFIG, small
 

@@ -5,8 +5,9 @@ import math
 import numpy as np
 import pytest
 
-from minidpo import exact, mutants, scoring
+from minidpo import exact, scoring
 from minidpo.model import Config
+from minidpo.theory import mutants
 from models import small
 
 WORLDS = [(2, 1, [1]), (2, 4, [1, 1]), (3, 3, [2, 1]), (4, 3, [2, 1, 3]), (5, 2, [0, 4, 4, 1])]

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 import models
 from minidpo import Tensor, explain, losses, model, scoring
-from minidpo.exact import chain_rule_logprob
 from minidpo.model import Config
+from minidpo.theory.exact import chain_rule_logprob
 from minidpo.tokenizer import Tokenizer
 from models import CONFIG, small
 
@@ -215,7 +215,7 @@ def test_four_ways_see_what_is_wrong(broken, monkeypatch):
         right = losses.dpo_gradient
         monkeypatch.setattr(losses, "dpo_gradient", lambda *args: tuple(1.01 * g for g in right(*args)))
     elif broken == "context_gradient":
-        monkeypatch.setattr(explain, "context_gradient", lambda logits, *rest: 0.01 * np.ones(logits.shape))
+        monkeypatch.setattr(explain.tokens, "context_gradient", lambda logits, *rest: 0.01 * np.ones(logits.shape))
     else:
         loss = losses.dpo_loss
 

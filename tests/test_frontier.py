@@ -5,14 +5,15 @@ import json
 import numpy as np
 import pytest
 
-from minidpo import cli, exact, frontier, laboratory
-from minidpo.frontier import Point
+from minidpo import cli, exact
+from minidpo.theory import equalities, frontier
+from minidpo.theory.frontier import Point
 
 close = np.testing.assert_allclose
 
 
 def make(seed):
-    return laboratory.small_world(seed, characters=2, cap=3)
+    return equalities.small_world(seed, characters=2, cap=3)
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +41,7 @@ def test_most_reward_is_that_of_the_best_policy():
     world = make(3)
     reference = (np.exp(world.ref_logp) * world.reward).sum(axis=-1).mean()
     close(frontier.most_reward(world, 0.0), reference, atol=1e-5)
-    for logp in laboratory.random_policies(world, 0):
+    for logp in equalities.random_policies(world, 0):
         kl, reward = frontier.measured(world, logp)
         star = exact.optimum(world.ref_logp, world.reward, 0.3)[0]
         assert frontier.most_reward(world, kl) >= reward - 1e-9
@@ -74,7 +75,7 @@ def test_best_of_n_is_its_distribution(count):
 def test_sampled_pairs_follow_bradley_terry():
     """Within four standard errors, and never a response with itself: otherwise 2,000 pairs are of another people."""
     world = make(0)
-    wins = laboratory.sampled_wins(world, np.random.default_rng(0), 50_000)
+    wins = equalities.sampled_wins(world, np.random.default_rng(0), 50_000)
     assert wins.sum(axis=(1, 2)).tolist() == [50_000] * len(wins)
     assert (np.einsum("xii->xi", wins) == 0).all()
     compared = wins + wins.transpose(0, 2, 1)
@@ -86,7 +87,7 @@ def test_sampled_pairs_follow_bradley_terry():
 def test_a_learned_reward_is_close_to_the_true_one():
     """From many pairs, up to a constant: otherwise the second line of policy gradients shows a broken fit."""
     world = make(0)
-    learned = frontier.learned_reward(laboratory.sampled_wins(world, np.random.default_rng(0), 50_000), prior=0.0)
+    learned = frontier.learned_reward(equalities.sampled_wins(world, np.random.default_rng(0), 50_000), prior=0.0)
     difference = learned - world.reward
     assert abs(difference - difference.mean(axis=-1, keepdims=True)).max() < 0.3
 

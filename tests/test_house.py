@@ -9,27 +9,42 @@ import minidpo
 
 SOURCE = Path(minidpo.__file__).parent
 FLOORS = """
-    backend tensor ops gradcheck cases optim streams tokenizer model scoring losses generation exact mutants
-    world preferences safetensors checkpoint workers training runs loop report graph explain displacement page
-    invariances laboratory assumptions dynamics frontier recipes inspection checks demo __init__ cli __main__
+    backend tensor ops gradcheck cli.cases optim streams tokenizer model scoring losses generation theory.exact
+    theory.mutants data.world data.preferences run.safetensors run.checkpoint run.workers training run.folder run.loop
+    run.report explain.graphs explain.tokens explain explain.displacement explain.page theory.invariances
+    theory.equalities theory.assumptions theory.dynamics theory.frontier cli.train cli.look cli.prove cli.demo __init__
+    cli.parser cli __main__ run theory data
 """.split()
-files = pytest.mark.parametrize("path", sorted(SOURCE.glob("*.py")), ids=lambda path: path.stem)
+PATHS = sorted(SOURCE.rglob("*.py"))
+
+
+def dotted(path):
+    """A file's name below minidpo, with dots."""
+    return ".".join(path.relative_to(SOURCE).with_suffix("").parts).removesuffix(".__init__")
+
+
+files = pytest.mark.parametrize("path", PATHS, ids=dotted)
 
 
 def imports(path):
-    """Modules that a file imports; its own neighbours by their bare name with a dot."""
+    """Modules that a file imports; its own neighbours as `.room.name`."""
+    package = list(path.relative_to(SOURCE).parent.parts)
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            yield node.module
         elif isinstance(node, ast.ImportFrom):
-            own = "." * node.level
-            yield from [own + node.module] if node.module else [own + alias.name for alias in node.names]
+            base = package[: len(package) + 1 - node.level] + (node.module.split(".") if node.module else [])
+            for alias in node.names:
+                whole = ".".join([*base, alias.name])
+                yield "." + (whole if whole in map(dotted, PATHS) else ".".join(base))
 
 
 @files
 def test_a_file_imports_only_from_floors_below(path):
     """Otherwise the reading order is a circle."""
-    floor = FLOORS.index(path.stem)
+    floor = FLOORS.index(dotted(path))
     below = {f".{name}" for name in FLOORS[:floor]}
     assert {name for name in imports(path) if name.startswith(".")} <= below
 

@@ -5,9 +5,10 @@ import json
 import numpy as np
 import pytest
 
-from minidpo import checkpoint, cli, displacement, explain, model, preferences
-from minidpo.exact import chain_rule_logprob
+from minidpo import checkpoint, cli, explain, model, preferences
+from minidpo.explain import displacement
 from minidpo.model import Config
+from minidpo.theory.exact import chain_rule_logprob
 from minidpo.tokenizer import Tokenizer
 from test_recipes import CONFIG, ROWS, SHORT, folder, write  # noqa: F401
 

@@ -4,7 +4,8 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minidpo import invariances, losses, training
+from minidpo import losses, training
+from minidpo.theory import invariances
 
 
 @given(seed=st.integers(0, 2**32 - 1))

@@ -9,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from minidpo import assumptions, cli, dynamics, exact, gradcheck, laboratory, losses
+from minidpo import cli, exact, gradcheck, losses
 from minidpo.tensor import Tensor
+from minidpo.theory import assumptions, dynamics, equalities
 from models import CONFIG, small
 
 close = np.testing.assert_allclose
@@ -25,7 +26,7 @@ def normalised(x):
 
 @pytest.fixture(scope="module")
 def world():
-    return laboratory.small_world(0, characters=2, cap=3)
+    return equalities.small_world(0, characters=2, cap=3)
 
 
 @pytest.mark.parametrize("prompts", [[[0, 1], [0, 2]], [[0, 1, 1], [2]]])
@@ -48,7 +49,7 @@ def test_exact_logprobs_are_those_of_the_chain_rule(prompts):
     weights = rng.normal(size=logp.shape)
 
     def weighted(p):
-        return laboratory.ops.sum(weights * exact.exact_logprobs(p, CONFIG, prompts, responses))
+        return equalities.ops.sum(weights * exact.exact_logprobs(p, CONFIG, prompts, responses))
 
     assert gradcheck.check_gradient(weighted, params, rng, 3, "complex") < 1e-12
 
@@ -153,14 +154,14 @@ def test_rewards_come_back_from_probabilities(reward):
 def test_too_large_a_world_is_refused():
     """With the count: otherwise the machine is out of memory, and nobody knows why."""
     with pytest.raises(ValueError, match="responses are too many to enumerate"):
-        laboratory.small_world(0, characters=30, cap=5)
+        equalities.small_world(0, characters=30, cap=5)
 
 
 @pytest.mark.parametrize(
     "claims",
     [
-        laboratory.bradley_terry, laboratory.constrained_objective, laboratory.reparametrisation, laboratory.rlhf,
-        laboratory.sampling_noise, laboratory.mean_log_ratio, assumptions.finite_margins, dynamics.beta_early_and_late,
+        equalities.bradley_terry, equalities.constrained_objective, equalities.reparametrisation, equalities.rlhf,
+        equalities.sampling_noise, equalities.mean_log_ratio, assumptions.finite_margins, dynamics.beta_early_and_late,
     ],
     ids=lambda claims: claims.__name__,
 )  # fmt: skip
@@ -175,17 +176,17 @@ def test_claims_hold(claims, world):
 
 def test_the_optimum_of_dpo_is_pi_star(world):
     """For a table exactly, and for a transformer that is large enough: the paper's central claim."""
-    found = list(laboratory.optimum_of_dpo(world, 0))
+    found = list(equalities.optimum_of_dpo(world, 0))
     assert len(found) == 3 and all(claim.holds for claim in found), found
-    found = list(laboratory.optimum_of_transformers(world, 0, sizes=((4, 1, 1.0), (16, 2, 1e-2)), steps=400))
+    found = list(equalities.optimum_of_transformers(world, 0, sizes=((4, 1, 1.0), (16, 2, 1e-2)), steps=400))
     assert [claim.holds for claim in found] == [True, True, None, None, None, None], found
     assert found[0].number > 10 * found[1].number
 
 
 def test_a_claim_can_fail():
     """Otherwise every line of the laboratory ends in the same word."""
-    assert laboratory.at_most("x", 2.0, 1.0).holds is False and laboratory.at_most("x", 1.0, 1.0).holds is True
-    assert laboratory.at_most("x", np.nan, 1.0).holds is False and laboratory.at_most("x", 9.0, math.inf).holds is None
+    assert equalities.at_most("x", 2.0, 1.0).holds is False and equalities.at_most("x", 1.0, 1.0).holds is True
+    assert equalities.at_most("x", np.nan, 1.0).holds is False and equalities.at_most("x", 9.0, math.inf).holds is None
 
 
 @pytest.mark.parametrize("broken", [False, True])
@@ -194,11 +195,11 @@ def test_the_command_prints_claim_number_and_verdict(broken, capsys, monkeypatch
 
     def part(world, seed):
         """A law."""
-        yield laboratory.at_most("two is less than three", 4.0 if broken else 2.0, 3.0)
-        yield laboratory.Claim("by the way", 7.0, None)
+        yield equalities.at_most("two is less than three", 4.0 if broken else 2.0, 3.0)
+        yield equalities.Claim("by the way", 7.0, None)
 
-    monkeypatch.setattr(laboratory, "LABORATORY", [part])
-    monkeypatch.setattr(laboratory, "small_world", lambda seed: world)
+    monkeypatch.setattr(equalities, "LABORATORY", [part])
+    monkeypatch.setattr(equalities, "small_world", lambda seed: world)
     monkeypatch.setattr(assumptions, "what_breaks_it", lambda world, seed: [assumptions.Outcome("name", 0.1, 0.2, 0.3)])
     assert cli.main(["exact"]) == int(broken)
     printed = capsys.readouterr().out
@@ -216,7 +217,7 @@ def test_what_beta_does_is_drawn(tmp_path):
 def test_a_wrong_optimum_is_not_reached(world):
     """Of another beta, or another reward: otherwise the claims hold of anything."""
     wins = exact.preference_probabilities(world.reward) * (1 - np.eye(world.reward.shape[-1]))
-    logp, _ = laboratory.newton(world, wins, 0.5)
+    logp, _ = equalities.newton(world, wins, 0.5)
     for beta, reward in ((0.4, world.reward), (0.5, world.reward[::-1]), (0.5, -world.reward)):
         star, _ = exact.optimum(world.ref_logp, reward, beta)
         assert exact.total_variation(logp, star).max() > 1e-2
@@ -225,17 +226,17 @@ def test_a_wrong_optimum_is_not_reached(world):
 def test_newton_ends_where_the_gradient_of_the_dpo_loss_is_0(world):
     """By autograd, through `pair_loss`: otherwise Newton minimises something else."""
     wins = exact.preference_probabilities(world.reward) * (1 - np.eye(world.reward.shape[-1]))
-    logp, _ = laboratory.newton(world, wins, 0.3)
+    logp, _ = equalities.newton(world, wins, 0.3)
     leaf = Tensor(logp, requires_grad=True)
-    laboratory.pair_loss(laboratory.ops.log_softmax(leaf), world.ref_logp, wins, 0.3).backward()
+    equalities.pair_loss(equalities.ops.log_softmax(leaf), world.ref_logp, wins, 0.3).backward()
     assert abs(leaf.grad).max() < 1e-12
 
 
 def test_pair_loss_is_the_mean_of_dpo_loss(world):
     """Pair by pair: otherwise the laboratory proves something of a loss of its own."""
     wins = exact.preference_probabilities(world.reward) * (1 - np.eye(world.reward.shape[-1]))
-    logp = next(laboratory.random_policies(world, 0))
-    for mine, theirs in ((laboratory.pair_loss, losses.dpo_loss), (laboratory.square_loss, losses.ipo_loss)):
+    logp = next(equalities.random_policies(world, 0))
+    for mine, theirs in ((equalities.pair_loss, losses.dpo_loss), (equalities.square_loss, losses.ipo_loss)):
         total = 0.0
         for x in range(len(wins)):
             for i, j in itertools.permutations(range(wins.shape[-1]), 2):
@@ -249,14 +250,14 @@ def test_the_policy_gradient_is_that_of_the_objective(world):
     rng = np.random.default_rng(0)
     theta = rng.normal(size=5)
     reward, ref = rng.normal(size=5), normalised(rng.normal(size=5))
-    gradient = laboratory.policy_gradient(normalised(theta), ref, reward, 0.7)
+    gradient = equalities.policy_gradient(normalised(theta), ref, reward, 0.7)
     for i in range(5):
         up, down = (
             exact.objective(normalised(theta + sign * 1e-6 * np.eye(5)[i]), ref, reward, 0.7) for sign in (1, -1)
         )
         close(gradient[i], (up - down) / 2e-6, atol=1e-8)
     p = np.exp(normalised(theta))
-    natural = laboratory.natural_gradient(normalised(theta), gradient)
+    natural = equalities.natural_gradient(normalised(theta), gradient)
     close((np.diag(p) - np.outer(p, p)) @ natural, gradient, atol=1e-14)
     close((p * natural).sum(), 0, atol=1e-14)
 
@@ -269,10 +270,10 @@ def test_sampled_gradients_are_unbiased(world):
         def choice(self, n, size, p):
             return np.arange(n)
 
-    one_of_each = laboratory.sampled_gradients(world, world.ref_logp, 0.5, Each(), len(p))
+    one_of_each = equalities.sampled_gradients(world, world.ref_logp, 0.5, Each(), len(p))
     close(
         (p[:, None] * one_of_each).sum(axis=0),
-        laboratory.policy_gradient(world.ref_logp, world.ref_logp, world.reward, 0.5)[0],
+        equalities.policy_gradient(world.ref_logp, world.ref_logp, world.reward, 0.5)[0],
         atol=1e-14,
     )
 

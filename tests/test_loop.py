@@ -12,8 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from minidpo import checkpoint, cli, loop, model, optim, runs, training, workers
+from minidpo import checkpoint, cli, model, optim, training
 from minidpo.model import Config
+from minidpo.run import folder as run_folder
+from minidpo.run import loop, workers
 from minidpo.tokenizer import Tokenizer
 
 forks = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
@@ -167,9 +169,9 @@ def test_lines_after_the_checkpoint_are_cut_off(tmp_path):
     """Otherwise a step stands in the metrics twice; half a line makes the file unreadable."""
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n{"step": 2}\n{"step": 2, "eval_loss": 1}\n{"step": 3}\n{"st')
-    runs.cut(path, 2)
+    run_folder.cut(path, 2)
     assert [line["step"] for line in lines(path)] == [1, 2, 2]
-    runs.cut(tmp_path / "none.jsonl", 2)
+    run_folder.cut(tmp_path / "none.jsonl", 2)
     assert not (tmp_path / "none.jsonl").exists()
 
 
@@ -205,9 +207,9 @@ def test_a_run_goes_on_with_what_it_was_begun_with(folder, tmp_path, capsys):
 def test_another_number_of_threads_is_said(folder, tmp_path, capsys, monkeypatch):
     """Otherwise the last bits differ, and nobody knows why."""
     run = tmp_path / "run"
-    monkeypatch.setattr(runs, "blas", lambda: workers.Blas(lambda: 3, print))
+    monkeypatch.setattr(run_folder, "blas", lambda: workers.Blas(lambda: 3, print))
     assert cli.main(dpo(folder, run, *SHORT)) == 0
-    monkeypatch.setattr(runs, "blas", lambda: workers.Blas(lambda: 1, print))
+    monkeypatch.setattr(run_folder, "blas", lambda: workers.Blas(lambda: 1, print))
     capsys.readouterr()
     assert cli.main(["resume", str(run)]) == 0
     assert "blas_threads was 3 and is 1; the last bits of the result may differ" in capsys.readouterr().err
@@ -248,7 +250,7 @@ def setup(tmp_path, losses, patience=None, steps=10):
 
     task = loop.Task(6, step, lambda: {"loss": next(measured)}, lambda: [], lambda indices: f"lines {sorted(indices)}")
     settings = loop.Settings(0, steps, 2, 1e-3, 0, 1, patience)
-    runs.create(tmp_path / "run", {"arguments": ["sft"]}, {})
+    run_folder.create(tmp_path / "run", {"arguments": ["sft"]}, {})
     return tmp_path / "run", (params, CONFIG, TOKENIZER, optimizer, task, settings)
 
 
@@ -295,7 +297,7 @@ def test_one_process_at_a_time(tmp_path):
     half_written.mkdir()
     (run / "model").mkdir()
     (run / "metrics.jsonl").write_text('{"step": 5}\n{"st')
-    with runs.alone(run), pytest.raises(checkpoint.CheckpointError, match="another process is at this run"):
+    with run_folder.alone(run), pytest.raises(checkpoint.CheckpointError, match="another process is at this run"):
         loop.run_loop(run, *arguments)
     assert half_written.exists() and (run / "model").exists()
     assert (run / "metrics.jsonl").read_text() == '{"step": 5}\n{"st'
@@ -349,11 +351,11 @@ def test_the_optimizer_comes_back(tmp_path):
     params = model.init(CONFIG, np.random.default_rng(0))
     optimizer = optim.AdamW(params, 1e-2)
     training.sft_training_step(params, CONFIG, optimizer, [([0], [1, 0])])
-    state = runs.State(step=7, measured_at=6, best=1.5, best_step=6, worse=0)
-    runs.save(tmp_path, params, CONFIG, TOKENIZER, optimizer, state)
+    state = run_folder.State(step=7, measured_at=6, best=1.5, best_step=6, worse=0)
+    run_folder.save(tmp_path, params, CONFIG, TOKENIZER, optimizer, state)
     others = model.init(CONFIG, np.random.default_rng(1))
     again = optim.AdamW(others, 1e-2)
-    assert runs.restore(tmp_path / "step-000007", others, again) == state
+    assert run_folder.restore(tmp_path / "step-000007", others, again) == state
     assert again.state.keys() == optimizer.state.keys() and again.state["wte.weight"]["t"] == 1
     for name, kept in optimizer.state.items():
         assert again.state[name].keys() == kept.keys() == {"t", "m", "v"}
@@ -366,11 +368,11 @@ def test_a_checkpoint_of_no_run_is_no_place_to_go_on(tmp_path):
     params = model.init(CONFIG, np.random.default_rng(0))
     for number, (arrays, state) in enumerate([
         ({}, {}),
-        ({}, {**vars(runs.State()), "best": 1.0, "optimizer": [1]}),
-        ({"x/m": np.zeros(1)}, {**vars(runs.State()), "best": 1.0, "optimizer": {}}),
+        ({}, {**vars(run_folder.State()), "best": 1.0, "optimizer": [1]}),
+        ({"x/m": np.zeros(1)}, {**vars(run_folder.State()), "best": 1.0, "optimizer": {}}),
         ({}, {"step": 1, "optimizer": {}, "more": 2}),
-        ({}, {**vars(runs.State()), "best": 1.0, "step": "x", "optimizer": {}}),
+        ({}, {**vars(run_folder.State()), "best": 1.0, "step": "x", "optimizer": {}}),
     ]):  # fmt: skip
         checkpoint.save(tmp_path / str(number), params, CONFIG, TOKENIZER, arrays, state)
         with pytest.raises(checkpoint.CheckpointError, match="its training state is not that of this run"):
-            runs.restore(tmp_path / str(number), params, optim.AdamW(params))
+            run_folder.restore(tmp_path / str(number), params, optim.AdamW(params))

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from drawing import cases, is_varied, seeds
 from minidpo import Tensor, ops
-from minidpo.cases import CASES
+from minidpo.cli.cases import CASES
 from minidpo.gradcheck import STEP, check_vjp
 from minidpo.ops import OPS
 from minidpo.tensor import sweep, tape

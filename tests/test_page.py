@@ -7,7 +7,8 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from minidpo import Tensor, displacement, explain, model, optim, page
+from minidpo import Tensor, explain, model, optim
+from minidpo.explain import displacement, page
 from minidpo.model import Config
 from minidpo.tokenizer import Tokenizer
 

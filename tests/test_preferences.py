@@ -10,7 +10,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from minidpo import preferences
-from minidpo.preferences import COMPLETIONS, Fault, Row, ShapeError
+from minidpo.data.preferences import COMPLETIONS, Fault, Row, ShapeError
 from minidpo.tokenizer import Tokenizer
 
 TOKENIZER = Tokenizer("abcdef\n")

@@ -15,8 +15,8 @@ from hypothesis import settings
 import minidpo
 from benchmarks import speed
 from benchmarks.workload import SIZES as SIZES_OF_SPEED
-from minidpo import assumptions, demo, frontier, laboratory
-from minidpo.cli import main
+from minidpo.cli import demo, main
+from minidpo.theory import assumptions, equalities, frontier
 from test_demo import SIZES
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
@@ -42,11 +42,11 @@ def test_the_three_columns_are_equal():
 
 def test_line_counts_are_true():
     """Otherwise the evening is longer than promised."""
-    rows = re.findall(r"\[`minidpo/(\w+\.py)`\]\(minidpo/(\w+\.py)\) \| (\d+) \|", README)
+    rows = re.findall(r"\[`minidpo/([\w/]+\.py)`\]\(minidpo/([\w/]+\.py)\) \| (\d+) \|", README)
     for name, link, lines in rows:
         assert name == link and int(lines) == len((SOURCE / name).read_text().splitlines()), name
     listed = {name for name, _, _ in rows}
-    assert listed == {path.name for path in SOURCE.glob("*.py")} - {"__init__.py", "__main__.py"}
+    assert listed == {str(path.relative_to(SOURCE)) for path in SOURCE.rglob("*.py") if not path.name.startswith("__")}
 
 
 def test_the_commands_exist(tmp_path, monkeypatch):
@@ -59,7 +59,7 @@ def test_the_commands_exist(tmp_path, monkeypatch):
         (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(demo, "FULL", SIZES)
-    monkeypatch.setattr(laboratory, "LABORATORY", laboratory.LABORATORY[:3])
+    monkeypatch.setattr(equalities, "LABORATORY", equalities.LABORATORY[:3])
     monkeypatch.setattr(assumptions, "what_breaks_it", lambda world, seed: [])
     steps = ["--steps", "1"]
     shorter = {"check": ["--cases", "1"], "pretrain": steps, "sft": steps, "dpo": steps, "judge": ["--replies", "5"]}
@@ -139,10 +139,10 @@ def test_each_stage_is_better_than_the_one_before_in_every_seed():
 
 def test_the_number_of_runs_is_true():
     """Otherwise the reading list promises another picture, or the theory is executed on another world."""
-    world = laboratory.small_world(0)
+    world = equalities.small_world(0)
     assert f"all {len(world.responses)} responses of a small world to three prompts" in README
     assert len(world.prompts) == 3
-    assert f"{len(list(frontier.policies(laboratory.small_world(0, 2, 2), 0)))} runs a world" in README.replace(
+    assert f"{len(list(frontier.policies(equalities.small_world(0, 2, 2), 0)))} runs a world" in README.replace(
         "thirty-five", "35"
     )
 

@@ -7,9 +7,10 @@ import re
 import numpy as np
 import pytest
 
-from minidpo import checkpoint, cli, losses, model, recipes, training
-from minidpo.exact import chain_rule_logprob
+from minidpo import checkpoint, cli, losses, model, training
+from minidpo.cli import parser, train
 from minidpo.model import Config
+from minidpo.theory.exact import chain_rule_logprob
 from minidpo.tokenizer import Tokenizer
 
 TOKENIZER = Tokenizer("\nabcd")
@@ -312,18 +313,18 @@ def test_prompts_that_truncation_makes_equal_are_on_one_side(tmp_path):
     rows = [{"prompt": f"{x}{'b' * 9}", "chosen": y, "rejected": "dd"} for x in "abcd" for y in ("a", "b", "c")]
     rows += [{"prompt": "ccc", "chosen": y, "rejected": "dd"} for y in ("a", "b")]
     data = write(tmp_path / "pairs.jsonl", rows)
-    options = cli.parser().parse_args(
+    options = parser.parser().parse_args(
         ["dpo", f"--data={data}", "--init=i", "--out=o", "--truncation=prompt", "--held-out-share=0.5"]
     )
-    found = recipes.data(options, recipes.PAIRS, TOKENIZER, 8)
+    found = train.data(options, train.PAIRS, TOKENIZER, 8)
     assert not {tuple(x) for x, *_ in found.train.ids} & {tuple(x) for x, *_ in found.held_out.ids}
     options.held_out_data = write(tmp_path / "held.jsonl", [{"prompt": "x" + "b" * 9, "chosen": "d", "rejected": "a"}])
     options.data = write(tmp_path / "train.jsonl", rows[:1])
     with pytest.raises(ValueError, match=r"held\.jsonl: no row can be used"):
-        recipes.data(options, recipes.PAIRS, TOKENIZER, 8)
+        train.data(options, train.PAIRS, TOKENIZER, 8)
     write(options.held_out_data, [{"prompt": "d" + "b" * 9, "chosen": "d", "rejected": "aa"}])
     with pytest.raises(ValueError, match="line 1: this prompt is in"):
-        recipes.data(options, recipes.PAIRS, TOKENIZER, 8)
+        train.data(options, train.PAIRS, TOKENIZER, 8)
 
 
 def test_what_is_wrong_is_one_sentence(folder, tmp_path, capsys):
@@ -387,7 +388,7 @@ def test_options_are_bounded(option, sentence, capsys):
     assert caught.value.code == 2
     error = capsys.readouterr().err
     assert re.search(sentence, error) and f"argument {option.split('=')[0]}" in error
-    fine = cli.parser().parse_args(
+    fine = parser.parser().parse_args(
         ["dpo", "--data=d", "--init=i", "--out=o", "--label-smoothing=0.5", "--nll-weight=0"]
     )
     assert (fine.label_smoothing, fine.nll_weight) == (0.5, 0)
@@ -396,16 +397,16 @@ def test_options_are_bounded(option, sentence, capsys):
 def test_rows_are_named_as_a_reader_counts_them(folder, tmp_path):
     """Otherwise "after a batch of lines 1, 2" sends one to the wrong lines."""
     data = write(tmp_path / "pairs.jsonl", ["{", *ROWS])
-    rows, _ = recipes.preferences.read(data)
-    encoded = recipes.preferences.encode(rows, TOKENIZER, 16)
-    assert recipes.named_rows(encoded, [2, 0, 2]) == "lines 2, 4"
+    rows, _ = train.preferences.read(data)
+    encoded = train.preferences.encode(rows, TOKENIZER, 16)
+    assert train.named_rows(encoded, [2, 0, 2]) == "lines 2, 4"
 
 
 def test_every_training_option_survives_a_resume():
     """Otherwise a run that goes on is another run."""
     given = ["dpo", "--data=d", "--init=i", "--out=o", "--beta=0.7", "--strict", "--truncation=prompt", "--patience=3"]
-    options = cli.parser().parse_args([*given, "--reference=r", "--nll-weight=0", "--held-out-share=0.25"])
-    again = cli.parser().parse_args([*recipes.arguments(options), "--out=o"])
+    options = parser.parser().parse_args([*given, "--reference=r", "--nll-weight=0", "--held-out-share=0.25"])
+    again = parser.parser().parse_args([*train.arguments(options), "--out=o"])
     for name, value in vars(options).items():
         other = getattr(again, name)
         assert other == (value.resolve() if name in ("data", "init", "reference") else value), name

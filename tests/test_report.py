@@ -5,7 +5,8 @@ import json
 
 import pytest
 
-from minidpo import checkpoint, report
+from minidpo import checkpoint
+from minidpo.run import report
 
 METRICS = [
     {"step": 0, "eval_loss": 0.7, "eval_rewards/accuracies": 0.0, "eval_rewards/ties": 1.0},

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minidpo import ops, scoring
-from minidpo.exact import chain_rule_logprob
+from minidpo.theory.exact import chain_rule_logprob
 from models import CONFIG, pairs, small
 
 close = np.testing.assert_allclose

@@ -8,11 +8,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minidpo import checkpoint, gradcheck, losses, model, ops, optim, safetensors, training
-from minidpo.exact import chain_rule_logprob
+from minidpo import checkpoint, gradcheck, losses, model, ops, optim, training
+from minidpo.data.preferences import collate
 from minidpo.model import Config
-from minidpo.preferences import collate
+from minidpo.run import safetensors
 from minidpo.scoring import sequence_logprob
+from minidpo.theory.exact import chain_rule_logprob
 from minidpo.tokenizer import Tokenizer
 from models import CONFIG, pairs, small
 

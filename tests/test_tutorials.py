@@ -76,7 +76,8 @@ def test_the_map_in_the_readme_is_true():
         for module, function in places:
             defined = {
                 node.name
-                for node in ast.walk(ast.parse((SOURCE / f"{module}.py").read_text()))
+                for path in [*SOURCE.rglob(f"{module}.py"), *SOURCE.glob(f"{module}/*.py")]
+                for node in ast.walk(ast.parse(path.read_text()))
                 if isinstance(node, ast.FunctionDef | ast.ClassDef)
             }
-            assert function in defined, f"{name}: minidpo/{module}.py has no {function}"
+            assert function in defined, f"{name}: {module} has no {function}"

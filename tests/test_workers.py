@@ -16,9 +16,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minidpo import Tensor, losses, optim, training, workers
-from minidpo.preferences import collate
-from minidpo.workers import Workers
+from minidpo import Tensor, losses, optim, training
+from minidpo.data.preferences import collate
+from minidpo.run import workers
+from minidpo.run.workers import Workers
 from models import CONFIG, small
 from test_loop import forks
 
@@ -118,7 +119,7 @@ def test_no_worker_outlives_the_process_that_asks():
         import os, sys, time
         import numpy as np
         from minidpo import Tensor
-        from minidpo.workers import Workers
+        from minidpo.run.workers import Workers
         read, write = os.pipe()  # a lock, say: workers must not keep it open
         crew = Workers({"x": Tensor(np.zeros(1), requires_grad=True)}, lambda params, share: time.sleep(share), 3)
         print(*[worker.pid for worker in crew.others], flush=True)
@@ -186,7 +187,7 @@ def test_memory_that_an_array_leaves_is_kept_for_the_next():
         import resource
         import numpy
         from minidpo import Tensor
-        from minidpo.workers import Workers
+        from minidpo.run.workers import Workers
 
         def pages_taken():
             before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

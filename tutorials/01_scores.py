@@ -27,7 +27,8 @@ import pathlib
 
 import numpy as np
 
-from minidpo import Tensor, ops, report
+from minidpo import Tensor, ops
+from minidpo.run import report
 
 
 def sigma(z):

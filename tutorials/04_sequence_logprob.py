@@ -22,7 +22,8 @@ import math
 
 import numpy as np
 
-from minidpo import exact, model, mutants, ops, scoring
+from minidpo import exact, model, ops, scoring
+from minidpo.theory import mutants
 
 rng = np.random.default_rng(0)
 V, C, CAP, END_OF_TEXT = 4, 6, 3, 0  # ids, channels, most tokens of a response

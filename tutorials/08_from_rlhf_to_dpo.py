@@ -25,10 +25,11 @@ import pathlib
 
 import numpy as np
 
-from minidpo import Tensor, exact, ops, report
-from minidpo.assumptions import what_breaks_it
-from minidpo.laboratory import all_pairs, newton, pair_loss, reparametrisation, sampled_wins, small_world
+from minidpo import Tensor, exact, ops
+from minidpo.run import report
 from minidpo.streams import stream
+from minidpo.theory.assumptions import what_breaks_it
+from minidpo.theory.equalities import all_pairs, newton, pair_loss, reparametrisation, sampled_wins, small_world
 
 # %% [markdown]
 # ## From NumPy alone

@@ -21,7 +21,8 @@
 # %%
 import numpy as np
 
-from minidpo import Config, Tensor, displacement, explain, gradcheck, losses, model, scoring
+from minidpo import Config, Tensor, explain, gradcheck, losses, model, scoring
+from minidpo.explain import displacement
 
 # %% [markdown]
 # ## From NumPy alone: the four log-probabilities

@@ -24,7 +24,9 @@ import pathlib
 
 import numpy as np
 
-from minidpo import Tensor, dynamics, exact, laboratory, losses, optim, report
+from minidpo import Tensor, exact, losses, optim
+from minidpo.run import report
+from minidpo.theory import dynamics, equalities
 
 betas = (0.01, 0.1, 0.5)
 
@@ -115,14 +117,14 @@ r = 1.7
 p = 1 / (1 + math.exp(-r))
 print(f"\nlabels by chance, reward gap {r}: where the gap ends, and the KL of pi* in a small world")
 print(f"{'beta':>6}{'r/beta':>10}{'descent ends at':>18}{'KL(pi*||pi_ref)':>18}")
-world = laboratory.small_world(0)
-wins, reward_gaps = laboratory.all_pairs(world), world.reward[:, :, None] - world.reward[:, None, :]
+world = equalities.small_world(0)
+wins, reward_gaps = equalities.all_pairs(world), world.reward[:, :, None] - world.reward[:, None, :]
 kls = []
 for beta in betas:
     end = gap_after_steps(beta, 2000, 0.5 / beta**2, p)  # a rate in proportion to 1/beta^2
     np.testing.assert_allclose(end, r / beta, rtol=1e-6)
     star, _ = exact.optimum(world.ref_logp, world.reward, beta)
-    minimiser, _ = laboratory.newton(world, wins, beta)
+    minimiser, _ = equalities.newton(world, wins, beta)
     np.testing.assert_allclose(minimiser, star, rtol=0, atol=1e-8 / beta)
     h = star - world.ref_logp  # (P, N)
     np.testing.assert_allclose(beta * (h[:, :, None] - h[:, None, :]), reward_gaps, rtol=0, atol=1e-9)

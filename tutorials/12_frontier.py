@@ -23,7 +23,9 @@ import pathlib
 
 import numpy as np
 
-from minidpo import assumptions, exact, frontier, laboratory, report
+from minidpo import exact
+from minidpo.run import report
+from minidpo.theory import assumptions, equalities, frontier
 
 ref_logp = np.log([0.40, 0.25, 0.15, 0.10, 0.06, 0.04])  # six responses to a single prompt
 reward = np.array([-0.5, 0.3, -1.0, 1.2, 0.0, 2.0])
@@ -132,13 +134,13 @@ for name, logp in ends.items():
 # another loss, the mean of (margin - 1/(2 tau))^2, tau in beta's place.)
 
 # %%
-six = laboratory.World([[0]], [[1]] * 6, reward[None, :], ref_logp[None, :])
+six = equalities.World([[0]], [[1]] * 6, reward[None, :], ref_logp[None, :])
 np.testing.assert_allclose(exact.optimum(ref_logp, reward, beta)[0], star, rtol=0, atol=1e-12)
-np.testing.assert_allclose(laboratory.newton(six, laboratory.all_pairs(six), beta)[0][0], star, rtol=0, atol=1e-10)
+np.testing.assert_allclose(equalities.newton(six, equalities.all_pairs(six), beta)[0][0], star, rtol=0, atol=1e-10)
 np.testing.assert_allclose(frontier.unlikelihood(six, 0.0, 300)[0], np.log(W), rtol=0, atol=1e-2)
 np.testing.assert_allclose(frontier.most_reward(six, 0.7), lowest_line(0.7)[0], rtol=0, atol=1e-5)
 
-world = laboratory.small_world(0)
+world = equalities.small_world(0)
 outcomes = {outcome.name: outcome for outcome in assumptions.what_breaks_it(world, 0, 500)}
 print(f"\n{'121 responses, beta 0.5':<54}{'TV to pi*':>10}{'KL':>8}{'reward':>9}{'below':>8}")
 for name, outcome in outcomes.items():
@@ -191,7 +193,7 @@ print("    the assumptions moved DPO away from pi*")
 # 2. The arguments are exchanged: that is KL(pi_ref || pi). The bound holds for KL(pi || pi_ref).
 
 # %%
-ranks = laboratory.World([[0]], [[1]] * 1000, np.arange(1000.0)[None, :], np.full((1, 1000), -np.log(1000)))
+ranks = equalities.World([[0]], [[1]] * 1000, np.arange(1000.0)[None, :], np.full((1, 1000), -np.log(1000)))
 best_of_two = frontier.best_of(ranks, 2)
 np.testing.assert_allclose(np.exp(best_of_two[0]), 2 / 1000 * (np.arange(1000) + 0.5) / 1000, rtol=1e-9)
 np.testing.assert_allclose(frontier.measured(ranks, best_of_two)[0], np.log(2) - 0.5, rtol=0, atol=1e-4)

@@ -22,7 +22,9 @@ import pathlib
 
 import numpy as np
 
-from minidpo import Tensor, displacement, exact, losses, ops, report
+from minidpo import Tensor, exact, losses, ops
+from minidpo.explain import displacement
+from minidpo.run import report
 
 
 def sigma(z):

@@ -17,8 +17,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from minidpo import Config, Tensor, displacement, exact, losses, model, mutants, ops, optim, scoring, training
-from minidpo.preferences import collate
+from minidpo import Config, Tensor, exact, losses, model, ops, optim, scoring, training
+from minidpo.data.preferences import collate
+from minidpo.explain import displacement
+from minidpo.theory import mutants
 
 
 class Erratum(NamedTuple):

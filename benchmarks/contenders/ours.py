@@ -6,8 +6,9 @@ import functools
 import numpy
 
 from benchmarks.workload import BETA, LEARNING_RATE, endless
-from minidpo import Tensor, generation, losses, model, optim, preferences, scoring, training, workers
+from minidpo import Tensor, generation, losses, model, optim, preferences, scoring, training
 from minidpo.backend import device_module, to_host
+from minidpo.run import workers
 
 
 def versions():

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.workload import BETA, LEARNING_RATE, endless, padded
-from minidpo import workers
+from minidpo.run import workers
 
 torch.set_num_threads(2)
 

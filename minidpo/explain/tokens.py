@@ -12,13 +12,13 @@ from typing import Any, NamedTuple
 
 import numpy
 
-from . import losses, ops
-from .backend import Array, to_host
-from .graph import graph as graph
-from .model import Config, Params, forward
-from .scoring import Pair, collate, shared_logprobs
-from .tensor import Tensor
-from .tokenizer import END_OF_TEXT, Tokenizer
+from .. import losses, ops
+from ..backend import Array, to_host
+from ..model import Config, Params, forward
+from ..scoring import Pair, collate, shared_logprobs
+from ..tensor import Tensor
+from ..tokenizer import END_OF_TEXT, Tokenizer
+from .graphs import graph as graph
 
 END = "<|endoftext|>"  # what end-of-text is called
 Moved = tuple[str, float]  # a token, and how hard its logit is pushed

@@ -9,12 +9,12 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from . import ops
-from .backend import Array
+from .. import ops
+from ..backend import Array
+from ..model import Config, Params, batch_rows, row_logits
+from ..scoring import sequence_logprob
+from ..tokenizer import END_OF_TEXT
 from .exact import chain_rule_logprob, complete_responses, total_probability
-from .model import Config, Params, batch_rows, row_logits
-from .scoring import sequence_logprob
-from .tokenizer import END_OF_TEXT
 
 Ids = Sequence[int]
 

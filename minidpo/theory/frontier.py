@@ -15,9 +15,14 @@ from typing import NamedTuple
 
 import numpy
 
-from . import checkpoint, exact, ops, optim
-from .backend import Array
-from .laboratory import (
+from .. import ops, optim
+from ..backend import Array
+from ..run import checkpoint
+from ..run.report import Line, Panel, picture
+from ..streams import stream
+from ..tensor import Tensor
+from . import exact
+from .equalities import (
     World,
     all_pairs,
     descend,
@@ -30,9 +35,6 @@ from .laboratory import (
     square_loss,
     table_policy,
 )
-from .report import Line, Panel, picture
-from .streams import stream
-from .tensor import Tensor
 
 BETAS = (0.05, 0.1, 1.0, 5.0)
 ALPHAS = (0.05, 0.1, 0.5, 1.0)

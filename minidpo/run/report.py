@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from . import checkpoint
 from .checkpoint import CheckpointError
-from .runs import described, json_lines
+from .folder import described, json_lines
 
 COLUMNS = {  # of the table of measurements
     "step": "step",

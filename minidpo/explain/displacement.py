@@ -11,12 +11,12 @@ from typing import NamedTuple
 
 import numpy
 
-from . import losses, ops, optim, training
-from .backend import Array
-from .explain import PairView, double, gradients, pair
-from .model import Config, Params
-from .scoring import Pair, collate, sequence_logprob
-from .tensor import Tensor
+from .. import losses, ops, optim, training
+from ..backend import Array
+from ..model import Config, Params
+from ..scoring import Pair, collate, sequence_logprob
+from ..tensor import Tensor
+from .tokens import PairView, double, gradients, pair
 
 ROUNDING = 1e-11  # nats: a smaller change of a log-probability cannot be told from rounding
 

@@ -23,12 +23,12 @@ from typing import Any, NamedTuple
 
 import numpy
 
+from ..backend import to_host
+from ..model import Config, Params, parameter_shapes
+from ..tensor import Tensor
+from ..tokenizer import END_OF_TEXT, Tokenizer
 from . import safetensors
-from .backend import to_host
-from .model import Config, Params, parameter_shapes
 from .safetensors import CheckpointError
-from .tensor import Tensor
-from .tokenizer import END_OF_TEXT, Tokenizer
 
 HUGGING_FACE = {
     "model_type": "gpt2",

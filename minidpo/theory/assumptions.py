@@ -8,9 +8,12 @@ from typing import NamedTuple
 
 import numpy
 
-from . import exact, losses, ops, optim
-from .backend import Array
-from .laboratory import (
+from .. import losses, ops, optim
+from ..backend import Array
+from ..streams import stream
+from ..tensor import Tensor
+from . import exact
+from .equalities import (
     Claim,
     World,
     all_pairs,
@@ -23,8 +26,6 @@ from .laboratory import (
     table_policy,
     transformer_policy,
 )
-from .streams import stream
-from .tensor import Tensor
 
 
 class Outcome(NamedTuple):

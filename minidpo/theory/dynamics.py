@@ -11,9 +11,9 @@ from pathlib import Path
 
 import numpy
 
-from .backend import Array
-from .laboratory import Claim, World, at_most
-from .report import Line, Panel, picture
+from ..backend import Array
+from ..run.report import Line, Panel, picture
+from .equalities import Claim, World, at_most
 
 
 def hard_label_gap(beta: float, t: float) -> float:

@@ -10,19 +10,21 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from . import checkpoint, losses, model, optim, preferences, report, training
-from .backend import to_host
-from .checkpoint import Checkpoint, CheckpointError
-from .generation import generate
-from .loop import Settings, Task, run_loop
-from .model import Config, Params
-from .preferences import PAIRS, Encoded
-from .runs import create, same_as_begun
-from .scoring import collate
-from .streams import stream
-from .tokenizer import END_OF_TEXT, TURN, Tokenizer
-from .training import Loss
-from .workers import Workers, worker_count
+from .. import losses, model, optim, training
+from ..backend import to_host
+from ..data import preferences
+from ..data.preferences import PAIRS, Encoded
+from ..generation import generate
+from ..model import Config, Params
+from ..run import checkpoint, report
+from ..run.checkpoint import Checkpoint, CheckpointError
+from ..run.folder import create, same_as_begun
+from ..run.loop import Settings, Task, run_loop
+from ..run.workers import Workers, worker_count
+from ..scoring import collate
+from ..streams import stream
+from ..tokenizer import END_OF_TEXT, TURN, Tokenizer
+from ..training import Loss
 
 LOSSES = ("dpo", "ipo", "reference-free")
 NEW_MODEL = {"n_positions": 512, "n_embd": 64, "n_layer": 2, "n_head": 4}

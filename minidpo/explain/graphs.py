@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .backend import array_module, to_host
-from .tensor import Tensor, sweep, tape
+from ..backend import array_module, to_host
+from ..tensor import Tensor, sweep, tape
 
 SMALL = 4  # entries that are shown one by one
 

@@ -7,13 +7,17 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from . import checkpoint, displacement, explain, invariances, losses, optim, page, preferences
-from .checkpoint import CheckpointError
-from .preferences import Row
-from .recipes import load, same_vocabulary, scored_rows
-from .runs import described
-from .scoring import shared_logprobs
-from .tokenizer import TURN, Tokenizer
+from .. import explain, losses, optim
+from ..data import preferences
+from ..data.preferences import Row
+from ..explain import displacement, page
+from ..run import checkpoint
+from ..run.checkpoint import CheckpointError
+from ..run.folder import described
+from ..scoring import shared_logprobs
+from ..theory import invariances
+from ..tokenizer import TURN, Tokenizer
+from .train import load, same_vocabulary, scored_rows
 
 BETA = 0.2  # where neither an option nor a run gives one
 RATE = 1e-6

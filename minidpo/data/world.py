@@ -21,8 +21,8 @@ from typing import NamedTuple
 
 import numpy
 
-from .streams import stream
-from .tokenizer import TURN
+from ..streams import stream
+from ..tokenizer import TURN
 
 TOPICS = ("order", "parcel", "refund", "card", "bill", "ticket", "account", "login")
 OWNERS = ("anna", "tom", "mia", "lee")

@@ -12,11 +12,12 @@ from typing import Any, NamedTuple
 
 import numpy
 
-from . import exact, model, ops, optim
-from .backend import Array, array_module
-from .model import Config
-from .streams import stream
-from .tensor import Tensor
+from .. import model, ops, optim
+from ..backend import Array, array_module
+from ..model import Config
+from ..streams import stream
+from ..tensor import Tensor
+from . import exact
 
 BETAS = (0.05, 0.1, 0.5, 1.0, 5.0)
 

@@ -16,8 +16,8 @@ from typing import Any, BinaryIO, NamedTuple, TypeVar
 
 import numpy
 
-from .scoring import collate as collate
-from .tokenizer import END_OF_TEXT, Tokenizer, UnknownCharacterError
+from ..scoring import collate as collate
+from ..tokenizer import END_OF_TEXT, Tokenizer, UnknownCharacterError
 
 PAIRS = ("prompt", "chosen", "rejected")
 COMPLETIONS = ("prompt", "completion")

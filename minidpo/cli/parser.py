@@ -9,11 +9,13 @@ from pathlib import Path
 
 import numpy
 
-from . import checkpoint, checks, demo, inspection, preferences, recipes, report
-from .backend import device_fault
-from .checkpoint import CheckpointError
-from .loop import Interrupted
-from .runs import described
+from ..backend import device_fault
+from ..data import preferences
+from ..run import checkpoint, report
+from ..run.checkpoint import CheckpointError
+from ..run.folder import described
+from ..run.loop import Interrupted
+from . import demo, look, prove, train
 
 
 def resume(options: argparse.Namespace) -> int:
@@ -64,7 +66,7 @@ def between(low: float, high: float, closed: str = "") -> Callable[[str], float]
     return number
 
 
-WITHOUT_CHANCE = (recipes.evaluate, recipes.score, inspection.explain_pair, inspection.displaced, resume)
+WITHOUT_CHANCE = (train.evaluate, train.score, look.explain_pair, look.displaced, resume)
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):
@@ -125,7 +127,7 @@ def parser() -> argparse.ArgumentParser:
 
     def model_options(added: argparse.ArgumentParser, n_layer: int, n_positions: str) -> None:
         added.add_argument("--init", type=Path, help="checkpoint or run to begin from; a new model if not given")
-        sizes = {**recipes.NEW_MODEL, "n_layer": n_layer, "n_positions": n_positions}
+        sizes = {**train.NEW_MODEL, "n_layer": n_layer, "n_positions": n_positions}
         for name, what in (
             ("n_embd", "channels"),
             ("n_layer", "layers"),
@@ -147,7 +149,7 @@ def parser() -> argparse.ArgumentParser:
         )
 
     added = command(
-        checks.check,
+        prove.check,
         "compare every derivative with finite differences and the complex step",
         "Check the vector-Jacobian product of every op on random arguments, against central differences and the "
         "complex step. Prints the worst error; exits with 1 if any is too large.",
@@ -155,14 +157,14 @@ def parser() -> argparse.ArgumentParser:
     added.add_argument("--cases", type=at_least(1), default=100, help="random cases per op")
 
     command(
-        checks.oracles,
+        prove.oracles,
         "show how two oracles find eleven wrong ways to score a response",
         "Score every response of a small world, rightly and in eleven wrong ways. A distribution sums to 1; one that "
         "does and is still wrong differs from the chain rule, one forward per prefix.",
     )
 
     added = command(
-        checks.exactly,
+        prove.exactly,
         "show the theory of DPO as equalities on a small world",
         "Enumerate all responses of a small world and print, for each claim that the theory makes, the number that "
         "bears it out: Bradley-Terry, the KL-constrained objective, its optimum, the implicit reward, the optimum of "
@@ -172,7 +174,7 @@ def parser() -> argparse.ArgumentParser:
     added.add_argument("--plot", type=Path, help="a PNG to draw what beta does into; needs the plot extra")
 
     added = command(
-        checks.frontier_runs,
+        prove.frontier_runs,
         "how much true reward each method buys with how much KL",
         "Run DPO, IPO, policy gradients, preferred fine-tuning, unlikelihood and best-of-N in small worlds, with exact "
         "true reward and exact KL to the reference, and print how far each ends below the best that its KL could buy. "
@@ -203,7 +205,7 @@ def parser() -> argparse.ArgumentParser:
     added.add_argument("--replies", type=at_least(2), default=500, help="prompts, each answered once")
 
     added = training_command(
-        recipes.pretrain,
+        train.pretrain,
         "train a model on the lines of a text file",
         "Train a character transformer on a file in which each line is a text by itself. A share of the distinct texts "
         "is held out and never trained on. The loss is in nats a token, end-of-text counted as one.",
@@ -217,7 +219,7 @@ def parser() -> argparse.ArgumentParser:
     model_options(added, n_layer=3, n_positions="the longest text's")
 
     added = training_command(
-        recipes.sft,
+        train.sft,
         "fine-tune a model on responses, or train a new one",
         "Supervised fine-tuning on JSON Lines of prompt and completion, or on both responses of prompt, chosen and "
         "rejected. The prompt is given, the response is learnt. Without --init a new model is trained.",
@@ -232,7 +234,7 @@ def parser() -> argparse.ArgumentParser:
     model_options(added, n_layer=2, n_positions="512")
 
     added = training_command(
-        recipes.dpo,
+        train.dpo,
         "prefer the chosen responses of pairs",
         "Direct preference optimisation on JSON Lines of prompt, chosen and rejected. The model to begin from is also "
         "the frozen reference, unless another is given. Rewards in the metrics are implicit, beta log(pi/pi_ref); with "
@@ -247,7 +249,7 @@ def parser() -> argparse.ArgumentParser:
     added.add_argument("--init", type=Path, required=True, help="checkpoint or run to begin from")
     added.add_argument("--reference", type=Path, help="checkpoint or run of the reference; --init if not given")
     added.add_argument("--beta", type=between(0, math.inf), default=0.2, help="reward per nat of log-ratio")
-    added.add_argument("--loss", choices=recipes.LOSSES, default="dpo", help="what is minimised")
+    added.add_argument("--loss", choices=train.LOSSES, default="dpo", help="what is minimised")
     added.add_argument(
         "--label-smoothing", type=between(0, 0.5, "[]"), default=0.0, help="probability that a label is flipped"
     )
@@ -260,13 +262,13 @@ def parser() -> argparse.ArgumentParser:
 
     for run, summary, text in (
         (
-            recipes.evaluate,
+            train.evaluate,
             "measure a policy against its reference on pairs",
             "Print the DPO loss alone, implicit rewards, accuracy (a tie is no success, and is counted beside it), "
             "log-probabilities and the rise of the chosen responses' loss against the reference, in nats a token.",
         ),
         (
-            recipes.score,
+            train.score,
             "print the log-probabilities of each pair",
             "Print a JSON object a line for every pair of a file: its line, log pi of both responses and, with "
             "--reference, the same under the reference, the implicit rewards and the DPO loss.",
@@ -274,7 +276,7 @@ def parser() -> argparse.ArgumentParser:
     ):
         added = command(run, summary, text)
         added.add_argument("--checkpoint", type=Path, required=True, help="checkpoint or run of the policy")
-        required = run is recipes.evaluate
+        required = run is train.evaluate
         added.add_argument("--reference", type=Path, required=required, help="checkpoint or run of the reference")
         added.add_argument("--data", type=Path, required=True, help="JSON Lines of prompt/chosen/rejected")
         added.add_argument("--beta", type=between(0, math.inf), default=0.2, help="reward per nat of log-ratio")
@@ -289,7 +291,7 @@ def parser() -> argparse.ArgumentParser:
             "--reference", type=Path, help="checkpoint or run of the reference; a dpo run's own, or the policy itself"
         )
         added.add_argument(
-            "--beta", type=between(0, math.inf), help=f"reward per nat; a dpo run's own, or {inspection.BETA:g}"
+            "--beta", type=between(0, math.inf), help=f"reward per nat; a dpo run's own, or {look.BETA:g}"
         )
         added.add_argument(
             "--learning-rate",
@@ -298,7 +300,7 @@ def parser() -> argparse.ArgumentParser:
         )
 
     added = command(
-        inspection.explain_pair,
+        look.explain_pair,
         "show every gradient of one preference pair",
         "Show what the DPO loss makes of one pair: each token's log-probability, the implicit reward up to it, the "
         "coefficient and the logits that are pushed; the gradient by formula, per logit, by autograd and by finite "
@@ -317,7 +319,7 @@ def parser() -> argparse.ArgumentParser:
     )
 
     added = command(
-        inspection.displaced,
+        look.displaced,
         "show how being preferred can make a response less likely",
         "Train a model of three words on one pair, with and without a likelihood term. With --checkpoint and --data: "
         "take a small step on each pair by itself, and count those that lower their own chosen log-probability, as "
@@ -329,14 +331,14 @@ def parser() -> argparse.ArgumentParser:
     row_options(added)
 
     command(
-        inspection.unmoved,
+        look.unmoved,
         "what leaves the DPO loss alone, and what looks alike and does not",
         "Measure on a random model how much the loss and its gradient change where they must not, and where they must.",
         name="invariances",
     )
 
     added = command(
-        recipes.sample,
+        train.sample,
         "let a model go on from a prompt",
         "Print texts that begin with the prompt, each on a line, drawn from a checkpoint's model.",
     )

@@ -9,12 +9,12 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from . import ops
-from .backend import Array, array_module
-from .model import Config, Params, forward
-from .scoring import checked
-from .tensor import Tensor
-from .tokenizer import END_OF_TEXT
+from .. import ops
+from ..backend import Array, array_module
+from ..model import Config, Params, forward
+from ..scoring import checked
+from ..tensor import Tensor
+from ..tokenizer import END_OF_TEXT
 
 Score = Callable[[Sequence[int]], float]  # log pi(y|x) of a response to some prompt
 

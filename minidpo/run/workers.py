@@ -19,8 +19,8 @@ from typing import Any, NamedTuple, NoReturn, TextIO
 
 import numpy
 
-from .backend import Array, on_host
-from .model import Params
+from ..backend import Array, on_host
+from ..model import Params
 
 MOST = 8  # processes, the one that asks among them; more have not been tried
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's numbers for what mallopt sets

@@ -4,9 +4,9 @@ import html
 import unicodedata
 from collections.abc import Sequence
 
+from ..run.report import shown
 from .displacement import ROUNDING, Step
-from .explain import END, PairView, TokenView, Ways, largest_differences, quoted
-from .report import shown
+from .tokens import END, PairView, TokenView, Ways, largest_differences, quoted
 
 # ---- in a terminal -------------------------------------------------------------------------------------------
 

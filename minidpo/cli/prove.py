@@ -5,11 +5,13 @@ import sys
 
 import numpy
 
-from . import assumptions, dynamics, frontier, laboratory, model, mutants, report
+from .. import model
+from ..gradcheck import TOLERANCE, GradientError, check_vjp
+from ..model import Config
+from ..ops import OPS
+from ..run import report
+from ..theory import assumptions, dynamics, equalities, frontier, mutants
 from .cases import CASES, RandomDraw
-from .gradcheck import TOLERANCE, GradientError, check_vjp
-from .model import Config
-from .ops import OPS
 
 VERDICTS = {True: "holds", False: "FAILS", None: "shown"}
 
@@ -53,10 +55,10 @@ def oracles(options: argparse.Namespace) -> int:
 
 def exactly(options: argparse.Namespace) -> int:
     """Run the laboratory; return 1 if a claim does not hold."""
-    world = laboratory.small_world(options.seed)
+    world = equalities.small_world(options.seed)
     print(f"{len(world.prompts)} prompts, {len(world.responses)} responses to each", flush=True)
     claims = []
-    for part in (*laboratory.LABORATORY, assumptions.finite_margins, dynamics.beta_early_and_late):
+    for part in (*equalities.LABORATORY, assumptions.finite_margins, dynamics.beta_early_and_late):
         print(f"\n{(part.__doc__ or '').splitlines()[0]}", flush=True)
         for claim in part(world, options.seed):
             claims.append(claim)

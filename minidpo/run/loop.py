@@ -16,11 +16,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from . import checkpoint, optim
-from .model import Config, Params
-from .runs import RESULT, State, alone, cut, prune, remove_leftovers, restore, save, step_name
-from .tokenizer import Tokenizer
-from .training import Metrics, batch_indices
+from .. import optim
+from ..model import Config, Params
+from ..tokenizer import Tokenizer
+from ..training import Metrics, batch_indices
+from . import checkpoint
+from .folder import RESULT, State, alone, cut, prune, remove_leftovers, restore, save, step_name
 
 
 class Interrupted(Exception):

@@ -29,11 +29,12 @@ from typing import Any
 
 import numpy
 
-from . import checkpoint, optim
-from .backend import array_module, to_host
+from .. import optim
+from ..backend import array_module, to_host
+from ..model import Config, Params
+from ..tokenizer import Tokenizer
+from . import checkpoint
 from .checkpoint import CheckpointError
-from .model import Config, Params
-from .tokenizer import Tokenizer
 from .workers import blas
 
 RESULT = "model"

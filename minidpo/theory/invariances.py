@@ -12,13 +12,13 @@ from typing import NamedTuple
 
 import numpy
 
-from . import losses, model, ops, optim, training
-from .backend import Array
-from .explain import shared_rows
-from .model import Config, Params, forward
-from .scoring import Pair, collate, padded_logprobs, sequence_logprob, shared_logprobs
-from .tensor import Tensor
-from .tokenizer import END_OF_TEXT, Tokenizer
+from .. import losses, model, ops, optim, training
+from ..backend import Array
+from ..explain.tokens import shared_rows
+from ..model import Config, Params, forward
+from ..scoring import Pair, collate, padded_logprobs, sequence_logprob, shared_logprobs
+from ..tensor import Tensor
+from ..tokenizer import END_OF_TEXT, Tokenizer
 
 CONFIG = Config(vocab_size=6, n_positions=16, n_embd=8, n_layer=2, n_head=2)
 BETA = 0.3

@@ -13,14 +13,15 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from . import checkpoint, preferences, report, world
-from .checkpoint import Checkpoint
-from .generation import generate
-from .recipes import load, read_texts, same_vocabulary
-from .runs import create, json_lines, remove_leftovers
-from .scoring import packed_logprobs
-from .streams import stream
-from .tokenizer import END_OF_TEXT, TURN
+from ..data import preferences, world
+from ..generation import generate
+from ..run import checkpoint, report
+from ..run.checkpoint import Checkpoint
+from ..run.folder import create, json_lines, remove_leftovers
+from ..scoring import packed_logprobs
+from ..streams import stream
+from ..tokenizer import END_OF_TEXT, TURN
+from .train import load, read_texts, same_vocabulary
 
 STAGES = {"pretrain": "base", "sft": "SFT", "dpo": "DPO"}
 COLUMNS = {
