@@ -13,8 +13,8 @@ import statistics
 
 from benchmarks import speed
 from benchmarks.workload import SIZES, draw
-from minidpo import checkpoint
-from minidpo.run import report
+from minidpo import plots
+from minidpo.run import files, report
 
 RESULTS = pathlib.Path(__file__).parent / "results"
 BASELINES = {"step": "PyTorch eager, padded", "sampling": "PyTorch eager"}
@@ -69,8 +69,8 @@ def main():
             print(*[f"  not measured: {line}" for line in missing], table(results, baseline), sep="\n", flush=True)
     if "growth" in options.suites:
         told["growth"] = growth(options.seed)
-    checkpoint.write_whole(path, (json.dumps(told, indent=1) + "\n").encode())
-    drawn = report.picture(options.out / "speed.png", panels(told["growth"]))
+    files.write_whole(path, (json.dumps(told, indent=1) + "\n").encode())
+    drawn = plots.picture(options.out / "speed.png", panels(told["growth"]))
     print(f"written to {options.out}" + ("" if drawn else f"; {report.NO_CURVES}"))
 
 
@@ -97,14 +97,14 @@ def panels(measured):
         values = [point["value"] for point in points]
         for title, of in (("ms a step", lambda r: 1e3 * r["median"]), ("peak MiB", lambda r: r["peak_mib"])):
             lines = [
-                report.Line(name, values, [of(point["results"][name]) for point in points], "o")
+                plots.Curve(name, values, [of(point["results"][name]) for point in points], "o")
                 for name in points[0]["results"]
             ]
             if title == "ms a step":
                 first = points[-1]["results"]["minidpo"]["median"] / points[-1]["flops"]
                 curve = [1e3 * first * point["flops"] for point in points]
-                lines.append(report.Line("operations in closed form", values, curve, faint=True))
-            drawn.append(report.Panel(f"{title} over {axis}", axis, title, lines))
+                lines.append(plots.Curve("operations in closed form", values, curve, faint=True))
+            drawn.append(plots.Panel(f"{title} over {axis}", axis, title, lines))
     return drawn
 
 

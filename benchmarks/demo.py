@@ -15,7 +15,8 @@ from pathlib import Path
 
 from minidpo import checkpoint
 from minidpo.cli import demo
-from minidpo.run import report
+from minidpo.run import files, report
+from minidpo.run import folder as run_folder
 
 RESULTS = Path(__file__).parent / "results" / "demo.json"
 
@@ -39,7 +40,7 @@ def one_seed(folder, seed):
     collapse = demo.judged(models["collapse"], models["sft"], prompts, seed)
     del collapse["replies"]
     measured = {
-        stage: {**report.best(report.json_lines(folder / stage / "metrics.jsonl"))} for stage in ("dpo", "collapse")
+        stage: {**report.best(run_folder.json_lines(folder / stage / "metrics.jsonl"))} for stage in ("dpo", "collapse")
     }
     return {
         "seed": seed,
@@ -58,5 +59,5 @@ if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:
         runs = [one_seed(Path(folder) / f"demo{seed}", seed) for seed in seeds]
     RESULTS.parent.mkdir(exist_ok=True)
-    checkpoint.write_whole(RESULTS, (json.dumps(runs, indent=2) + "\n").encode())
+    files.write_whole(RESULTS, (json.dumps(runs, indent=2) + "\n").encode())
     print(f"written to {RESULTS}")

@@ -13,8 +13,8 @@ import sys
 from benchmarks import speed
 from benchmarks.__main__ import RESULTS, table
 from benchmarks.workload import SIZES, Size
-from minidpo import checkpoint
 from minidpo.backend import DeviceError, device_module
+from minidpo.run import files
 
 GPU_SIZES = {**SIZES, "GPT-2 small": Size(50257, 768, 12, 12, 1024, 4)}
 
@@ -38,7 +38,7 @@ def main():
         results, missing = speed.measure(GPU_SIZES[size], options.seed, options.rounds, suite="gpu")
         told["step"][size] = results
         print(*[f"  not measured: {line}" for line in missing], table(results, "PyTorch eager, padded"), sep="\n")
-    checkpoint.write_whole(RESULTS / "gpu.json", (json.dumps(told, indent=1) + "\n").encode())
+    files.write_whole(RESULTS / "gpu.json", (json.dumps(told, indent=1) + "\n").encode())
     print(f"written to {RESULTS / 'gpu.json'}")
 
 

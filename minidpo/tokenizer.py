@@ -101,3 +101,8 @@ class Tokenizer:
         if not isinstance(content.get("characters"), str):
             raise ValueError('a tokenizer\'s "characters" must be a string')
         return cls(content["characters"])
+
+
+def printable(text: str) -> str:
+    """The text on one line, safe to print: characters that are not printable are escaped."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -18,7 +18,7 @@ from . import losses, ops, optim
 from .backend import Array, array_module, on_host, to_host
 from .losses import PreferenceLoss
 from .model import Config, Params
-from .run import checkpoint, safetensors
+from .run import checkpoint, files, safetensors
 from .run.workers import Gradient, Workers, shares
 from .scoring import Batch, Pair, packed_logprobs, shared_logprobs
 from .streams import stream
@@ -314,5 +314,5 @@ def cached_reference_logprobs(
         return xp.asarray(arrays["ref_logp_w"]), xp.asarray(arrays["ref_logp_l"])
     ref_logp_w, ref_logp_l = reference_logprobs(reference, config, pairs)
     kept = {"ref_logp_w": to_host(ref_logp_w), "ref_logp_l": to_host(ref_logp_l)}
-    checkpoint.write_whole(path, safetensors.to_bytes(kept, {"key": key}))
+    files.write_whole(path, safetensors.to_bytes(kept, {"key": key}))
     return ref_logp_w, ref_logp_l

@@ -7,6 +7,7 @@ import pytest
 
 from minidpo import checkpoint
 from minidpo.run import report
+from minidpo.tokenizer import printable
 
 METRICS = [
     {"step": 0, "eval_loss": 0.7, "eval_rewards/accuracies": 0.0, "eval_rewards/ties": 1.0},
@@ -46,7 +47,7 @@ def test_what_models_say_is_escaped(run):
     text = (run / "report.md").read_text()
     assert "\x1b" not in text and "\u202e" not in text
     assert "    a\\u202eb\\n -> \\x1b[31m<b>2" in text.splitlines()
-    assert report.shown("caf\u00e9 \U0001f600 |") == "caf\u00e9 \U0001f600 |"
+    assert printable("caf\u00e9 \U0001f600 |") == "caf\u00e9 \U0001f600 |"
     assert report.table([{"a": "x|y\n"}], {"a": "t"}).endswith("| x\\|y\\n |")
 
 

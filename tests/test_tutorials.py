@@ -36,7 +36,7 @@ def test_a_script_runs_and_its_assertions_hold(path, tmp_path):
     )
     assert ran.returncode == 0, ran.stderr
     drawn = [found.name for found in tmp_path.glob("*.png")]
-    if "report.picture(" in path.read_text():
+    if "plots.picture(" in path.read_text():
         has_plot = importlib.util.find_spec("matplotlib") is not None
         assert drawn == ([f"{path.stem}.png"] if has_plot else []), ran.stdout
         assert ("matplotlib" in ran.stdout) == (not has_plot), ran.stdout

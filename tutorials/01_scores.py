@@ -27,8 +27,7 @@ import pathlib
 
 import numpy as np
 
-from minidpo import Tensor, ops
-from minidpo.run import report
+from minidpo import Tensor, ops, plots
 
 
 def sigma(z):
@@ -93,11 +92,11 @@ assert (np.abs(slope_of_log(np.linspace(-500, 500, 1001))) <= 1).all()
 grid = np.linspace(-8, 8, 201)
 drawn = {"loss": (-np.log(sigma(grid)), 1 - sigma(grid)), "slope": (slope_of_log(grid), slope_of_linear(grid))}
 panels = [
-    report.Panel(f"{name} of one pair", "z", name, [report.Line("-log P", grid, a), report.Line("1 - P", grid, b)])
+    plots.Panel(f"{name} of one pair", "z", name, [plots.Curve("-log P", grid, a), plots.Curve("1 - P", grid, b)])
     for name, (a, b) in drawn.items()
 ]
 path = pathlib.Path("01_scores.png")
-print(f"picture: {path.name}" if report.picture(path, panels) else "no picture: it needs matplotlib (the `plot` extra)")
+print(f"picture: {path.name}" if plots.picture(path, panels) else "no picture: it needs matplotlib (the `plot` extra)")
 
 # %% [markdown]
 # The second reason: people disagree. If w is preferred with probability p, the expected losses are

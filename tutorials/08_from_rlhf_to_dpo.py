@@ -25,8 +25,7 @@ import pathlib
 
 import numpy as np
 
-from minidpo import Tensor, exact, ops
-from minidpo.run import report
+from minidpo import Tensor, exact, ops, plots
 from minidpo.streams import stream
 from minidpo.theory.assumptions import what_breaks_it
 from minidpo.theory.equalities import all_pairs, newton, pair_loss, reparametrisation, sampled_wins, small_world
@@ -205,8 +204,8 @@ broken = {
 for name, what in broken.items():
     print(f"  {what:<32}{distance[name]:8.3f}")
 path = pathlib.Path("08_from_rlhf_to_dpo.png")
-lines = [report.Line(name, counts, gap, "o") for name, gap in gaps.items()]
-drawn = report.picture(path, [report.Panel("Certain labels have no minimiser", "step", "margin, nats", lines, "log")])
+lines = [plots.Curve(name, counts, gap, "o") for name, gap in gaps.items()]
+drawn = plots.picture(path, [plots.Panel("Certain labels have no minimiser", "step", "margin, nats", lines, "log")])
 print(f"\nThe margins are drawn in {path.name}." if drawn else "\nA picture needs matplotlib (the `plot` extra).")
 
 # %% [markdown]

@@ -24,8 +24,7 @@ import pathlib
 
 import numpy as np
 
-from minidpo import Tensor, exact, losses, optim
-from minidpo.run import report
+from minidpo import Tensor, exact, losses, optim, plots
 from minidpo.theory import dynamics, equalities
 
 betas = (0.01, 0.1, 0.5)
@@ -142,12 +141,12 @@ for beta in betas:
 panels = []
 for until in (200, 10_000):
     t = np.linspace(until / 200, until, 200)
-    lines = [report.Line(f"beta {beta:g}", t, [gap_at(beta, x) for x in t]) for beta in betas[::-1]]
+    lines = [plots.Curve(f"beta {beta:g}", t, [gap_at(beta, x) for x in t]) for beta in betas[::-1]]
     panels.append(
-        report.Panel(f"certain labels, to t = {until}", "learning rate * steps", "log-ratio gap h, nats", lines)
+        plots.Panel(f"certain labels, to t = {until}", "learning rate * steps", "log-ratio gap h, nats", lines)
     )
 picture = pathlib.Path("11_beta.png")
-drawn = report.picture(picture, panels)
+drawn = plots.picture(picture, panels)
 print(f"\npicture: {picture.name}" if drawn else "\nthe picture needs matplotlib (the `plot` extra)")
 
 # %% [markdown]

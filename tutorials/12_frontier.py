@@ -23,8 +23,7 @@ import pathlib
 
 import numpy as np
 
-from minidpo import exact
-from minidpo.run import report
+from minidpo import exact, plots
 from minidpo.theory import assumptions, equalities, frontier
 
 ref_logp = np.log([0.40, 0.25, 0.15, 0.10, 0.06, 0.04])  # six responses to a single prompt
@@ -149,13 +148,13 @@ for name, outcome in outcomes.items():
         print(f"{name:<54}{outcome.tv:10.3f}{outcome.kl:8.2f}{outcome.reward:9.3f}{below:8.3f}")
 
 # %%
-lines = [report.Line("2,000 of the policies", sample_kl[::10], sample_reward[::10], ".", True, False)]
-lines += [report.Line("the frontier, pi*(beta)", curve_kl, curve_reward)]
+lines = [plots.Curve("2,000 of the policies", sample_kl[::10], sample_reward[::10], ".", True, False)]
+lines += [plots.Curve("the frontier, pi*(beta)", curve_kl, curve_reward)]
 for name, marker in zip(ends, "oPsD^vX"):
     kl, value = kl_and_reward(ends[name])
-    lines.append(report.Line(name, [kl], [value], marker, joined=False))
+    lines.append(plots.Curve(name, [kl], [value], marker, joined=False))
 picture = pathlib.Path("12_frontier.png")
-drawn = report.picture(picture, [report.Panel("reward and KL", "KL(pi || pi_ref), nats", "expected reward", lines)])
+drawn = plots.picture(picture, [plots.Panel("reward and KL", "KL(pi || pi_ref), nats", "expected reward", lines)])
 print(f"\npicture: {picture.name}" if drawn else "\nthe picture needs matplotlib (the `plot` extra)")
 
 # %% [markdown]

@@ -22,9 +22,8 @@ import pathlib
 
 import numpy as np
 
-from minidpo import Tensor, exact, losses, ops
+from minidpo import Tensor, exact, losses, ops, plots
 from minidpo.explain import displacement
-from minidpo.run import report
 
 
 def sigma(z):
@@ -267,12 +266,12 @@ np.testing.assert_allclose(phi @ (spread - start) / (phi[2] @ (spread - start)),
 assert sigma(phi[1] @ spread) > sigma(phi[1] @ start) > sigma(phi[1] @ kept)
 shown = np.r_[0:100, 100:3001:10]
 lines = [
-    report.Line("implicit: beta KL(pi || pi_ref)", kl[shown], 0.5 * kl[shown]),
-    report.Line("proxy", kl[shown], np.exp(path[shown]) @ proxy),
-    report.Line("true", kl[shown], reward[shown]),
+    plots.Curve("implicit: beta KL(pi || pi_ref)", kl[shown], 0.5 * kl[shown]),
+    plots.Curve("proxy", kl[shown], np.exp(path[shown]) @ proxy),
+    plots.Curve("true", kl[shown], reward[shown]),
 ]
 picture = pathlib.Path("13_failures.png")
-drawn = report.picture(picture, [report.Panel("DPO on a proxy", "KL(pi || pi_ref), nats", "mean reward", lines)])
+drawn = plots.picture(picture, [plots.Panel("DPO on a proxy", "KL(pi || pi_ref), nats", "mean reward", lines)])
 print(f"\nThe picture of failure 4: {picture.name}" if drawn else "\nA picture needs matplotlib (the `plot` extra).")
 print("13: likelihood falls, length grows, margins shrink, true reward falls and refusals spread, as derived above.")
 

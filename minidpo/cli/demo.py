@@ -17,10 +17,11 @@ from ..data import preferences, world
 from ..generation import generate
 from ..run import checkpoint, report
 from ..run.checkpoint import Checkpoint
-from ..run.folder import create, json_lines, remove_leftovers
+from ..run.files import remove_leftovers, write_whole
+from ..run.folder import create, json_lines
 from ..scoring import packed_logprobs
 from ..streams import stream
-from ..tokenizer import END_OF_TEXT, TURN
+from ..tokenizer import END_OF_TEXT, TURN, printable
 from .train import load, read_texts, same_vocabulary
 
 STAGES = {"pretrain": "base", "sft": "SFT", "dpo": "DPO"}
@@ -84,7 +85,7 @@ def make_data(folder: Path, seed: int, sizes: Sizes) -> None:
     folder.mkdir(exist_ok=True)
     remove_leftovers(folder)
     for name, content in files.items():
-        checkpoint.write_whole(folder / name, content.encode())
+        write_whole(folder / name, content.encode())
 
 
 def stage_arguments(folder: Path, stage: str, seed: int, sizes: Sizes) -> list[str]:
@@ -188,8 +189,8 @@ def judge(folders: Sequence[Path], reference: Path, seed: int, replies: int) -> 
         if not set("".join(prompts) + TURN) <= set(model.tokenizer.characters):
             raise ValueError(f"{folder}: lacks characters of the demo's world, and is no model of it")
         same_vocabulary(folder, model, reference, anchor)
-        rows.append({"model": report.shown(folder.resolve().name), **judged(model, anchor, prompts, seed)})
-    print(as_text(rows).replace("KL to SFT", f"KL to {report.shown(reference.resolve().name)}"))
+        rows.append({"model": printable(folder.resolve().name), **judged(model, anchor, prompts, seed)})
+    print(as_text(rows).replace("KL to SFT", f"KL to {printable(reference.resolve().name)}"))
 
 
 def facts(folder: Path, seed: int, measured: Mapping[str, Mapping[str, float]], sft: Checkpoint) -> list[str]:
@@ -233,7 +234,7 @@ def conclude(folder: Path, seed: int, sizes: Sizes) -> None:
             dialogue.append(f"{prompts[i]}  ({name})")
             for stage, model in STAGES.items():
                 reply = rows[stage]["replies"][i]
-                dialogue.append(f"  {model:<5}{world.judgement(prompts[i], reply).reward:+d}  {report.shown(reply)}")
+                dialogue.append(f"  {model:<5}{world.judgement(prompts[i], reply).reward:+d}  {printable(reply)}")
     table = [{**row, "model": STAGES[stage]} for stage, row in rows.items()]
     sentences = facts(folder, seed, {stage: report.best(lines) for stage, lines in metrics.items()}, models["sft"])
     print(f"\nthe three models answer {len(prompts)} lines that none of them has met; true rewards first\n")
@@ -248,8 +249,8 @@ def conclude(folder: Path, seed: int, sizes: Sizes) -> None:
         "\n".join(f"    {line}" for line in dialogue),
     ]
     parts.append("![curves](curves.png)" if report.curves(folder / "curves.png", metrics) else report.NO_CURVES)
-    checkpoint.write_whole(folder / "report.md", ("\n\n".join(parts) + "\n").encode())
+    write_whole(folder / "report.md", ("\n\n".join(parts) + "\n").encode())
     models_found = [{name: value for name, value in row.items() if name != "replies"} for row in table]
     results = {"models": models_found, "dialogue": dialogue, "facts": sentences}
-    checkpoint.write_whole(folder / "results.json", (json.dumps(results, indent=2) + "\n").encode())
+    write_whole(folder / "results.json", (json.dumps(results, indent=2) + "\n").encode())
     print(f"\neverything is in {folder}; begin with {folder / 'report.md'}")

@@ -11,8 +11,8 @@ from .. import explain, losses, optim
 from ..data import preferences
 from ..data.preferences import Row
 from ..explain import displacement, page
-from ..run import checkpoint
 from ..run.checkpoint import CheckpointError
+from ..run.files import write_whole
 from ..run.folder import described
 from ..scoring import shared_logprobs
 from ..theory import invariances
@@ -101,7 +101,7 @@ def explain_pair(options: argparse.Namespace) -> int:
         print(f"\nThe gradient, four ways\n{page.ways_as_text(ways)}")
         print(f"\nWhat a step will do\n{page.step_as_text(plain, adam)}")
     if options.html:
-        checkpoint.write_whole(options.html, page.page(view).encode())
+        write_whole(options.html, page.page(view).encode())
     if options.graph:
         params = explain.double(policy)
         logp_w, logp_l = shared_logprobs(params, config, [view.ids])
@@ -109,7 +109,7 @@ def explain_pair(options: argparse.Namespace) -> int:
             losses.dpo_loss(logp_w, logp_l, [view.ref_logp_w], [view.ref_logp_l], options.beta).loss, params
         )
         text = graph.dot() if options.graph.name.endswith(".dot") else graph.mermaid()
-        checkpoint.write_whole(options.graph, text.encode())
+        write_whole(options.graph, text.encode())
     return 0
 
 

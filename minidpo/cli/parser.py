@@ -11,10 +11,11 @@ import numpy
 
 from ..backend import device_fault
 from ..data import preferences
-from ..run import checkpoint, report
+from ..run import checkpoint
 from ..run.checkpoint import CheckpointError
 from ..run.folder import described
 from ..run.loop import Interrupted
+from ..tokenizer import printable
 from . import demo, look, prove, train
 
 
@@ -389,7 +390,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not device_fault(error):
             raise
         fault = f"{error}{how_to_go_on(options)}"
-    print(report.shown(f"minidpo {options.command}: {fault}"), file=sys.stderr)
+    print(printable(f"minidpo {options.command}: {fault}"), file=sys.stderr)
     return status
 
 

@@ -1,15 +1,17 @@
 """The commands that put the mathematics to the test: every derivative, the scores, the theory, the frontier."""
 
 import argparse
+import json
 import sys
 
 import numpy
 
-from .. import model
+from .. import model, plots
 from ..gradcheck import TOLERANCE, GradientError, check_vjp
 from ..model import Config
 from ..ops import OPS
 from ..run import report
+from ..run.files import write_whole
 from ..theory import assumptions, dynamics, equalities, frontier, mutants
 from .cases import CASES, RandomDraw
 
@@ -70,7 +72,7 @@ def exactly(options: argparse.Namespace) -> int:
     failed = judged.count(False)
     print(f"\n{len(judged) - failed} of {len(judged)} claims hold")
     if options.plot:
-        drawn = dynamics.draw_gaps(options.plot)
+        drawn = plots.picture(options.plot, dynamics.gap_panels())
         print(f"the gaps over time are in {options.plot}" if drawn else report.NO_CURVES)
     return 1 if failed else 0
 
@@ -83,7 +85,9 @@ def frontier_runs(options: argparse.Namespace) -> int:
         points += frontier.run([seed])
         print(f"world {seed}: {len(points)} runs so far", flush=True)
     print(frontier.as_text(points))
-    drawn = frontier.write(options.out, points)
+    content = json.dumps([point._asdict() for point in points], indent=1) + "\n"
+    write_whole(options.out / "frontier.json", content.encode())
+    drawn = plots.picture(options.out / "frontier.png", frontier.panels(points))
     print(
         f"{options.out / 'frontier.json'}" + (f", {options.out / 'frontier.png'}" if drawn else f"; {report.NO_CURVES}")
     )

@@ -23,7 +23,7 @@ from ..run.loop import Settings, Task, run_loop
 from ..run.workers import Workers, worker_count
 from ..scoring import collate
 from ..streams import stream
-from ..tokenizer import END_OF_TEXT, TURN, Tokenizer
+from ..tokenizer import END_OF_TEXT, TURN, Tokenizer, printable
 from ..training import Loss
 
 LOSSES = ("dpo", "ipo", "reference-free")
@@ -411,5 +411,5 @@ def sample(options: argparse.Namespace) -> int:
         options.top_p,
     )
     for response in drawn.responses:
-        print(report.shown(("" if options.newline else options.prompt) + loaded.tokenizer.decode(response)))
+        print(printable(("" if options.newline else options.prompt) + loaded.tokenizer.decode(response)))
     return 0

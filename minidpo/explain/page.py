@@ -4,7 +4,7 @@ import html
 import unicodedata
 from collections.abc import Sequence
 
-from ..run.report import shown
+from ..tokenizer import printable
 from .displacement import ROUNDING, Step
 from .tokens import END, PairView, TokenView, Ways, largest_differences, quoted
 
@@ -31,9 +31,9 @@ def branches(view: PairView) -> bool:
 def aligned(view: PairView) -> str:
     """Prompt and responses below each other, with a mark below what the responses share."""
     chosen, rejected = ([token.token for token in side] for side in (view.chosen, view.rejected))
-    marks = "=" * width(shown(text_of(chosen[: view.shared]))) + ("^" if branches(view) else "")
+    marks = "=" * width(printable(text_of(chosen[: view.shared]))) + ("^" if branches(view) else "")
     parts = (("prompt", view.prompt), ("chosen", chosen), ("rejected", rejected))
-    lines = [f"{name:<9} {shown(text_of(tokens))}" for name, tokens in parts]
+    lines = [f"{name:<9} {printable(text_of(tokens))}" for name, tokens in parts]
     told = f"tokens shared: {view.shared}" + ("; what they are pushed by cancels" if view.shared else "")
     return "\n".join([*lines, f"{'':<9} {marks} {told}"])
 
@@ -165,7 +165,7 @@ COLUMNS = ("token", "p", "log pi", "log pi_ref", "log-ratio", "reward so far", "
 
 def escaped(text: str) -> str:
     """A text that stays text on a page: nothing in it is markup, and what cannot be seen is written out."""
-    return html.escape(shown(text))
+    return html.escape(printable(text))
 
 
 def direction(token: TokenView) -> str:

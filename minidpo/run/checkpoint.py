@@ -13,7 +13,6 @@ It is written under another name, every file and the folder synced to disk, and 
 import dataclasses
 import hashlib
 import json
-import os
 import re
 import shutil
 import uuid
@@ -28,6 +27,7 @@ from ..model import Config, Params, parameter_shapes
 from ..tensor import Tensor
 from ..tokenizer import END_OF_TEXT, Tokenizer
 from . import safetensors
+from .files import read_text, sync_folder, write_synced, write_whole
 from .safetensors import CheckpointError
 
 HUGGING_FACE = {
@@ -57,35 +57,6 @@ class Checkpoint(NamedTuple):
     config: Config
     tokenizer: Tokenizer
     verified: bool  # whether weights, config and tokenizer carried checksums, which then were right
-
-
-def write_synced(path: Path, content: bytes) -> None:
-    """Write a new file and wait until it is on the disk."""
-    with path.open("xb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def sync_folder(folder: Path) -> None:
-    """Wait until the names in a folder are on the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file, or replace it, so that there is never half of it."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    try:
-        write_synced(temporary, content)
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    sync_folder(path.parent)
 
 
 def save(
@@ -178,26 +149,6 @@ def latest(folder: str | Path) -> Path:
     if name in ("", ".", "..") or name != Path(name).name or not (folder / name).is_dir():
         raise CheckpointError(f"{pointer}: names {name!a}, which is no checkpoint beside it")
     return folder / name
-
-
-def read_text(path: Path, most: int = 2**24) -> str:
-    """A text file of at most `most` bytes.
-
-    Raises
-    ------
-    CheckpointError
-        If it is missing, longer, or not UTF-8.
-    """
-    try:
-        with path.open("rb") as file:
-            content = file.read(most + 1)
-        if len(content) > most:
-            raise CheckpointError(f"{path}: longer than {most} bytes")
-        return content.decode()
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
-    except UnicodeDecodeError as error:
-        raise CheckpointError(f"{path}: is not text in UTF-8") from error
 
 
 def read_config(path: Path, document: str) -> Config:

@@ -35,6 +35,7 @@ from ..model import Config, Params
 from ..tokenizer import Tokenizer
 from . import checkpoint
 from .checkpoint import CheckpointError
+from .files import read_text, sync_folder, write_synced, write_whole
 from .workers import blas
 
 RESULT = "model"
@@ -70,13 +71,13 @@ def create(run: Path, description: Mapping[str, Any], files: Mapping[str, str]) 
     try:
         document = json.dumps({**description, "environment": environment()}, indent=2)
         for name, text in {"run.json": document + "\n", **files}.items():
-            checkpoint.write_synced(temporary / name, text.encode())
-        checkpoint.sync_folder(temporary)
+            write_synced(temporary / name, text.encode())
+        sync_folder(temporary)
         temporary.rename(run)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    checkpoint.sync_folder(run.parent)
+    sync_folder(run.parent)
 
 
 def described(run: Path) -> dict[str, Any]:
@@ -88,7 +89,7 @@ def described(run: Path) -> dict[str, Any]:
         If the folder is no run's.
     """
     try:
-        description = json.loads(checkpoint.read_text(run / "run.json"))
+        description = json.loads(read_text(run / "run.json"))
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{run}: is no run's folder ({error})") from error
     given = description.get("arguments") if isinstance(description, dict) else None
@@ -223,16 +224,6 @@ def json_lines(path: Path, content: bytes | None = None) -> list[dict[str, Any]]
     return found
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Remove what processes that were killed had half written there, by the names that `checkpoint` gives it."""
-    for leftover in folder.glob(".*"):
-        if re.fullmatch(r"\..+\.[0-9a-f]{32}", leftover.name):
-            if leftover.is_dir() and not leftover.is_symlink():
-                shutil.rmtree(leftover)
-            else:
-                leftover.unlink()
-
-
 @contextlib.contextmanager
 def alone(run: Path) -> Iterator[None]:
     """Keep a second process out of a run for as long as this one is at it.
@@ -255,4 +246,4 @@ def cut(path: Path, step: int) -> None:
     if path.exists():
         whole, _, _ = path.read_bytes().rpartition(b"\n")
         kept = [line for line in json_lines(path, whole) if line["step"] <= step]
-        checkpoint.write_whole(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
+        write_whole(path, "".join(json.dumps(line) + "\n" for line in kept).encode())

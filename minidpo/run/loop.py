@@ -21,7 +21,8 @@ from ..model import Config, Params
 from ..tokenizer import Tokenizer
 from ..training import Metrics, batch_indices
 from . import checkpoint
-from .folder import RESULT, State, alone, cut, prune, remove_leftovers, restore, save, step_name
+from .files import remove_leftovers
+from .folder import RESULT, State, alone, cut, prune, restore, save, step_name
 
 
 class Interrupted(Exception):

@@ -1,15 +1,14 @@
 """What a person reads after a run: report.md, and curves where matplotlib is installed."""
 
-import importlib
-import importlib.util
-import io
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from . import checkpoint
+from ..plots import Curve, Panel, installed, png
+from ..tokenizer import printable
 from .checkpoint import CheckpointError
+from .files import write_whole
 from .folder import described, json_lines
 
 COLUMNS = {  # of the table of measurements
@@ -22,11 +21,6 @@ COLUMNS = {  # of the table of measurements
     "eval_nll/chosen_rise": "rise of the chosen's nats a token",
 }
 NO_CURVES = "There are no curves: they need matplotlib, which is in the `plot` extra. With it, resume the run."
-
-
-def shown(text: str) -> str:
-    """A text on one line that a terminal or a page can be trusted with: what is not printable is escaped."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def best(metrics: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
@@ -47,7 +41,7 @@ def table(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str]) -> str:
     """A Markdown table; numbers are right-aligned, floats have four digits after the point."""
 
     def cell(value: Any) -> str:
-        return f"{value:.4f}" if isinstance(value, float) else shown(str(value)).replace("|", "\\|")
+        return f"{value:.4f}" if isinstance(value, float) else printable(str(value)).replace("|", "\\|")
 
     lines = ["| " + " | ".join(columns.values()) + " |", "|" + "---:|" * len(columns)]
     lines += ["| " + " | ".join(cell(row.get(name, "")) for name in columns) + " |" for row in rows]
@@ -66,83 +60,28 @@ def write(run: Path) -> Mapping[str, Any]:
     kept = [line for i, line in enumerate(measured) if i % every == 0 or line in (lowest, measured[-1])]
     command = shlex.join(["python", "-m", "minidpo", *description["arguments"], f"--out={name}"])
     parts = [
-        f"# {shown(name)}",
-        f"    {shown(command)}",
+        f"# {printable(name)}",
+        f"    {printable(command)}",
         f"The result, `model`, is the checkpoint of step {lowest['step']}, which had the lowest held-out loss.",
         table(kept, columns),
     ]
     if "rows" in description:
-        parts += [f"Rows: {shown(str(description['rows']))}. Those set aside are in `set_aside.jsonl`."]
+        parts += [f"Rows: {printable(str(description['rows']))}. Those set aside are in `set_aside.jsonl`."]
     samples = json_lines(run / "samples.jsonl")
     for step in sorted({0, lowest["step"]}):
         lines = [line for line in samples if line["step"] == step]
         parts += [f"## What the model answered at step {step}"]
-        parts += ["\n".join(f"    {shown(line['prompt'])} -> {shown(line['response'])}" for line in lines)]
+        parts += ["\n".join(f"    {printable(line['prompt'])} -> {printable(line['response'])}" for line in lines)]
     parts += [
         "## Made with",
-        "\n".join(f"- {shown(f'{key}: {value}')}" for key, value in description["environment"].items()),
+        "\n".join(f"- {printable(f'{key}: {value}')}" for key, value in description["environment"].items()),
     ]
     if curves(run / "curves.png", {name: metrics}):
         parts += ["![curves](curves.png)"]
     else:
         parts += [NO_CURVES]
-    checkpoint.write_whole(run / "report.md", ("\n\n".join(parts) + "\n").encode())
+    write_whole(run / "report.md", ("\n\n".join(parts) + "\n").encode())
     return lowest
-
-
-class Line(NamedTuple):
-    """A line of a picture."""
-
-    label: str
-    x: Sequence[float]
-    y: Sequence[float]
-    marker: str | None = None
-    faint: bool = False
-    joined: bool = True
-
-
-class Panel(NamedTuple):
-    """One diagram of a picture."""
-
-    title: str
-    xlabel: str
-    ylabel: str
-    lines: Sequence[Line]
-    scale: str = "linear"  # of the x axis
-
-
-def picture(path: Path, panels: Sequence[Panel]) -> bool:
-    """Draw diagrams into a PNG, three in a row; false if matplotlib is missing."""
-    if importlib.util.find_spec("matplotlib") is None:
-        return False
-    figure_module: Any = importlib.import_module("matplotlib.figure")
-    across = min(3, len(panels))
-    down = -(-len(panels) // across)
-    width = {1: 9.0, 2: 6.0}.get(across, 4.5)
-    figure = figure_module.Figure(figsize=(width * across, (5.5 if width > 4.5 else 3.5) * down), layout="constrained")
-    grid = figure.subplots(down, across, squeeze=False).flatten()
-    for axes in grid[len(panels) :]:
-        axes.remove()
-    for axes, panel in zip(grid, panels):
-        for line in panel.lines:
-            axes.plot(
-                line.x,
-                line.y,
-                label=line.label,
-                marker=line.marker,
-                markersize=3 if line.joined else 6,
-                linestyle="-" if line.joined else "none",
-                linewidth=0.5 if line.faint else 1.5,
-                alpha=0.6 if line.faint else 1.0,
-            )
-        axes.set_title(shown(panel.title), parse_math=False)
-        axes.set(xlabel=panel.xlabel, ylabel=panel.ylabel, xscale=panel.scale)
-        axes.grid(alpha=0.3)
-        axes.legend(frameon=False, fontsize="small")
-    content = io.BytesIO()
-    figure.savefig(content, format="png", dpi=120, metadata={"Software": None})
-    checkpoint.write_whole(path, content.getvalue())
-    return True
 
 
 def curves(path: Path, runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> bool:
@@ -161,6 +100,9 @@ def curves(path: Path, runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> bool:
                 if points:
                     faint = label == "batch"
                     x, y = zip(*points)
-                    lines.append(Line(label, x, y, None if faint else "o", faint))
+                    lines.append(Curve(label, x, y, None if faint else "o", faint))
             panels += [Panel(f"{name}: {title}", "step", "", lines)] if lines else []
-    return picture(path, panels)
+    if not installed():
+        return False
+    write_whole(path, png(panels))
+    return True

@@ -7,12 +7,11 @@ gradient flow on the two log-probabilities.
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 
 import numpy
 
 from ..backend import Array
-from ..run.report import Line, Panel, picture
+from ..plots import Curve, Panel
 from .equalities import Claim, World, at_most
 
 
@@ -91,8 +90,8 @@ def beta_early_and_late(world: World, seed: int) -> Iterator[Claim]:
         yield at_most(text, abs(path[-1, i] * beta / reward - 1), 0.01)
 
 
-def draw_gaps(path: Path) -> bool:
-    """Draw the gaps of three betas, for certain and for Bradley-Terry labels, into a PNG; false without matplotlib."""
+def gap_panels() -> list[Panel]:
+    """The gaps of three betas over time, for certain and for Bradley-Terry labels."""
     betas, rate, reward = (0.5, 0.1, 0.01), 0.1, 1.7
     times = rate * numpy.arange(1, 70_001)
     few = numpy.unique(numpy.geomspace(1, len(times), 300).astype(int)) - 1
@@ -102,6 +101,6 @@ def draw_gaps(path: Path) -> bool:
         (f"Bradley-Terry labels, reward gap {reward}", 1 / (1 + math.exp(-reward))),
     ):
         gaps = gap_path(betas, len(times), rate, p)[1:]
-        lines = [Line(f"beta {beta:g}", times[few].tolist(), gaps[few, i].tolist()) for i, beta in enumerate(betas)]
+        lines = [Curve(f"beta {beta:g}", times[few].tolist(), gaps[few, i].tolist()) for i, beta in enumerate(betas)]
         panels.append(Panel(title, "time of gradient flow", "log-ratio gap, nats", lines, "log"))
-    return picture(path, panels)
+    return panels

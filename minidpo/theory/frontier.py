@@ -6,19 +6,16 @@ reaches the frontier too, where PPO, with its sampled gradients and its learned 
 beside it. What is learned from a finite set of pairs falls short, by DPO or by a reward model alike.
 """
 
-import json
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy
 
 from .. import ops, optim
 from ..backend import Array
-from ..run import checkpoint
-from ..run.report import Line, Panel, picture
+from ..plots import Curve, Panel
 from ..streams import stream
 from ..tensor import Tensor
 from . import exact
@@ -182,15 +179,13 @@ def as_text(points: Sequence[Point]) -> str:
     return "\n".join(rows)
 
 
-def write(folder: Path, points: Sequence[Point], make: Callable[[int], World] = small_world) -> bool:
-    """Write the points as JSON and, if matplotlib is there, those of the first seed as a picture."""
-    content = json.dumps([point._asdict() for point in points], indent=1) + "\n"
-    checkpoint.write_whole(folder / "frontier.json", content.encode())
+def panels(points: Sequence[Point], make: Callable[[int], World] = small_world) -> list[Panel]:
+    """The points of the first seed, and the frontier, as a diagram."""
     world = make(points[0].seed)
     curve = [measured(world, exact.optimum(world.ref_logp, world.reward, b)[0]) for b in numpy.geomspace(0.02, 50, 80)]
-    lines = [Line("the frontier, pi*(beta)", [kl for kl, _ in curve], [reward for _, reward in curve])]
+    lines = [Curve("the frontier, pi*(beta)", [kl for kl, _ in curve], [reward for _, reward in curve])]
     for number, kind in enumerate(dict.fromkeys(point.kind for point in points)):
         mine = [point for point in points if point.kind == kind and point.seed == points[0].seed]
         x, y = [point.kl for point in mine], [point.reward for point in mine]
-        lines.append(Line(kind, x, y, "osD^vP*X<>"[number % 10], joined=False))
-    return picture(folder / "frontier.png", [Panel("reward and KL", "KL(pi || pi_ref), nats", "true reward", lines)])
+        lines.append(Curve(kind, x, y, "osD^vP*X<>"[number % 10], joined=False))
+    return [Panel("reward and KL", "KL(pi || pi_ref), nats", "true reward", lines)]
