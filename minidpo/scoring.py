@@ -26,8 +26,8 @@ class Batch(NamedTuple):
     """Pairs for one step, and what the reference says of them if that is known already."""
 
     pairs: Sequence[Pair]
-    ref_logp_w: Array | None = None  # (B,)
-    ref_logp_l: Array | None = None
+    ref_logp_w: Array = None  # (B,)
+    ref_logp_l: Array = None
 
 
 def sequence_logprob(params: Params, config: Config, prompt: Any, response: Any) -> Tensor:

@@ -1,7 +1,6 @@
 """The commands that train and measure: files in, a run's folder or a table out."""
 
 import argparse
-import functools
 import hashlib
 import json
 import math
@@ -20,7 +19,8 @@ from ..run import checkpoint, report
 from ..run.checkpoint import Checkpoint, CheckpointError
 from ..run.folder import create, same_as_begun
 from ..run.loop import Settings, Task, run_loop
-from ..run.workers import Workers, worker_count
+from ..run.reference import cached_reference_logprobs, fingerprint
+from ..run.workers import Workers, keep_memory, worker_count
 from ..scoring import collate
 from ..streams import stream
 from ..tokenizer import END_OF_TEXT, TURN, Tokenizer, printable
@@ -117,7 +117,7 @@ def beginning(options: argparse.Namespace, text: str, sizes: dict[str, int]) -> 
         if given:
             raise ValueError(f"--{given[0].replace('_', '-')} is for a new model, and --init names one that is there")
         loaded = load(options.init, requires_grad=True, device=options.device)
-        return Beginning(*loaded[:3], {"init_sha256": training.fingerprint(loaded.params)})
+        return Beginning(*loaded[:3], {"init_sha256": fingerprint(loaded.params)})
     tokenizer = Tokenizer.from_text(text + TURN, replacement=options.replacement)
     config = Config(tokenizer.vocab_size, *(getattr(options, name) or size for name, size in sizes.items()))
     params = model.placed(model.init(config, stream(options.seed, "init")), options.device)
@@ -177,16 +177,17 @@ def likelihood_run(
 ) -> int:
     """Train on the likelihood of examples: what pre-training and fine-tuning share."""
     optimizer = optim.AdamW(params, options.learning_rate, betas=(0.9, 0.99), weight_decay=0.01)
-    workers = Workers(params, training.nll_gradient(config, options.micro_batch_size), worker_count(params))
+    workers = Workers(worker_count(params))
     task = Task(
         len(examples),
         lambda indices: training.sft_training_step(
-            params, config, optimizer, [examples[i] for i in indices], 1.0, workers=workers
+            params, config, optimizer, [examples[i] for i in indices], 1.0, options.micro_batch_size, workers.nll_sweep
         ),
         lambda: {"loss": training.held_out_nll(params, config, measured)},
         lambda: samples(params, config, tokenizer, prompts, options.seed),
         rows,
     )
+    keep_memory()
     with workers:
         return finish(options, run_loop(options.out, params, config, tokenizer, optimizer, task, settings(options)))
 
@@ -270,13 +271,9 @@ def named_rows(rows: Encoded, indices: Sequence[int]) -> str:
 
 def chosen_loss(name: str, label_smoothing: float) -> Loss:
     """The loss of a name, as a function of four log-probabilities and beta."""
-    if name == "dpo":
-        return functools.partial(losses.dpo_loss, label_smoothing=label_smoothing)
-    if name == "ipo" and label_smoothing == 0:
-        return losses.ipo_loss
-    if name == "reference-free":
-        return lambda w, l, ref_w, ref_l, beta: losses.reference_free_loss(w, l, beta, label_smoothing)
-    raise ValueError("--label-smoothing has no meaning for ipo")
+    if name == "ipo" and label_smoothing:
+        raise ValueError("--label-smoothing has no meaning for ipo")
+    return losses.Choice(name.replace("-", "_"), {"label_smoothing": label_smoothing} if label_smoothing else {})
 
 
 def dpo(options: argparse.Namespace) -> int:
@@ -295,8 +292,8 @@ def dpo(options: argparse.Namespace) -> int:
     begin(
         options,
         {
-            "init_sha256": training.fingerprint(policy),
-            "reference_sha256": training.fingerprint(reference),
+            "init_sha256": fingerprint(policy),
+            "reference_sha256": fingerprint(reference),
             **rows.description,
         },
         {"tokenizer.json": tokenizer.to_json(), "set_aside.jsonl": rows.set_aside},
@@ -304,13 +301,12 @@ def dpo(options: argparse.Namespace) -> int:
     pairs: list[Any] = [*rows.train.ids, *rows.held_out.ids]
     print(f"the reference scores {len(pairs)} pairs", flush=True)
     kept = options.out / "reference.safetensors"
-    scores = training.cached_reference_logprobs(kept, reference, reference_config, tokenizer, pairs)
+    scores = cached_reference_logprobs(kept, reference, reference_config, tokenizer, pairs)
     ref_logp_w, ref_logp_l = (to_host(logp) for logp in scores)  # a step takes those of its pairs
     count = len(rows.train.ids)
     held_out = collate(pairs[count:], ref_logp_w[count:], ref_logp_l[count:])
     optimizer = optim.AdamW(policy, options.learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
-    gradient = training.pair_gradient(config, options.beta, loss, options.nll_weight, options.micro_batch_size)
-    workers = Workers(policy, gradient, worker_count(policy))
+    workers = Workers(worker_count(policy))
     task = Task(
         count,
         lambda indices: training.dpo_training_step(
@@ -323,12 +319,14 @@ def dpo(options: argparse.Namespace) -> int:
             loss,
             options.nll_weight,
             1.0,
-            workers=workers,
+            options.micro_batch_size,
+            workers.dpo_sweep,
         ),
         lambda: training.preference_evaluation(policy, config, held_out, options.beta, loss, options.nll_weight),
         lambda: samples(policy, config, tokenizer, sampled_prompts(rows.held_out), options.seed),
         lambda indices: named_rows(rows.train, indices),
     )
+    keep_memory()
     with workers:
         return finish(options, run_loop(options.out, policy, config, tokenizer, optimizer, task, settings(options)))
 
