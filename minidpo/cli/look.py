@@ -13,7 +13,7 @@ from ..data.preferences import Row
 from ..explain import displacement, page
 from ..run.checkpoint import CheckpointError
 from ..run.files import write_whole
-from ..run.folder import described
+from ..run.folder import run_description
 from ..scoring import shared_logprobs
 from ..theory import invariances
 from ..tokenizer import TURN, Tokenizer
@@ -34,7 +34,7 @@ def settle(options: argparse.Namespace) -> None:
     folders = (options.checkpoint, options.checkpoint.parent)  # RUN/model stands in its run
     folder = next((folder for folder in folders if (folder / "run.json").exists()), None)
     if folder:
-        command, *given = described(folder)["arguments"]
+        command, *given = run_description(folder)["arguments"]
         run = dict(option.removeprefix("--").partition("=")[::2] for option in given) if command == "dpo" else {}
     trained = run.get("reference", run.get("init"))
     if trained and not options.reference and not Path(trained).exists():

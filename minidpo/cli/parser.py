@@ -13,15 +13,14 @@ from ..backend import device_fault
 from ..data import preferences
 from ..run import checkpoint
 from ..run.checkpoint import CheckpointError
-from ..run.folder import described
-from ..run.loop import Interrupted
+from ..run.folder import run_description
 from ..tokenizer import printable
 from . import demo, look, prove, train
 
 
 def resume(options: argparse.Namespace) -> int:
     """Go on with a run that was stopped or killed, with the options that it was begun with."""
-    given = described(options.folder)["arguments"]
+    given = run_description(options.folder)["arguments"]
     if given[0] not in (*demo.STAGES, "demo"):
         raise CheckpointError(f"{options.folder / 'run.json'}: {given[0]!a} is no command that can go on")
     again = parser().parse_args([*given, f"--out={options.folder}"])
@@ -373,8 +372,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         fault, status = "what it prints to was closed" + how_to_go_on(options), 141
-    except Interrupted as stop:
-        fault, status = str(stop), 130
     except KeyboardInterrupt:
         fault, status = "interrupted" + how_to_go_on(options), 130
     except FloatingPointError as error:

@@ -17,7 +17,7 @@ from ..generation import generate
 from ..model import Config, Params
 from ..run import checkpoint, report
 from ..run.checkpoint import Checkpoint, CheckpointError
-from ..run.folder import create, same_as_begun
+from ..run.folder import create, environment_changes
 from ..run.loop import Settings, Task, run_loop
 from ..run.reference import cached_reference_logprobs, fingerprint
 from ..run.workers import Workers, keep_memory, worker_count
@@ -64,7 +64,7 @@ def load(folder: Path, requires_grad: bool = False, device: str = "cpu") -> Chec
 def begin(options: argparse.Namespace, description: dict[str, Any], files: dict[str, str]) -> None:
     """Make the run's folder, or make sure that the one to go on with was begun with the same."""
     if options.resume:
-        for change in same_as_begun(options.out, description):
+        for change in environment_changes(options.out, description):
             print(f"{options.out}: {change}; the last bits of the result may differ", file=sys.stderr)
     else:
         create(options.out, {"arguments": arguments(options), **description}, files)
