@@ -281,7 +281,8 @@ def test_each_file_is_whole_before_it_is_synced(tmp_path, monkeypatch):
     written = {path.rpartition("/")[2]: size for path, size in sizes.items()}
     for name in FILES:
         assert written[name] == (tmp_path / "new" / "run" / "step-1" / name).stat().st_size
-    assert {"new", "run"} <= set(written) and tmp_path.name in written
+    assert {"new", "run", tmp_path.name} <= set(written)
+    assert any(name.startswith(".step-1.") for name in written)  # the checkpoint's own folder, before its renaming
 
 
 def test_a_pointer_is_written_whole_or_not_at_all(saved, monkeypatch):

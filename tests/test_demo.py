@@ -149,7 +149,7 @@ def test_it_goes_on_where_it_was_stopped(made, tmp_path, capsys):
     assert demo.demo(folder, 0, False, stopped, SIZES) == 130
     assert calls == ["pretrain", "sft", "dpo"]
     assert f"then the demo goes on with: python -m minidpo resume {folder}" in capsys.readouterr().err
-    with pytest.raises(checkpoint.CheckpointError, match="exists already: choose another folder, or go on"):
+    with pytest.raises(checkpoint.CheckpointError, match="exists already: choose another folder, or resume"):
         demo.demo(folder, 0, False, cli.main, SIZES)
     assert demo.demo(folder, 0, True, cli.main, SIZES) == 0
     printed = capsys.readouterr().out
