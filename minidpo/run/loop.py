@@ -136,13 +136,9 @@ def run_loop(
         except FloatingPointError as error:
             good = checkpoint.latest(run)
             last_good = "there is no checkpoint yet" if good == run else f"the last good checkpoint is {good}"
-            if not indices:
-                advice = f"{last_good}; look at the model that the run started from"
-                raise FloatingPointError(f"{error} at step {state.step}; {advice}") from error
-            raise FloatingPointError(
-                f"{error} at step {state.step}, after a batch of {task.rows(indices)}; {last_good}; "
-                "lower the learning rate"
-            ) from error
+            batch = f", after a batch of {task.rows(indices)}" if indices else ""
+            advice = "lower the learning rate" if indices else "look at the model that the run started from"
+            raise FloatingPointError(f"{error} at step {state.step}{batch}; {last_good}; {advice}") from error
         prune(run, state)
         best = checkpoint.load(run / step_name(state.best_step))
         checkpoint.save(run / RESULT, best.params, best.config, best.tokenizer)
