@@ -354,13 +354,13 @@ def test_what_is_wrong_is_one_sentence(folder, tmp_path, capsys):
         ([*begin, f"--data={pairs}", f"--reference={tmp_path / 'foreign'}"], "must share one"),
         ([*measure, f"--reference={tmp_path / 'foreign'}"], "vocabularies of 6 and 3 ids that differ"),
         (["sft", f"--data={folder}", f"--out={out}"], "Is a directory"),
-        (["sft", "--data=/dev/zero", f"--out={out}"], "is no regular file"),
+        (["sft", "--data=/dev/zero", f"--out={out}"], "is not a regular file"),
         (
             ["sft", f"--data={pairs}", f"--init={folder / 'init'}", f"--out={out}", "--n-embd=4"],
             "--n-embd is for a new",
         ),
         (["sft", f"--data={pairs}", f"--init={folder / 'init'}", f"--out={out}", "--replacement"], "--replacement is"),
-        (["pretrain", "--data=/dev/zero", f"--out={out}"], "is no regular file"),
+        (["pretrain", "--data=/dev/zero", f"--out={out}"], "is not a regular file"),
         (["judge", "--checkpoint", str(folder / "init"), "--reference", str(folder / "init")], "no model of it"),
     ):
         assert cli.main(command) == 2, command

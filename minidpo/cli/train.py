@@ -126,7 +126,7 @@ def beginning(options: argparse.Namespace, text: str, sizes: dict[str, int]) -> 
 
 def read_texts(path: Path, blocks: bool) -> list[str]:
     """The lines of a file that are not empty, or its blocks of lines."""
-    with preferences.opened(path) as file:
+    with preferences.open_regular(path) as file:
         try:
             content = file.read().decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
         except UnicodeDecodeError as error:
