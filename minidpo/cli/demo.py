@@ -170,7 +170,7 @@ def as_text(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def held_out_prompts(seed: int, count: int) -> list[str]:
     """What customers ask who are met for the first time."""
-    return world.drawn(world.prompt_distribution(world.split(seed)[1]), count, stream(seed, "demo", "prompts"))
+    return world.samples(world.prompt_distribution(world.split(seed)[1]), count, stream(seed, "demo", "prompts"))
 
 
 def judge(folders: Sequence[Path], reference: Path, seed: int, replies: int) -> None:
