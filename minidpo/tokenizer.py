@@ -36,15 +36,15 @@ class Tokenizer:
         """Number of ids: one for each character, and one for end-of-text."""
         return len(self.characters) + 1
 
-    def encode(self, text: str) -> list[int]:
-        """The ids of a text, without end-of-text."""
+    def encode(self, text: str, name: str = "the text") -> list[int]:
+        """The ids of a text, without end-of-text; an error message calls the text by its name."""
         unknown = self._ids.get(REPLACEMENT)
         ids = [self._ids.get(c, unknown) for c in text]
         if None in ids:
             position = ids.index(None)
             raise UnknownCharacterError(
-                f"character {text[position]!a} at position {position} is not in the vocabulary of "
-                f"{len(self.characters)} characters: remove it, or train a new model with --replacement, which "
+                f"character {text[position]!a} at position {position} of {name} is not in the vocabulary "
+                f"of {len(self.characters)} characters: remove it, or train a new model with --replacement, which "
                 "encodes unknown characters as U+FFFD"
             )
         return [i for i in ids if i is not None]

@@ -173,7 +173,9 @@ def test_a_row_with_an_unknown_character_is_a_fault():
     encoded = preferences.encode([row("a", "b", "c"), row("a", "b\u20ac", "c", line=7)], TOKENIZER, 8)
     assert len(encoded.rows) == len(encoded.ids) == 1
     assert encoded.faults[0].line == 7
-    assert encoded.faults[0].reason.startswith("chosen: character '\\u20ac' at position 1 is not in the vocabulary")
+    assert encoded.faults[0].reason.startswith(
+        "character '\\u20ac' at position 1 of the chosen response is not in the vocabulary of 7 characters: remove it"
+    )
 
 
 def test_a_row_that_is_too_long_is_a_fault():
@@ -181,9 +183,9 @@ def test_a_row_that_is_too_long_is_a_fault():
     fits, too_long = row("aaa", "bbb", "c"), row("aaa", "bbbb", "c", line=2)
     encoded = preferences.encode([fits, too_long, row("aaa", "bbbbb", line=3)], TOKENIZER, 7)
     assert encoded.rows == [fits] and [fault.line for fault in encoded.faults] == [2, 3]
-    advice = "but the context allows 8: shorten them, choose a truncation, or train a model with a longer context"
-    assert encoded.faults[0].reason == f"prompt and chosen have 9 tokens together, {advice}"
-    assert encoded.faults[1].reason == f"prompt and response have 10 tokens together, {advice}"
+    advice = "but only 8 fit the context: shorten it, choose a truncation, or train a model with a longer context"
+    assert encoded.faults[0].reason == f"has 9 tokens with the chosen response, {advice}"
+    assert encoded.faults[1].reason == f"has 10 tokens, {advice}"
 
 
 @given(

@@ -45,7 +45,7 @@ def test_an_unknown_character_is_named(known, unknown):
         return
     text = f"{known}\n{unknown}"
     where = f"character {unknown!a} at position {len(known) + 1}"
-    with pytest.raises(UnknownCharacterError, match=re.escape(f"{where} is not in the vocabulary")):
+    with pytest.raises(UnknownCharacterError, match=re.escape(f"{where} of the text is not in the vocabulary")):
         tokenizer.encode(text)
 
 

@@ -183,18 +183,19 @@ def encode(rows: Sequence[Row], tokenizer: Tokenizer, n_positions: int, truncati
         raise ValueError(f"truncation must be one of {', '.join(TRUNCATIONS)}, not {truncation!a}")
     encoded, limit = Encoded([], [], [], []), n_positions + 1
     for row in rows:
-        names = ("chosen", "rejected") if len(row.responses) == 2 else ("response",)
+        names = ("the chosen response", "the rejected response") if len(row.responses) == 2 else ("the response",)
         try:
-            x = [END_OF_TEXT, *field_ids(tokenizer, "prompt", row.prompt)]
-            ys = [[*field_ids(tokenizer, name, y), END_OF_TEXT] for name, y in zip(names, row.responses)]
+            x = [END_OF_TEXT, *tokenizer.encode(row.prompt, "the prompt")]
+            ys = [[*tokenizer.encode(y, name), END_OF_TEXT] for y, name in zip(row.responses, names)]
         except UnknownCharacterError as error:
             encoded.faults.append(Fault(row.line, str(error), row.text))
             continue
         longest, name = max(zip(map(len, ys), names))
         if len(x) + longest > limit and truncation == "none":
+            with_response = f" with {name}" if len(ys) == 2 else ""
             reason = (
-                f"prompt and {name} have {len(x) + longest} tokens together, but the context allows {limit}: "
-                "shorten them, choose a truncation, or train a model with a longer context"
+                f"has {len(x) + longest} tokens{with_response}, but only {limit} fit the context: shorten it, choose a "
+                "truncation, or train a model with a longer context"
             )
             encoded.faults.append(Fault(row.line, reason, row.text))
             continue
@@ -208,14 +209,6 @@ def encode(rows: Sequence[Row], tokenizer: Tokenizer, n_positions: int, truncati
         encoded.rows.append(row)
         encoded.ids.append((x, *ys))
     return consistent(encoded) if all(len(row.responses) == 2 for row in rows) else encoded
-
-
-def field_ids(tokenizer: Tokenizer, name: str, text: str) -> list[int]:
-    """The ids of a field; if a character is unknown, the message names the field."""
-    try:
-        return tokenizer.encode(text)
-    except UnknownCharacterError as error:
-        raise UnknownCharacterError(f"{name}: {error}") from error
 
 
 def cut(x: list[int], ys: list[list[int]], limit: int, truncation: str) -> tuple[list[int], list[list[int]]]:
