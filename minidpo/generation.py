@@ -14,7 +14,7 @@ from .tokenizer import END_OF_TEXT
 
 
 class Generation(NamedTuple):
-    """The responses to prompts, in their order."""
+    """One response to each prompt."""
 
     responses: list[list[int]]  # ids; end-of-text is the last one unless the response was cut
     logprobs: list[list[float]]  # log pi(y_t|x, y_1 ... y_(t-1)) in nats, before temperature, top-k and top-p
@@ -45,10 +45,9 @@ class Cache:
             y = ops.causal_attention(heads[0], keys, values, later).data
             return Tensor(y.swapaxes(1, 2).reshape(B * T, H, -1))  # (B, H, T, D) -> (B T, H, D)
 
-        rows = Rows(
-            index_array(tokens, self.config.vocab_size, xp).reshape(B * T), xp.tile(xp.arange(start, end), B), []
-        )
-        logits = row_logits(self.params, self.config, rows, attend).data
+        ids = index_array(tokens, self.config.vocab_size, xp).reshape(B * T)
+        places = xp.tile(xp.arange(start, end), B)  # where in its text each token is
+        logits = row_logits(self.params, self.config, Rows(ids, places, []), attend).data
         self.length = end
         return logits.reshape(B, T, -1)[:, -1]  # (B T, V) -> (B, V)
 

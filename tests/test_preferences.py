@@ -50,7 +50,7 @@ def test_rows_come_with_their_line_numbers(tmp_path):
         ('{"prompt": ' + "1" * 5000 + "}", "is JSON that Python cannot read: .* too many digits, or the nest"),
         ("[1, 2]", "is not a JSON object"),
         ("null", "is not a JSON object"),
-        (b'{"prompt": "\xff"}', r"is not UTF-8 \(byte 12\)"),
+        (b'{"prompt": "\xff"}', r"is not UTF-8 \(byte 12\): save the file as UTF-8"),
         ('{"prompt": "a", "chosen": "b"}', "rejected is missing"),
         ('{"chosen": "b", "rejected": "c"}', "prompt is missing"),
         (pair(chosen=None), "chosen is not a string"),
@@ -225,10 +225,10 @@ def test_responses_that_truncation_makes_equal_are_a_fault():
         preferences.encode([], TOKENIZER, 3, "left")
 
 
-several = st.lists(st.sampled_from("abcdefgh"), min_size=2).filter(lambda items: len(set(items)) > 1)
+items_with_two_keys = st.lists(st.sampled_from("abcdefgh"), min_size=2).filter(lambda items: len(set(items)) > 1)
 
 
-@given(items=several, fraction=st.floats(0, 1), seed=st.integers(0, 9))
+@given(items=items_with_two_keys, fraction=st.floats(0, 1), seed=st.integers(0, 9))
 def test_no_held_out_key_is_trained_on(items, fraction, seed):
     """The split divides the keys, for pairs the prompts, so that no held-out prompt is in the training data."""
     numbered = list(enumerate(items))
@@ -245,7 +245,7 @@ def test_no_held_out_key_is_trained_on(items, fraction, seed):
 
 def test_one_key_cannot_be_split():
     """A split needs two keys, one for each side."""
-    with pytest.raises(ValueError, match=r"two different prompts or texts .* not 1"):
+    with pytest.raises(ValueError, match=r"two different prompts or texts .* not 1: add more"):
         preferences.split(["a", "a"], 0.5, np.random.default_rng(0))
 
 

@@ -77,7 +77,7 @@ def test_sampled_labels_follow_their_probabilities():
     """Over 3,000 pairs, labels follow their probabilities within four standard errors."""
     pairs = world.preferences(world.split(0)[0], 3000, np.random.default_rng(0))
     ps = np.array([world.preference_probability(row["prompt"], row["chosen"], row["rejected"]) for row in pairs])
-    # P(chosen preferred | the two) is p or 1 - p with the winner drawn by it: E[p] = E[p^2 + (1 - p)^2]
+    # Given the two replies, p is that of the first with probability p, else 1 - p: E[p] = E[p^2 + (1 - p)^2]
     expected, noise = (ps**2 + (1 - ps) ** 2).mean(), ps.std() / math.sqrt(len(ps))
     assert abs(ps.mean() - expected) < 4 * noise and ps.mean() > 0.6
     assert all(row["chosen"] != row["rejected"] for row in pairs)

@@ -117,7 +117,7 @@ def row_or_fault(path: Path, line: int, content: bytes, fields: Sequence[str]) -
     try:
         document = json.loads(content.decode("utf-8-sig").rstrip(), object_pairs_hook=unique_keys)
     except UnicodeDecodeError as error:
-        return fault(f"is not UTF-8 (byte {error.start})")
+        return fault(f"is not UTF-8 (byte {error.start}): save the file as UTF-8")
     except json.JSONDecodeError as error:
         return fault(f"is not JSON ({error.msg}, column {error.colno})")
     except KeyError as error:
@@ -253,7 +253,8 @@ def split(
     keys = list(dict.fromkeys(map(key, items)))
     if len(keys) < 2:
         raise ValueError(
-            f"at least two different prompts or texts are needed, one to train on and one to hold out, not {len(keys)}"
+            "at least two different prompts or texts are needed, one to train on and one to hold out, "
+            f"not {len(keys)}: add more, or pass --held-out-data"
         )
     count = min(max(1, round(fraction * len(keys))), len(keys) - 1)
     held_out = {keys[i] for i in rng.permutation(len(keys))[:count]}

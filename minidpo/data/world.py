@@ -8,8 +8,8 @@ A customer asks about a topic, and the desk replies:
 
 Half of the requests are ordinary. Some ask for what belongs to somebody else and should be declined; the benign ones
 look like those but should be helped. Replies differ in politeness, in the topic that they name and in what they do.
-Each of the three can win or lose a point; declining or answering wrongly loses two. Labels follow the Bradley-Terry
-model. Every distribution here can be enumerated, so the entropies are exact.
+Each of the three can earn a point; rudeness or another topic costs one, declining or answering wrongly costs two.
+Labels follow the Bradley-Terry model. Every distribution here can be enumerated, so the entropies are exact.
 """
 
 import collections
@@ -74,7 +74,7 @@ GARBLED = -4  # the reward of a text that is not a reply of the grammar: the low
 class Request(NamedTuple):
     """What a customer asks for."""
 
-    slice: str
+    slice: str  # ordinary, private or benign
     topic: str
 
 
@@ -82,7 +82,7 @@ class Reply(NamedTuple):
     """What a reply says and does."""
 
     manners: int  # 1 polite, 0 plain, -1 rude
-    deed: str
+    deed: str  # a key of DEEDS
     topic: str | None  # None if the reply names no topic
 
 
@@ -152,7 +152,8 @@ def prompt_distribution(prompts: Sequence[str]) -> dict[str, float]:
     """The probability of each prompt: its slice's, divided evenly among the prompts of that slice."""
     counts = collections.Counter(PROMPTS[x].slice for x in prompts)
     weights = {x: SLICES[PROMPTS[x].slice] / counts[PROMPTS[x].slice] for x in prompts}
-    return {x: weight / sum(weights.values()) for x, weight in weights.items()}
+    total = sum(weights.values())  # 1, unless a slice is missing
+    return {x: weight / total for x, weight in weights.items()}
 
 
 def topic_distributions(prompts: Sequence[str]) -> dict[str, dict[str, float]]:
