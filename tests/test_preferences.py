@@ -276,9 +276,9 @@ def test_collate_takes_pairs_of_any_lengths():
         ([], (), "nothing to score"),
         ([([0], [], [1])], (), "example 0: the chosen has no token"),
         ([([0], [1])], (), "a pair is"),
-        ([([0], [1], [2])], (np.zeros(2), np.zeros(2)), "1 pairs need as many"),
-        ([([0], [1], [2])], (np.zeros(1), None), "twice or not at all"),
-        ([([0], [1], [2])], (None, np.zeros(1)), "twice or not at all"),
+        ([([0], [1], [2])], (np.zeros(2), np.zeros(2)), r"must be \(1,\), one entry per pair"),
+        ([([0], [1], [2])], (np.zeros(1), None), "one entry per pair, or both None"),
+        ([([0], [1], [2])], (None, np.zeros(1)), "one entry per pair, or both None"),
     ],
 )
 def test_collate_refuses(pairs, reference, sentence):
