@@ -117,7 +117,8 @@ def check_vjp(
         for i, (x, gx) in enumerate(itertools.zip_longest(xs, gxs)):
             if _varied(x) != (gx is not None):
                 kind = x.dtype if hasattr(x, "dtype") else type(x).__name__
-                raise GradientError(f"{name}: argument {i} ({kind}) {'has' if _varied(x) else 'can have'} no gradient")
+                fault = "no gradient for" if _varied(x) else "a gradient, not None, for"
+                raise GradientError(f"{name}: vjp returns {fault} argument {i} ({kind})")
             if gx is not None and (gx.shape, gx.dtype) != (x.shape, x.dtype):
                 raise GradientError(
                     f"{name}: the gradient of argument {i} is {gx.dtype} {gx.shape}, the argument {x.dtype} {x.shape}"

@@ -67,7 +67,7 @@ def padded_logprobs(params: Params, config: Config, pairs: Sequence[Pair], left:
         first = b * T + before + len(x) - 1  # the row that predicts y_1
         picks += zip(range(first, first + len(y)), y, repeat(b))
     logits = forward(params, config, tokens, real)  # (2B, T) -> (2B, T, V)
-    logp = picked(ops.reshape(logits, (len(texts) * T, config.vocab_size)), picks)
+    logp = token_logprobs(ops.reshape(logits, (len(texts) * T, config.vocab_size)), picks)
     return response_sums(logp, picks, len(pairs))
 
 
@@ -136,7 +136,7 @@ class Layout:
         number = {row: i for i, row in enumerate(wanted)}
         tokens = index_array(self.tokens, config.vocab_size, array_module())
         logits = row_logits(params, config, Rows(tokens, asarray(self.positions), self.blocks, wanted))
-        return picked(logits, [(number[row], token, response) for row, token, response in self.picks])
+        return token_logprobs(logits, [(number[row], token, response) for row, token, response in self.picks])
 
 
 def text_length(example: Sequence[Sequence[int]]) -> int:
@@ -169,7 +169,7 @@ def collate(pairs: Sequence[Any], ref_logp_w: Array | None = None, ref_logp_l: A
     return Batch(checked(lists), ref_logp_w, ref_logp_l)
 
 
-def picked(logits: Tensor, picks: list[Pick]) -> Tensor:
+def token_logprobs(logits: Tensor, picks: list[Pick]) -> Tensor:
     """Log-probability of each picked token.  (N, V) -> (M,)"""
     N, V = logits.shape
     index_array([token for _, token, _ in picks], V, array_module())  # in `flat`, V would be the next row's 0
