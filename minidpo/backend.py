@@ -1,13 +1,16 @@
-"""Which array library an array belongs to. No other file knows that CuPy exists.
+"""Which array library an array belongs to, what is accepted as an array, and fast sums.
 
-The array decides: every formula is written against `xp = array_module(x)`, so the same line
-runs on the host and on a GPU. CuPy is imported when a device is asked for, not before.
+The array decides: every formula is written against `xp = array_module(x)`, so the same line runs on the host and on a
+GPU. No other file knows that CuPy exists, and it is imported only when a device is asked for.
 """
 
+import functools
 import importlib
+import numbers
 import sys
+from collections.abc import Callable
 from types import ModuleType
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy
 
@@ -25,27 +28,13 @@ def array_module(*operands: Any) -> Any:
 
 
 def device_fault(error: BaseException) -> bool:
-    """Whether an error came from a device or the way to it, and not from what was asked of it."""
+    """Whether an error came from the device or its driver, not from our code."""
     return isinstance(error, DeviceError) or type(error).__module__.partition(".")[0] in ("cupy", "cupy_backends")
 
 
 def on_host(x: Any) -> bool:
-    """Whether looking at the values of `x` is free: not on a device, which would have to stop first."""
+    """Whether the values of `x` can be read at no cost: reading them from a device makes it stop first."""
     return array_module(x) is numpy
-
-
-def asarray(x: Any) -> Array:
-    """An array as it is; anything else (a number, a list) as a NumPy array of numbers.
-
-    Raises
-    ------
-    TypeError
-        If `x` is not made of numbers.
-    """
-    array = x if type(x) is numpy.ndarray else array_module(x).asarray(x)
-    if array.dtype.kind not in "biufc":
-        raise TypeError(f"expected an array of numbers, got {type(x).__name__}")
-    return array
 
 
 def to_host(x: Any) -> numpy.ndarray:
@@ -53,50 +42,107 @@ def to_host(x: Any) -> numpy.ndarray:
     return x if on_host(x) else x.get()
 
 
+# ---- what is accepted as an array --------------------------------------------------------------------------
+
+NUMBERS = "?bhilqBHILQfdgFDG"  # NumPy's letters for booleans, integers, and floats and complex numbers from 32 bits
+
+
+def refuse_dtype(x: Any) -> NoReturn:
+    """Say why an array whose type is not in `NUMBERS` is refused: a mean of 40,000 twos is inf in float16."""
+    if "float" in str(x.dtype):  # float16, bfloat16, float8
+        raise TypeError(f'{x.dtype} is too narrow for sums and squares: convert the array with .astype("float32")')
+    raise TypeError(f"expected an array of numbers, got {type(x).__name__} of {x.dtype}")
+
+
+def asarray(x: Any) -> Array:
+    """An array as it is; anything else (a number, a list) as a NumPy array.
+
+    Raises TypeError if `x` does not consist of numbers, or is narrower than float32.
+    """
+    array = x if type(x) is numpy.ndarray else array_module(x).asarray(x)
+    if array.dtype.char not in NUMBERS:
+        refuse_dtype(x if hasattr(x, "dtype") else array)
+    return array
+
+
 def index_array(index: Any, size: int, xp: Any) -> Array:
-    """Indices checked on the host, 0 <= index < size, and then uploaded to `xp`.
+    """A copy of the indices in `xp`, after a check that each is an integer and 0 <= index < size.
 
-    What is on a device already is trusted: reading it back would stop the device. The check is needed
-    because a negative index wraps around in NumPy, and every index does in CuPy.
-
-    Parameters
-    ----------
-    index : array or list of integers
-    size : int
-        Number of things there are to choose from.
-    xp : module
-        Array library that the indices are going to meet.
-
-    Raises
-    ------
-    TypeError
-        If the indices are not integers.
-    IndexError
-        If one of them lies outside; the message names the first, where it stands, and the range.
+    The check is needed because a negative index wraps around in NumPy, and every index does in CuPy. Indices that
+    are on a device already are not checked: reading them would make the device wait. The copy is needed because the
+    caller may refill an array before the backward pass.
     """
     if not on_host(index):
-        return index
+        return index.copy()
     index = asarray(index)
     if index.size == 0:
-        index = index.astype(int)  # an empty list says nothing of its kind
+        index = index.astype(int)  # an empty list has no type of its own
     if index.dtype.kind not in "iu":
         raise TypeError(f"an index must be an integer, not {index.dtype}")
     outside = (index < 0) | (index >= size)
     if outside.any():
         where = tuple(int(i) for i in numpy.argwhere(outside)[0])
         raise IndexError(f"index {index[where]} at position {where} is outside 0 <= index < {size}")
-    return xp.asarray(index)
+    return xp.array(index)
+
+
+def own_key(key: Any, xp: Any) -> Any:
+    """A key for indexing that the caller cannot change any more: lists and arrays in it are copied, to `xp`.
+
+    An empty list counts as integers, as in NumPy.
+    """
+    if isinstance(key, tuple):
+        return tuple(own_key(part, xp) for part in key)
+    if isinstance(key, numbers.Number) or not (isinstance(key, list) or hasattr(key, "dtype")):
+        return key  # an integer, a slice, None, ...: nothing to change
+    key = xp.array(key)
+    return key.astype(int) if key.size == 0 and key.dtype.kind == "f" else key
+
+
+# ---- pieces, fast sums ------------------------------------------------------------------------------------
+
+PIECE = 2**15  # entries; the arrays between two lines of a formula then stay in the processor's cache
+
+
+def in_pieces(function: Callable[[Array], tuple[Array, Array]], x: Array) -> tuple[Array, Array]:
+    """`function(x)` for a function of single entries that returns two arrays, computed `PIECE` entries at a time."""
+    if x.size <= PIECE or not on_host(x):
+        return function(x)
+    flat, (y, z) = x.reshape(-1), (numpy.empty(x.size, dtype=x.dtype) for _ in range(2))
+    for start in range(0, x.size, PIECE):
+        piece = slice(start, start + PIECE)
+        y[piece], z[piece] = function(flat[piece])
+    return y.reshape(x.shape), z.reshape(x.shape)
+
+
+@functools.cache
+def ones(xp: Any, n: int, dtype: Any) -> Array:
+    """A column of n ones, made once."""
+    return xp.ones((n, 1), dtype=dtype)
+
+
+def row_sum(x: Array) -> Array:
+    """The sum of each row, as a product with ones: faster for rows as short as a model's.  (..., C) -> (..., 1)"""
+    return x @ ones(array_module(x), x.shape[-1], x.dtype)
+
+
+def row_mean(x: Array) -> Array:
+    """The mean of each row.  (..., C) -> (..., 1)"""
+    return x @ ones(array_module(x), x.shape[-1], x.dtype) / x.shape[-1]
+
+
+def column_sum(x: Array) -> Array:
+    """The sum of all rows, as a product with ones: faster for many short rows.  (N, C) -> (C,)"""
+    return array_module(x).ones(x.shape[0], dtype=x.dtype) @ x
+
+
+# ---- devices ----------------------------------------------------------------------------------------------
 
 
 def device_module(device: str) -> ModuleType:
     """The array library of a device by name: `numpy` for "cpu", `cupy` for "cuda".
 
-    Raises
-    ------
-    DeviceError
-        If CuPy is not installed, or sees no device (`import cupy` succeeds without a driver).
-    ValueError
-        If the device is neither.
+    Raises DeviceError if CuPy is missing or finds no device (`import cupy` succeeds without a driver).
     """
     if device == "cpu":
         return numpy
@@ -114,9 +160,9 @@ def device_module(device: str) -> ModuleType:
     except cupy.cuda.runtime.CUDARuntimeError as error:
         count, fault = 0, str(error)
     if count == 0:
-        missing = "there is no GPU" if "NoDevice" in fault else "it reaches no driver: install NVIDIA's"
+        missing = "there is no GPU" if "NoDevice" in fault else "it finds no driver: install NVIDIA's"
         raise DeviceError(
-            f"CuPy {cupy.__version__} is installed but {missing} ({fault}); see what nvidia-smi lists, "
+            f"CuPy {cupy.__version__} is installed but {missing} ({fault}); see what `nvidia-smi` lists, "
             'or use device "cpu"'
         )
     return cupy

@@ -1,73 +1,19 @@
 """Every derivative in the project: forward, derivation, vjp, one op after another.
 
-Letters: L is the final number, g = dL/d(result) arrives, gx = dL/dx leaves; i, j, k run over entries, and
-[i = j] is 1 where that holds, else 0. Under each forward stands the local Jacobian, and, where it is more
-than a factor, its contraction with g: gx_j = sum_i g_i dy_i/dx_j. "keeps" names the arrays that stay in
-memory for the backward pass. `xp` is NumPy, or CuPy for arrays on a GPU (backend.py).
-Operands (arrays, and what has no default) are passed by position, options by keyword.
+Letters: L is the final number, g = dL/d(result) arrives, gx = dL/dx leaves. i, j, k number entries, and [i = j] is
+1 where that holds, else 0. Below each forward is the local Jacobian and, where it is more than a factor, its
+contraction with g: gx_j = sum_i g_i dy_i/dx_j. "keeps" names the arrays that stay in memory for the backward pass.
+`xp` is NumPy, or CuPy for arrays on a GPU (backend.py). Pass arrays and required arguments by position, options by
+keyword.
 """
 
-import functools
 import itertools
 import math
 import numbers
 
-from .backend import array_module, index_array, on_host
+from .backend import array_module, column_sum, in_pieces, index_array, on_host, own_key, row_mean, row_sum
 from .tensor import OPS as OPS
 from .tensor import Tensor, op
-
-# ---- memory -----------------------------------------------------------------------------------------------
-
-PIECE = 2**15  # entries: a few arrays of so many fit a processor's cache
-
-
-def in_pieces(function, x):
-    """Both arrays that a function of single entries makes of x, a piece at a time: what lies between stays cached."""
-    if x.size <= PIECE or not on_host(x):
-        return function(x)
-    flat, (y, z) = x.reshape(-1), (array_module(x).empty(x.size, dtype=x.dtype) for _ in range(2))
-    for start in range(0, x.size, PIECE):
-        piece = slice(start, start + PIECE)
-        y[piece], z[piece] = function(flat[piece])
-    return y.reshape(x.shape), z.reshape(x.shape)
-
-
-def plus(x, y):
-    """x + y, in the memory of x, the caller's own, if it has the sum's dtype and axes; none of these is stretched."""
-    if getattr(y, "dtype", None) != x.dtype or y.ndim > x.ndim:
-        return x + y
-    x += y
-    return x
-
-
-# ---- broadcasting, undone in one place ----------------------------------------------------------------
-
-
-def like(x):
-    """Shape and dtype of x, all that its gradient needs: a vjp that kept x itself would keep its memory.
-
-    None where there is no gradient: for a number, integers, booleans.
-    """
-    return (x.shape, x.dtype) if hasattr(x, "dtype") and x.dtype.kind not in "biu" else None
-
-
-def unbroadcast(g, like_x):
-    """Backward of broadcasting: an entry that was copied receives the sum of g over its copies."""
-    if like_x is None:
-        return None
-    shape, dtype = like_x
-    added = g.ndim - len(shape)  # axes that x had not, all in front
-    if added and shape:  # a product with ones adds up the rows; for a bias this is faster than sum
-        copies, own = math.prod(g.shape[:added]), g.shape[added:]
-        row = array_module(g).ones(copies, dtype=g.dtype)
-        g = (row @ g.reshape(copies, math.prod(own))).reshape(own)
-    elif added:
-        g = g.sum()
-    stretched = tuple(axis for axis, size in enumerate(shape) if size != g.shape[axis])  # 1 -> n
-    if stretched:
-        g = g.sum(axis=stretched, keepdims=True)
-    return g.astype(dtype, copy=False)
-
 
 # ---- arithmetic -------------------------------------------------------------------------------------------
 
@@ -135,6 +81,32 @@ def neg(x):
         return (-g,)
 
     return y, vjp
+
+
+# ---- broadcasting, undone in one place --------------------------------------------------------------------
+
+
+def like(x):
+    """Shape and dtype of x: its gradient needs no more, and a vjp that kept x would keep its memory.
+
+    None for numbers, integers and booleans, which have no gradient.
+    """
+    return (x.shape, x.dtype) if hasattr(x, "dtype") and x.dtype.kind not in "biu" else None
+
+
+def unbroadcast(g, like_x):
+    """Backward of broadcasting: an entry that was copied receives the sum of g over its copies."""
+    if like_x is None:
+        return None
+    shape, dtype = like_x
+    added = g.ndim - len(shape)  # axes that x lacks, all in front
+    if added:
+        rows, own = math.prod(g.shape[:added]), g.shape[added:]
+        g = column_sum(g.reshape(rows, math.prod(own))).reshape(own)
+    stretched = tuple(axis for axis, size in enumerate(shape) if size != g.shape[axis])  # 1 -> n
+    if stretched:
+        g = g.sum(axis=stretched, keepdims=True)
+    return g.astype(dtype, copy=False)
 
 
 # ---- functions of one entry -------------------------------------------------------------------------------
@@ -206,33 +178,24 @@ def logsigmoid(x):
     return y, vjp
 
 
-def gelu_and_slope(x):
-    """The value y = x p of `gelu` and its derivative, p + 2 y (1 - p) du/dx."""
-    a, scale = 0.044715, math.sqrt(2 / math.pi)
-    square = x * x
-    p = (a * scale) * square
-    p += scale
-    p *= x  # u
-    p = array_module(x).tanh(p)
-    p *= 0.5
-    p += 0.5  # (1 + tanh u)/2
-    y = x * p
-    slope = (6 * a * scale) * square
-    slope += 2 * scale  # 2 du/dx
-    slope *= y
-    slope *= 1 - p
-    slope += p
-    return y, slope
-
-
 @op
 def gelu(x):
-    """GELU in GPT-2's form: y = x p,  p = (1 + tanh u)/2,  u = sqrt(2/pi) (x + 0.044715 x^3).  (...) -> (...)"""
-    y, slope = in_pieces(gelu_and_slope, x)
+    """GELU in GPT-2's form: y = x p,  p = sigma(u) = (1 + tanh(u/2))/2,  u = a x + b x^3.  (...) -> (...)"""
+    xp, a, b = array_module(x), math.sqrt(8 / math.pi), 0.044715 * math.sqrt(8 / math.pi)
 
-    # dy_i/dx_i = p_i + x_i dp_i/dx_i
-    # dp/du = (1 - tanh^2 u)/2 = 2 p (1 - p):  dp_i/dx_i = 2 p_i (1 - p_i) du_i/dx_i, and x_i p_i = y_i
-    # du_i/dx_i = sqrt(2/pi) (1 + 3 * 0.044715 x_i^2)
+    def value_and_slope(x):
+        x = xp.maximum(x, -9)  # below -9 y is 0 and above 9 p is 1, to 27 digits; e^-u and x^3 cannot overflow
+        z = xp.minimum(x, 9)
+        z2 = z * z
+        p = 1 / (1 + xp.exp(z * (-a - b * z2)))
+        y = x * p
+        return y, p + y * (1 - p) * (a + 3 * b * z2)
+
+    y, slope = in_pieces(value_and_slope, x)
+
+    # dy_i/dx_i = p_i + x_i dp_i/dx_i = slope_i
+    # dp/du = sigma(u) (1 - sigma(u)) = p (1 - p)  and  du/dx = a + 3 b x^2
+    # x p = y:  slope_i = p_i + y_i (1 - p_i) (a + 3 b x_i^2)
     def vjp(g):  # keeps slope
         return (g * slope,)
 
@@ -243,11 +206,12 @@ def gelu(x):
 
 
 def reduced_size(x, axis):
-    """How many entries a reduction of x over `axis` (None: all) puts into one; none at all is refused."""
+    """The number of entries that a reduction of x over `axis` (None: all) puts into one; 0 is refused."""
     axes = range(x.ndim) if axis is None else axis if isinstance(axis, tuple) else (axis,)
-    if not all(-x.ndim <= i < x.ndim for i in axes):
-        raise ValueError(f"nothing to reduce: shape {x.shape} has no axis {axis}")
-    n = math.prod(x.shape[i] for i in axes)
+    try:
+        n = math.prod([x.shape[i] for i in axes])
+    except IndexError:
+        raise ValueError(f"nothing to reduce: shape {x.shape} has no axis {axis}") from None
     if n == 0:
         raise ValueError(f"nothing to reduce: shape {x.shape} is empty along axis {axis}")
     return n
@@ -258,11 +222,11 @@ def sum(x, axis=None, keepdims=False):
     """Sum over `axis`, an integer, a tuple or None for all: y = sum_i x_i."""
     reduced_size(x, axis)
     xp, shape, total = array_module(x), x.shape, x.sum(axis=axis, keepdims=True)
-    kept, y = total.shape, total if keepdims else total.squeeze(axis)
+    column, y = total.shape, total if keepdims else total.squeeze(axis)
 
-    # dy/dx_i = 1: each x_i receives the g of the sum that it went into
+    # dy/dx_i = 1: each x_i receives the g of its sum
     def vjp(g):  # keeps nothing
-        return (xp.broadcast_to(xp.reshape(g, kept), shape),)
+        return (xp.broadcast_to(xp.reshape(g, column), shape),)
 
     return y, vjp
 
@@ -271,17 +235,17 @@ def sum(x, axis=None, keepdims=False):
 def mean(x, axis=None, keepdims=False):
     """Mean over `axis`, an integer, a tuple or None for all: y = (1/n) sum_i x_i."""
     n = reduced_size(x, axis)
-    xp, shape, average = array_module(x), x.shape, x.sum(axis=axis, keepdims=True) / n
-    kept, y = average.shape, average if keepdims else average.squeeze(axis)
+    xp, shape, average = array_module(x), x.shape, (x / n).sum(axis=axis, keepdims=True)
+    column, y = average.shape, average if keepdims else average.squeeze(axis)
 
     # dy/dx_i = 1/n
     def vjp(g):  # keeps nothing
-        return (xp.broadcast_to(xp.reshape(g, kept) / n, shape),)
+        return (xp.broadcast_to(xp.reshape(g, column) / n, shape),)
 
     return y, vjp
 
 
-# ---- moving entries: each y_i is some x_j, so x_j receives the g_i of every place it went to --------------
+# ---- moving entries: each y_i is some x_j, so x_j receives g_i from every place that it went to -----------
 
 
 @op
@@ -311,7 +275,7 @@ def transpose(x, axes=None):
 
 
 def ascending(key):
-    """Whether a key is an array of indices, on the host, of which each is larger than the one before."""
+    """Whether a key is a host array of indices, each larger than the one before."""
     if not (hasattr(key, "dtype") and key.dtype.kind in "iu" and key.ndim == 1 and on_host(key)):
         return False
     return key.size == 0 or bool(key[0] >= 0 and (key[1:] > key[:-1]).all())
@@ -319,13 +283,15 @@ def ascending(key):
 
 @op
 def getitem(x, key):
-    """Indexing: y = x[key], the key all that NumPy takes."""
-    xp, shape, y = array_module(x), x.shape, x[key]
+    """Indexing: y = x[key], with any key that NumPy takes."""
+    xp, shape = array_module(x), x.shape
+    key = own_key(key, xp)
+    y = x[key]
     parts = key if isinstance(key, tuple) else (key,)
     once = all(part is None or part is Ellipsis or isinstance(part, int | slice) for part in parts) or ascending(key)
 
-    # y_i = x_key(i), so gx_j is the sum of g_i over all i with key(i) = j: an index array may name one x_j
-    # several times, and then gx[key] = g would keep only the last; slices and ascending indices name each once
+    # y_i = x_key(i), so gx_j is the sum of g_i over all i with key(i) = j. An index array may name one x_j
+    # several times, and gx[key] = g would keep only the last g_i; slices and ascending indices name each x_j once
     def vjp(g):  # keeps key
         gx = xp.zeros(shape, dtype=g.dtype)
         if once:
@@ -339,12 +305,14 @@ def getitem(x, key):
 
 @op
 def concatenate(*arrays, axis=0):
-    """Arrays one after another along `axis`, the other axes equal."""
-    xp, likes = array_module(*arrays), [like(x) for x in arrays]
+    """Arrays one after another along `axis`; the other axes must be equal."""
+    xp, likes, shapes = array_module(*arrays), [like(x) for x in arrays], [x.shape for x in arrays]
+    if not all(len(shape) == len(shapes[0]) and -len(shape) <= axis < len(shape) for shape in shapes):
+        raise ValueError(f"concatenate: all shapes need the same number of axes, and an axis {axis}, not {shapes}")
     ends = list(itertools.accumulate(x.shape[axis] for x in arrays))
     y = xp.concatenate(arrays, axis=axis)
 
-    # the result holds each operand once, so g holds each gradient once: cut it where they were joined
+    # y holds each operand once, so g holds each gradient once: cut it at the joints
     def vjp(g):  # keeps nothing
         parts = xp.split(g, ends[:-1], axis=axis)
         return tuple(unbroadcast(part, like_x) for part, like_x in zip(parts, likes))
@@ -358,7 +326,7 @@ def gather(x, index):
     xp, V = array_module(x), x.shape[-1]
     index = index_array(index, V, xp)
     if index.shape != x.shape[:-1]:
-        raise ValueError(f"gather: one index for each row of {x.shape} is wanted, {x.shape[:-1]}, not {index.shape}")
+        raise ValueError(f"gather: x {x.shape} needs one index for each row, {x.shape[:-1]}, not {index.shape}")
     y = xp.take_along_axis(x, index[..., None], axis=-1)[..., 0]  # (..., V) -> (...)
 
     # dy_i/dx_ij = [j = index_i], so gx_ij = g_i [j = index_i]
@@ -374,11 +342,13 @@ def segment_sum(x, segment, count):
     xp = array_module(x)
     segment = index_array(segment, count, xp)
     if segment.shape != x.shape or x.ndim != 1:
-        raise ValueError(f"segment_sum: one segment for each entry is wanted, (M), not {x.shape} and {segment.shape}")
+        raise ValueError(
+            f"segment_sum: x needs the shape (M), and one segment for each entry, not {x.shape} and {segment.shape}"
+        )
     y = xp.zeros(count, dtype=x.dtype)
     xp.add.at(y, segment, x)
 
-    # dy_s/dx_i = [segment_i = s], so gx_i is the g of its segment
+    # dy_s/dx_i = [segment_i = s], so gx_i is g at its segment
     def vjp(g):  # keeps segment
         return (g[segment], None, None)
 
@@ -393,7 +363,7 @@ def embedding(table, index):
     y = table[index]  # (...) -> (..., C)
 
     # y_ic = sum_v O_iv table_vc with the one-hot matrix O_iv = [v = index_i], so g_table = O^T g:
-    # a row that was taken several times receives the sum
+    # a row that is taken several times receives the sum
     def vjp(g):  # keeps index
         one_hot = (index.reshape(-1, 1) == xp.arange(V)).astype(g.dtype)  # (N, V)
         return (one_hot.T @ g.reshape(index.size, C), None)  # (V, N) @ (N, C) -> (V, C)
@@ -429,7 +399,7 @@ def linear(x, w, b):
     (n, m), shape, like_b = w.shape, x.shape, like(b)
     N = math.prod(shape[:-1])
     rows = x.reshape(N, n)  # (..., n) -> (N, n)
-    y = plus(rows @ w, b).reshape(*shape[:-1], m)
+    y = (rows @ w + b).reshape(*shape[:-1], m)
 
     # y_ij = sum_k x_ik w_kj + b_j:  gx = g w^T, gw = x^T g as for matmul, and gb_j = sum_i g_ij
     def vjp(g):  # keeps rows, w
@@ -443,7 +413,7 @@ def linear(x, w, b):
 
 
 def row_max(x):
-    """The largest entry of each row: subtracted before exp, it lets nothing overflow.  (..., V) -> (..., 1)"""
+    """The largest entry of each row: with it subtracted, exp cannot overflow.  (..., V) -> (..., 1)"""
     reduced_size(x, -1)
     if x.dtype.kind in "biu":
         raise TypeError(f"logits must be floats, not {x.dtype}")
@@ -495,63 +465,88 @@ def log_softmax(x):
     return y, vjp
 
 
-# ---- the fused ops of a transformer -------------------------------------------------------------------
-
-
-@functools.cache
-def ones(xp, n, dtype):
-    """A column of n ones, made once."""
-    return xp.ones((n, 1), dtype=dtype)
-
-
-def row_sum(x):
-    """The sum of each row, as a product with ones, faster for rows as short as a model's.  (..., C) -> (..., 1)"""
-    return x @ ones(array_module(x), x.shape[-1], x.dtype)
+# ---- the fused ops of a transformer -----------------------------------------------------------------------
 
 
 @op
 def layer_norm(x, w, b, eps=1e-5):
-    """Rows of mean 0 and variance 1, scaled and moved: y = w n + b,  n = (x - mean)/sqrt(var + eps).
+    """Rows of mean 0 and variance 1, scaled and shifted: y = w n + b,  n = (x - mean)/sqrt(var + eps).
 
     (..., C), (C), (C) -> (..., C)
     """
     reduced_size(x, -1)
-    like_w, like_b, C = like(w), like(b), x.shape[-1]
-    c = x - row_sum(x) / C
-    r = (row_sum(c * c) / C + float(eps)) ** -0.5
+    like_w, like_b = like(w), like(b)
+    c = x - row_mean(x)
+    r = (row_mean(c * c) + float(eps)) ** -0.5  # (..., C) -> (..., 1)
+    if on_host(r) and not r.all():
+        raise ValueError(f"layer_norm: the variance of a row overflows {x.dtype}")
     n = c * r
-    y = plus(n * w, b)
+    y = n * w + b
 
     # y = n w + b:  gw = g n, gb = g, both summed over the rows, and gn = g w
     # n = c r with r = (var + eps)^(-1/2):  dL/dvar = -(1/2) r^3 sum_j gn_j c_j
     # var = mean(c c), so c reaches n twice:  gc_i = r gn_i + (2 c_i/C) dL/dvar = r (gn_i - n_i mean(gn n))
-    # c = x - mean(x):  gx = gc - mean(gc), where mean(n) = 0 leaves mean(gc) = r mean(gn)
+    # c = x - mean(x):  gx = gc - mean(gc), and mean(gc) = r mean(gn) because mean(n) = 0
     def vjp(g):  # keeps n, r, w
         gn, gw = g * w, g * n
-        gx = gn - row_sum(gn) / C
-        gx -= n * (row_sum(gn * n) / C)
+        gx = gn - row_mean(gn)
+        gx -= n * row_mean(gn * n)
         gx *= r
         return gx, unbroadcast(gw, like_w), unbroadcast(g, like_b)
 
     return y, vjp
 
 
-def attention(q, k, v, hidden):
-    """y = p^T v, where each column of p is the softmax of a column of s = k q^T + hidden; `hidden` is -inf where a
-    query must not see a key, else 0.  (..., T, D), (..., S, D), (..., S, D), (..., S, T) -> (..., T, D)
+@op
+def causal_attention(q, k, v, later=None):
+    """Each query's weighted mean of the values up to its own place: y = p v,  p = softmax(s),  s = q k^T/sqrt(D).
 
-    Scores stand keys by queries, since a column's largest is found faster than a row's; p = e/total is never formed.
+    (..., T, D), (..., S, D), (..., S, E) -> (..., T, E). A score is -inf where `later`, (..., T, S), is true; by
+    default the queries are the last T of the S places, and the keys after a query are later.
     """
-    xp = array_module(q)
-    e = k @ q.swapaxes(-1, -2)  # (..., S, D) -> (..., S, T)
+    xp, (T, D), S = array_module(q), q.shape[-2:], k.shape[-2]
+    if not 0 < T <= S or D == 0:
+        raise ValueError(f"causal_attention: needs 0 < T <= S and D > 0, not {T} queries, {S} keys and size {D}")
+    later = xp.arange(S) > xp.arange(S - T, S)[:, None] if later is None else later
+    scale = D**-0.5
+    s = xp.where(later, -math.inf, q * scale @ k.swapaxes(-1, -2))  # (..., T, D) @ (..., D, S) -> (..., T, S)
+    top = s.max(axis=-1, keepdims=True)
+    if on_host(top) and top.size and top.min() == -math.inf:
+        raise ValueError("causal_attention: a query sees no key: all its scores are -inf")
+    e = xp.exp(s - top)
+    p = e / e.sum(axis=-1, keepdims=True)
+    y = p @ v  # (..., T, S) @ (..., S, E) -> (..., T, E)
+
+    # y = p v:  gv = p^T g and gp = g v^T, as for matmul
+    # p = softmax(s):  gs_ij = p_ij (gp_ij - sum_l gp_il p_il), which is 0 where p_ij = 0, at later keys
+    # s = scale q k^T:  gq = scale gs k and gk = scale gs^T q
+    def vjp(g):  # keeps q, k, v, p
+        gv = p.swapaxes(-1, -2) @ g
+        gp = g @ v.swapaxes(-1, -2)
+        gs = p * (gp - (gp * p).sum(axis=-1, keepdims=True)) * scale
+        gq, gk = gs @ k, gs.swapaxes(-1, -2) @ q
+        return unbroadcast(gq, like(q)), unbroadcast(gk, like(k)), unbroadcast(gv, like(v))
+
+    return y, vjp
+
+
+def attention(q, k, v, hidden):
+    """The same y by another code, the one that training runs; q arrives scaled.
+
+    (..., T, D), (..., S, D), (..., S, D), (S, T) -> (..., T, D). It differs in three things, all for speed:
+    scores are keys by queries, since the largest of a column is found faster than that of a row; the mask `hidden`,
+    -inf at a key that the query must not see, else 0, is added in place; and p = e/total, the largest array, is never
+    formed: y and g are divided by total in its place.
+    """
+    e = k @ q.swapaxes(-1, -2)  # (..., S, D) @ (..., D, T) -> (..., S, T)
     e += hidden
     e -= e.max(axis=-2, keepdims=True)
-    e = xp.exp(e)
-    total = row_sum(e.swapaxes(-1, -2))  # over the keys: (..., S, T) -> (..., T, 1)
+    e = array_module(q).exp(e)
+    total = row_sum(e.swapaxes(-1, -2))  # (..., S, T) -> (..., T, 1)
     y = e.swapaxes(-1, -2) @ v / total
 
-    # y_j = sum_i p_ij v_i with p_ij = e_ij/total_j, i and l keys, j a query; so with h = g/total:  gv = p g = e h
-    # gp_ij = v_i g_j, and sum_l p_lj gp_lj = y_j g_j; as for softmax, gs_ij = p_ij (gp_ij - sum_l p_lj gp_lj):
+    # y_j = sum_i e_ij v_i/total_j, i and l keys, j a query. With h = g/total:  gv = e h
+    # gs_ij = p_ij (gp_ij - sum_l p_lj gp_lj) with gp_ij = v_i g_j, and the sum over l is y_j g_j:
     #                  gs_ij = e_ij (v_i h_j - y_j h_j)
     # s_ij = k_i q_j:  gq = gs^T k,  gk = gs q
     def vjp(g):  # keeps q, k, v, e, total, y
@@ -565,55 +560,35 @@ def attention(q, k, v, hidden):
 
 
 @op
-def causal_attention(q, k, v, later=None):
-    """Each query's weighted mean of the values up to its own place: y = softmax(q k^T/sqrt(D)) v.
-
-    (..., T, D), (..., S, D), (..., S, D) -> (..., T, D); scores are -inf where `later`, (..., T, S), is true:
-    by default the T queries are the last of the S places, and what comes after a query is later.
-    """
-    xp, T, S, D = array_module(q), q.shape[-2], k.shape[-2], q.shape[-1]
-    if not 0 < T <= S or D == 0:
-        raise ValueError(f"causal_attention: {T} queries at the last of {S} places, of size {D}, cannot be")
-    later = xp.arange(S) > xp.arange(S - T, S)[:, None] if later is None else later  # (T, S)
-    hidden = xp.where(later.swapaxes(-1, -2), -math.inf, 0.0)  # (T, S) -> (S, T)
-    scale = D**-0.5
-    y, attention_vjp = attention(q * scale, k, v, hidden)
-
-    # y = attention(scaled, k, v) with scaled = q scale:  gq = g_scaled scale
-    def vjp(g):  # keeps q, k, v, e, total, y
-        gq, gk, gv = attention_vjp(g)
-        return gq * scale, gk, gv
-
-    return y, vjp
-
-
-@op
 def block_attention(qkv, blocks):
     """Causal attention among rows that belong together.  (N, 3, H, D), blocks -> (N, H, D)
 
     Row n holds the query, key and value of one token. A block (queries, keys, count, hidden) is two slices of rows,
-    each of `count` texts of one length, and an array, (S, T), that is -inf where a key is not seen by a query,
-    else 0. No two blocks share a query; what is in no block gets 0.
+    each of `count` texts of one length, and an array, (S, T), that is -inf where a query must not see a key, else 0.
+    No two blocks share a query; a query in no block gets 0.
     """
     xp, (N, _, H, D) = array_module(qkv), qkv.shape
-    scaled, y, vjps = qkv[:, 0] * D**-0.5, xp.zeros((N, H, D), dtype=qkv.dtype), []
+    scaled, y, parts = qkv[:, 0] * D**-0.5, xp.zeros((N, H, D), dtype=qkv.dtype), []
 
     def heads(rows, count):
         return rows.reshape(count, -1, H, D).swapaxes(1, 2)  # (count T, H, D) -> (count, H, T, D), a view
 
     for queries, keys, count, hidden in blocks:
         q, k, v = heads(scaled[queries], count), heads(qkv[keys, 1], count), heads(qkv[keys, 2], count)
-        part, vjp_part = attention(q, k, v, hidden)
-        heads(y[queries], count)[...] = part
-        vjps.append(vjp_part)
+        block, vjp_block = attention(q, k, v, hidden)
+        heads(y[queries], count)[...] = block
+        parts.append((queries, keys, count, vjp_block))
+    if on_host(y) and xp.isnan(y).any() and any((hidden == -math.inf).all(axis=0).any() for *_, hidden in blocks):
+        raise ValueError("block_attention: a query sees no key: its column of `hidden` is -inf")
 
-    # gq = g_scaled D^(-1/2); a row may be a key of several blocks, whose gradients add up
+    # the vjp of a block gives g_scaled, gk, gv of its rows; a row may be a key of several blocks, and then gets the sum
+    # scaled = q D^(-1/2), so gq = g_scaled D^(-1/2)
     def vjp(g):  # keeps q, k, v, e, total, y
         gqkv = xp.zeros((N, 3, H, D), dtype=g.dtype)
-        for (queries, keys, count, _), vjp_part in zip(blocks, vjps):
-            for i, (rows, part) in enumerate(zip((queries, keys, keys), vjp_part(heads(g[queries], count)))):
+        for queries, keys, count, vjp_block in parts:
+            for i, (rows, gradient) in enumerate(zip((queries, keys, keys), vjp_block(heads(g[queries], count)))):
                 into = heads(gqkv[rows, i], count)
-                into += part
+                into += gradient
         gqkv[:, 0] *= D**-0.5
         return gqkv, None
 

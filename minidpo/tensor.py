@@ -20,7 +20,7 @@ import itertools
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol, cast
 
-from .backend import Array, array_module, asarray
+from .backend import NUMBERS, Array, array_module, asarray, refuse_dtype
 
 Vjp = Callable[[Array], tuple[Any, ...]]  # one array or None per operand
 Operator = Callable[..., "Tensor"]
@@ -241,7 +241,13 @@ def parents_gradients(node: Tensor, g: Array) -> Iterator[tuple[Tensor, Array]]:
 
 def unwrapped(operand: Any) -> Any:
     """Return what an array function takes: a Tensor's array, a list as an array, anything else unchanged."""
-    return operand.data if isinstance(operand, Tensor) else asarray(operand) if isinstance(operand, list) else operand
+    if isinstance(operand, Tensor):
+        return operand.data
+    if isinstance(operand, list):
+        return asarray(operand)
+    if hasattr(operand, "dtype") and operand.dtype.char not in NUMBERS:
+        refuse_dtype(operand)
+    return operand
 
 
 def op(function: Callable[..., tuple[Array, Vjp]]) -> Op:

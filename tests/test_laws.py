@@ -1,7 +1,7 @@
-"""A law for every op: what it must obey whoever wrote it. No law here repeats the formula of the op.
+"""A law for every op that does not repeat the formula of the op.
 
-Beside the laws, the stable ops at the edges: logits of +-1e4, rows that hold -inf, in real and in complex
-arithmetic, with warnings as errors; and each fused op against its composition from smaller ones.
+Beside the laws: ops at the edges (logits of +-1e4, rows that hold -inf, huge entries; real and complex; warnings are
+errors), and each fused op against its composition from smaller ones.
 """
 
 import decimal
@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from drawing import arrays, seeds
-from minidpo import Tensor, model, ops
+from minidpo import Tensor, backend, model, ops
 from minidpo.gradcheck import check_vjp
 from minidpo.ops import OPS
 
@@ -30,7 +30,7 @@ def law(function):
 
 @law
 def law_of_add(x: arrays(), y: arrays(), z: arrays((3,))):
-    """The order does not matter, and nothing is added by 0."""
+    """The order does not matter, and subtraction undoes the sum."""
     close(ops.add(x, y).data, ops.add(y, x).data)
     close(ops.add(ops.add(x, z), -z).data, x, atol=1e-14)
 
@@ -145,14 +145,14 @@ def law_of_transpose(
 
 @law
 def law_of_getitem(x: arrays((4, 3)), cut: st.integers(0, 4)):
-    """The two parts of a cut are the whole, and a permutation can be undone."""
+    """The two parts of a cut make the whole, and a permutation can be undone."""
     assert (np.vstack([ops.getitem(x, slice(cut)).data, ops.getitem(x, slice(cut, None)).data]) == x).all()
     assert (ops.getitem(ops.getitem(x, np.array([2, 0, 3, 1])), np.array([1, 3, 0, 2])).data == x).all()
 
 
 @law
 def law_of_concatenate(x: arrays((2, 3)), y: arrays((2, 1))):
-    """Each part can be found again."""
+    """Slices of the result are the parts."""
     z = ops.concatenate(x, y, axis=1).data
     assert z.shape == (2, 4) and (z[:, :3] == x).all() and (z[:, 3:] == y).all()
     assert (ops.concatenate(x, 2 * x).data == np.vstack([x, 2 * x])).all()
@@ -188,14 +188,14 @@ def law_of_linear(x: arrays((2, 4, 3)), w: arrays((3, 2)), b: arrays((2,))):
 
 @law
 def law_of_logsumexp(x: arrays((2, 3)), shift: st.floats(-500, 500)):
-    """A shift of all comes out, and equal entries count as their number."""
+    """A shift of all entries shifts the result, and n equal entries add log n."""
     close(ops.logsumexp(x + shift).data, ops.logsumexp(x).data + shift, atol=1e-12)
     close(ops.logsumexp(np.full((1, 7), shift)).data, shift + math.log(7))
 
 
 @law
 def law_of_softmax(x: arrays((2, 3)), shift: st.floats(-500, 500)):
-    """Probabilities, whose ratios are exponentials of differences, and which a shift of all leaves alone."""
+    """Probabilities sum to 1, their ratios are exponentials of differences, and a shift of all changes nothing."""
     p = ops.softmax(x).data
     close(p.sum(axis=-1), 1)
     close(p[:, 0] / p[:, 1], np.exp(x[:, 0] - x[:, 1]))
@@ -214,7 +214,7 @@ def law_of_log_softmax(x: arrays((2, 3))):
 def law_of_layer_norm(
     x: arrays((2, 4)), w: arrays((4,)), b: arrays((4,)), scale: st.floats(1, 9), shift: st.floats(-9, 9)
 ):
-    """Rows of mean 0 and variance var/(var + eps); moving or (without eps) scaling the input changes nothing."""
+    """Rows have mean 0 and variance var/(var + eps); a shift of the input, or without eps a scale, changes nothing."""
     n = ops.layer_norm(x, np.ones(4), np.zeros(4)).data
     close(n.mean(axis=-1), 0, atol=1e-12)
     var = np.array([sum((v - sum(row) / 4) ** 2 for v in row) / 4 for row in x])
@@ -237,7 +237,7 @@ def law_of_causal_attention(q: arrays((4, 3)), k: arrays((4, 3)), v: arrays((4, 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_attention_of_large_scores_is_a_choice(dtype):
-    """Otherwise e^s overflows, or all of a row underflow, and one confident head makes everything nan."""
+    """Attention with scores of a million picks one value, and its gradients are finite."""
     q = k = np.array([[1000, 0], [0, 1000]], dtype)
     v = np.array([[1, 2], [3, 4]], dtype)
     y, vjp = ops.causal_attention.raw(q, k, v)
@@ -250,7 +250,7 @@ def test_attention_of_large_scores_is_a_choice(dtype):
 
 @law
 def law_of_block_attention(qkv: arrays((7, 3, 2, 3)), cut: st.integers(1, 3)):
-    """Rows chosen | prompt | rejected give what either text gives alone; so do texts side by side."""
+    """Rows chosen | prompt | rejected give each text what it gets alone; so do texts side by side."""
     chosen = slice(0, 2)  # the prompt is 2 to 3, the rejected 4 to 6
     blocks = ((chosen, slice(0, 4), 1), (slice(3, 7), slice(2, 7), 1), (slice(2, 3), slice(2, 3), 1))
     places = np.array([2, 3, 0, 1, 2, 3, 4])
@@ -277,22 +277,22 @@ def law_of_segment_sum(x: arrays((5,)), segment: st.lists(st.integers(0, 2), min
 
 @pytest.mark.parametrize("dtype", ["float32", "float64", "complex128"])
 def test_pieces_change_nothing(dtype, monkeypatch):
-    """Otherwise a long array has another GELU than a short one."""
+    """GELU in pieces is GELU."""
     rng = np.random.default_rng(0)
     x, g = (rng.normal(size=(7, 3, 5)).astype(dtype) for _ in range(2))
     whole, vjp = ops.gelu.raw(x[:, ::-1])
     expected = [whole, *vjp(g)]
     for piece in (1, 11, 30, 104):
-        monkeypatch.setattr(ops, "PIECE", piece)
+        monkeypatch.setattr(backend, "PIECE", piece)
         y, vjp = ops.gelu.raw(x[:, ::-1])
-        for made, right in zip([y, *vjp(g)], expected, strict=True):
-            assert made.dtype == right.dtype and made.shape == right.shape
-            close(made, right, rtol=1e-6 if dtype == "float32" else 1e-14)
+        for ours, whole in zip([y, *vjp(g)], expected, strict=True):
+            assert ours.dtype == whole.dtype and ours.shape == whole.shape
+            close(ours, whole, rtol=1e-6 if dtype == "float32" else 1e-14)
 
 
 @given(index=st.lists(st.integers(-4, 3), max_size=5))
 def test_an_index_that_names_an_entry_twice_sums(index):
-    """Otherwise the fast path for ascending indices, which sets, loses a gradient. (-1 and 3 are one entry of four.)"""
+    """An entry that an index names twice receives both gradients. (-1 and 3 are one entry of four.)"""
     key = np.array(index, int)
     _, vjp = ops.getitem.raw(np.zeros((4, 2)), key)
     g = np.random.default_rng(0).normal(size=(len(index), 2))
@@ -306,7 +306,7 @@ def test_an_index_that_names_an_entry_twice_sums(index):
 
 @pytest.mark.parametrize("name", OPS)
 def test_law(name):
-    """Otherwise an op computes something, and its gradient check proves it a fine derivative of the wrong thing."""
+    """Every op obeys its law: a gradient check alone would accept the derivative of a wrong forward."""
     getattr(sys.modules[__name__], f"law_of_{name}")()
 
 
@@ -335,7 +335,7 @@ def exactly(row):
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("row", ROWS)
 def test_rows_at_the_edge_are_exact(row, dtype):
-    """Otherwise the loss of a confident model is inf or nan, or one masked token spoils its row."""
+    """Rows with logits of +-1e4 or -inf are exact."""
     logps, total = exactly(row)
     x = np.array([row], dtype=dtype)
     rtol = 1e-6 if dtype == "float32" else 1e-14
@@ -348,7 +348,7 @@ def test_rows_at_the_edge_are_exact(row, dtype):
 @pytest.mark.parametrize("row", ROWS)
 @pytest.mark.parametrize("name", ["log_softmax", "softmax", "logsumexp"])
 def test_gradients_of_rows_at_the_edge_are_exact(name, row):
-    """Otherwise a confident model gets a nan for a gradient where it should get p - onehot."""
+    """Their gradients are exact too."""
     x = np.array([row])
     y, vjp = OPS[name].raw(x)
     g = np.random.default_rng(0).normal(size=y.shape)
@@ -361,7 +361,7 @@ def test_gradients_of_rows_at_the_edge_are_exact(name, row):
 
 
 def test_float32_probabilities_sum_to_one_far_from_zero():
-    """Otherwise the gradient of a confident model is off by what its largest logit rounds to."""
+    """Float32 probabilities of logits near 1e4 are exact: the largest logit is subtracted first."""
     x = np.array([[1e4, 1e4 - 1, 1e4 - 2.5]], dtype="float32")
     p = [math.exp(v) for v in exactly(x[0].tolist())[0]]
     close(ops.logsumexp.raw(x)[1](np.ones(1, dtype="float32"))[0], [p], rtol=1e-6)
@@ -370,7 +370,7 @@ def test_float32_probabilities_sum_to_one_far_from_zero():
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_logsigmoid_at_the_edge_is_exact(dtype):
-    """Otherwise a pair that is far on the wrong side, where DPO learns most, yields -inf or a zero gradient."""
+    """Logsigmoid is exact from -inf to inf: DPO learns most from pairs far on the wrong side."""
     x = np.array([-1e4, -100.0, -1.0, 0.0, 1.0, 30.0, 100.0, 1e4, -INF, INF], dtype=dtype)
     y, vjp = ops.logsigmoid.raw(x)
     with decimal.localcontext(prec=60, Emin=-(10**7), Emax=10**7):
@@ -382,7 +382,7 @@ def test_logsigmoid_at_the_edge_is_exact(dtype):
 
 
 def test_logsigmoid_gradient_keeps_its_tail():
-    """-expm1(y) is sigma(-x) where 1 - sigma(x) is 0: otherwise a pair that is won stops counting too early."""
+    """-expm1(y) is sigma(-x), also where 1 - sigma(x) rounds to 0."""
     (gx,) = ops.logsigmoid.raw(np.array([40.0]))[1](np.ones(1))
     close(gx, [math.exp(-40.0)], rtol=1e-12)
     assert 1 - 1 / (1 + math.exp(-40.0)) == 0
@@ -390,13 +390,51 @@ def test_logsigmoid_gradient_keeps_its_tail():
 
 @pytest.mark.parametrize("name", ["gelu", "tanh", "logsigmoid"])
 def test_saturated_entries_have_finite_gradients(name):
-    """Otherwise one large activation turns the whole gradient into nan."""
+    """Saturated entries have finite gradients."""
     y, vjp = OPS[name].raw(np.array([-1e4, 1e4]))
     assert np.isfinite(y).all() and np.isfinite(vjp(np.ones(2))[0]).all()
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_gelu_of_huge_entries(dtype):
+    """GELU is x with slope 1 far above 0, and 0 with slope 0 far below, up to the largest float."""
+    top = float(np.finfo(dtype).max)
+    x = np.array([9, 2e13, 1e19, 1e30, top], dtype=dtype)
+    y, vjp = ops.gelu.raw(np.concatenate([x, -x]))
+    assert y.dtype == dtype and y[:5].tolist() == x.tolist()
+    close(y[5:], 0, atol=1e-25)
+    close(vjp(np.ones(10, dtype))[0], [1] * 5 + [0] * 5, atol=1e-25)
+    inside = np.linspace(-12, 12, 49)  # the bounds of +-9 are out of sight
+    u = math.sqrt(2 / math.pi) * (inside + 0.044715 * inside**3)
+    close(ops.gelu(inside).data, inside * (1 + np.tanh(u)) / 2, rtol=1e-14, atol=1e-15)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_huge_entries_have_finite_results(dtype):
+    """A mean, a quotient or a score that is a float is found, also where a sum, a square or a product is not."""
+    top = np.finfo(dtype).max
+    x = np.full(4, top)
+    close(ops.mean(x).data, top, rtol=1e-6)
+    close(ops.mean.raw(x)[1](top)[0], top / 4, rtol=1e-6)
+    half = np.sqrt(top)
+    z, vjp = ops.div.raw(top, np.full(1, half))
+    close([z, -vjp(np.ones(1, dtype))[1]], [[half], [1]], rtol=1e-6)
+    q = np.full((1, 4), np.sqrt(top) / 2)  # q k = top before it is divided by sqrt(D) = 2
+    y, vjp = ops.causal_attention.raw(q, 1.5 * q, np.ones((1, 2), dtype))
+    assert y.tolist() == [[1, 1]] and all(np.isfinite(gx).all() for gx in vjp(np.ones((1, 2), dtype)))
+
+
+def test_a_variance_that_overflows_is_refused():
+    """Layer norm refuses a row whose variance is inf: it would return 0 for 1 and -1."""
+    for dtype, x in (("float32", 1e20), ("float64", 1e160)):
+        row = np.array([[x, -x], [1, 2]], dtype)
+        with np.errstate(over="ignore"), pytest.raises(ValueError, match=f"a row overflows {dtype}"):
+            ops.layer_norm(row, np.ones(2, dtype), np.ones(2, dtype))
+        close(ops.layer_norm(row * 1e-10, np.ones(2, dtype), np.zeros(2, dtype)).data[0], [1, -1], rtol=1e-6)
+
+
 def test_power_at_zero():
-    """The slope of x^0 is 0 and of x^1 is 1, at x = 0 too: otherwise 0 times inf makes a nan."""
+    """The slope of x^0 is 0 and of x^1 is 1, also at x = 0, where 0 times inf would be nan."""
     x = np.zeros(1)
     assert [ops.power.raw(x, c)[1](np.ones(1))[0][0] for c in (0, 1, 2)] == [0, 1, 0]
 
@@ -436,7 +474,7 @@ ARGUMENTS = {"power": (3,), "gather": ([2, 0],), "embedding": ([1, 1, 0],)}
 @pytest.mark.parametrize("name", COMPOSITIONS)
 @given(seed=seeds)
 def test_fused_op_is_its_composition(name, seed):
-    """Otherwise the short form that is fast and the long form that is plain are two different models."""
+    """A fused op has the value and the gradients of its composition."""
     rng = np.random.default_rng(seed)
     compose, shapes = COMPOSITIONS[name]
     values = [rng.normal(size=shape) for shape in shapes]
@@ -448,3 +486,24 @@ def test_fused_op_is_its_composition(name, seed):
         results.append([y.data, *[leaf.grad for leaf in leaves]])
     for fused, composed in zip(*results):
         close(fused, composed, rtol=1e-9, atol=1e-9 * (1 + abs(composed).max()))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("amplitude", [1, 100])
+@given(seed=seeds, B=st.integers(1, 2), S=st.integers(1, 9), data=st.data())
+def test_fast_attention_is_the_textbook_attention(amplitude, dtype, seed, B, S, data):
+    """`attention` and `causal_attention` are two codes for one function: equal values, equal gradients.
+
+    Queries and keys are eighths, so that all scores, up to +-1e4, are exact in either order of summation.
+    """
+    rng, T, D = np.random.default_rng(seed), data.draw(st.integers(1, S)), 4 ** data.draw(st.integers(0, 2))
+    q, k = (rng.integers(-8, 9, (B, 3, n, D)).astype(dtype) / 8 * amplitude / D**0.25 for n in (T, S))
+    v, g = (rng.normal(size=(B, 3, n, D)).astype(dtype) for n in (S, T))
+    later = np.arange(S) > np.arange(S - T, S)[:, None]
+    y, vjp = ops.causal_attention.raw(q, k, v)
+    fast, fast_vjp = ops.attention(q * D**-0.5, k, v, np.where(later.T, -INF, 0).astype("float32"))
+    gq, gk, gv = fast_vjp(g)
+    rtol = 1e-5 if dtype == "float32" else 1e-12
+    for ours, expected in zip((fast, gq * D**-0.5, gk, gv), (y, *vjp(g)), strict=True):
+        assert ours.dtype == expected.dtype == dtype and ours.shape == expected.shape
+        close(ours, expected, rtol=rtol, atol=rtol * amplitude * (1 + abs(expected).max()))
