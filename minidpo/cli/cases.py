@@ -1,7 +1,7 @@
-"""Random arguments for every op: shapes, broadcasting, size-1 and size-0 axes, options.
+"""Random arguments for every op: shapes, broadcasting, axes of size 1 and 0, options.
 
-`python -m minidpo check` draws them from a generator, the tests from hypothesis. A new op needs an entry
-here, and a law in tests/test_laws.py.
+`python -m minidpo check` draws them with a NumPy generator, the tests with hypothesis. A new op needs an entry here
+and a law in tests/test_laws.py.
 """
 
 from collections.abc import Callable
@@ -14,7 +14,7 @@ Case = tuple[tuple[Any, ...], dict[str, Any]]  # positional arguments, options
 
 
 class Draw(Protocol):
-    """A source of random choices."""
+    """Makes random choices."""
 
     def integer(self, low: int, high: int) -> int:
         """An integer, low <= n <= high."""
@@ -24,7 +24,7 @@ class Draw(Protocol):
 
 
 class RandomDraw:
-    """Choices from a NumPy generator."""
+    """Makes its choices with a NumPy generator."""
 
     def __init__(self, rng: numpy.random.Generator):
         self.rng = rng
@@ -37,7 +37,7 @@ class RandomDraw:
 
 
 def size(draw: Draw) -> int:
-    return draw.integer(0, 3) or draw.integer(0, 3)  # 0, but not often: an empty array checks little
+    return draw.integer(0, 3) or draw.integer(0, 3)  # rarely 0: an empty array checks little
 
 
 def shape(draw: Draw) -> Shape:
@@ -45,8 +45,8 @@ def shape(draw: Draw) -> Shape:
 
 
 def indices(draw: Draw, size: int, shape: Shape) -> numpy.ndarray:
-    chosen = [draw.integer(0, size - 1) for _ in range(int(numpy.prod(shape)))]
-    return numpy.array(chosen, dtype=int).reshape(shape)
+    values = [draw.integer(0, size - 1) for _ in range(int(numpy.prod(shape)))]
+    return numpy.array(values, dtype=int).reshape(shape)
 
 
 def away_from_zero(x: numpy.ndarray) -> numpy.ndarray:
@@ -58,7 +58,7 @@ def positive(x: numpy.ndarray) -> numpy.ndarray:
 
 
 def broadcastable(draw: Draw, whole: Shape) -> Shape:
-    """A shape that broadcasts with `whole`: some axes of size 1, some in front left out."""
+    """A shape that broadcasts with `whole`: some axes have size 1, some in front are left out."""
     part = tuple(1 if draw.integer(0, 3) == 0 else n for n in whole)
     return part[draw.integer(0, len(part)) :]
 
@@ -158,12 +158,12 @@ def layer_norm(draw: Draw) -> Case:
 
 def causal_attention(draw: Draw) -> Case:
     batch, S, D = shape(draw), draw.integer(1, 4), draw.integer(1, 3)
-    q = draw.array((*batch, draw.integer(1, S), D))
-    return (q, draw.array((*batch, S, D)), draw.array((*batch, S, D))), {}
+    sizes = ((draw.integer(1, S), D), (S, D), (S, draw.integer(1, 3)))
+    return tuple(draw.array((*broadcastable(draw, batch), *size)) for size in sizes), {}
 
 
 def block_attention(draw: Draw) -> Case:
-    """Rows chosen | prompt | rejected, as scoring lays them out, or `count` texts of one length."""
+    """Rows chosen | prompt | rejected, in the layout of scoring.py, or `count` texts of one length."""
     count, chosen, rejected, H, D = (draw.integer(low, 3) for low in (0, 0, 0, 1, 1))
     prompt = draw.integer(1, 3)
     if count:
