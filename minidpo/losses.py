@@ -239,5 +239,5 @@ def _uncertain(z: Tensor, correct: Array, flipped: Array, total: float) -> Tenso
         counted = xp.flatnonzero(weights)
         if counted.size:
             z_counted = ops.reshape(z, weights.shape)[counted]
-            terms.append(ops.sum(weights[counted] * ops.logsigmoid(sign * z_counted)))
-    return -(terms[0] + terms[1] if len(terms) == 2 else terms[0]) / total
+            terms.append(ops.sum(weights[counted] * ops.logsigmoid(sign * z_counted) / total))
+    return -(terms[0] + terms[1] if len(terms) == 2 else terms[0])
