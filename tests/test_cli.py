@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from minidpo import checkpoint, cli, generation, ops, training
-from minidpo.cli import train
+from minidpo.cli import look
 from minidpo.ops import OPS
 
 
@@ -112,7 +112,7 @@ def test_unverified_weights_are_said_to_be(trained, capsys, tmp_path):
 def test_sample_begins_a_text_as_training_did(trained, capsys, monkeypatch):
     """Otherwise the model is asked to go on from something that it never saw."""
     asked = []
-    monkeypatch.setattr(train, "generate", lambda *args: asked.append(args) or generation.Generation([], []))
+    monkeypatch.setattr(look, "generate", lambda *args: asked.append(args) or generation.Generation([], []))
     assert cli.main(["sample", "--checkpoint", str(trained[0] / "model"), "--prompt", "a", "--samples", "2"]) == 0
     assert asked[0][2] == [[0, 2], [0, 2]]
     command = ["sample", "--checkpoint", str(trained[0] / "model"), "--prompt", "a", "--samples", "1", "--newline"]

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 from minidpo import checkpoint, cli, world
-from minidpo.cli import demo
+from minidpo.cli import desk, parser
 from minidpo.streams import stream
 from minidpo.theory.exact import chain_rule_logprob
 from minidpo.tokenizer import TURN
 
-SIZES = demo.Sizes(
+SIZES = desk.Sizes(
     texts=60,
     completions=40,
     pairs=40,
@@ -37,18 +37,18 @@ def made(tmp_path_factory):
         patch.setattr(
             "builtins.print", lambda *args, end="\n", **options: printed.append(" ".join(map(str, args)) + end)
         )
-        assert demo.demo(folder, 0, False, cli.main, SIZES) == 0
+        assert cli.demo(out=folder, sizes=SIZES) == folder
     return folder, "".join(printed)
 
 
 def test_it_makes_three_models_from_commands_that_it_prints(made):
     """Otherwise a reader cannot repeat a stage by hand, or a stage begins from nothing."""
     folder, printed = made
-    commands = re.findall(r"^\$ python -m minidpo (\w+) (.*)$", printed, re.MULTILINE)
+    commands = re.findall(r"^\$ minidpo (\w+) (.*)$", printed, re.MULTILINE)
     assert [name for name, _ in commands] == ["pretrain", "sft", "dpo"]
     assert f"--init={folder / 'pretrain'}" in commands[1][1] and f"--init={folder / 'sft'}" in commands[2][1]
     assert all("--held-out-data=" in given and "--seed=0" in given for _, given in commands)
-    for stage in demo.STAGES:
+    for stage in desk.STAGES:
         assert checkpoint.load(folder / stage).verified
     assert {path.name for path in (folder / "data").iterdir()} == {
         f"{kind}{part}" for kind in ("texts", "completions", "pairs")
@@ -75,9 +75,9 @@ def test_the_table_is_that_of_the_replies(made):
     assert [row["model"] for row in rows] == ["base", "SFT", "DPO"]
     prompts = world.drawn(world.prompt_distribution(world.split(0)[1]), 30, stream(0, "demo", "prompts"))
     sft = checkpoint.load(folder / "sft")
-    for stage, row in zip(demo.STAGES, rows):
+    for stage, row in zip(desk.STAGES, rows):
         model = checkpoint.load(folder / stage)
-        again = demo.judged(model, sft, prompts, 0)
+        again = desk.verdict(model, sft, prompts, 0)
         rewards = [world.judgement(x, reply).reward for x, reply in zip(prompts, again["replies"])]
         assert row["reward"] == pytest.approx(np.mean(rewards)) == again["reward"]
         assert row["reward_error"] == pytest.approx(np.std(rewards, ddof=1) / math.sqrt(30))
@@ -92,7 +92,7 @@ def test_the_kl_is_the_mean_log_ratio_of_the_replies(made):
     folder, _ = made
     dpo, base = checkpoint.load(folder / "dpo"), checkpoint.load(folder / "pretrain")
     prompts = ["my order is late.", "may anna see my bill?"]
-    got = demo.judged(dpo, base, prompts, 5)
+    got = desk.verdict(dpo, base, prompts, 5)
     ids = [[0, *dpo.tokenizer.encode(x + TURN)] for x in prompts]
     ratios = []
     for x, reply in zip(ids, got["replies"]):
@@ -137,37 +137,47 @@ def test_the_report_says_what_was_printed(made):
     assert "| SFT |" in written and ("![curves](curves.png)" in written) == (folder / "curves.png").exists()
 
 
-def test_it_goes_on_where_it_was_stopped(made, tmp_path, capsys):
-    """In the middle of a stage: otherwise the first two models are trained again, or the third is another."""
+def test_it_resumes_where_it_was_stopped(made, tmp_path, capsys, monkeypatch):
+    """An interrupted demo says how to resume, and then ends in the same models and the same report."""
     folder = tmp_path / "desk"
-    calls = []
+    monkeypatch.setattr(desk, "FULL", SIZES)
 
-    def stopped(given):
-        calls.append(given[0])
-        return cli.main(given) if given[0] != "dpo" else 130
+    def interrupt(**values):
+        """Interrupt."""
+        raise KeyboardInterrupt
 
-    assert demo.demo(folder, 0, False, stopped, SIZES) == 130
-    assert calls == ["pretrain", "sft", "dpo"]
-    assert f"then the demo goes on with: python -m minidpo resume {folder}" in capsys.readouterr().err
-    with pytest.raises(checkpoint.CheckpointError, match="exists already: choose another folder, or go on"):
-        demo.demo(folder, 0, False, cli.main, SIZES)
-    assert demo.demo(folder, 0, True, cli.main, SIZES) == 0
+    with monkeypatch.context() as patch:
+        patch.setitem(parser.COMMANDS, "dpo", parser.COMMANDS["dpo"]._replace(function=interrupt))
+        assert cli.main(["demo", f"--out={folder}"]) == 130
+    error = capsys.readouterr().err
+    assert error == f"minidpo demo: interrupted; resume with: minidpo resume {folder}\n"
+    assert (folder / "sft").exists() and not (folder / "dpo").exists()
+    with pytest.raises(checkpoint.CheckpointError, match="exists already"):
+        cli.demo(out=folder)
+    assert cli.main(["resume", str(folder)]) == 0
     printed = capsys.readouterr().out
-    assert printed.count("$ python -m minidpo resume") == 2
-    for stage in demo.STAGES:
+    assert printed.count("$ minidpo resume") == 2
+    for stage in desk.STAGES:
         first, again = (base / stage / "model" / "model.safetensors" for base in (made[0], folder))
         assert first.read_bytes() == again.read_bytes()
     assert (folder / "results.json").read_bytes() == (made[0] / "results.json").read_bytes()
+
+
+def test_it_gives_its_own_settings(made):
+    """The demo's DPO has its own beta, likelihood term and learning rate, whatever the defaults of dpo are."""
+    words = json.loads((made[0] / "dpo" / "run.json").read_text())["arguments"]
+    assert {"--beta=0.2", "--nll-weight=2.0", "--learning-rate=0.0003", "--steps=2"} <= set(words)
+    assert "--beta=0.2 --nll-weight=2 --learning-rate=3e-4" in made[1]
 
 
 def test_judge_measures_any_model(made, capsys):
     """As the demo does: otherwise a collapse cannot be seen by whoever caused it."""
     folder, printed = made
     given = ["--reference", str(folder / "sft"), "--replies", "30"]
-    assert cli.main(["judge", "--checkpoint", *(str(folder / stage) for stage in demo.STAGES), *given]) == 0
+    assert cli.main(["judge", "--checkpoint", *(str(folder / stage) for stage in desk.STAGES), *given]) == 0
     table = capsys.readouterr().out.splitlines()
     assert table[0].split() == ["model", "pretrain", "sft", "dpo"] and table[-1].startswith("KL to sft")
-    for line, again in zip(demo.COLUMNS.values(), table):
+    for line, again in zip(desk.COLUMNS.values(), table):
         shown = next(row for row in printed.splitlines() if row.startswith(line))
         assert line in ("model", "KL to SFT") or shown.split() == again.split()
 
@@ -180,13 +190,3 @@ def test_judge_wants_one_vocabulary(made, tmp_path, capsys):
     checkpoint.save(tmp_path / "turned", loaded.params, loaded.config, turned)
     given = ["judge", "--checkpoint", str(folder / "dpo"), "--reference", str(tmp_path / "turned"), "--replies", "3"]
     assert cli.main(given) == 2 and "must share one" in capsys.readouterr().err
-
-
-def test_the_command_line_reaches_it(tmp_path, monkeypatch, capsys):
-    """Otherwise the README's first command does something else; resume knows a demo's folder."""
-    asked = []
-    monkeypatch.setattr(demo, "demo", lambda *args: asked.append(args) or 0)
-    assert cli.main(["demo", f"--out={tmp_path / 'a'}", "--seed=4"]) == 0
-    (tmp_path / "run.json").write_text('{"arguments": ["demo", "--seed=3"], "environment": {}}')
-    assert cli.main(["resume", str(tmp_path)]) == 0
-    assert asked == [(tmp_path / "a", 4, False, cli.main), (tmp_path, 3, True, cli.main)]

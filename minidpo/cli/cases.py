@@ -1,6 +1,6 @@
 """Random arguments for every op: shapes, broadcasting, size-1 and size-0 axes, options.
 
-`python -m minidpo check` draws them from a generator, the tests from hypothesis. A new op needs an entry
+`minidpo check` draws them from a generator, the tests from hypothesis. A new op needs an entry
 here, and a law in tests/test_laws.py.
 """
 

@@ -1,8 +1,9 @@
-"""The commands that train and measure, with their files: every option does what its help says."""
+"""The commands that train, evaluate and score, with their files: each option does what its help says."""
 
 import json
 import math
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -82,7 +83,7 @@ def test_pretrain_goes_on_from_a_model(folder, tmp_path, capsys):
     loaded, init = checkpoint.load(tmp_path / "run"), checkpoint.load(folder / "init")
     assert loaded.config == CONFIG and all((loaded.params[n].data == p.data).all() for n, p in init.params.items())
     for text, sentence in (
-        ("ab\n" + "a" * 16, "16 characters, 15 fit"),
+        ("ab\n" + "a" * 16, "16 characters, but 15 fit"),
         ("ab\nxy", "not in the vocabulary"),
         ("\n", "no text"),
     ):
@@ -133,10 +134,10 @@ def test_sft_begins_from_a_model(folder, tmp_path):
 @pytest.mark.parametrize(
     ("options", "loss", "nll_weight"),
     [
-        ([], lambda w, l, rw, rl: losses.dpo_loss(w, l, rw, rl, 0.2), 2.0),
-        (["--label-smoothing=0.2", "--nll-weight=0"], lambda w, l, rw, rl: losses.dpo_loss(w, l, rw, rl, 0.2, 0.2), 0),
-        (["--loss=ipo", "--beta=0.7"], lambda w, l, rw, rl: losses.ipo_loss(w, l, rw, rl, 0.7), 2.0),
-        (["--loss=reference-free"], lambda w, l, rw, rl: losses.reference_free_loss(w, l, 0.2), 2.0),
+        ([], lambda w, l, rw, rl: losses.dpo_loss(w, l, rw, rl, 0.1), 0),
+        (["--label-smoothing=0.2", "--nll-weight=2"], lambda w, l, rw, rl: losses.dpo_loss(w, l, rw, rl, 0.1, 0.2), 2),
+        (["--loss=ipo", "--beta=0.7"], lambda w, l, rw, rl: losses.ipo_loss(w, l, rw, rl, 0.7), 0),
+        (["--loss=reference-free"], lambda w, l, rw, rl: losses.reference_free_loss(w, l, 0.1), 0),
     ],
 )
 def test_dpo_minimises_the_loss_that_was_asked_for(options, loss, nll_weight, folder, tmp_path):
@@ -313,18 +314,20 @@ def test_prompts_that_truncation_makes_equal_are_on_one_side(tmp_path):
     rows = [{"prompt": f"{x}{'b' * 9}", "chosen": y, "rejected": "dd"} for x in "abcd" for y in ("a", "b", "c")]
     rows += [{"prompt": "ccc", "chosen": y, "rejected": "dd"} for y in ("a", "b")]
     data = write(tmp_path / "pairs.jsonl", rows)
-    options = parser.parser().parse_args(
-        ["dpo", f"--data={data}", "--init=i", "--out=o", "--truncation=prompt", "--held-out-share=0.5"]
-    )
-    found = train.data(options, train.PAIRS, TOKENIZER, 8)
-    assert not {tuple(x) for x, *_ in found.train.ids} & {tuple(x) for x, *_ in found.held_out.ids}
-    options.held_out_data = write(tmp_path / "held.jsonl", [{"prompt": "x" + "b" * 9, "chosen": "d", "rejected": "a"}])
-    options.data = write(tmp_path / "train.jsonl", rows[:1])
+    start, run = checkpoint.Checkpoint({}, CONFIG, TOKENIZER, True), train.Training(held_out_share=0.5)
+
+    def split(data, run):
+        return train.read_rows(data, run, "prompt", False, train.PAIRS, start, 8)
+
+    halves = split(data, run)
+    assert not {tuple(x) for x, *_ in halves.train.ids} & {tuple(x) for x, *_ in halves.held_out.ids}
+    held_out = write(tmp_path / "held.jsonl", [{"prompt": "x" + "b" * 9, "chosen": "d", "rejected": "a"}])
+    data = write(tmp_path / "train.jsonl", rows[:1])
     with pytest.raises(ValueError, match=r"held\.jsonl: no row can be used"):
-        train.data(options, train.PAIRS, TOKENIZER, 8)
-    write(options.held_out_data, [{"prompt": "d" + "b" * 9, "chosen": "d", "rejected": "aa"}])
+        split(data, run._replace(held_out_data=held_out))
+    write(held_out, [{"prompt": "d" + "b" * 9, "chosen": "d", "rejected": "aa"}])
     with pytest.raises(ValueError, match="line 1: this prompt is in"):
-        train.data(options, train.PAIRS, TOKENIZER, 8)
+        split(data, run._replace(held_out_data=held_out))
 
 
 def test_what_is_wrong_is_one_sentence(folder, tmp_path, capsys):
@@ -354,14 +357,14 @@ def test_what_is_wrong_is_one_sentence(folder, tmp_path, capsys):
         ([*begin, f"--data={pairs}", f"--reference={tmp_path / 'foreign'}"], "must share one"),
         ([*measure, f"--reference={tmp_path / 'foreign'}"], "vocabularies of 6 and 3 ids that differ"),
         (["sft", f"--data={folder}", f"--out={out}"], "Is a directory"),
-        (["sft", "--data=/dev/zero", f"--out={out}"], "is no regular file"),
+        (["sft", "--data=/dev/zero", f"--out={out}"], "regular file"),
         (
             ["sft", f"--data={pairs}", f"--init={folder / 'init'}", f"--out={out}", "--n-embd=4"],
             "--n-embd is for a new",
         ),
         (["sft", f"--data={pairs}", f"--init={folder / 'init'}", f"--out={out}", "--replacement"], "--replacement is"),
-        (["pretrain", "--data=/dev/zero", f"--out={out}"], "is no regular file"),
-        (["judge", "--checkpoint", str(folder / "init"), "--reference", str(folder / "init")], "no model of it"),
+        (["pretrain", "--data=/dev/zero", f"--out={out}"], "regular file"),
+        (["judge", "--checkpoint", str(folder / "init"), "--reference", str(folder / "init")], "not a model of it"),
     ):
         assert cli.main(command) == 2, command
         printed = capsys.readouterr()
@@ -375,10 +378,10 @@ def test_what_is_wrong_is_one_sentence(folder, tmp_path, capsys):
         ("--learning-rate=0", r"'0' is not a number in \(0, inf\)"),
         ("--learning-rate=nan", r"'nan' is not a number in \(0, inf\)"),
         ("--beta=-1", r"'-1' is not a number in \(0, inf\)"),
-        ("--label-smoothing=0.9", r"in \[0, 0\.5\]"),
-        ("--nll-weight=x", r"in \[0, inf\)"),
-        ("--held-out-share=1", r"in \(0, 1\)"),
-        ("--steps=1.5", "is not an integer of at least 0"),
+        ("--label-smoothing=0.9", r"'0\.9' is not a number in \[0, 0\.5\]"),
+        ("--nll-weight=x", r"'x' is not a number in \[0, inf\)"),
+        ("--held-out-share=1", r"'1' is not a number in \(0, 1\)"),
+        ("--steps=1.5", r"'1\.5' is not an integer of at least 0"),
     ],
 )
 def test_options_are_bounded(option, sentence, capsys):
@@ -388,25 +391,87 @@ def test_options_are_bounded(option, sentence, capsys):
     assert caught.value.code == 2
     error = capsys.readouterr().err
     assert re.search(sentence, error) and f"argument {option.split('=')[0]}" in error
-    fine = parser.parser().parse_args(
-        ["dpo", "--data=d", "--init=i", "--out=o", "--label-smoothing=0.5", "--nll-weight=0"]
-    )
-    assert (fine.label_smoothing, fine.nll_weight) == (0.5, 0)
+    name, value = option.removeprefix("--").split("=")
+    name = name.replace("-", "_")
+    with pytest.raises(ValueError, match=f"dpo: {name}: {sentence}"):
+        cli.dpo(data="d", init="i", out="o", **{name: value})
+    _, fine = parser.parse(["dpo", "--data=d", "--init=i", "--out=o", "--label-smoothing=0.5", "--nll-weight=0"])
+    assert (fine["label_smoothing"], fine["nll_weight"]) == (0.5, 0)
 
 
-def test_rows_are_named_as_a_reader_counts_them(folder, tmp_path):
-    """Otherwise "after a batch of lines 1, 2" sends one to the wrong lines."""
+def test_a_batch_that_breaks_is_named_by_its_lines(folder, tmp_path, capsys):
+    """Rows are named by the lines of their file, counted from 1, with those that were set aside."""
     data = write(tmp_path / "pairs.jsonl", ["{", *ROWS])
-    rows, _ = train.preferences.read(data)
-    encoded = train.preferences.encode(rows, TOKENIZER, 16)
-    assert train.named_rows(encoded, [2, 0, 2]) == "lines 2, 4"
+    command = ["dpo", f"--data={data}", f"--init={folder / 'init'}", f"--out={tmp_path / 'run'}", "--batch-size=11"]
+    with np.errstate(all="ignore"):
+        assert cli.main([*command, "--steps=9", "--learning-rate=1e200", "--warmup-steps=0"]) == 3
+    held_out = {line["prompt"] for line in lines(tmp_path / "run" / "samples.jsonl")}
+    numbers = [str(number) for number, row in enumerate(ROWS, start=2) if row["prompt"] not in held_out]
+    assert f"after a batch of lines {', '.join(numbers)};" in capsys.readouterr().err and len(numbers) == 11
 
 
-def test_every_training_option_survives_a_resume():
-    """Otherwise a run that goes on is another run."""
-    given = ["dpo", "--data=d", "--init=i", "--out=o", "--beta=0.7", "--strict", "--truncation=prompt", "--patience=3"]
-    options = parser.parser().parse_args([*given, "--reference=r", "--nll-weight=0", "--held-out-share=0.25"])
-    again = parser.parser().parse_args([*train.arguments(options), "--out=o"])
-    for name, value in vars(options).items():
-        other = getattr(again, name)
-        assert other == (value.resolve() if name in ("data", "init", "reference") else value), name
+def test_a_run_resumes_with_the_arguments_that_it_was_begun_with(folder, tmp_path, monkeypatch):
+    """run.json holds the command line that gives the same call: every option, with absolute paths."""
+    monkeypatch.chdir(folder)
+    values = {"held_out_share": 0.25, "beta": np.float32(0.5), "strict": True, "truncation": "prompt", "patience": 3}
+    values |= {"reference": "other", "loss": "reference_free", "nll_weight": 0, "steps": np.int64(0), "device": "cpu"}
+    result = cli.dpo(data="pairs.jsonl", init="init", out=tmp_path / "run", **values)
+    assert result == tmp_path / "run" / "model" and checkpoint.load(result).verified
+    words = json.loads((tmp_path / "run" / "run.json").read_text())["arguments"]
+    name, again = parser.parse([*words, "--out=o"])
+    expected = {**values, "data": folder / "pairs.jsonl", "init": folder / "init", "reference": folder / "other"}
+    expected |= {"loss": "reference-free", "seed": 0, "learning_rate": 2e-5, "held_out_data": None}
+    assert name == "dpo" and {option: again[option] for option in expected} == expected
+    assert all(word.startswith("--") for word in words[1:]) and "--strict" in words
+    calls = []
+
+    def record(*, resuming=False, **call):
+        """Keep a call."""
+        calls.append((resuming, call))
+
+    monkeypatch.setitem(parser.COMMANDS, "dpo", parser.COMMANDS["dpo"]._replace(function=record))
+    cli.resume(tmp_path / "run")
+    assert calls == [(True, {**again, "out": tmp_path / "run"})]
+
+
+VERSION_0_1 = """
+dpo --data={0}/pairs.jsonl --held-out-share=0.1 --steps=4 --batch-size=3 --learning-rate=0.0003 --warmup-steps=10
+--evaluate-every=2 --device=cpu --truncation=none --seed=0 --init={0}/init --beta=0.2 --loss=reference-free
+--label-smoothing=0.0 --nll-weight=2.0
+"""
+
+
+def test_a_run_of_version_0_1_resumes(folder, tmp_path, monkeypatch):
+    """The arguments that version 0.1 wrote mean the same, whatever the defaults are today."""
+    run = tmp_path / "run"
+    words = VERSION_0_1.format(folder).split()
+    seen = []
+    right = training.preference_evaluation
+    monkeypatch.setattr(training, "preference_evaluation", lambda *args: seen.append(args[3:]) or right(*args))
+    assert cli.main([*words, f"--out={run}"]) == 0
+    finished = (run / "model" / "model.safetensors").read_bytes()
+    description = json.loads((run / "run.json").read_text())
+    shutil.rmtree(run / "model")
+    for file in ("latest", "metrics.jsonl", "samples.jsonl", "report.md"):
+        (run / file).unlink()
+    for step in run.glob("step-*"):
+        shutil.rmtree(step)
+    (run / "run.json").write_text(json.dumps({**description, "arguments": words}))
+    assert cli.main(["resume", str(run)]) == 0
+    assert (run / "model" / "model.safetensors").read_bytes() == finished
+    assert {(beta, nll_weight) for beta, _, nll_weight in seen} == {(0.2, 2.0)}
+
+
+def test_chosen_responses_that_lose_much_are_said_in_one_line(folder, tmp_path, capsys):
+    """A run of dpo that makes the chosen responses less likely says so at its end, with what helps."""
+    rows = [{"prompt": row["prompt"], "chosen": "dd", "rejected": "dddd"} for row in ROWS]
+    data = write(tmp_path / "pairs.jsonl", rows)
+    for nll_weight, warns in ((0, True), (5, False)):
+        run = tmp_path / f"run{nll_weight}"
+        settings = {"steps": 20, "batch_size": 8, "learning_rate": 0.03, "warmup_steps": 0, "nll_weight": nll_weight}
+        cli.dpo(data=data, init=folder / "init", out=run, **settings)
+        rise = lines(run / "metrics.jsonl")[-1]["eval_nll/chosen_rise"]
+        error = capsys.readouterr().err
+        assert (rise > train.CHOSEN_LOSS_WARNING) is warns and error.count("\n") == warns
+        if warns:
+            assert f"lost {rise:.2f} nats a token" in error and "--nll-weight helps" in error
