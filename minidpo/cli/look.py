@@ -193,7 +193,7 @@ def explain(
     newline: o.Newline = False,
     reference: OwnReference = None,
     beta: OwnBeta = None,
-    learning_rate: o.StepRate = None,
+    learning_rate: o.StepRate = RATE,
     json: o.Json = False,
     html: o.Html = None,
     graph: o.Graph = None,
@@ -216,7 +216,7 @@ def explain(
     view = pair(policy, ref.params, config, *ids, beta, tokenizer, ref.config)
     ways = four_ways(policy, config, view)
     optimizers: list[Callable[..., optim.Optimizer]] = [optim.SGD, functools.partial(optim.AdamW, weight_decay=0.0)]
-    plain, adam = (first_order.step(policy, config, view, learning_rate or RATE, each) for each in optimizers)
+    plain, adam = (first_order.step(policy, config, view, learning_rate, each) for each in optimizers)
     facts = {"reference": str(reference), "note": note, **view.as_dict()}
     facts |= {"four_ways": [way._asdict() for way in ways], "step": asdict(plain), "step_adamw": asdict(adam)}
     if json:
@@ -244,7 +244,7 @@ def displacement(
     data: Annotated[o.Pairs | None, Default("one pair of words")] = None,
     reference: OwnReference = None,
     beta: OwnBeta = None,
-    learning_rate: o.StepRate = None,
+    learning_rate: Annotated[o.StepRate | None, Default(f"{RATE:g}")] = None,
     strict: o.Strict = False,
     truncation: o.Truncation = "none",
 ) -> str:
