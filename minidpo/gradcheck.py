@@ -1,13 +1,16 @@
-"""A derivative against two that know nothing of it: central differences and the complex step.
+"""A derivative against two that are independent of it: central differences and the complex step.
 
-For a function f with Jacobian J, a direction u and a cotangent g, both random, a right `vjp` satisfies
+For a function f with Jacobian J, a random direction u and a random cotangent g, a correct `vjp` satisfies
 
     <g, J u> = <vjp(g), u>,   J u ~ (f(x + h u) - f(x - h u)) / 2h      central difference, h = 1e-6
                               J u = Im f(x + sqrt(-1) h u) / h           complex step, h = 1e-20
 
-where <a, b> = sum_i a_i b_i. The second has no subtraction, so nothing cancels: it is exact to rounding
-where f is analytic. Both believe the forward: whether that is right, a law must say (tests/test_laws.py).
-Cotangents are never all ones: the gradient of the sum of a softmax is 0, and a `vjp` of zeros would pass.
+where <a, b> = sum_i a_i b_i, and u_i is a normal number times max(1, |x_i|), so that rounding does not swallow the
+step of a large entry. (If f bends within 1e-6 |x_i|, as sin does at 1e6, only the complex step can check it.) The
+complex step has no subtraction, so nothing cancels: it is exact to rounding where f is analytic.
+Both trust the forward; whether that is correct is for a law to say (tests/test_laws.py).
+Cotangents are never all ones: the gradient of the sum of a softmax is 0, so a `vjp` of zeros would pass.
+Source: Squire and Trapp 1998 for the complex step.
 """
 
 import itertools
@@ -25,11 +28,18 @@ TOLERANCE = {"central": 1e-6, "complex": 1e-12}
 
 
 class GradientError(AssertionError):
-    """A derivative and its check disagree; the message names the op, the place and both numbers."""
+    """A derivative and its check disagree; the message names the op, the entry and both numbers."""
+
+
+def _validate(method: str, directions: int) -> None:
+    if method not in STEP:
+        raise ValueError(f'method must be "central" or "complex", not {method!r}')
+    if directions < 1:
+        raise ValueError(f"directions must be at least 1, not {directions}")
 
 
 def _derivative(f: Callable[..., Array], xs: list[Any], us: list[Any], method: str) -> Array:
-    """J u: how f(*xs) changes along us (None: not at all), 0 where f is not finite."""
+    """J u: how f(*xs) changes along us, where None keeps an argument; 0 where f is not finite."""
     h = STEP[method]
 
     def moved(step: complex) -> Array:
@@ -46,8 +56,8 @@ def _derivative(f: Callable[..., Array], xs: list[Any], us: list[Any], method: s
 def _difference(g: Array, ju: Array, gxs: list[Array], us: list[Array]) -> float:
     """|<g, Ju> - <vjp(g), u>| / (1 + sum |g Ju| + sum |vjp(g) u|)
 
-    The sums keep a right `vjp` from failing where large terms cancel, the 1 where all are tiny: a gradient
-    that is smaller than the tolerance is not checked by it.
+    The sums keep a correct `vjp` from failing where large terms cancel, the 1 where all are tiny: a gradient smaller
+    than the tolerance is not checked.
     """
     forward = g * ju
     reverse = [gx * u for gx, u in zip(gxs, us)]
@@ -63,49 +73,19 @@ def check_vjp(
     directions: int = 3,
     **options: Any,
 ) -> float:
-    """Check one `vjp` along random directions, in float64.
+    """Check one `vjp` along random directions, in float64; return the largest error.
 
         |<g, Ju> - <vjp(g), u>| / (1 + sum |g Ju| + sum |vjp(g) u|) <= 1e-6 central, 1e-12 complex
 
-    Parameters
-    ----------
-    raw_op : callable
-        `raw_op(*arrays, **options)` returns `(y, vjp)`; an op of `OPS` stands for its `raw`.
-    *arrays : array, number or whatever the op takes
-        Floating-point arrays are varied, all else is left as it is. The steps suit entries of order 1, and
-        small arrays: in sums over a million entries a single wrong one drowns.
-    rng : numpy.random.Generator
-        Source of directions and cotangents.
-    method : {"central", "complex"}
-        The complex step needs an analytic forward that accepts complex arrays: no abs, no comparison
-        but of real parts.
-    directions : int
-        How many pairs (g, u) to try.
+    `raw_op(*arrays, **options)` returns `(y, vjp)`; an op of `OPS` will do too. Floating-point arrays are varied, other
+    arguments are not. Use small arrays: in a sum over a million entries a single wrong one drowns.
+    The complex step needs an analytic forward: no abs, and comparisons of real parts only.
 
-    Returns
-    -------
-    float
-        The largest of the errors above.
-
-    Raises
-    ------
-    GradientError
-        If an error is too large, or `vjp` returns no tuple, a gradient for what has none, none for what has
-        one, one of another shape or dtype, fails, or writes into g or the arguments; or if the forward is
-        nan or +inf. The message names the op, the entry that is most wrong, and both values there.
-    ValueError
-        If there is no such method, or no direction to try.
-    TypeError
-        If an argument is a Tensor.
-
-    References
-    ----------
-    Squire and Trapp 1998 for the complex step.
+    Raises GradientError, naming the op, the worst entry and both values there, if an error is too large; if the `vjp`
+    fails, does not return exactly one gradient of the argument's shape and dtype per varied argument,
+    or writes into g or an argument; or if the forward is nan or +inf.
     """
-    if method not in STEP:
-        raise ValueError(f'method must be "central" or "complex", not {method!r}')
-    if directions < 1:
-        raise ValueError(f"directions must be at least 1, not {directions}")
+    _validate(method, directions)
     if any(isinstance(x, Tensor) for x in arrays):
         raise TypeError("check_vjp varies plain arrays: pass the .data of a Tensor")
     raw = getattr(raw_op, "raw", raw_op)
@@ -137,7 +117,8 @@ def check_vjp(
         for i, (x, gx) in enumerate(itertools.zip_longest(xs, gxs)):
             if _varied(x) != (gx is not None):
                 kind = x.dtype if hasattr(x, "dtype") else type(x).__name__
-                raise GradientError(f"{name}: argument {i} ({kind}) {'has' if _varied(x) else 'can have'} no gradient")
+                fault = "no gradient for" if _varied(x) else "a gradient, not None, for"
+                raise GradientError(f"{name}: vjp returns {fault} argument {i} ({kind})")
             if gx is not None and (gx.shape, gx.dtype) != (x.shape, x.dtype):
                 raise GradientError(
                     f"{name}: the gradient of argument {i} is {gx.dtype} {gx.shape}, the argument {x.dtype} {x.shape}"
@@ -158,14 +139,19 @@ def check_vjp(
 
 
 def _varied(x: Any) -> bool:
-    """Whether a derivative with respect to x exists: floating-point arrays only."""
+    """Whether x is a floating-point array, and so has a derivative."""
     return hasattr(x, "dtype") and x.dtype.kind == "f"
 
 
 def _direction(x: Array, rng: numpy.random.Generator) -> Array:
-    """A random direction in the shape of x that leaves infinite entries where they are."""
+    """Random numbers in the shape and size of x; 0 where x is infinite."""
+    return array_module(x).asarray(rng.normal(size=x.shape)) * _scale(x)
+
+
+def _scale(x: Array) -> Array:
+    """max(1, |x|), entry by entry; 0 where x is infinite, since such an entry cannot move."""
     xp = array_module(x)
-    return xp.where(xp.isfinite(x), xp.asarray(rng.normal(size=x.shape)), 0)
+    return xp.where(xp.isfinite(x), xp.maximum(1, abs(x)), 0)
 
 
 def _worst_entry(f: Callable[..., Array], xs: list[Any], gxs: list[Array], g: Array, method: str) -> str:
@@ -174,11 +160,13 @@ def _worst_entry(f: Callable[..., Array], xs: list[Any], gxs: list[Array], g: Ar
     for i, x in enumerate(xs):
         if not _varied(x):
             continue
+        scale = _scale(x)
         for j in numpy.ndindex(x.shape):
+            step = scale[j].item() or 1.0
             unit = numpy.zeros(x.shape)
-            unit[j] = 1.0
+            unit[j] = step
             us = [array_module(x).asarray(unit) if k == i else None for k in range(len(xs))]
-            numerical, analytic = (g * _derivative(f, xs, us, method)).sum().item(), gxs[i][j].item()
+            numerical, analytic = (g * _derivative(f, xs, us, method)).sum().item() / step, gxs[i][j].item()
             error = abs(analytic - numerical) / (1 + abs(analytic) + abs(numerical))
             if not error <= worst[0]:  # also where one of them is nan
                 check = {"central": "central difference", "complex": "complex step"}[method]
@@ -193,32 +181,28 @@ def check_gradient(
     directions: int = 20,
     method: str = "central",
 ) -> float:
-    """Directional derivatives of a whole function of named parameters, in float64.
+    """Check a whole function of named parameters along random directions, in float64; return the largest error.
 
         |df/du - <grad f, u>| / (1 + |df/du| + sum |grad f u|),   u random in all parameters at once
 
-    Parameters
-    ----------
-    f : callable
-        From a dict like `params` to a Tensor that holds a single number.
-    params : dict of str to Tensor
-        Where to check; copied, not changed. Those with `requires_grad=False` stay constants.
-    rng : numpy.random.Generator
-        Source of directions.
-    directions : int
-        How many to try.
-    method : {"central", "complex"}
-        As in `check_vjp`.
-
-    Returns
-    -------
-    float
-        The largest of the errors above; it is for the caller to say what is too large.
+    `f` takes a dict like `params`, which is copied and not changed, and returns a Tensor with a single number.
+    Parameters with `requires_grad=False` stay constants. The caller decides which error is too large.
     """
+    _validate(method, directions)
     varied = {name: p.data.astype("float64") for name, p in params.items() if p.requires_grad}
+    if not varied:
+        raise ValueError("no parameter requires a gradient, so there is nothing to check: see model.init")
     constants = {name: p for name, p in params.items() if not p.requires_grad}
     leaves = {name: Tensor(x, requires_grad=True) for name, x in varied.items()}
-    f({**constants, **leaves}).backward()
+    y = f({**constants, **leaves})
+    if not isinstance(y, Tensor) or y.data.size != 1:
+        returned = f"a Tensor of shape {y.shape}" if isinstance(y, Tensor) else type(y).__name__
+        raise ValueError(f"f must return a Tensor that holds one number, not {returned}")
+    if not math.isfinite(y.item()):
+        raise GradientError(f"f is {y.item()}: nothing can be checked there")
+    if not y.requires_grad:
+        raise GradientError("f builds no graph from the parameters: it uses none of them, or only their .data")
+    y.backward()
     gradients = [p.grad if p.grad is not None else 0 * p.data for p in leaves.values()]
 
     def value(*xs: Array) -> Array:
@@ -229,4 +213,4 @@ def check_gradient(
         us = [_direction(x, rng) for x in xs]
         ju = _derivative(value, xs, us, method)
         errors.append(_difference(array_module(ju).ones(ju.shape), ju, gradients, us))
-    return float(numpy.max(errors))  # nan, if one is
+    return float(numpy.max(errors))  # nan if one of them is

@@ -1,15 +1,31 @@
 """The DPO loss and its kin, each beside its gradient in closed form.
 
-Letters as in Rafailov et al. 2023 (arXiv 2305.18290): of each pair, w is the chosen response ("winner")
-and l the rejected one; logp = log pi(y|x) under the policy, ref_logp under the reference.
+Letters as in Rafailov et al. 2023 (arXiv 2305.18290): in each pair w is the chosen response ("winner") and l the
+rejected one; logp = log pi(y|x) under the policy, ref_logp under the reference, summed over tokens, in nats.
 """
 
+import inspect
 import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from . import ops
-from .backend import Array, array_module, asarray
+from .backend import Array, array_module, asarray, to_host
 from .tensor import Tensor
+
+LOSSES: dict[str, Any] = {}  # every loss by name, each with its gradient in closed form as `.gradient`
+
+
+def gradient_of(loss: Any) -> Callable[[Any], Any]:
+    """Register a loss in `LOSSES` together with its gradient."""
+
+    def register(gradient: Any) -> Any:
+        loss.gradient = gradient
+        LOSSES[loss.__name__.removesuffix("_loss")] = loss
+        return gradient
+
+    return register
 
 
 class PreferenceLoss(NamedTuple):
@@ -21,162 +37,207 @@ class PreferenceLoss(NamedTuple):
     margin: Tensor  # (B,): (logp_w - ref_logp_w) - (logp_l - ref_logp_l), before beta
 
 
-def _checked(beta: float, label_smoothing: float, *logps: Any) -> tuple[float, float]:
-    """Refuse what would broadcast or divide into a wrong number without a word; beta and e as Python numbers."""
-    shapes = [logp.shape if hasattr(logp, "shape") else asarray(logp).shape for logp in logps]
-    if len(set(shapes)) != 1:
-        raise ValueError(f"the {len(logps)} log-probabilities must have one shape, not {', '.join(map(str, shapes))}")
-    if len(shapes[0]) > 1:
-        raise ValueError(
-            f"one log-probability per response is wanted, (B,), not {shapes[0]}: sum over the tokens first"
-        )
-    if shapes[0] == (0,):
-        raise ValueError("there is no pair")
-    if not 0 < beta < math.inf:
-        raise ValueError(f"beta must be positive and finite, not {beta}")
-    if not 0 <= label_smoothing <= 0.5:
-        raise ValueError(f"label_smoothing is a probability of at most 0.5, not {label_smoothing}")
-    return float(beta), float(label_smoothing)
-
-
-def _logistic(z: Tensor, e: float) -> Tensor:
-    """-mean[(1 - e) log sigma(z) + e log sigma(-z)]."""
-    per_pair = -ops.logsigmoid(z)
-    if e:  # where it is 0, so is its term, though log sigma(-z) may be -inf
-        per_pair = (1 - e) * per_pair - e * ops.logsigmoid(-z)
-    return ops.mean(per_pair)
-
-
-def _logistic_gradient(z: Array, e: float) -> Array:
-    """Its derivative in z."""
-    # dL/dz = -((1 - e) sigma(-z) - e sigma(z))/B = -(sigma(-z) - e)/B, since sigma(z) + sigma(-z) = 1
-    weight = array_module(z).exp(ops.logsigmoid.raw(-z)[0])
-    return -(weight - e) / getattr(z, "size", 1)
-
-
-def _plain(*logps: Any) -> None:
-    """Refuse Tensors where no graph is built."""
-    if any(isinstance(logp, Tensor) for logp in logps):
-        raise TypeError("a gradient in closed form takes plain arrays: pass the .data of a Tensor")
-
-
 def dpo_loss(
-    logp_w: Any, logp_l: Any, ref_logp_w: Any, ref_logp_l: Any, beta: float = 0.1, label_smoothing: float = 0.0
+    logp_w: Any,
+    logp_l: Any,
+    ref_logp_w: Any,
+    ref_logp_l: Any,
+    beta: float = 0.1,
+    label_smoothing: float = 0.0,
+    probability: Any = None,
+    weight: Any = None,
 ) -> PreferenceLoss:
     """Direct preference optimisation.
 
-        L = -mean[(1 - e) log sigma(z) + e log sigma(-z)],   z = beta * margin
+        L = -mean(log sigma(beta * margin)),   margin = (logp_w - ref_logp_w) - (logp_l - ref_logp_l)
 
-    Parameters
-    ----------
-    logp_w, logp_l, ref_logp_w, ref_logp_l : Tensor or array (B,), or number
-        Log-probabilities of whole responses, in nats: sums over tokens.
-    beta : float
-        Reward per nat of log-ratio.
-    label_smoothing : float
-        e, the probability that a label is flipped (conservative DPO).
+    Log-probabilities are Tensors or arrays, (B,), or numbers. If labels are uncertain, `probability`, (B,), says how
+    likely each is correct; `label_smoothing` e means 1 - e for all. `weight`, (B,), says how often each pair counts.
+    Then, with p and n for these two and z = beta * margin,
 
-    Returns
-    -------
-    PreferenceLoss
-        Its `loss` is what `backward` starts from.
+        L = -sum_i n_i [p_i log sigma(z_i) + (1 - p_i) log sigma(-z_i)] / sum_i n_i
 
-    Raises
-    ------
-    ValueError
-        If the shapes differ or are not (B,), beta is not positive and finite, or e lies outside [0, 1/2].
-
-    References
-    ----------
-    Rafailov et al. 2023 (arXiv 2305.18290), equation 7; for e, Mitchell 2023, "A note on DPO with noisy
+    Source: Rafailov et al. 2023 (arXiv 2305.18290), equation 7; for p, Mitchell 2023, "A note on DPO with noisy
     preferences".
     """
-    beta, label_smoothing = _checked(beta, label_smoothing, logp_w, logp_l, ref_logp_w, ref_logp_l)
+    beta = _checked(beta, logp_w, logp_l, ref_logp_w, ref_logp_l)
     ratio_w = ops.sub(logp_w, ref_logp_w)
     ratio_l = ops.sub(logp_l, ref_logp_l)
     margin = ratio_w - ratio_l
-    return PreferenceLoss(_logistic(beta * margin, label_smoothing), beta * ratio_w, beta * ratio_l, margin)
+    if label_smoothing == 0 and probability is None and weight is None:
+        loss = -ops.mean(ops.logsigmoid(beta * margin))  # Eq. 7
+    else:
+        loss = _uncertain(beta * margin, *_label_weights(margin.data, label_smoothing, probability, weight))
+    return PreferenceLoss(loss, beta * ratio_w, beta * ratio_l, margin)
 
 
+@gradient_of(dpo_loss)
 def dpo_gradient(
-    logp_w: Array, logp_l: Array, ref_logp_w: Array, ref_logp_l: Array, beta: float = 0.1, label_smoothing: float = 0.0
+    logp_w: Any,
+    logp_l: Any,
+    ref_logp_w: Any,
+    ref_logp_l: Any,
+    beta: float = 0.1,
+    label_smoothing: float = 0.0,
+    probability: Any = None,
+    weight: Any = None,
 ) -> tuple[Array, Array]:
-    """dL/dlogp_w and dL/dlogp_l of `dpo_loss`, in closed form.
+    """dL/dlogp_w and dL/dlogp_l of `dpo_loss`, in closed form: arrays in, arrays out.
 
-        dL/dlogp_w = -(beta/B) (sigma(-z) - e),   dL/dlogp_l = -dL/dlogp_w,   z = beta * margin
+        dL/dlogp_w = -(beta/B) sigma(-z),   dL/dlogp_l = -dL/dlogp_w,   z = beta * margin
 
-    Parameters and errors as in `dpo_loss`, but arrays and no Tensors in, arrays of the same shape out.
-
-    References
-    ----------
-    Rafailov et al. 2023 (arXiv 2305.18290), section 4, "What does the DPO update do?".
+    With uncertain labels, dL/dlogp_w = -(beta n / sum n) (p sigma(-z) - (1 - p) sigma(z)).
+    Source: Rafailov et al. 2023 (arXiv 2305.18290), section 4, "What does the DPO update do?".
     """
-    # dz/dlogp_w = beta, dz/dlogp_l = -beta
-    beta, label_smoothing = _checked(beta, label_smoothing, logp_w, logp_l, ref_logp_w, ref_logp_l)
-    _plain(logp_w, logp_l, ref_logp_w, ref_logp_l)
+    # d log sigma(z)/dz = sigma(-z), d log sigma(-z)/dz = -sigma(z); dz/dlogp_w = beta, dz/dlogp_l = -beta
+    beta = _checked(beta, *_plain(logp_w, logp_l, ref_logp_w, ref_logp_l))
     z = beta * ((logp_w - ref_logp_w) - (logp_l - ref_logp_l))
-    gradient = beta * _logistic_gradient(z, label_smoothing)
+    correct, flipped, total = _label_weights(z, label_smoothing, probability, weight)
+    gradient = -(beta / total) * (correct * _sigma(-z) - flipped * _sigma(z))
     return gradient, -gradient
 
 
 def ipo_loss(logp_w: Any, logp_l: Any, ref_logp_w: Any, ref_logp_l: Any, beta: float = 0.1) -> PreferenceLoss:
-    """Identity preference optimisation: the margin is drawn to a finite value, however sure the labels are.
+    """Identity preference optimisation: the margin is drawn to a finite value, however certain the labels are.
 
-        L = mean[(margin - 1/(2 beta))^2]
+        L = mean((margin - 1/(2 beta))^2)
 
-    Parameters and errors as in `dpo_loss`; `beta` is the paper's tau.
-
-    References
-    ----------
-    Azar et al. 2023 (arXiv 2310.12036), equation 17.
+    `beta` is the paper's tau.
+    Source: Azar et al. 2023 (arXiv 2310.12036), equation 17.
     """
-    beta, _ = _checked(beta, 0.0, logp_w, logp_l, ref_logp_w, ref_logp_l)
+    beta = _checked(beta, logp_w, logp_l, ref_logp_w, ref_logp_l)
     ratio_w = ops.sub(logp_w, ref_logp_w)
     ratio_l = ops.sub(logp_l, ref_logp_l)
     margin = ratio_w - ratio_l
     return PreferenceLoss(ops.mean((margin - 1 / (2 * beta)) ** 2), beta * ratio_w, beta * ratio_l, margin)
 
 
-def ipo_gradient(
-    logp_w: Array, logp_l: Array, ref_logp_w: Array, ref_logp_l: Array, beta: float = 0.1
-) -> tuple[Array, Array]:
-    """dL/dlogp_w and dL/dlogp_l of `ipo_loss`, in closed form.
+@gradient_of(ipo_loss)
+def ipo_gradient(logp_w: Any, logp_l: Any, ref_logp_w: Any, ref_logp_l: Any, beta: float = 0.1) -> tuple[Array, Array]:
+    """dL/dlogp_w and dL/dlogp_l of `ipo_loss`, in closed form: arrays in, arrays out.
 
-        dL/dlogp_w = (2/B) (margin - 1/(2 beta)),   dL/dlogp_l = -dL/dlogp_w
-
-    Parameters and errors as in `dpo_gradient`.
+    dL/dlogp_w = (2/B) (margin - 1/(2 beta)),   dL/dlogp_l = -dL/dlogp_w
     """
-    # dL/dmargin = 2 (margin - 1/(2 beta))/B; dmargin/dlogp_w = 1, dmargin/dlogp_l = -1
-    beta, _ = _checked(beta, 0.0, logp_w, logp_l, ref_logp_w, ref_logp_l)
-    _plain(logp_w, logp_l, ref_logp_w, ref_logp_l)
+    # dL/dmargin = (2/B) (margin - 1/(2 beta)); dmargin/dlogp_w = 1, dmargin/dlogp_l = -1
+    beta = _checked(beta, *_plain(logp_w, logp_l, ref_logp_w, ref_logp_l))
     margin = (logp_w - ref_logp_w) - (logp_l - ref_logp_l)
     gradient = (2 / getattr(margin, "size", 1)) * (margin - 1 / (2 * beta))
     return gradient, -gradient
 
 
 def reference_free_loss(logp_w: Any, logp_l: Any, beta: float = 0.1, label_smoothing: float = 0.0) -> PreferenceLoss:
-    """`dpo_loss` with a reference that finds all responses equally likely: z = beta (logp_w - logp_l).
+    """`dpo_loss` with a reference under which all responses are equally likely.
+
+        L = -mean(log sigma(beta * margin)),   margin = logp_w - logp_l
 
     What is lost with the reference is the anchor, and the link to the KL-constrained objective.
-    Parameters and errors as in `dpo_loss`.
     """
-    beta, label_smoothing = _checked(beta, label_smoothing, logp_w, logp_l)
-    margin = ops.sub(logp_w, logp_l)
-    return PreferenceLoss(
-        _logistic(beta * margin, label_smoothing), ops.mul(beta, logp_w), ops.mul(beta, logp_l), margin
-    )
+    uniform = _zeros_like(logp_w), _zeros_like(logp_l)  # a constant cancels in the margin
+    return dpo_loss(logp_w, logp_l, *uniform, beta, label_smoothing)
 
 
+@gradient_of(reference_free_loss)
 def reference_free_gradient(
-    logp_w: Array, logp_l: Array, beta: float = 0.1, label_smoothing: float = 0.0
+    logp_w: Any, logp_l: Any, beta: float = 0.1, label_smoothing: float = 0.0
 ) -> tuple[Array, Array]:
-    """dL/dlogp_w and dL/dlogp_l of `reference_free_loss`, in closed form.
+    """dL/dlogp_w and dL/dlogp_l of `reference_free_loss`, in closed form: arrays in, arrays out.
 
-        dL/dlogp_w = -(beta/B) (sigma(-z) - e),   dL/dlogp_l = -dL/dlogp_w,   z = beta (logp_w - logp_l)
-
-    Parameters and errors as in `dpo_gradient`.
+    dL/dlogp_w = -(beta/B) sigma(-z),   dL/dlogp_l = -dL/dlogp_w,   z = beta (logp_w - logp_l)
     """
-    beta, label_smoothing = _checked(beta, label_smoothing, logp_w, logp_l)
-    _plain(logp_w, logp_l)
-    gradient = beta * _logistic_gradient(beta * (logp_w - logp_l), label_smoothing)
-    return gradient, -gradient
+    uniform = _zeros_like(logp_w), _zeros_like(logp_l)
+    return dpo_gradient(logp_w, logp_l, *uniform, beta, label_smoothing)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A loss of `LOSSES` by its name, with options: a function of the four log-probabilities and beta.
+
+    It passes on those of the five that the loss takes. Raises ValueError if there is no such loss or option.
+    """
+
+    name: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.name not in LOSSES:
+            raise ValueError(f"there is no loss {self.name!r}: choose from {', '.join(LOSSES)}")
+        unknown = self.options.keys() - inspect.signature(LOSSES[self.name]).parameters.keys()
+        if unknown:
+            raise ValueError(f"the loss {self.name} has no option {sorted(unknown)[0]}")
+
+    def __call__(self, logp_w: Any, logp_l: Any, ref_logp_w: Any, ref_logp_l: Any, beta: float) -> PreferenceLoss:
+        five = {"logp_w": logp_w, "logp_l": logp_l, "ref_logp_w": ref_logp_w, "ref_logp_l": ref_logp_l, "beta": beta}
+        loss = LOSSES[self.name]
+        taken = inspect.signature(loss).parameters
+        return loss(**{name: x for name, x in five.items() if name in taken}, **self.options)
+
+
+# ---- arguments, checked and prepared ----------------------------------------------------------------------
+
+
+def _checked(beta: float, *logps: Any) -> float:
+    """Refuse what would broadcast or divide into a wrong number without a word; beta as a Python number."""
+    shapes = [logp.shape if hasattr(logp, "shape") else asarray(logp).shape for logp in logps]
+    if len(set(shapes)) != 1:
+        raise ValueError(f"the {len(logps)} log-probabilities must have one shape, not {', '.join(map(str, shapes))}")
+    if len(shapes[0]) > 1:
+        raise ValueError(
+            f"a loss takes one log-probability per response, (B,), not {shapes[0]}: sum over the tokens first"
+        )
+    if shapes[0] == (0,):
+        raise ValueError("there is no pair")
+    if not 0 < beta < math.inf:
+        raise ValueError(f"beta must be positive and finite, not {beta}")
+    return float(beta)
+
+
+def _plain(*logps: Any) -> tuple[Any, ...]:
+    """Refuse Tensors where no graph is built."""
+    if any(isinstance(logp, Tensor) for logp in logps):
+        raise TypeError("a gradient in closed form takes plain arrays: pass the .data of a Tensor")
+    return logps
+
+
+def _zeros_like(logp: Any) -> Any:
+    data = logp.data if isinstance(logp, Tensor) else logp
+    return array_module(data).zeros_like(data) if hasattr(data, "shape") else asarray(data) * 0.0
+
+
+def _sigma(z: Any) -> Array:
+    return array_module(z).exp(ops.logsigmoid.raw(z)[0])
+
+
+def _label_weights(z: Any, label_smoothing: float, probability: Any, weight: Any) -> tuple[Array, Array, float]:
+    """How much each label counts as correct, n p, and as flipped, n (1 - p), in the shape of z; and the sum of n."""
+    xp, shape = array_module(z), getattr(z, "shape", ())
+    if not 0 <= label_smoothing <= 0.5:
+        raise ValueError(f"label_smoothing is a probability of at most 0.5, not {label_smoothing}")
+    if label_smoothing and probability is not None:
+        raise ValueError("label_smoothing and probability say the same thing: give one of them")
+    ones = array_module().ones(shape)
+    p = (1 - label_smoothing) * ones if probability is None else to_host(asarray(probability))
+    n = ones if weight is None else to_host(asarray(weight))
+    for name, x in (("probability", p), ("weight", n)):
+        if x.shape != shape:
+            raise ValueError(f"{name} needs one number for each pair, {shape}, not {x.shape}")
+    if not ((p >= 0) & (p <= 1)).all():
+        raise ValueError("each probability must lie between 0 and 1")
+    total = float(n.sum())
+    if not ((n >= 0).all() and 0 < total < math.inf):
+        raise ValueError("weights must be finite and at least 0, and one of them larger")
+    dtype = getattr(z, "dtype", "float64")
+    return xp.asarray(n * p, dtype=dtype), xp.asarray(n * (1 - p), dtype=dtype), total
+
+
+def _uncertain(z: Tensor, correct: Array, flipped: Array, total: float) -> Tensor:
+    """-sum_i [correct_i log sigma(z_i) + flipped_i log sigma(-z_i)] / total.
+
+    A term of weight 0 is left out, not multiplied by 0: its log may be -inf.
+    """
+    xp, terms = array_module(correct), []
+    for sign, weights in ((1.0, correct.reshape(-1)), (-1.0, flipped.reshape(-1))):
+        counted = xp.flatnonzero(weights)
+        if counted.size:
+            z_counted = ops.reshape(z, weights.shape)[counted]
+            terms.append(ops.sum(weights[counted] * ops.logsigmoid(sign * z_counted)))
+    return -(terms[0] + terms[1] if len(terms) == 2 else terms[0]) / total

@@ -1,13 +1,13 @@
 """The character transformer: GPT-2's shape, as functions over a dict of parameters.
 
-Letters: B batch rows, T time, N rows of tokens (B T of them, or fewer where nothing is padded), M wanted ones of
-these, V vocabulary, C channels (n_embd), H heads, D = C/H, i the number of a layer. Names and shapes are GPT-2's
-own, so that a checkpoint of ours is a GPT-2 checkpoint:
+Letters: B batch rows, T time, N rows of tokens (B T of them, or fewer without pads), M the rows whose logits are
+wanted, V vocabulary, C channels (n_embd), H heads, D = C/H, i the number of a layer. Names and shapes are GPT-2's,
+so that a checkpoint of ours is a GPT-2 checkpoint:
 
     wte.weight                (V, C)            a token's embedding; its transpose is the output head
-    wpe.weight                (n_positions, C)  a place's embedding
+    wpe.weight                (n_positions, C)  a position's embedding
     h.i.ln_1.weight, .bias    (C,)              layer norm before attention
-    h.i.attn.c_attn.weight    (C, 3C)           queries, keys and values of all heads
+    h.i.attn.c_attn.weight    (C, 3C)           channels to queries, keys and values
     h.i.attn.c_attn.bias      (3C,)
     h.i.attn.c_proj.weight    (C, C)            heads back to channels
     h.i.attn.c_proj.bias      (C,)
@@ -30,18 +30,13 @@ from .backend import Array, array_module, asarray, device_module, index_array
 from .tensor import Tensor
 
 Params = dict[str, Tensor]
-Block = tuple[slice, slice, int]  # rows of queries, rows of keys, number of texts in them
+Block = tuple[slice, slice, int]  # rows of queries, rows of keys, the number of texts in each
+Attention = Callable[[int, Tensor], Tensor]  # of layer i: (N, 3, H, D) -> (N, H, D)
 
 
 @dataclass(frozen=True)
 class Config:
-    """The sizes of a model, under Hugging Face's names.
-
-    Raises
-    ------
-    ValueError
-        If a size is not a positive integer, or n_embd is not a multiple of n_head.
-    """
+    """The sizes of a model, under Hugging Face's names; n_embd must be a multiple of n_head."""
 
     vocab_size: int
     n_positions: int
@@ -58,19 +53,45 @@ class Config:
 
 
 class Rows(NamedTuple):
-    """Tokens of one or more texts as rows of one array, and which of them see each other.
+    """Tokens of one or more texts as rows of one array, and which rows see each other.
 
-    Linear layers, norms and GELU treat each row by itself; only attention reads `blocks`. Rows in no block,
-    such as pads, see nothing and are seen by nothing.
+    Linear layers, norms and GELU treat each row alone; only attention reads `blocks`. A row in no block, such as a pad,
+    sees nothing and is not seen.
     """
 
     tokens: Array  # (N,)
-    places: Array  # (N,): where in its text each token stands, from 0
-    blocks: list[Block]
+    positions: Array  # (N,), each token's position in its text, from 0
+    blocks: Sequence[Block]
+    wanted: Sequence[int] | None = None  # (M,), the rows whose logits are wanted; None for all
+
+    def on(self, xp: Any) -> "Rows":
+        """The same rows as arrays of the library `xp`."""
+        return self._replace(tokens=xp.asarray(self.tokens), positions=xp.asarray(self.positions))
+
+    def masked_blocks(self) -> tuple[tuple[slice, slice, int, Array], ...]:
+        """Each block with its mask, (S, T): -inf where the key comes later in the text than the query, else 0."""
+        xp, blocks = array_module(self.positions), []
+        for queries, keys, count in self.blocks:
+            q, k = self.positions[queries], self.positions[keys]
+            q, k = q[: q.shape[0] // count], k[: k.shape[0] // count]  # the texts of a block are alike
+            mask = xp.where(k[:, None] > q, -math.inf, 0.0).astype("float32")
+            blocks.append((queries, keys, count, mask))
+        return tuple(blocks)
+
+    def attention(self, last: int) -> Attention:
+        """Attention within the blocks; layer `last` leaves out the blocks that hold no wanted query."""
+        blocks = self.masked_blocks()
+        wanted = range(self.tokens.shape[0]) if self.wanted is None else sorted(self.wanted)
+        wanted_blocks = tuple(b for b in blocks if bisect_left(wanted, b[0].start) < bisect_left(wanted, b[0].stop))
+
+        def attend(i: int, qkv: Tensor) -> Tensor:
+            return ops.block_attention(qkv, wanted_blocks if i == last else blocks)
+
+        return attend
 
 
 def parameter_shapes(config: Config) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every parameter, as in the table above."""
+    """The name and shape of every parameter, as in the table above."""
     C = config.n_embd
     layer = {
         "ln_1.weight": (C,),
@@ -96,9 +117,9 @@ def parameter_shapes(config: Config) -> dict[str, tuple[int, ...]]:
 
 
 def init(config: Config, rng: Any, dtype: str = "float32") -> Params:
-    """Fresh parameters: GPT-2's normal(0, 0.02), and 0.02/sqrt(2 n_layer) where a layer adds to the residual.
+    """New parameters: GPT-2's normal(0, 0.02), and 0.02/sqrt(2 n_layer) where a layer adds to the residual.
 
-    Norms start as the identity, biases at 0. `rng` is a NumPy generator. (Radford et al. 2019, section 2.3.)
+    Norms start as the identity, biases at 0. Source: Radford et al. 2019, section 2.3.
     """
     xp, params = array_module(), {}
     for name, shape in parameter_shapes(config).items():
@@ -114,36 +135,24 @@ def init(config: Config, rng: Any, dtype: str = "float32") -> Params:
 
 
 def frozen(params: Params) -> Params:
-    """A copy that no optimizer moves and through which no graph is built: the reference model."""
+    """A constant copy, the reference model: it builds no graph, and no optimizer moves it."""
     return {name: Tensor(p.data.copy()) for name, p in params.items()}
 
 
 def placed(params: Params, device: str) -> Params:
-    """The same parameters as arrays of a device, "cpu" or "cuda"; what is there already is not copied.
-
-    Raises
-    ------
-    DeviceError
-        If the device cannot be used.
-    """
+    """The same parameters on a device, "cpu" or "cuda"; arrays that are there already are not copied."""
     xp = device_module(device)
     return {name: Tensor(xp.asarray(p.data), p.requires_grad) for name, p in params.items()}
 
 
 def check_length(length: int, config: Config) -> None:
-    """Refuse a text that has more tokens than there are places.
-
-    Raises
-    ------
-    ValueError
-        If so, with both numbers.
-    """
+    """Raise ValueError if a text has more tokens than the model has positions."""
     if length > config.n_positions:
         raise ValueError(f"a text of {length} tokens is longer than the model's n_positions = {config.n_positions}")
 
 
 def batch_rows(tokens: Any, config: Config, real: Any = None) -> Rows:
-    """The rows of a batch, (B, T) -> N = B T; where `real`, (B, T), is false stands a pad, which is in no block."""
+    """The rows of a batch, (B, T) -> N = B T. Where `real`, (B, T), is false the row is a pad and in no block."""
     tokens = asarray(tokens)
     if tokens.ndim != 2 or (real is not None and asarray(real).shape != tokens.shape):
         masks = "" if real is None else f", and `real` the same, not {asarray(real).shape}"
@@ -153,98 +162,48 @@ def batch_rows(tokens: Any, config: Config, real: Any = None) -> Rows:
     if real is None:
         check_length(T, config)
         return Rows(tokens, xp.tile(xp.arange(T), B), [(slice(0, B * T), slice(0, B * T), B)] if B * T else [])
-    places: list[int] = []
+    positions: list[int] = []
     blocks: list[Block] = []
     for b, row in enumerate(asarray(real).tolist()):
         length, first = row.count(True), row.index(True) if True in row else 0
         check_length(length, config)
         if not all(row[first : first + length]):
-            raise ValueError(f"row {b} has a pad between two real tokens: pads stand before or after a text")
-        places += [*[0] * first, *range(length), *[0] * (T - first - length)]
+            raise ValueError(f"row {b} has a pad between two real tokens: pads belong before or after a text")
+        positions += [*[0] * first, *range(length), *[0] * (T - first - length)]
         rows = slice(b * T + first, b * T + first + length)
         blocks += [(rows, rows, 1)] if length else []
-    return Rows(tokens, xp.asarray(places), blocks)
+    return Rows(tokens, xp.asarray(positions), blocks)
 
 
 def forward(params: Params, config: Config, tokens: Any, real: Any = None) -> Tensor:
-    """Logits for the token after each token.
+    """Logits for the token after each token.  (B, T) integers -> (B, T, V)
 
-    Parameters
-    ----------
-    params : dict of str to Tensor
-    config : Config
-    tokens : integers, (B, T)
-    real : booleans, (B, T), optional
-        False at pads, before or after a text; places count from the first real token.
-
-    Returns
-    -------
-    Tensor, (B, T, V)
-        What stands at a pad means nothing.
-
-    Raises
-    ------
-    ValueError
-        If a text has more than `n_positions` tokens.
-    IndexError
-        If a token is outside the vocabulary.
+    `real`, (B, T), is false at pads, which may come before or after a text; positions count from the first real token.
+    The logits at a pad mean nothing. Raises ValueError if a text has more than `n_positions` tokens,
+    IndexError if a token is outside the vocabulary.
     """
     tokens = asarray(tokens)
     logits = row_logits(params, config, batch_rows(tokens, config, real))  # (B T, V)
     return ops.reshape(logits, (*tokens.shape, config.vocab_size))  # (B T, V) -> (B, T, V)
 
 
-def row_logits(
-    params: Params,
-    config: Config,
-    rows: Rows,
-    attend: Callable[[int, Tensor], Tensor] | None = None,
-    wanted: Sequence[int] | None = None,
-) -> Tensor:
-    """Logits of all rows, (N, V), or of those that are `wanted`, M numbers from 0 on: (M, V).
-
-    Past the last attention no row needs another, so the last layer leaves out blocks without a wanted query, and goes
-    on with the wanted rows. `attend(i, qkv)`, (N, 3, H, D) -> (N, H, D), takes the place of attention in layer i.
-    """
-    xp = array_module(params["wte.weight"].data)
-    tokens, places = xp.asarray(rows.tokens), xp.asarray(rows.places)
-    blocks, last = masked(rows.blocks, places), config.n_layer - 1
-    asked, remaining = blocks, None
-    if wanted is not None:  # a slice holds one of them if more stand before its stop than before its start
-        ascending = sorted(wanted)
-        asked = tuple(b for b in blocks if bisect_left(ascending, b[0].start) < bisect_left(ascending, b[0].stop))
-        remaining = xp.asarray(wanted)
-
-    def within_blocks(i: int, qkv: Tensor) -> Tensor:
-        return ops.block_attention(qkv, asked if i == last else blocks)
-
-    x = ops.embedding(params["wte.weight"], tokens) + ops.embedding(params["wpe.weight"], places)  # (N,) -> (N, C)
-    for i in range(config.n_layer):
-        x = layer(params, config, i, x, attend or within_blocks, remaining if i == last else None)
+def row_logits(params: Params, config: Config, rows: Rows, attention: Attention | None = None) -> Tensor:
+    """Logits of the wanted rows, (M, V); `attention(i, qkv)`, if given, replaces the attention of layer i."""
+    xp, last = array_module(params["wte.weight"].data), config.n_layer - 1
+    rows = rows.on(xp)
+    attention = attention or rows.attention(last)
+    wanted = None if rows.wanted is None else xp.asarray(rows.wanted)
+    x = ops.embedding(params["wte.weight"], rows.tokens) + ops.embedding(params["wpe.weight"], rows.positions)
+    for i in range(config.n_layer):  # after the last attention no row needs another
+        x = layer(params, config, i, x, attention, wanted if i == last else None)  # (N, C) -> (N, C), at last (M, C)
     x = ops.layer_norm(x, params["ln_f.weight"], params["ln_f.bias"])
     return x @ ops.transpose(params["wte.weight"])  # (M, C) -> (M, V)
 
 
-def masked(blocks: Sequence[Block], places: Array) -> tuple[tuple[slice, slice, int, Array], ...]:
-    """The blocks, and with each -inf where a key stands later in its text than a query, else 0.  (S, T)"""
-    found = []
-    for queries, keys, count in blocks:
-        q, k = places[queries], places[keys]
-        q, k = q[: q.shape[0] // count], k[: k.shape[0] // count]  # the texts of a block are alike
-        hidden = array_module(places).where(k[:, None] > q, -math.inf, 0.0).astype("float32")
-        found.append((queries, keys, count, hidden))
-    return tuple(found)
-
-
 def layer(
-    params: Params,
-    config: Config,
-    i: int,
-    x: Tensor,
-    attend: Callable[[int, Tensor], Tensor],
-    wanted: Array | None = None,
+    params: Params, config: Config, i: int, x: Tensor, attention: Attention, wanted: Array | None = None
 ) -> Tensor:
-    """Layer i: attention, then the MLP, each of the normed rows and added to them.  (N, C) -> (N, C) or (M, C)"""
+    """Layer i: attention, then the MLP; each reads the normed rows and adds to them.  (N, C) -> (N, C) or (M, C)"""
     N, C, H = *x.shape, config.n_head
 
     def affine(name: str, x: Tensor) -> Tensor:
@@ -254,10 +213,10 @@ def layer(
         return ops.layer_norm(x, params[f"h.{i}.{name}.weight"], params[f"h.{i}.{name}.bias"])
 
     qkv = affine("attn.c_attn", norm("ln_1", x))  # (N, C) -> (N, 3C)
-    y = attend(i, ops.reshape(qkv, (N, 3, H, C // H)))  # (N, 3, H, D) -> (N, H, D)
+    y = attention(i, ops.reshape(qkv, (N, 3, H, C // H)))  # (N, 3, H, D) -> (N, H, D)
     y = ops.reshape(y, (N, C))  # (N, H, D) -> (N, C)
     if wanted is not None:
         x, y = x[wanted], y[wanted]  # (N, C) -> (M, C)
-    x = x + affine("attn.c_proj", y)  # (M, C), where all rows are wanted M = N
+    x = x + affine("attn.c_proj", y)  # (M, C); M = N if all rows are wanted
     y = ops.gelu(affine("mlp.c_fc", norm("ln_2", x)))  # (M, C) -> (M, 4C)
     return x + affine("mlp.c_proj", y)  # (M, 4C) -> (M, C)

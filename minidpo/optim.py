@@ -1,7 +1,7 @@
 """Optimizers, gradient clipping and a learning-rate schedule.
 
-An optimizer never writes into an array: it gives each parameter a new one. Whoever else holds the old
-array, a frozen reference say, keeps it as it was.
+An optimizer never writes into an array: it gives each parameter a new one. Anyone else who holds the old array,
+a frozen reference for example, keeps its values.
 """
 
 import math
@@ -12,32 +12,40 @@ from .backend import Array, array_module, to_host
 from .tensor import Tensor
 
 
+def number(name: str, value: float, below: float = math.inf) -> float:
+    """A hyperparameter as a Python number; raises ValueError unless 0 <= value < below."""
+    if not 0 <= value < below:
+        raise ValueError(
+            f"{name} must be at least 0 and {f'below {below}' if below < math.inf else 'finite'}, not {value}"
+        )
+    return float(value)
+
+
 class Optimizer(ABC):
-    """What all optimizers share; a subclass says how one parameter moves.
+    """What the optimizers share; a subclass says how one parameter moves.
 
-    Parameters
-    ----------
-    params : dict of str to Tensor
-        Constants (`requires_grad=False`) never move, nor does a parameter whose `grad` is None.
-    learning_rate : float
-        May be set between steps; a schedule does.
-
-    Raises
-    ------
-    ValueError
-        If one tensor stands under two names: it would be moved twice.
+    Constants (`requires_grad=False`) and parameters whose `grad` is None stay where they are. A schedule may set
+    `learning_rate` between steps.
     """
 
     def __init__(self, params: dict[str, Tensor], learning_rate: float):
         if len(set(params.values())) < len(params):
-            raise ValueError("one tensor stands under two names in params, and would be moved twice: list it once")
+            raise ValueError("params has one tensor under two names, which would be moved twice: list it once")
         self.params = params
         self.learning_rate = learning_rate
-        self.steps = 0  # taken so far
+        self.steps = 0  # so far
         self.state: dict[str, dict[str, Any]] = {}  # by parameter, then by the names in `update`
 
+    @property
+    def learning_rate(self) -> float:
+        return self._learning_rate
+
+    @learning_rate.setter
+    def learning_rate(self, rate: float) -> None:
+        self._learning_rate = number("learning_rate", rate)
+
     def step(self) -> None:
-        """Move every parameter once, by its `grad`."""
+        """Move each parameter once, by its `grad`."""
         self.steps += 1
         for name, p in self.params.items():
             if p.requires_grad and p.grad is not None:
@@ -46,13 +54,13 @@ class Optimizer(ABC):
                 p.data = xp.asarray(self.update(p.data, p.grad, state), dtype=p.dtype)
 
     def zero_grad(self) -> None:
-        """Forget every gradient; the next `backward` starts a new sum."""
+        """Set every gradient to None; the next `backward` starts a new sum."""
         for p in self.params.values():
             p.grad = None
 
     @abstractmethod
     def update(self, p: Array, g: Array, state: dict[str, Any]) -> Array:
-        """The parameter after this step, from its value and gradient; `state` is the parameter's own."""
+        """The new value of a parameter, from its value, gradient and own `state`."""
 
 
 class SGD(Optimizer):
@@ -60,14 +68,12 @@ class SGD(Optimizer):
 
         u <- momentum u + g,   p <- p - learning_rate u
 
-    References
-    ----------
-    Polyak 1964; in this form, with the learning rate outside u, PyTorch's `torch.optim.SGD`.
+    Source: Polyak 1964; with the learning rate outside u, as in `torch.optim.SGD`.
     """
 
     def __init__(self, params: dict[str, Tensor], learning_rate: float, momentum: float = 0.0):
         super().__init__(params, learning_rate)
-        self.momentum = float(momentum)
+        self.momentum = number("momentum", momentum, below=1)
 
     def update(self, p: Array, g: Array, state: dict[str, Any]) -> Array:
         if self.momentum:
@@ -76,18 +82,16 @@ class SGD(Optimizer):
 
 
 class RMSprop(Optimizer):
-    """Gradient descent in units of the gradient's recent size; the optimizer of the DPO paper.
+    """Gradient descent in units of the gradient's recent size; the DPO paper's optimizer.
 
         v <- alpha v + (1 - alpha) g^2,   p <- p - learning_rate g / (sqrt(v) + eps)
 
-    References
-    ----------
-    Tieleman and Hinton 2012, lecture 6.5; eps outside the root as in `torch.optim.RMSprop`.
+    Source: Tieleman and Hinton 2012, lecture 6.5; eps outside the root, as in `torch.optim.RMSprop`.
     """
 
     def __init__(self, params: dict[str, Tensor], learning_rate: float, alpha: float = 0.99, eps: float = 1e-8):
         super().__init__(params, learning_rate)
-        self.alpha, self.eps = float(alpha), float(eps)
+        self.alpha, self.eps = number("alpha", alpha, below=1), number("eps", eps)
 
     def update(self, p: Array, g: Array, state: dict[str, Any]) -> Array:
         v = state["v"] = self.alpha * state.get("v", 0.0) + (1 - self.alpha) * (g * g)
@@ -95,15 +99,13 @@ class RMSprop(Optimizer):
 
 
 class AdamW(Optimizer):
-    """Adam with decoupled weight decay, t counting the parameter's own steps.
+    """Adam with decoupled weight decay; t counts the parameter's own steps.
 
         m <- beta1 m + (1 - beta1) g,   v <- beta2 v + (1 - beta2) g^2
         p <- p - learning_rate (m/(1 - beta1^t) / (sqrt(v/(1 - beta2^t)) + eps) + weight_decay p)
 
-    References
-    ----------
-    Kingma and Ba 2015, algorithm 1; Loshchilov and Hutter 2019, algorithm 2, with their schedule
-    multiplier inside `learning_rate`, as in `torch.optim.AdamW`.
+    Source: Kingma and Ba 2015, algorithm 1; Loshchilov and Hutter 2019, algorithm 2, with their schedule multiplier
+    inside `learning_rate`, as in `torch.optim.AdamW`.
     """
 
     def __init__(
@@ -115,7 +117,8 @@ class AdamW(Optimizer):
         weight_decay: float = 0.01,
     ):
         super().__init__(params, learning_rate)
-        self.betas, self.eps, self.weight_decay = (float(betas[0]), float(betas[1])), float(eps), float(weight_decay)
+        self.betas = number("beta1", betas[0], below=1), number("beta2", betas[1], below=1)
+        self.eps, self.weight_decay = number("eps", eps), number("weight_decay", weight_decay)
 
     def update(self, p: Array, g: Array, state: dict[str, Any]) -> Array:
         beta1, beta2 = self.betas
@@ -128,25 +131,12 @@ class AdamW(Optimizer):
 
 
 def clip_global_norm(params: dict[str, Tensor], max_norm: float) -> float:
-    """Scale all gradients by one factor so that their norm, taken together, is at most `max_norm`.
+    """Scale all gradients by one factor so that their joint norm is at most `max_norm`; return the norm before.
 
         g <- g min(1, max_norm/|g|),   |g|^2 = the sum over all parameters and entries
 
-    Returns
-    -------
-    float
-        The norm before clipping.
-
-    Raises
-    ------
-    FloatingPointError
-        If a gradient is not finite; the message names the parameters at fault.
-    ValueError
-        If `max_norm` is negative or nan.
-
-    References
-    ----------
-    Pascanu et al. 2013 (arXiv 1211.5063), algorithm 1.
+    Raises FloatingPointError, with the parameters' names, if a gradient is not finite.
+    Source: Pascanu et al. 2013 (arXiv 1211.5063), algorithm 1.
     """
     if not max_norm >= 0:
         raise ValueError(f"max_norm must be at least 0, not {max_norm}")
@@ -154,7 +144,7 @@ def clip_global_norm(params: dict[str, Tensor], max_norm: float) -> float:
     if not graded:
         return 0.0
     squares = [(p.grad.astype("float64") ** 2).sum() for p in graded]
-    squares = to_host(array_module(*squares).stack(squares)).tolist()  # a device stops once, not for each
+    squares = to_host(array_module(*squares).stack(squares)).tolist()  # a device waits once, not once each
     culprits = [name for name, square in zip(graded.values(), squares) if not math.isfinite(square)]
     if culprits:
         raise FloatingPointError(f"the gradient is not finite in {', '.join(culprits)}")
@@ -166,24 +156,13 @@ def clip_global_norm(params: dict[str, Tensor], max_norm: float) -> float:
 
 
 def warmup_cosine(step: int, total_steps: int, peak: float, warmup_steps: int = 0, final: float = 0.0) -> float:
-    """Learning rate of one step: a line up to `peak`, then half a cosine down towards `final`.
+    """Learning rate of one step, counted from 0: a line up to `peak`, then half a cosine down towards `final`.
 
-        step < warmup_steps:  peak (step + 1)/warmup_steps
+        step < warmup_steps:  peak (step + 1)/warmup_steps, so that no step has rate 0
         after:                final + (peak - final) (1 + cos(pi s))/2,
                               s = (step - warmup_steps)/(total_steps - warmup_steps), at most 1
 
-    Parameters
-    ----------
-    step : int
-        Counted from 0, so that no step is taken at rate 0.
-    total_steps, warmup_steps : int
-        Length of the whole run and of the line up.
-    peak, final : float
-        Learning rates at the end of the line and at the end of the run.
-
-    References
-    ----------
-    Loshchilov and Hutter 2017 (arXiv 1608.03983), equation 5, without restarts.
+    Source: Loshchilov and Hutter 2017 (arXiv 1608.03983), equation 5, without restarts.
     """
     if step < warmup_steps:
         return float(peak * (step + 1) / warmup_steps)

@@ -1,24 +1,39 @@
-"""One style for every picture; matplotlib, the `plot` extra, draws them."""
+"""One style for every picture; matplotlib, the `plot` extra, draws them.
+
+A picture is a column of panels, readable on a phone. Up to four curves carry their names at their ends; more get a
+legend and differ in their dashes too. Every colour is visible on white and on a dark page: contrast 3 to 1 or more.
+"""
 
 import importlib
 import importlib.util
 import io
+import itertools
+import math
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from .tokenizer import printable
 
+INK = "#767676"  # of everything that is not a curve
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#C26BA0", "#7A5FC0", "#8C6D31")
+DASHES = ("-", (0, (6, 1.5)), (0, (3, 1, 1, 1)), (0, (1, 1)))
+STYLE: dict[str, Any] = {"font.size": 10, "axes.titlelocation": "left", "legend.fontsize": "small"}
+STYLE |= {"axes.grid": True, "grid.alpha": 0.25, "axes.xmargin": 0.02, "figure.constrained_layout.h_pad": 0.1}
+STYLE |= {name: False for name in ("axes.spines.top", "axes.spines.right", "legend.frameon")}
+STYLE |= {f"{part}color": INK for part in ("text.", "axes.label", "axes.edge", "xtick.", "ytick.", "grid.")}
+
 
 class Curve(NamedTuple):
-    """One curve of a diagram."""
+    """One curve of a panel."""
 
     label: str
     x: Sequence[float]
     y: Sequence[float]
     marker: str | None = None
-    faint: bool = False
-    joined: bool = True
+    faint: bool = False  # thin and grey, below the others
+    joined: bool = True  # False: points without a line
 
 
 class Panel(NamedTuple):
@@ -29,6 +44,8 @@ class Panel(NamedTuple):
     ylabel: str
     curves: Sequence[Curve]
     scale: str = "linear"  # of the x axis
+    level: float | None = None  # height of a dashed horizontal line
+    level_label: str = ""
 
 
 def installed() -> bool:
@@ -36,39 +53,66 @@ def installed() -> bool:
     return importlib.util.find_spec("matplotlib") is not None
 
 
-def png(panels: Sequence[Panel]) -> bytes:
-    """Draw diagrams, three in a row, and return the picture as a PNG. Needs matplotlib."""
-    figure_module: Any = importlib.import_module("matplotlib.figure")
-    across = min(3, len(panels))
-    down = -(-len(panels) // across)
-    width = {1: 9.0, 2: 6.0}.get(across, 4.5)
-    figure = figure_module.Figure(figsize=(width * across, (5.5 if width > 4.5 else 3.5) * down), layout="constrained")
-    grid = figure.subplots(down, across, squeeze=False).flatten()
-    for axes in grid[len(panels) :]:
-        axes.remove()
-    for axes, panel in zip(grid, panels):
-        for curve in panel.curves:
-            axes.plot(
-                curve.x,
-                curve.y,
-                label=curve.label,
-                marker=curve.marker,
-                markersize=3 if curve.joined else 6,
-                linestyle="-" if curve.joined else "none",
-                linewidth=0.5 if curve.faint else 1.5,
-                alpha=0.6 if curve.faint else 1.0,
-            )
-        axes.set_title(printable(panel.title), parse_math=False)
-        axes.set(xlabel=panel.xlabel, ylabel=panel.ylabel, xscale=panel.scale)
-        axes.grid(alpha=0.3)
-        axes.legend(frameon=False, fontsize="small")
+def png(panels: Sequence[Panel], transparent: bool = False) -> bytes:
+    """Draw panels below each other and return the picture as a PNG. Needs matplotlib."""
+    matplotlib, figures = (importlib.import_module(name) for name in ("matplotlib", "matplotlib.figure"))
+    heights = [3.2 + (0 if named_at_ends(panel) else 0.1 * len(panel.curves)) for panel in panels]  # inches
     content = io.BytesIO()
-    figure.savefig(content, format="png", dpi=120, metadata={"Software": None})
+    with matplotlib.rc_context(STYLE):
+        figure = figures.Figure(figsize=(6.4, sum(heights)), layout="constrained")
+        for axes, panel in zip(figure.subplots(len(panels), squeeze=False, height_ratios=heights).flat, panels):
+            draw(axes, panel)
+        figure.savefig(content, format="png", dpi=120, transparent=transparent, metadata={"Software": None})
     return content.getvalue()
 
 
+def named_at_ends(panel: Panel) -> bool:
+    """Whether the curves are named at their ends, without a legend."""
+    return len(panel.curves) <= 4 and all(curve.joined for curve in panel.curves)
+
+
+def draw(axes: Any, panel: Panel) -> None:
+    """Draw one panel."""
+    colors, dashes = itertools.cycle(PALETTE), itertools.cycle(DASHES[:1] if named_at_ends(panel) else DASHES)
+    ends = []
+    for curve in panel.curves:
+        color = INK if curve.faint else next(colors)
+        width, alpha, layer = (0.8, 0.6, 2) if curve.faint else (1.8, 1.0, 3)
+        dash, size = (next(dashes), 4) if curve.joined else ("none", 6)
+        axes.plot(
+            curve.x, curve.y, label=curve.label, color=color, alpha=alpha, zorder=layer,
+            linestyle=dash, linewidth=width, marker=curve.marker, markersize=size,
+        )  # fmt: skip
+        ends += [(y, curve.label, color) for y in [y for y in curve.y if math.isfinite(y)][-1:]]
+    if not named_at_ends(panel):
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2)
+        ends = []
+    if panel.level is not None:
+        axes.axhline(panel.level, color=INK, linestyle="--", linewidth=1)
+        ends.append((panel.level, panel.level_label, INK))
+    axes.set_title(printable(panel.title), parse_math=False)
+    axes.set(xlabel=panel.xlabel, ylabel=panel.ylabel, xscale=panel.scale)
+    low, high = axes.get_ylim()
+    ends = [((y - low) / (high - low), textwrap.fill(label, 20), color) for y, label, color in sorted(ends)]
+    heights = apart([y for y, _, _ in ends], [1 + label.count("\n") for _, label, _ in ends])
+    for y, (_, label, color) in zip(heights, ends):
+        axes.text(1.02, y, label, color=color, va="center", transform=axes.transAxes, parse_math=False)
+
+
+def apart(heights: Sequence[float], lines: Sequence[int]) -> list[float]:
+    """Move the sorted heights of labels, in shares of the axes' height, until no label covers its neighbour."""
+    heights = list(heights)
+    gaps = [0.08 * (a + b) / 2 for a, b in itertools.pairwise(lines)]  # a line of text is 0.08 high
+    for i, gap in enumerate(gaps):
+        heights[i + 1] = max(heights[i + 1], heights[i] + gap)
+    heights[-1:] = [min(y, 1.0) for y in heights[-1:]]
+    for i, gap in reversed(list(enumerate(gaps))):
+        heights[i] = min(heights[i], heights[i + 1] - gap)
+    return heights
+
+
 def picture(path: Path, panels: Sequence[Panel]) -> bool:
-    """Draw diagrams into a file; false, and no file, where matplotlib is missing."""
+    """Draw panels into a file; without matplotlib, write nothing and return False."""
     if not installed():
         return False
     path.write_bytes(png(panels))

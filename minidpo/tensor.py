@@ -7,18 +7,18 @@ An op is a function of arrays that returns its value and its vector-Jacobian pro
         def vjp(g): return (g * y,)        # g = dL/dy in, a tuple out: dL/dx for each argument
         return y, vjp
 
-L is the final number, mostly a loss. g, the cotangent of y, has the shape of y; a `vjp` must not write
+L is the final number, usually a loss. g, the cotangent of y, has the shape of y; a `vjp` must not write
 into it, because other nodes may hold the same array.
 
-`@op` lifts a function to Tensors. A Tensor made by an op remembers its parents and that `vjp`; one that no
-op made, a parameter say, is a leaf. `backward` sweeps from L down to the leaves, newest first, handing each
-node's gradient to its `vjp`, and only leaves keep theirs, in `grad`.
+`@op` lifts such a function to Tensors. A Tensor made by an op remembers its parents and the `vjp`; any other,
+a parameter for example, is a leaf. `backward` sweeps from L down to the leaves, newest first, and hands each
+node's gradient to its `vjp`. Only leaves keep their gradients, in `grad`.
 """
 
 import functools
 import itertools
 from collections.abc import Callable, Iterator
-from typing import Any, NoReturn, Protocol, cast
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol, cast
 
 from .backend import Array, array_module, asarray
 
@@ -27,7 +27,7 @@ Operator = Callable[..., "Tensor"]
 
 
 class Op(Protocol):
-    """What `@op` makes: called on Tensors or arrays it returns a Tensor; `raw` is the array function."""
+    """A function of Tensors or arrays that returns a Tensor; `raw` is the array function underneath."""
 
     raw: Callable[..., tuple[Array, Vjp]]
     __name__: str
@@ -40,29 +40,16 @@ _creation = itertools.count()
 
 
 class Tensor:
-    """An array, and how it was made.
+    """An array that remembers how it was made.
 
-    Parameters
-    ----------
-    data : array, number or list
-        Kept, not copied.
-    requires_grad : bool
-        Whether `backward` shall leave the derivative with respect to this tensor in `grad`.
-
-    Raises
-    ------
-    TypeError
-        If a gradient is required of anything but real floating-point numbers.
-
-    Notes
-    -----
-    Arithmetic and indexing build a graph, all else is in `ops`: `ops.sum(x)`, not `x.sum()` or `np.sum(x)`.
-    Comparison is by identity. `data` is the plain array.
+    `data` is the array itself, not a copy. With `requires_grad`, `backward` leaves the derivative in `grad`; only real
+    floating-point numbers can have one (else TypeError). Arithmetic and indexing build a graph; everything else
+    is in `ops`: write `ops.sum(x)`, not `x.sum()` or `np.sum(x)`. Tensors compare by identity.
     """
 
     __slots__ = ("__weakref__", "creation", "data", "grad", "op", "parents", "requires_grad", "vjp")
     __array_ufunc__ = None  # array + tensor is left to Tensor.__radd__
-    __add__: Operator  # these are attached where the ops are
+    __add__: Operator  # the operators are attached in ops.py
     __radd__: Operator
     __sub__: Operator
     __rsub__: Operator
@@ -87,12 +74,12 @@ class Tensor:
         self.data = asarray(data)
         if requires_grad and self.data.dtype.kind != "f":
             raise TypeError(f"only floating-point tensors can require a gradient, not {self.data.dtype}: use floats")
-        self.grad: Array = None  # a leaf's; the sweeps so far, summed
+        self.grad: Array = None  # in a leaf: the sum over the sweeps so far
         self.requires_grad = requires_grad
         self.parents = parents  # one per operand; None for a constant
         self.vjp = vjp  # None in a leaf
-        self.op = op  # the name of the op that made it
-        self.creation = next(_creation)  # an op's result is younger than its parents
+        self.op = op  # the name of the op
+        self.creation = next(_creation)  # higher than that of every parent
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -103,34 +90,40 @@ class Tensor:
         return self.data.dtype
 
     def item(self) -> float:
-        """The only entry, as a Python number."""
+        """The single entry, as a Python number."""
         return self.data.item()
 
     def detach(self) -> "Tensor":
         """The same array as a constant."""
         return Tensor(self.data)
 
+    def __float__(self) -> float:
+        return float(self.item())
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __bool__(self) -> NoReturn:
+        raise TypeError("a Tensor is neither true nor false: compare x.item(), or write `x is not None`")
+
     def __array__(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Refuse to become an array unasked: the graph would be lost in silence."""
+        """Refuse to become an array: NumPy would drop the graph without a word."""
         raise TypeError("NumPy functions do not work on a Tensor: use those of minidpo.ops, or its .data")
+
+    if not TYPE_CHECKING:  # so that mypy still reports an attribute that does not exist
+
+        def __getattr__(self, name: str) -> NoReturn:
+            """Answer NumPy's and PyTorch's attributes with the name of ours."""
+            op = {"T": "transpose"}.get(name, name)
+            ours = f"use ops.{op}(x)" if op in OPS else "x.data is its array, and minidpo.ops has its functions"
+            raise AttributeError(f"a Tensor has no .{name}: {ours}")
 
     def backward(self, cotangent: Any = None) -> None:
         """Add dL/dleaf to the `grad` of every leaf that this tensor depends on.
 
-        Sweeps add up, in place; set `grad` to None (`Optimizer.zero_grad`) to start anew. If a `vjp` fails, `grad`
-        is None in all of them.
-
-        Parameters
-        ----------
-        cotangent : array, optional
-            dL/dself, in the shape of this tensor; 1 if omitted, which only a single number may do.
-
-        Raises
-        ------
-        ValueError
-            If the cotangent is missing, complex or of another shape, or if nothing requires a gradient.
-        RuntimeError
-            If an earlier sweep has freed part of the graph. No `grad` has changed then.
+        `cotangent` is dL/dself, in the shape of this tensor; a tensor with one entry may omit it, which means 1. Sweeps
+        add up, in place: set `grad` to None (`Optimizer.zero_grad`) to start a new sum. If a `vjp` fails, `grad`
+        is None in all of these leaves. RuntimeError, before anything has changed, if an earlier sweep freed the graph.
         """
         xp = array_module(self.data)
         if not self.requires_grad:
@@ -152,7 +145,7 @@ class Tensor:
         nodes = tape(self)
         sums = {node: node.grad for node in nodes if node.vjp is None and node.grad is not None}
         for leaf in sums:
-            leaf.grad = None  # until the sweep is over: one that fails leaves no half of a sum
+            leaf.grad = None  # until the sweep is over, so that a failing one leaves no partial sum
         for leaf, g in [(node, g) for node, g in sweep(nodes, cotangent, sums) if node.vjp is None]:
             leaf.grad = xp.asarray(g, dtype=leaf.dtype)
 
@@ -160,9 +153,9 @@ class Tensor:
         return (self[i] for i in range(len(self.data)))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Copying and pickling make a new leaf, younger than all before it; a graph is never copied."""
+        """Copy or pickle a leaf as a new leaf; a graph is never copied."""
         if self.vjp is not None:
-            raise TypeError("a tensor that an op made cannot be copied, its graph belongs to it: copy its detach()")
+            raise TypeError("a tensor made by an op cannot be copied, because of its graph: copy x.detach()")
         return Tensor, (self.data, self.requires_grad)
 
     def __repr__(self) -> str:
@@ -170,30 +163,27 @@ class Tensor:
 
 
 def _freed(g: Array) -> NoReturn:
-    """The `vjp` of a node that a sweep has passed."""
+    """Stand in for the `vjp` of a node that a sweep has passed."""
     raise RuntimeError(
-        "this graph was freed by an earlier backward(): run the forward again, or add what shares it and sweep once"
+        "this graph was freed by an earlier backward(): run the forward again, or sweep once from a sum of the outputs"
     )
 
 
 def tape(output: Tensor) -> list[Tensor]:
-    """All that `output` depends on and that requires a gradient, oldest first.
+    """List `output` and everything that it depends on and that requires a gradient, oldest first.
 
-    Raises
-    ------
-    RuntimeError
-        If an earlier sweep has freed part of it.
+    Raises RuntimeError if an earlier sweep freed part of it.
     """
-    seen, frontier = {output}, [output]
+    nodes, frontier = {output}, [output]
     while frontier:
         node = frontier.pop()
         if node.vjp is _freed:
             _freed(node.data)
         for parent in node.parents:
-            if parent is not None and parent not in seen:
-                seen.add(parent)
+            if parent is not None and parent not in nodes:
+                nodes.add(parent)
                 frontier.append(parent)
-    return sorted(seen, key=lambda node: node.creation)
+    return sorted(nodes, key=lambda node: node.creation)
 
 
 def sweep(
@@ -201,30 +191,28 @@ def sweep(
 ) -> Iterator[tuple[Tensor, Array]]:
     """Yield (node, dL/dnode) from the last of a tape, the output, down to the leaves, newest first.
 
-    Each node is freed and leaves `nodes` when it is passed.
+    A result has a higher creation number than its operands. When a node's turn comes, all its consumers have had
+    theirs, so its gradient is complete. Each node is freed and leaves `nodes` as it is passed.
 
-    Descending creation number is a reverse topological order, so a node's turn comes when all that it
-    contributed to have had theirs, and its gradient is complete.
-
-    A `vjp` may return one array twice, or its own g: the first gradient of a node is borrowed, the second
-    makes a sum of our own, and only into that are later ones added. A leaf, which keeps its gradient, has a
-    sum from the first on, or the one in `sums` if it has one there.
+    A `vjp` may return the same array twice, or g itself. So the first gradient of a node is borrowed, the second
+    makes a sum that we own, and later ones are added into that. A leaf keeps its gradient and therefore owns its sum
+    from the first one on; `sums` holds the sums that leaves start from.
     """
-    gradients, ours = dict(sums or {}), set(sums or {})
+    gradients, owners = dict(sums or {}), set(sums or {})
 
     def receive(node: Tensor, gradient: Array) -> None:
-        if node in ours:
+        if node in owners:
             gradients[node] += gradient
         elif node in gradients or node.vjp is None:
             gradients[node] = gradients.get(node, 0) + gradient
-            ours.add(node)
+            owners.add(node)
         else:
             gradients[node] = gradient
 
     receive(nodes[-1], cotangent)
     while nodes:
         node = nodes.pop()
-        if node in gradients:  # else no consumer had a derivative to give
+        if node in gradients:  # otherwise no consumer had a derivative in it
             g = gradients.pop(node)
             yield node, g
             for parent, gradient in parents_gradients(node, g):
@@ -234,19 +222,16 @@ def sweep(
 
 
 def parents_gradients(node: Tensor, g: Array) -> Iterator[tuple[Tensor, Array]]:
-    """What the `vjp` of a node makes of g: (parent, dL/dparent), in the parent's dtype.
+    """Yield (parent, dL/dparent), in the parent's dtype, from the node's `vjp` and g = dL/dnode.
 
-    Raises
-    ------
-    TypeError, ValueError
-        If the `vjp` returns anything but a tuple, too few gradients, or one in another shape than its parent's.
+    Raises TypeError if the `vjp` does not return a tuple, ValueError if gradients are missing or have the wrong shape.
     """
-    returned = node.vjp(g) if node.vjp else ()
-    if not isinstance(returned, tuple):
+    gradients = node.vjp(g) if node.vjp else ()
+    if not isinstance(gradients, tuple):
         raise TypeError(f"{node.op}: a vjp returns a tuple, one gradient per argument: (gx,), not gx")
-    if any(parent is not None for parent in node.parents[len(returned) :]):
-        raise ValueError(f"{node.op}: {len(returned)} gradients for {len(node.parents)} arguments")
-    for parent, gradient in zip(node.parents, returned):
+    if any(parent is not None for parent in node.parents[len(gradients) :]):
+        raise ValueError(f"{node.op}: {len(gradients)} gradients for {len(node.parents)} arguments")
+    for parent, gradient in zip(node.parents, gradients):
         if parent is None or gradient is None:
             continue
         if gradient.shape != parent.shape:
@@ -255,21 +240,18 @@ def parents_gradients(node: Tensor, g: Array) -> Iterator[tuple[Tensor, Array]]:
 
 
 def unwrapped(operand: Any) -> Any:
-    """What the array function gets: a Tensor's array, a list as an array, all else as it is."""
+    """Return what an array function takes: a Tensor's array, a list as an array, anything else unchanged."""
     return operand.data if isinstance(operand, Tensor) else asarray(operand) if isinstance(operand, list) else operand
 
 
 def op(function: Callable[..., tuple[Array, Vjp]]) -> Op:
-    """Lift `function(*arrays, **options) -> (y, vjp)` to Tensors and register it in `OPS` by its name.
+    """Lift `function(*arrays, **options) -> (y, vjp)` to Tensors and register it in `OPS` under its name.
 
-    Raises
-    ------
-    ValueError
-        If another module has registered an op of that name.
+    Raises ValueError if another module has registered an op of that name.
     """
     name = function.__name__
     if name in OPS and OPS[name].raw.__module__ != function.__module__:
-        raise ValueError(f"there is an op named {name} already, in {OPS[name].raw.__module__}: choose another name")
+        raise ValueError(f"{OPS[name].raw.__module__} already has an op named {name}: choose another name")
 
     @functools.wraps(function)
     def lifted(*operands: Any, **options: Any) -> Tensor:
@@ -278,8 +260,8 @@ def op(function: Callable[..., tuple[Array, Vjp]]) -> Op:
                 raise TypeError(f"{name}: pass the tensor {option} by position; a keyword gets no gradient")
         y, vjp = function(*map(unwrapped, operands), **options)
         parents = tuple([x if isinstance(x, Tensor) and x.requires_grad else None for x in operands])
-        if not any(parents):
-            return Tensor(y)  # a constant: no graph, and vjp with all that it keeps is dropped
+        if all(parent is None for parent in parents):
+            return Tensor(y)  # a constant: without a graph, the vjp and the arrays that it keeps are dropped
         return Tensor(y, requires_grad=True, parents=parents, vjp=vjp, op=name)
 
     registered = cast(Op, lifted)

@@ -4,74 +4,53 @@ import collections
 import json
 from collections.abc import Iterable
 
-END_OF_TEXT = 0  # the id of the one special token; no text can spell it, because it has no character
+END_OF_TEXT = 0  # the only special token; no text can spell it, because it has no character
 TURN = "\n"  # the character that ends a prompt, before its response
-REPLACEMENT = "\ufffd"  # Unicode's own character for one that is not known
+REPLACEMENT = "\ufffd"  # U+FFFD, Unicode's stand-in for an unknown character
 
 
 class UnknownCharacterError(ValueError):
-    """A text holds a character that the vocabulary lacks; the message says which, and where."""
+    """A text contains a character that is not in the vocabulary; the message says which, and where."""
 
 
 class Tokenizer:
-    """Characters to ids and back; ids 1, 2, ... follow the order of `characters`.
+    """Characters to ids and back: ids 1, 2, ... follow the order of `characters`, which must differ.
 
-    Parameters
-    ----------
-    characters : str
-        The vocabulary, each character once. If U+FFFD is among them it stands for every character that
-        is not: unknown characters are then replaced and not refused.
-
-    Raises
-    ------
-    ValueError
-        If a character stands there twice.
+    If U+FFFD is one of the characters, unknown characters are encoded as it instead of being refused.
     """
 
     def __init__(self, characters: str):
         if len(set(characters)) < len(characters):
             ((repeated, _),) = collections.Counter(characters).most_common(1)
-            raise ValueError(f"characters must differ, but {repeated!a} is there more than once")
+            raise ValueError(f"characters must differ, but {repeated!a} occurs more than once")
         self.characters = characters
         self._ids = {c: i for i, c in enumerate(characters, start=END_OF_TEXT + 1)}
 
     @classmethod
     def from_text(cls, text: str, replacement: bool = False) -> "Tokenizer":
-        """The vocabulary of all characters in `text`, in Unicode order; with U+FFFD if `replacement`."""
+        """The characters of `text` in Unicode order, and U+FFFD if `replacement`."""
         return cls("".join(sorted(set(text) | ({REPLACEMENT} if replacement else set()))))
 
     @property
     def vocab_size(self) -> int:
-        """Number of ids: the characters and end-of-text."""
+        """Number of ids: one for each character, and one for end-of-text."""
         return len(self.characters) + 1
 
-    def encode(self, text: str) -> list[int]:
-        """The ids of a text, without end-of-text.
-
-        Raises
-        ------
-        UnknownCharacterError
-            If a character is not in the vocabulary. The message names it and its position, counted from 0.
-        """
+    def encode(self, text: str, name: str = "the text") -> list[int]:
+        """The ids of a text, without end-of-text; an error message calls the text by its name."""
         unknown = self._ids.get(REPLACEMENT)
         ids = [self._ids.get(c, unknown) for c in text]
         if None in ids:
             position = ids.index(None)
             raise UnknownCharacterError(
-                f"character {text[position]!a} at position {position} is not in the vocabulary of "
-                f"{len(self.characters)} characters: remove it, or let the vocabulary have U+FFFD for such "
-                "(--replacement, when a model is first trained)"
+                f"character {text[position]!a} at position {position} of {name} is not in the vocabulary "
+                f"of {len(self.characters)} characters: remove it, or train a new model with --replacement, which "
+                "encodes unknown characters as U+FFFD"
             )
         return [i for i in ids if i is not None]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of ids; end-of-text is no part of it.
-
-        Raises
-        ------
-        ValueError
-            If an id is not in the vocabulary.
-        """
+        """The text of ids; end-of-text adds nothing to it."""
         text = []
         for i in ids:
             if not 0 <= i < self.vocab_size:
@@ -80,18 +59,12 @@ class Tokenizer:
         return "".join(text)
 
     def to_json(self) -> str:
-        """The vocabulary as JSON, in ASCII."""
+        """The vocabulary as JSON in ASCII."""
         return json.dumps({"type": "characters", "characters": self.characters})
 
     @classmethod
     def from_json(cls, document: str) -> "Tokenizer":
-        """The vocabulary that `to_json` wrote.
-
-        Raises
-        ------
-        ValueError
-            If the document is not such a vocabulary.
-        """
+        """The vocabulary that `to_json` wrote."""
         try:
             content = json.loads(document)
         except (ValueError, RecursionError) as error:
@@ -104,5 +77,5 @@ class Tokenizer:
 
 
 def printable(text: str) -> str:
-    """The text on one line, safe to print: characters that are not printable are escaped."""
+    """The text on one line, safe to print: characters that cannot be printed are escaped."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -1,7 +1,7 @@
 """Hypothesis profiles, and a stand-in for CuPy.
 
-`pytest --hypothesis-profile=thorough` draws new inputs each time; the other profiles repeat theirs, so
-that a change alone decides whether they pass.
+`pytest --hypothesis-profile=thorough` draws new inputs each time. The other profiles repeat theirs, so only a change
+of the code changes the outcome.
 """
 
 import os
@@ -20,6 +20,6 @@ settings.load_profile("ci" if os.environ.get("CI") else "dev")
 
 @pytest.fixture
 def cupy(monkeypatch):
-    """The device double under CuPy's name."""
+    """The device double, imported as `cupy`."""
     monkeypatch.setitem(sys.modules, "cupy", double)
     return double

@@ -1,9 +1,8 @@
-"""A device without a GPU: NumPy behind CuPy's rules, and a little stricter.
+"""A device without a GPU: NumPy behind CuPy's rules, slightly stricter.
 
-Like CuPy it refuses to become a NumPy array unasked, to meet one in arithmetic, and to be indexed by one;
-its reductions are 0-d arrays, never scalars. Unlike CuPy it also refuses `bool`, `int`, `float` and
-iteration, which on a device stop everything and wait. `.item()` and `.get()` ask aloud, and are allowed.
-It offers only names that CuPy has.
+As in CuPy, an array is not converted to NumPy implicitly, does no arithmetic with a NumPy array and is not indexed by
+one; reductions give 0-d arrays, never scalars. Unlike CuPy, it also refuses `bool`, `int`, `float` and iteration, which
+make a device wait for its results. `.item()` and `.get()` are explicit and allowed. Only names that CuPy has exist.
 """
 
 import operator
@@ -13,7 +12,7 @@ import numpy as np
 
 
 def host(x):
-    """What NumPy may see of an operand."""
+    """The NumPy array of an operand; refuses an operand that is not on the device."""
     if isinstance(x, ndarray):
         return x.on_host
     if isinstance(x, np.ndarray | list):

@@ -1,4 +1,4 @@
-"""Hypothesis strategies: the cases of `minidpo.cases`, with arrays in every memory layout."""
+"""Hypothesis strategies: the cases of `minidpo.cli.cases`, with arrays in every memory layout."""
 
 import numpy as np
 from hypothesis import strategies as st
@@ -10,8 +10,8 @@ LAYOUTS = ("C", "F", "every other", "backwards")
 seeds = st.integers(0, 2**32 - 1)
 
 
-def laid_out(values, layout):
-    """The same numbers, in another order in memory."""
+def with_layout(values, layout):
+    """The same array, with another order in memory."""
     if layout == "every other" and values.ndim:
         return np.repeat(values, 2, axis=-1)[..., ::2]
     if layout == "backwards" and values.ndim:
@@ -20,7 +20,7 @@ def laid_out(values, layout):
 
 
 class HypothesisDraw:
-    """The choices of `minidpo.cases.Draw`, made by hypothesis."""
+    """A `minidpo.cli.cases.Draw` that lets hypothesis choose."""
 
     def __init__(self, draw):
         self.draw = draw
@@ -30,17 +30,17 @@ class HypothesisDraw:
 
     def array(self, shape):
         values = self.draw(hnp.arrays(np.float64, shape, elements=st.floats(-3, 3)))
-        return laid_out(values, self.draw(st.sampled_from(LAYOUTS)))
+        return with_layout(values, self.draw(st.sampled_from(LAYOUTS)))
 
 
 @st.composite
 def cases(draw, name):
-    """Arguments and options for the op of that name."""
+    """Arguments and options for the op `name`."""
     return CASES[name](HypothesisDraw(draw))
 
 
 def each_array(function, x):
-    """A function of every array in an argument, also inside an index; all else as it is."""
+    """Apply a function to every array in an argument, also inside an index; leave everything else."""
     if isinstance(x, tuple):
         return tuple(each_array(function, part) for part in x)
     return function(x) if isinstance(x, np.ndarray) else x
@@ -51,5 +51,5 @@ def arrays(shape=(2, 3), low=-3.0, high=3.0):
 
 
 def is_varied(x):
-    """Whether an argument has a gradient."""
+    """Whether an argument is a floating-point array, so has a gradient."""
     return isinstance(x, np.ndarray) and x.dtype.kind == "f"

@@ -1,8 +1,9 @@
-"""A program that kills runs: at every write to the disk, or at random instants; and lets them go on.
+"""A program that kills runs, at every write to the disk or at random instants, and resumes them.
 
-    python killing.py writes|instants|signals FOLDER    prints a line per kill, exits with 1 at the first difference
+    python killing.py writes|instants FOLDER [STRIDE]
 
-Each run is a fork, so that a kill is one: no `finally`, no clean-up, nothing flushed.
+prints a line per kill and exits with 1 at the first difference. With a stride of N only every Nth kill is tried.
+Each run is a fork, so that the kill is real: no `finally`, no clean-up, nothing flushed.
 """
 
 import hashlib
@@ -17,11 +18,11 @@ from pathlib import Path
 from minidpo.cli import main
 from minidpo.run import report
 
-report.curves = lambda path, runs: False  # takes most of the time, and is no part of what goes on
+report.curves = lambda path, runs: False  # takes most of the time, and is not resumed
 
 
 def fork(arguments, before=lambda: None):
-    """The command line in a process of its own; its id."""
+    """Run the command line in its own process, and return the id."""
     sys.stdout.flush()
     child = os.fork()
     if child == 0:
@@ -33,13 +34,13 @@ def fork(arguments, before=lambda: None):
     return child
 
 
-def finished(child):
-    """Exit status, or minus the signal."""
+def status_of(child):
+    """Wait for a process: its exit status, or minus the signal that ended it."""
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 def fingerprint(run):
-    """Names and contents of all that should not depend on when a run was killed."""
+    """Names and contents of all files that must not depend on when a run was killed."""
     files = sorted(
         path for path in [*run.glob("model/*"), *run.glob("step-*/*"), run / "latest", run / "samples.jsonl"]
     )
@@ -47,7 +48,7 @@ def fingerprint(run):
 
 
 def kill_at_write(number):
-    """Make the process die just before its so-manieth write, rename or removal."""
+    """Let the process die just before its write, rename or removal of that number, counted from 1."""
     counter = iter(range(1, number))
 
     def dying(function):
@@ -64,17 +65,17 @@ def kill_at_write(number):
     shutil.rmtree = dying(shutil.rmtree)
 
 
-def go_on(run, arguments):
-    """Until it is done, however often it takes; the run is begun anew where no folder was made yet."""
-    status = finished(fork(["resume", str(run)] if run.exists() else arguments))
+def resumed(run, arguments):
+    """The fingerprint of a run after its completion; it starts anew where there was no folder yet."""
+    status = status_of(fork(["resume", str(run)] if run.exists() else arguments))
     assert status == 0, status
     return fingerprint(run)
 
 
-def writes(run, arguments, expected):
-    for number in range(1, 1000):
-        status = finished(fork(arguments, lambda number=number: kill_at_write(number)))
-        same = go_on(run, arguments) == expected
+def writes(run, arguments, expected, stride):
+    for number in range(1, 1000, stride):
+        status = status_of(fork(arguments, lambda number=number: kill_at_write(number)))
+        same = resumed(run, arguments) == expected
         print("write", number, status, same)
         if not same or status != -signal.SIGKILL:
             return same and number > 40
@@ -82,43 +83,40 @@ def writes(run, arguments, expected):
     return False
 
 
-def instants(run, arguments, expected, sent=signal.SIGKILL):
-    started = time.monotonic()
-    assert finished(fork(arguments)) == 0
-    length = time.monotonic() - started
+def instants(run, arguments, expected, stride):
+    start = time.monotonic()
+    assert status_of(fork(arguments)) == 0
+    length = time.monotonic() - start
     shutil.rmtree(run)
-    stopped = 0
-    for seed in range(12):
+    kills, seeds = 0, range(0, 12, stride)
+    for seed in seeds:
         chance = random.Random(seed)
         child = fork(arguments)
         time.sleep(chance.uniform(0.05, 0.9) * length)
-        os.kill(child, sent)
-        status = finished(child)
-        stopped += status in (-sent, 130)
+        os.kill(child, signal.SIGKILL)
+        status = status_of(child)
+        kills += status == -signal.SIGKILL
         if chance.random() < 0.3 and run.exists():  # and once more
             child = fork(["resume", str(run)])
             time.sleep(chance.uniform(0, 0.5) * length)
-            os.kill(child, sent)
-            finished(child)
-        same = go_on(run, arguments) == expected
+            os.kill(child, signal.SIGKILL)
+            status_of(child)
+        same = resumed(run, arguments) == expected
         print("instant", seed, status, same)
         if not same:
             return False
         shutil.rmtree(run)
-    return stopped > 3
-
-
-def signals(run, arguments, expected):
-    return instants(run, arguments, expected, signal.SIGTERM)
+    return kills > len(seeds) / 4
 
 
 if __name__ == "__main__":
     what, folder = sys.argv[1], Path(sys.argv[2])
+    stride = int(sys.argv[3]) if len(sys.argv) > 3 else 1
     run = folder / "run"
     arguments = ["dpo", f"--data={folder / 'pairs.jsonl'}", f"--init={folder / 'init'}", f"--out={run}"]
     arguments += ["--steps=9", "--evaluate-every=4", "--batch-size=3", "--patience=2", "--learning-rate=0.01"]
-    assert finished(fork(arguments)) == 0
+    assert status_of(fork(arguments)) == 0
     expected = fingerprint(run)
     assert len(expected) >= 10, expected
     shutil.rmtree(run)
-    sys.exit(0 if globals()[what](run, arguments, expected) else 1)
+    sys.exit(0 if globals()[what](run, arguments, expected, stride) else 1)

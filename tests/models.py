@@ -1,4 +1,4 @@
-"""Small models for tests, in float64, with parameters large enough that every mistake shows."""
+"""Small models for tests: float64, with parameters so large that every mistake shows."""
 
 import numpy as np
 from hypothesis import strategies as st
@@ -10,6 +10,7 @@ CONFIG = Config(vocab_size=5, n_positions=8, n_embd=8, n_layer=2, n_head=2)
 
 
 def small(seed=0, config=CONFIG):
+    """Parameters far from their initial values: no bias is 0, no norm is the identity."""
     rng = np.random.default_rng(seed)
     params = model.init(config, rng, dtype="float64")
     for p in params.values():
@@ -17,13 +18,13 @@ def small(seed=0, config=CONFIG):
     return params
 
 
-def ids(least=1, most=4):
-    return st.lists(st.integers(0, CONFIG.vocab_size - 1), min_size=least, max_size=most)
+def ids(min_size=1, max_size=4):
+    return st.lists(st.integers(0, CONFIG.vocab_size - 1), min_size=min_size, max_size=max_size)
 
 
 @st.composite
 def pairs(draw):
-    """A pair of ids; often with a prompt or response of one token, a shared prefix, or one prefix of the other."""
+    """Prompt, chosen and rejected; the responses are often equal, or share a prefix, or one begins with the other."""
     prompt, chosen = draw(ids()), draw(ids())
     kind = draw(st.sampled_from(["any", "equal", "longer", "branching"]))
     if kind == "equal":

@@ -43,7 +43,7 @@ def test_what_is_right_passes_and_what_is_wrong_is_not_timed(made):
     """Otherwise a fast step wins that computes something else."""
     work = draw(SMALL, 0)
     contender = made(work)
-    with contender.workers:
+    with contender:
         expected = speed.truth(work)
         assert speed.check("right", Asked(contender), expected) < 1e-4
         before = {name: p.data.copy() for name, p in contender.policy.items()}

@@ -1,4 +1,4 @@
-"""Checkpoints: the same model back, or a sentence; never half of one."""
+"""A checkpoint gives back the same model, or one sentence about its fault."""
 
 import json
 import os
@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from minidpo import checkpoint, model
-from minidpo.run import safetensors
+from minidpo.run import files, safetensors
 from minidpo.run.checkpoint import CheckpointError
 from minidpo.tokenizer import Tokenizer
 from models import CONFIG, small
@@ -29,7 +29,7 @@ def saved(tmp_path):
 
 
 def test_everything_comes_back(saved):
-    """Otherwise a resumed run is another run."""
+    """The model, the arrays and the state load as they were saved."""
     loaded = checkpoint.load(saved)
     assert loaded.config == CONFIG and loaded.tokenizer.characters == "abcd" and loaded.verified
     for name, p in small().items():
@@ -45,7 +45,7 @@ def test_everything_comes_back(saved):
 
 
 def test_the_same_model_gives_the_same_bytes(saved, tmp_path):
-    """Otherwise two equal runs cannot be shown to be equal."""
+    """Saved again, a checkpoint has the same bytes: equal runs are equal files."""
     checkpoint.save(tmp_path / "again", *checkpoint.load(saved)[:3], *checkpoint.load_state(saved))
     for name in FILES:
         assert (saved / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
@@ -62,11 +62,11 @@ def test_the_same_model_gives_the_same_bytes(saved, tmp_path):
     metadata=st.dictionaries(st.sampled_from(["format", "state", "\u00e9"]), st.text()),
 )
 def test_any_arrays_round_trip(tmp_path_factory, arrays, metadata):
-    """Otherwise the format loses a shape, a dtype or a byte order."""
+    """Shape, dtype, byte order and metadata survive the format."""
     path = tmp_path_factory.mktemp("st") / "x.safetensors"
     path.write_bytes(safetensors.to_bytes(arrays, metadata))
-    loaded, kept, verified = safetensors.read(path)
-    assert verified and {key: kept[key] for key in metadata} == metadata and loaded.keys() == arrays.keys()
+    loaded, strings, verified = safetensors.read(path)
+    assert verified and {key: strings[key] for key in metadata} == metadata and loaded.keys() == arrays.keys()
     for name, array in arrays.items():
         assert loaded[name].shape == array.shape and loaded[name].dtype == array.dtype.newbyteorder("<")
         assert loaded[name].tobytes() == array.astype(array.dtype.newbyteorder("<")).tobytes()
@@ -74,7 +74,7 @@ def test_any_arrays_round_trip(tmp_path_factory, arrays, metadata):
 
 @given(cut=st.floats(0, 1, exclude_max=True))
 def test_a_truncated_file_is_refused(tmp_path_factory, cut):
-    """At any length: otherwise a full disk leaves a model that is half zeros."""
+    """A file cut at any length is refused: a full disk leaves no model that is half zeros."""
     path = tmp_path_factory.mktemp("st") / "x.safetensors"
     content = safetensors.to_bytes({"a": np.arange(6.0).reshape(2, 3), "b": np.ones(2, "f4")}, {})
     path.write_bytes(content[: int(cut * len(content))])
@@ -84,7 +84,7 @@ def test_a_truncated_file_is_refused(tmp_path_factory, cut):
 
 @given(place=st.floats(0, 1, exclude_max=True), flip=st.integers(1, 255))
 def test_a_corrupted_file_is_refused_or_harmless(tmp_path_factory, place, flip):
-    """One byte changed, anywhere: never another number; a changed byte of padding or of a name may pass."""
+    """One changed byte never gives another number; it may pass in the padding or in a name."""
     path = tmp_path_factory.mktemp("st") / "x.safetensors"
     arrays = {"a": np.arange(6.0).reshape(2, 3), "b": np.ones(2, "f4")}
     content = bytearray(safetensors.to_bytes(arrays, {}))
@@ -118,14 +118,14 @@ F4 = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
         ({"a": 3}, b"", None, "has dtype None, known are F16"),
         ({"a": {**F4, "dtype": "BF16"}}, b"0" * 8, None, "has dtype 'BF16', known are F16"),
         ({"a": {**F4, "dtype": ["F32"]}}, b"0" * 8, None, "has dtype"),
-        ({"a": {**F4, "shape": [-2]}}, b"0" * 8, None, "no shape or no place"),
-        ({"a": {**F4, "shape": [2.0]}}, b"0" * 8, None, "no shape or no place"),
-        ({"a": {**F4, "shape": [True, 2]}}, b"0" * 8, None, "no shape or no place"),
-        ({"a": {**F4, "data_offsets": [0]}}, b"0" * 8, None, "no shape or no place"),
+        ({"a": {**F4, "shape": [-2]}}, b"0" * 8, None, "lacks a shape or a place"),
+        ({"a": {**F4, "shape": [2.0]}}, b"0" * 8, None, "lacks a shape or a place"),
+        ({"a": {**F4, "shape": [True, 2]}}, b"0" * 8, None, "lacks a shape or a place"),
+        ({"a": {**F4, "data_offsets": [0]}}, b"0" * 8, None, "lacks a shape or a place"),
         ({"a": {**F4, "shape": [2**40, 2**40]}}, b"0" * 8, None, "does not fit bytes 0 to 8 of 8"),
         ({"a": {**F4, "data_offsets": [8, 0]}}, b"0" * 8, None, "does not fit bytes 8 to 0"),
         ({"a": {**F4, "shape": [0, 2**62, 2**62], "data_offsets": [0, 0]}}, b"", None, "cannot have shape"),
-        ({"a": {**F4, "shape": [2] * 65}}, b"0" * 8, None, "no shape or no place"),
+        ({"a": {**F4, "shape": [2] * 65}}, b"0" * 8, None, "lacks a shape or a place"),
         (b'{"a": ' + b"1" * 9_999 + b"}", b"", None, "the header is not JSON"),
         ({"a": F4}, b"0" * 4, None, "does not fit bytes 0 to 8 of 4"),
         ({"a": F4}, b"0" * 9, None, "do not fill the data"),
@@ -135,7 +135,7 @@ F4 = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
     ],
 )
 def test_a_file_that_lies_is_refused(tmp_path, header, data, length, sentence):
-    """Otherwise a header from a stranger allocates a terabyte, or reads another array's bytes."""
+    """A stranger's header neither allocates a terabyte, nor reads another array's bytes."""
     path = tmp_path / "x.safetensors"
     with_header(path, header, data, length)
     with pytest.raises(CheckpointError, match=sentence) as caught:
@@ -144,7 +144,7 @@ def test_a_file_that_lies_is_refused(tmp_path, header, data, length, sentence):
 
 
 def test_a_foreign_file_without_a_checksum_is_taken_and_said_so(saved):
-    """Otherwise weights from elsewhere are refused, or pass for verified."""
+    """Weights from elsewhere load, and do not pass for verified."""
     arrays, _, _ = safetensors.read(saved / "model.safetensors")
     renamed = {f"transformer.{name}": x for name, x in arrays.items()}
     renamed["lm_head.weight"] = arrays["wte.weight"]
@@ -214,11 +214,11 @@ def changed(folder, **changes):
         (lambda f: changed(f, extra=np.ones(1)), "'extra' is not a parameter"),
         (lambda f: changed(f, **{"x.attn.bias": np.ones(1)}), "'x.attn.bias' is not a parameter"),
         (lambda f: changed(f, **{"wpe.weight": np.ones((8, 8), "f4")}), "all float32 or all float64"),
-        (lambda f: changed(f, **{"transformer.wpe.weight": np.ones((8, 8))}), "there twice"),
+        (lambda f: changed(f, **{"transformer.wpe.weight": np.ones((8, 8))}), "occurs twice"),
     ],
 )
 def test_a_folder_that_does_not_belong_together_is_refused(saved, spoil, sentence):
-    """Otherwise a model is loaded that nobody saved."""
+    """Files of different models are refused together: nobody saved that model."""
     changed(saved)  # now without checksums of the other files
     spoil(saved)
     with pytest.raises(CheckpointError, match=sentence):
@@ -226,10 +226,10 @@ def test_a_folder_that_does_not_belong_together_is_refused(saved, spoil, sentenc
 
 
 @pytest.mark.parametrize("state", [{}, {"state": "[1]"}, {"state": "1" * 9_999}])
-def test_a_state_that_is_none_is_refused(saved, state):
-    """Otherwise training starts again from nothing, and calls it going on."""
+def test_a_file_without_a_state_is_refused(saved, state):
+    """A resumed run needs its state: it never starts from nothing without a word."""
     (saved / "state.safetensors").write_bytes(safetensors.to_bytes({}, state))
-    with pytest.raises(CheckpointError, match=r"holds no training state|not a JSON object"):
+    with pytest.raises(CheckpointError, match=r"its training state is not"):
         checkpoint.load_state(saved)
 
 
@@ -244,7 +244,7 @@ def test_a_state_that_is_none_is_refused(saved, state):
     ],
 )
 def test_a_change_that_still_makes_sense_is_refused(saved, name, old, new):
-    """Otherwise a flipped bit in a step, a dtype, a character or a size gives another model, verified."""
+    """A changed step, dtype, character or size is found by its checksum, though the file still parses."""
     content = (saved / name).read_bytes()
     assert old in content
     (saved / name).write_bytes(content.replace(old, new, 1))
@@ -265,14 +265,14 @@ def test_a_change_that_still_makes_sense_is_refused(saved, name, old, new):
     ],
 )
 def test_what_could_not_be_loaded_is_not_saved(tmp_path, arguments, sentence):
-    """Otherwise the mistake is found when the run that made it is over."""
+    """A mistake is found at the save, not when the run is over."""
     with pytest.raises(CheckpointError, match=sentence):
         checkpoint.save(tmp_path / "x", **{"params": small(), "config": CONFIG, "tokenizer": TOKENIZER, **arguments})
     assert not list(tmp_path.iterdir())
 
 
 def test_each_file_is_whole_before_it_is_synced(tmp_path, monkeypatch):
-    """Otherwise what reaches the disk is the file as it was before its last bytes."""
+    """Each file is synced at its full length, and so are the folders that hold new names."""
     sizes = {}
     monkeypatch.setattr(
         os, "fsync", lambda fd: sizes.update({os.readlink(f"/proc/self/fd/{fd}"): os.fstat(fd).st_size})
@@ -281,11 +281,12 @@ def test_each_file_is_whole_before_it_is_synced(tmp_path, monkeypatch):
     written = {path.rpartition("/")[2]: size for path, size in sizes.items()}
     for name in FILES:
         assert written[name] == (tmp_path / "new" / "run" / "step-1" / name).stat().st_size
-    assert {"new", "run"} <= set(written) and tmp_path.name in written  # the folders that hold new names
+    assert {"new", "run", tmp_path.name} <= set(written)
+    assert any(name.startswith(".step-1.") for name in written)  # the checkpoint's own folder, before its renaming
 
 
 def test_a_pointer_is_written_whole_or_not_at_all(saved, monkeypatch):
-    """Otherwise a full disk leaves odd files, or a pointer to nothing."""
+    """A full disk leaves neither odd files, nor a pointer to nothing."""
     with pytest.raises(CheckpointError, match="nothing to point to"):
         checkpoint.point_to_latest(saved.with_name("nope"))
 
@@ -298,8 +299,24 @@ def test_a_pointer_is_written_whole_or_not_at_all(saved, monkeypatch):
     assert [path.name for path in saved.parent.iterdir()] == [saved.name]
 
 
+def test_errors_name_the_path_of_the_user(saved, tmp_path):
+    """A message never speaks of the temporary name beside the path, and nothing is left under that name."""
+    (tmp_path / "file").write_text("")
+    for write, path in [
+        (lambda path: files.write_whole(path, b"x"), tmp_path / "missing" / "page.html"),
+        (lambda path: files.write_whole(path, b"x"), tmp_path / "file" / "page.html"),
+        (lambda path: files.write_whole(path, b"x"), saved),
+        (lambda path: files.write_folder(path, {"a": b"x"}), saved),
+        (lambda path: files.write_folder(path, {"no/such/name": b"x"}), tmp_path / "new"),
+    ]:
+        with pytest.raises(OSError) as caught:
+            write(path)
+        assert caught.value.filename == str(path) and caught.value.strerror and caught.value.filename2 is None
+        assert not list(tmp_path.rglob(".*")) and sorted(x.name for x in saved.iterdir()) == FILES
+
+
 def test_nothing_is_overwritten(saved):
-    """Otherwise a failed save costs the model that was there."""
+    """A save into an existing folder is refused, and so is a tokenizer of another model."""
     with pytest.raises(CheckpointError, match="exists already"):
         checkpoint.save(saved, small(), CONFIG, TOKENIZER)
     with pytest.raises(CheckpointError, match="a vocabulary of 3 does not fit a model of 5"):
@@ -308,7 +325,7 @@ def test_nothing_is_overwritten(saved):
 
 @pytest.mark.parametrize("fails_at", range(9))
 def test_an_interrupted_save_leaves_nothing(tmp_path, monkeypatch, fails_at):
-    """Whichever disk write fails: otherwise a folder lies there that looks like a checkpoint."""
+    """Whichever disk write fails, the folder is whole or does not exist."""
     calls = iter(range(100))
     fsync = os.fsync
 
@@ -331,7 +348,7 @@ def test_an_interrupted_save_leaves_nothing(tmp_path, monkeypatch, fails_at):
 
 
 def test_the_latest_is_followed(saved):
-    """Otherwise one must know the number of the last step."""
+    """A folder of checkpoints means the latest of them."""
     checkpoint.point_to_latest(saved)
     assert checkpoint.latest(saved.parent) == saved == checkpoint.latest(saved)
     second = saved.with_name("step-8")
@@ -343,14 +360,14 @@ def test_the_latest_is_followed(saved):
 
 @pytest.mark.parametrize("name", ["../elsewhere", "missing", "/etc", "", "..", "x" * 300])
 def test_a_pointer_elsewhere_is_refused(saved, name):
-    """Otherwise a run folder from a stranger reads any folder of the machine."""
+    """A pointer names a checkpoint beside it: a stranger's run does not read other folders of the machine."""
     (saved.parent / "latest").write_text(name)
     with pytest.raises(CheckpointError, match="latest: "):
         checkpoint.load(saved.parent)
 
 
 def test_hugging_face_finds_the_same_logits(saved, tmp_path):
-    """Otherwise the weights cannot be taken along."""
+    """Our weights are GPT-2 weights, there and back."""
     torch = pytest.importorskip("torch", reason="torch is not installed")
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
     params = {name: type(p)(p.data.astype("float32")) for name, p in small().items()}

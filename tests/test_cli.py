@@ -149,7 +149,7 @@ def test_what_is_wrong_is_one_sentence(trained, capsys, tmp_path):
         (["pretrain", "--data", str(tmp_path / "none.txt"), "--out", str(tmp_path / "new")], "No such file"),
         (
             ["pretrain", "--data", str(tmp_path / "one.txt"), "--out", str(tmp_path / "new")],
-            "two different prompts or lines",
+            "two different prompts or texts",
         ),
         (["pretrain", "--data", str(tmp_path / "latin.txt"), "--out", str(tmp_path / "new")], "byte 0 is not UTF-8"),
         (

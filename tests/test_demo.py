@@ -73,7 +73,7 @@ def test_the_table_is_that_of_the_replies(made):
     folder, printed = made
     rows = json.loads((folder / "results.json").read_text())["models"]
     assert [row["model"] for row in rows] == ["base", "SFT", "DPO"]
-    prompts = world.drawn(world.prompt_distribution(world.split(0)[1]), 30, stream(0, "demo", "prompts"))
+    prompts = world.samples(world.prompt_distribution(world.split(0)[1]), 30, stream(0, "demo", "prompts"))
     sft = checkpoint.load(folder / "sft")
     for stage, row in zip(desk.STAGES, rows):
         model = checkpoint.load(folder / stage)

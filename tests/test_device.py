@@ -30,6 +30,7 @@ from minidpo import (
 from minidpo.cli import train
 from minidpo.ops import OPS
 from minidpo.run.folder import json_lines
+from minidpo.run.reference import cached_reference_logprobs
 from minidpo.theory import equalities
 from minidpo.tokenizer import Tokenizer
 from models import CONFIG, small
@@ -199,7 +200,7 @@ def test_steps_of_each_kind_of_training_on_the_device(tmp_path):
         metrics = [training.sft_training_step(params, CONFIG, optimizer, EXAMPLES, 1.0, 2)]
         path = tmp_path / f"{len(seen)}.safetensors"
         for _ in range(2):  # computed, then read
-            logps = training.cached_reference_logprobs(path, reference, CONFIG, Tokenizer("abcd"), PAIRS)
+            logps = cached_reference_logprobs(path, reference, CONFIG, Tokenizer("abcd"), PAIRS)
             assert all(type(logp) is type(params["wte.weight"].data) for logp in logps)
         for batch in (preferences.collate(PAIRS), preferences.collate(PAIRS, *logps)):
             for loss in (losses.dpo_loss, losses.ipo_loss):

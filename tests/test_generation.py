@@ -1,4 +1,4 @@
-"""Sampling: the same numbers as a full forward, the right distribution, and a stop at the right place."""
+"""Sampling has the logits of a full forward, draws from the correct distribution and stops where it should."""
 
 import math
 
@@ -18,7 +18,7 @@ prompts = st.lists(ids(1, 5), min_size=1, max_size=3)
 
 @given(tokens=st.lists(ids(6, 6), min_size=1, max_size=3), cuts=st.lists(st.integers(1, 3), min_size=1, max_size=3))
 def test_the_cache_gives_the_logits_of_a_full_forward(tokens, cuts):
-    """Otherwise sampling draws from another model than scoring scores."""
+    """The cache gives the logits of a full forward, whatever the number of tokens in each step."""
     params, tokens = small(), np.array(tokens)
     full = model.forward(params, CONFIG, tokens).data
     cache, start = Cache(params, CONFIG, len(tokens), 6), 0
@@ -32,8 +32,8 @@ def test_the_cache_gives_the_logits_of_a_full_forward(tokens, cuts):
 @given(
     prompts=prompts, seed=st.integers(0, 99), cap=st.integers(1, 9), temperature=st.sampled_from([0.0, 0.5, 1.0, 3.0])
 )
-def test_what_was_recorded_is_what_scoring_says(prompts, seed, cap, temperature):
-    """Cut rows included: otherwise a sampled response cannot be weighed by its own probability."""
+def test_the_logprobs_of_a_sample_are_those_of_scoring(prompts, seed, cap, temperature):
+    """A sample's log-probabilities add up to its score, for complete and for cut responses."""
     params = small()
     out = generate(params, CONFIG, prompts, np.random.default_rng(seed), cap, temperature, top_k=4, top_p=0.95)
     for prompt, response, logprobs in zip(prompts, out.responses, out.logprobs):
@@ -44,24 +44,24 @@ def test_what_was_recorded_is_what_scoring_says(prompts, seed, cap, temperature)
 
 @given(prompts=prompts, seed=st.integers(0, 99), cap=st.integers(1, 9))
 def test_a_response_is_complete(prompts, seed, cap):
-    """It ends in end-of-text or at a cap, and holds no other: otherwise a model that stops is heard on."""
+    """A response ends at its first end-of-text, or without one at the length limit."""
     out = generate(small(), CONFIG, prompts, np.random.default_rng(seed), cap)
     for prompt, response in zip(prompts, out.responses):
-        most = min(cap, CONFIG.n_positions + 1 - len(prompt))
+        limit = min(cap, CONFIG.n_positions + 1 - len(prompt))
         assert END_OF_TEXT not in response[:-1]
-        assert 1 <= len(response) <= most and (response[-1] == END_OF_TEXT or len(response) == most)
+        assert 1 <= len(response) <= limit and (response[-1] == END_OF_TEXT or len(response) == limit)
 
 
 @given(prompts=prompts, seed=st.integers(0, 99))
 def test_a_prompt_s_sample_does_not_depend_on_when_others_end(prompts, seed):
-    """Otherwise two models cannot be compared under the same random numbers."""
+    """Equal random numbers give a prompt the same response alone and among other prompts of its length."""
 
-    class Same:
+    class OneNumberPerStep:
         def random(self, n):
             return np.full(n, self.numbers.random())
 
     def sample(prompts):
-        rng = Same()
+        rng = OneNumberPerStep()
         rng.numbers = np.random.default_rng(seed)
         return generate(small(), CONFIG, prompts, rng, 9).responses
 
@@ -70,41 +70,41 @@ def test_a_prompt_s_sample_does_not_depend_on_when_others_end(prompts, seed):
 
 
 def test_each_prompt_has_its_own_random_numbers():
-    """Otherwise ten samples of one prompt are one sample ten times."""
+    """Eight samples of one prompt are mostly different."""
     out = generate(small(), CONFIG, [[1]] * 8, np.random.default_rng(0), 8)
     assert len({tuple(response) for response in out.responses}) > 4
 
 
 def test_a_single_prompt_is_a_batch_of_one():
-    """Otherwise the simplest call of all fails on a bracket."""
+    """A list of ids, an array of ids and a batch with one row give the same sample."""
     for prompt in ([1, 2], np.array([1, 2]), [[1, 2]]):
         assert generate(small(), CONFIG, prompt, np.random.default_rng(0), 4) == generate(
             small(), CONFIG, np.array([[1, 2]]), np.random.default_rng(0), 4
         )
 
 
-def test_nan_and_tiny_temperatures():
-    """Otherwise a broken model, or a temperature of almost 0, draws the least likely token."""
+def test_nan_is_refused_and_a_tiny_temperature_is_greedy():
+    """The message names the prompt whose log-probabilities are nan; a temperature of almost 0 overflows nowhere."""
     logp = np.log([[0.7, 0.2, 0.1]])
     assert draw(logp, np.array([0.999]), 1e-320, None, None).tolist() == [0]
-    with pytest.raises(FloatingPointError, match="nan"):
-        draw(logp * np.nan, np.array([0.5]), 1.0, None, None)
+    with pytest.raises(FloatingPointError, match="prompt 1: the model's log-probabilities are nan"):
+        draw(np.concatenate([logp, logp * np.nan]), np.array([0.5, 0.5]), 1.0, None, None)
 
 
 def test_ties_go_to_the_first():
-    """Otherwise the same seed gives another sample on another machine."""
+    """Of equally likely tokens the first id comes first, so a seed gives the same sample on every machine."""
     assert draw(np.log(np.full((1, 20), 0.05)), np.array([0.0]), 1.0, 1, None).tolist() == [0]
 
 
 def test_the_cache_has_the_model_s_dtype():
-    """Otherwise sampling in float32 pays for float64."""
+    """A float32 model samples in float32."""
     params = model.init(CONFIG, np.random.default_rng(0))
     cache = Cache(params, CONFIG, 1, 3)
     assert cache.keys_values.dtype == cache.extend(np.array([[1, 2]])).dtype == "float32"
 
 
 def test_greedy_takes_the_likeliest():
-    """Otherwise temperature 0 is not the limit of small temperatures."""
+    """Temperature 0, a tiny temperature and top_k = 1 all take the likeliest token of each step."""
     params, rng = small(), np.random.default_rng(0)
     greedy = generate(params, CONFIG, [[1, 2], [3]], rng, 5, temperature=0)
     cold = generate(params, CONFIG, [[1, 2], [3]], rng, 5, temperature=1e-6)
@@ -115,16 +115,16 @@ def test_greedy_takes_the_likeliest():
         text.append(token)
 
 
-def expected(logp, temperature, top_k, top_p):
-    """The distribution by its definition, one token at a time."""
+def distribution(logp, temperature, top_k, top_p):
+    """The distribution from its definition, one token at a time."""
     p = np.exp(logp / temperature - np.max(logp / temperature))
     order = sorted(range(len(p)), key=lambda i: -p[i])[:top_k]
-    total, kept, mass = sum(p[i] for i in order), [], 0.0
+    total, nucleus, mass = sum(p[i] for i in order), [], 0.0
     for i in order:
         if top_p is None or mass < top_p:
-            kept.append(i)
+            nucleus.append(i)
         mass += p[i] / total
-    return np.array([p[i] if i in kept else 0.0 for i in range(len(p))]) / sum(p[i] for i in kept)
+    return np.array([p[i] if i in nucleus else 0.0 for i in range(len(p))]) / sum(p[i] for i in nucleus)
 
 
 @given(
@@ -134,27 +134,29 @@ def expected(logp, temperature, top_k, top_p):
     top_p=st.sampled_from([None, 0.1, 0.5, 0.9, 1.0]),
 )
 def test_tokens_are_drawn_from_the_distribution(logits, temperature, top_k, top_p):
-    """Otherwise samples lie about the model: a grid of uniform numbers must reach each token by its probability."""
+    """Over a grid of uniform numbers, each token is drawn as often as its probability says, and none has p = 0."""
     logp = np.array(logits) - np.logaddexp.reduce(logits)
     n = 2000
     uniform = (np.arange(n) + 0.5) / n
     tokens = draw(np.tile(logp, (n, 1)), uniform, temperature, top_k, top_p)
-    close(np.bincount(tokens, minlength=5) / n, expected(logp, temperature, top_k, top_p), atol=1.5 / n)
+    close(np.bincount(tokens, minlength=5) / n, distribution(logp, temperature, top_k, top_p), atol=1.5 / n)
     edge = np.array([0.0, np.nextafter(1.0, 0.0)])
     assert (
-        expected(logp, temperature, top_k, top_p)[draw(np.tile(logp, (2, 1)), edge, temperature, top_k, top_p)] > 0
+        distribution(logp, temperature, top_k, top_p)[draw(np.tile(logp, (2, 1)), edge, temperature, top_k, top_p)] > 0
     ).all()
 
 
 def test_the_defaults_leave_the_model_s_distribution_alone():
-    """Otherwise a sample that nobody asked to be tempered is."""
-    bare = generate(small(), CONFIG, [[1, 2], [3]], np.random.default_rng(0), 6)
-    said = generate(small(), CONFIG, [[1, 2], [3]], np.random.default_rng(0), 6, temperature=1.0, top_k=None, top_p=1.0)
-    assert bare == said != generate(small(), CONFIG, [[1, 2], [3]], np.random.default_rng(0), 6, temperature=2.0)
+    """The defaults are temperature 1, no top_k and all of the probability."""
+
+    def sample(**options):
+        return generate(small(), CONFIG, [[1, 2], [3]], np.random.default_rng(0), 6, **options)
+
+    assert sample() == sample(temperature=1.0, top_k=None, top_p=1.0) != sample(temperature=2.0)
 
 
 def test_sampling_builds_no_graph():
-    """Otherwise a long sample keeps every activation."""
+    """The cache holds parameters that need no gradient, so a long sample stores no activations."""
     cache = Cache(small(), CONFIG, 1, 3)
     assert not any(p.requires_grad for p in cache.params.values())
 
@@ -162,26 +164,26 @@ def test_sampling_builds_no_graph():
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"max_new_tokens": 0}, "max_new_tokens = 0 is out of range"),
-        ({"temperature": -1.0}, "temperature = -1.0 is out of range"),
+        ({"max_new_tokens": 0}, "max_new_tokens = 0 is out of range: it must be at least 1"),
+        ({"temperature": -1.0}, "temperature = -1.0 is out of range: it must be at least 0"),
         ({"temperature": math.nan}, "temperature = nan is out of range"),
-        ({"top_k": 0}, "top_k = 0 is out of range"),
+        ({"top_k": 0}, "top_k = 0 is out of range: it must be at least 1"),
         ({"top_p": 0.0}, "top_p = 0.0 is out of range"),
-        ({"top_p": 1.1}, "top_p = 1.1 is out of range"),
-        ({"prompt": []}, "at least one prompt"),
-        ({"prompt": [[1], []]}, "at least one token"),
-        ({"prompt": [[1] * 9]}, "9 tokens is longer than the model's n_positions = 8"),
+        ({"top_p": 1.1}, "top_p = 1.1 is out of range: it must be above 0 and at most 1"),
+        ({"prompt": []}, "there is no prompt"),
+        ({"prompt": [[1], []]}, "prompt 1 has no token: begin each prompt with end-of-text, id 0"),
+        ({"prompt": [[1], [1] * 9]}, "prompt 1 has 9 tokens, but the model's n_positions = 8: shorten it"),
     ],
 )
 def test_wrong_arguments_are_refused(options, sentence):
-    """Otherwise a typing error becomes a strange sample."""
+    """A number out of its range and an unusable prompt are errors; the message names the range or the prompt."""
     arguments = {"prompt": [[1]], "max_new_tokens": 3, **options}
     with pytest.raises(ValueError, match=sentence):
         generate(small(), CONFIG, rng=np.random.default_rng(0), **arguments)
 
 
 def test_unknown_ids_are_refused():
-    """Otherwise a prompt of another vocabulary is continued all the same."""
+    """Ids are integers of the vocabulary."""
     with pytest.raises(TypeError, match="integer"):
         generation.generate(small(), CONFIG, [[1.7]], np.random.default_rng(0), 2)
     with pytest.raises(IndexError, match="index 5"):

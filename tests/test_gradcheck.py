@@ -1,4 +1,4 @@
-"""The tester, tested: each planted mistake must be found, and named."""
+"""The checker, checked: each planted mistake must be found, and named."""
 
 import math
 
@@ -70,7 +70,7 @@ MISTAKES = {
 @pytest.mark.parametrize("mistake", MISTAKES)
 @given(seed=seeds)
 def test_planted_mistakes_are_found(mistake, method, seed):
-    """Otherwise a green check means nothing."""
+    """Every planted mistake is found, from any seed."""
     planted, arguments = MISTAKES[mistake]
     with pytest.raises(GradientError, match=planted.__name__):
         check_vjp(planted, *arguments, rng=np.random.default_rng(seed), method=method)
@@ -78,7 +78,7 @@ def test_planted_mistakes_are_found(mistake, method, seed):
 
 @pytest.mark.parametrize("method", ["central", "complex"])
 def test_failure_names_op_index_and_both_numbers(method):
-    """Otherwise the reader knows that something is wrong, and not where to look."""
+    """A failure names the op, the index and both numbers."""
 
     def wrong_in_one_place(x):
         y, vjp = ops.exp.raw(x)
@@ -104,21 +104,21 @@ def test_an_all_ones_cotangent_proves_nothing():
 
 
 def test_complex_step_is_exact_where_central_differences_round():
-    """Otherwise one method would do."""
+    """The complex step is exact to rounding; central differences are not."""
     rng = np.random.default_rng(0)
     errors = {method: check_vjp(ops.exp, S, rng=rng, method=method) for method in ("central", "complex")}
     assert errors["complex"] < 1e-15 < errors["central"] < 1e-8
 
 
 def test_a_forward_that_is_not_finite_is_refused():
-    """Otherwise a vjp is never looked at where nothing can be compared, and passes."""
+    """A forward that is not finite is an error: nothing can be compared there."""
     for y in (np.nan, np.inf, -np.inf):
         with pytest.raises(GradientError, match="nothing can be checked there"):
             check_vjp(lambda x, y=y: (np.full_like(x, y), lambda g: (123 * g,)), S, rng=np.random.default_rng(0))
 
 
 def test_writing_into_the_arguments_is_found():
-    """Otherwise a forward or a vjp that spoils its input is compared with itself, and passes."""
+    """A forward or a vjp that writes into its arguments is found."""
 
     def spoils_in_vjp(x):
         def vjp(g):
@@ -137,7 +137,7 @@ def test_writing_into_the_arguments_is_found():
 
 
 def test_a_vjp_that_raises_is_named():
-    """Otherwise one broken op ends the table of all."""
+    """A vjp that raises is named."""
 
     def raises(x):
         return x * 2, lambda g: (g @ np.ones(99),)
@@ -147,7 +147,7 @@ def test_a_vjp_that_raises_is_named():
 
 
 def test_the_largest_error_is_returned(monkeypatch):
-    """Otherwise a good direction hides a bad one."""
+    """The largest of the errors is returned, and nan if one is nan."""
     for errors, largest in (([1e-8, 5e-7, 1e-9], 5e-7), ([1e-8, math.nan, 1e-9], math.nan)):
         planted = iter(errors)
         monkeypatch.setattr(gradcheck, "_difference", lambda *args, planted=planted: next(planted))
@@ -167,14 +167,42 @@ def test_the_largest_error_is_returned(monkeypatch):
     ],
 )
 def test_wrong_arguments_get_a_sentence(arguments, options, error):
-    """Otherwise the reader looks for a mistake in the op."""
+    """Wrong arguments of the check itself get a sentence."""
     with pytest.raises(error, match=r"method must be|directions must be|pass the \.data"):
         check_vjp(ops.exp, *arguments, rng=np.random.default_rng(0), **options)
 
 
 def test_float32_is_checked_in_float64():
-    """Otherwise rounding, 1e-7/1e-6, drowns the difference."""
+    """float32 arrays are checked in float64, where rounding does not drown the difference."""
     check_vjp(ops.log_softmax, S.astype("float32"), rng=np.random.default_rng(0))
+
+
+LARGE = np.array([[1e6, -3e5, 1.0], [0.1, 2e6, -1e6]])
+
+
+@pytest.mark.parametrize("method", ["central", "complex"])
+def test_large_entries_move_by_a_step_of_their_size(method):
+    """A correct vjp at 1e6 checks: a step of 1e-6 there would be lost in rounding. A wrong one is still named."""
+    cubic, right = mistaken(ops.power, lambda g, right, x, c: right, LARGE, 3)
+    assert check_vjp(cubic, *right, rng=np.random.default_rng(0), method=method) < 1e-9
+    assert check_vjp(ops.log, abs(LARGE), rng=np.random.default_rng(0), method=method) < 1e-9
+    planted, arguments = mistaken(ops.log, lambda g, right, x: (2 * right[0],), abs(LARGE[:1, :2]))
+    with pytest.raises(GradientError, match="planted_log: argument 0 at index"):
+        check_vjp(planted, *arguments, rng=np.random.default_rng(0), method=method)
+
+    def squares(params):
+        return ops.mean(params["x"] * params["x"])
+
+    params = {"x": Tensor(LARGE, requires_grad=True)}
+    assert check_gradient(squares, params, np.random.default_rng(0), method=method) < 1e-9
+
+
+def test_the_values_in_a_failure_are_derivatives_even_at_large_entries():
+    """The message gives dL/dx itself, not its product with the step."""
+    planted, arguments = mistaken(ops.mul, lambda g, right, x, y: (right[0] + 7, right[1]), np.array([1e6]), 3.0)
+    g = np.random.default_rng(0).normal(size=1)[0]
+    with pytest.raises(GradientError, match=rf"vjp gives {3 * g + 7:.6g}, the complex step {3 * g:.6g} "):
+        check_vjp(planted, *arguments, rng=np.random.default_rng(0), method="complex")
 
 
 def two_layers(params):
@@ -195,7 +223,7 @@ def parameters(dtype="float64"):
 @pytest.mark.parametrize(("method", "bound"), [("central", 1e-9), ("complex", 1e-15)])
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_a_whole_function_checks(method, bound, dtype):
-    """Otherwise right ops could be wrongly joined, and no one would know."""
+    """A whole function of correct ops checks, and its parameters stay as they were."""
     params = parameters(dtype)
     before = {name: p.data.copy() for name, p in params.items()}
     assert check_gradient(two_layers, params, np.random.default_rng(0), method=method) < bound
@@ -205,9 +233,33 @@ def test_a_whole_function_checks(method, bound, dtype):
 
 @pytest.mark.parametrize("method", ["central", "complex"])
 def test_a_whole_function_with_a_cut_graph_is_found(method):
-    """Otherwise a parameter that never learns passes for one that need not."""
+    """A parameter that the graph has lost is found."""
 
     def cut(params):
         return two_layers({**params, "w": params["w"].detach()}) + ops.sum(params["b"])
 
     assert check_gradient(cut, parameters(), np.random.default_rng(0), method=method) > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("f", "options", "error", "sentence"),
+    [
+        (two_layers, {"method": "complexstep"}, ValueError, 'method must be "central" or "complex"'),
+        (two_layers, {"directions": 0}, ValueError, "directions must be at least 1, not 0"),
+        (lambda params: params["w"] * 2.0, {}, ValueError, r"holds one number, not a Tensor of shape \(3, 3\)"),
+        (lambda params: params["w"].data.sum(), {}, ValueError, "holds one number, not float64"),
+        (lambda params: ops.sum(params["w"].data), {}, GradientError, r"uses none of them, or only their \.data"),
+        (lambda params: ops.sum(params["w"]) * math.nan, {}, GradientError, "f is nan: nothing can be checked"),
+        (lambda params: ops.sum(params["w"]) + math.inf, {}, GradientError, "f is inf: nothing can be checked"),
+    ],
+)
+def test_a_function_that_cannot_be_checked_gets_a_sentence(f, options, error, sentence):
+    """What check_gradient cannot check is an error with a sentence."""
+    with pytest.raises(error, match=sentence):
+        check_gradient(f, parameters(), np.random.default_rng(0), **options)
+
+
+def test_constants_alone_cannot_be_checked():
+    """Without a parameter that requires a gradient there is nothing to check."""
+    with pytest.raises(ValueError, match="no parameter requires a gradient"):
+        check_gradient(two_layers, {"w": Tensor(S), "b": Tensor(S[0])}, np.random.default_rng(0))

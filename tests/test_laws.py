@@ -254,15 +254,15 @@ def law_of_block_attention(qkv: arrays((7, 3, 2, 3)), cut: st.integers(1, 3)):
     chosen = slice(0, 2)  # the prompt is 2 to 3, the rejected 4 to 6
     blocks = ((chosen, slice(0, 4), 1), (slice(3, 7), slice(2, 7), 1), (slice(2, 3), slice(2, 3), 1))
     places = np.array([2, 3, 0, 1, 2, 3, 4])
-    y = ops.block_attention(qkv, model.masked(blocks, places)).data
+    y = ops.block_attention(qkv, model.Rows(places, places, blocks).masked_blocks()).data
     for text in ([2, 3, 0, 1], [2, 3, 4, 5, 6]):
         alone = ops.causal_attention(*(qkv[text, i].swapaxes(0, 1) for i in range(3))).data
         close(y[text], alone.swapaxes(0, 1), atol=1e-13)
     places = np.array([0, 1, 2, 0, 1, 2, 0])
     together = ((slice(0, 6), slice(0, 6), 2),)
-    pair = ops.block_attention(qkv, model.masked(together, places)).data
+    pair = ops.block_attention(qkv, model.Rows(places, places, together).masked_blocks()).data
     apart = tuple((slice(i, i + 3), slice(i, i + 3), 1) for i in (0, 3))
-    close(pair, ops.block_attention(qkv, model.masked(apart, places)).data, atol=1e-13)
+    close(pair, ops.block_attention(qkv, model.Rows(places, places, apart).masked_blocks()).data, atol=1e-13)
     assert not pair[6].any()
 
 

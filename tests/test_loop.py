@@ -1,10 +1,9 @@
-"""A run can be left at any instant: it goes on as if nothing had happened, or says why it cannot."""
+"""A run may stop at any instant: it resumes as if nothing had happened, or says why it cannot."""
 
 import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -34,10 +33,10 @@ ROWS = [
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Pairs and a model to begin from."""
-    made = tmp_path_factory.mktemp("loop")
-    (made / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    checkpoint.save(made / "init", model.init(CONFIG, np.random.default_rng(0)), CONFIG, TOKENIZER)
-    return made
+    path = tmp_path_factory.mktemp("loop")
+    (path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    checkpoint.save(path / "init", model.init(CONFIG, np.random.default_rng(0)), CONFIG, TOKENIZER)
+    return path
 
 
 def dpo(folder, out, *more):
@@ -47,29 +46,36 @@ def dpo(folder, out, *more):
 SHORT = ("--steps=9", "--evaluate-every=4", "--batch-size=3", "--learning-rate=0.01")
 
 
+@pytest.fixture(scope="module")
+def whole(folder):
+    """A run that was never stopped."""
+    assert cli.main(dpo(folder, folder / "whole", *SHORT)) == 0
+    return folder / "whole"
+
+
 def lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-@pytest.mark.parametrize("what", ["writes", "instants", "signals"])
+@pytest.mark.parametrize("what", ["writes", "instants"])
 @forks
 def test_a_killed_run_ends_in_the_same_bytes(what, folder, tmp_path):
-    """Before every write, at random instants, by SIGTERM: otherwise a night's work is lost, or quietly another."""
+    """kill -9 costs steps, never results: before every write, and at random instants."""
     for name in ("pairs.jsonl", "init"):
         os.symlink(folder / name, tmp_path / name)
     one_thread = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-    finished = subprocess.run(
+    result = subprocess.run(
         [sys.executable, str(HERE / "killing.py"), what, str(tmp_path)],
         env={**os.environ, **one_thread},
         capture_output=True,
         text=True,
     )
-    assert finished.returncode == 0, finished.stdout + finished.stderr
-    assert finished.stdout.count("True") >= (12 if what != "writes" else 40)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert result.stdout.count("True") >= (12 if what == "instants" else 40)
 
 
 def test_what_a_run_leaves_behind(folder, tmp_path, capsys):
-    """Otherwise what happened cannot be read, nor repeated."""
+    """The folder holds what its module's docstring lists: what happened can be read, and repeated."""
     run = tmp_path / "run"
     assert cli.main(dpo(folder, run, *SHORT)) == 0
     printed = capsys.readouterr().out
@@ -77,15 +83,8 @@ def test_what_a_run_leaves_behind(folder, tmp_path, capsys):
         r"^run +(\d+)/9 +held-out loss \d\.\d{4} +accuracy \d\.\d\d +reward margin [+-]\d", printed, re.MULTILINE
     )
     assert steps == ["0", "4", "8", "9"] and "tokens/s" in printed and re.search(r"\d:\d\d left", printed)
-    assert {
-        "run.json",
-        "tokenizer.json",
-        "set_aside.jsonl",
-        "metrics.jsonl",
-        "samples.jsonl",
-        "report.md",
-        "model",
-    } <= {path.name for path in run.iterdir()}
+    listed = set(re.findall(r"^    (\S+?)/?  +\S", run_folder.__doc__, re.MULTILINE)) - {"step-000100", "curves.png"}
+    assert listed == {path.name for path in run.iterdir() if not re.match(r"step-|curves", path.name)}
     metrics = lines(run / "metrics.jsonl")
     assert [line["step"] for line in metrics] == [0, 1, 2, 3, 4, 4, 5, 6, 7, 8, 8, 9, 9]
     for line in metrics:
@@ -94,18 +93,17 @@ def test_what_a_run_leaves_behind(folder, tmp_path, capsys):
     assert sum("eval_loss" in line for line in metrics) == 4
     samples = lines(run / "samples.jsonl")
     assert {line["step"] for line in samples} == {0, 4, 8, 9} and samples[0].keys() == {"step", "prompt", "response"}
-    described = json.loads((run / "run.json").read_text())
-    assert described["environment"]["blas_threads"] >= 1 and len(described["data_sha256"]) == 64
+    description = run_folder.run_description(run)
+    assert description["environment"]["blas_threads"] >= 1 and len(description["data_sha256"]) == 64
     best = min((line for line in metrics if "eval_loss" in line), key=lambda line: line["eval_loss"])
-    kept = {path.name for path in run.glob("step-*")}
-    assert kept == {f"step-{best['step']:06d}", "step-000009"}
+    assert {path.name for path in run.glob("step-*")} == {f"step-{best['step']:06d}", "step-000009"}
     result, saved = checkpoint.load(run), checkpoint.load(run / f"step-{best['step']:06d}")
     assert all((result.params[name].data == p.data).all() for name, p in saved.params.items())
     assert (run / "latest").read_text() == "model"
 
 
 def test_the_same_seed_gives_the_same_bytes(folder, tmp_path):
-    """Otherwise nothing that is reported can be repeated. Looking more often changes nothing."""
+    """Equal seeds give equal weights, however often the run is evaluated; another seed gives others."""
     states = []
     for name, more in (("a", ()), ("b", ()), ("often", ("--evaluate-every=1",)), ("c", ("--seed=1",))):
         assert cli.main(dpo(folder, tmp_path / name, *SHORT, *more)) == 0
@@ -114,59 +112,70 @@ def test_the_same_seed_gives_the_same_bytes(folder, tmp_path):
 
 
 def test_no_checkpoint_knows_the_time(folder, tmp_path, monkeypatch):
-    """Otherwise two equal runs differ."""
-    kept = []
+    """Two runs on clocks of different speed write the same checkpoints."""
+    contents = []
     for factor in (1, 1000):
         clock = iter(range(10**9))
         monkeypatch.setattr(loop.time, "monotonic", lambda clock=clock, factor=factor: next(clock) * factor)
         run = tmp_path / f"run{factor}"
         assert cli.main(dpo(folder, run, *SHORT)) == 0
-        kept.append([path.read_bytes() for path in sorted(run.glob("step-*/*"))])
-    assert kept[0] == kept[1]
+        contents.append([path.read_bytes() for path in sorted(run.glob("step-*/*"))])
+    assert contents[0] == contents[1]
 
 
-def interrupting(number, step):
-    """A training step after which a signal comes."""
-    taken = []
-    right = training.dpo_training_step
+def interrupting(function, call):
+    """The function, but Ctrl-C comes right after its call of that number, counted from 1."""
+    calls = iter(range(1, 1000))
 
-    def training_step(*args, **kwargs):
-        metrics = right(*args, **kwargs)
-        taken.append(metrics)
-        if len(taken) == step:
-            os.kill(os.getpid(), number)
-        return metrics
+    def interrupted(*args, **kwargs):
+        result = function(*args, **kwargs)
+        if next(calls) == call:
+            raise KeyboardInterrupt
+        return result
 
-    return training_step
+    return interrupted
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupt_saves_and_says_how_to_go_on(number, folder, tmp_path, capsys, monkeypatch):
-    """Otherwise Ctrl-C throws away what was learnt since the last checkpoint."""
-    run, whole = tmp_path / "run", tmp_path / "whole"
-    before = signal.signal(number, signal.default_int_handler)  # where tests run in the background, it is ignored
-    try:
-        with monkeypatch.context() as patch:
-            patch.setattr(training, "dpo_training_step", interrupting(number, 6))
-            assert cli.main(dpo(folder, run, *SHORT)) == 130
-        assert signal.getsignal(number) is signal.default_int_handler
-    finally:
-        signal.signal(number, before)
-    error = capsys.readouterr().err
-    assert f"{number.name}: saved at step 6; go on with: python -m minidpo resume {run}" in error
-    assert (run / "latest").read_text() == "step-000006"
-    assert cli.main(["resume", str(run)]) == 0 and cli.main(dpo(folder, whole, *SHORT)) == 0
-    for name in ("model/model.safetensors", "step-000009/state.safetensors", "samples.jsonl"):
-        assert (run / name).read_bytes() == (whole / name).read_bytes()
+@pytest.mark.parametrize(
+    ("place", "name", "call", "last"),
+    [
+        (training, "dpo_training_step", 1, "step-000000"),
+        (training, "dpo_training_step", 6, "step-000004"),
+        (os, "fsync", 32, "step-000004"),  # between two files of the checkpoint of step 8
+    ],
+)
+def test_ctrl_c_costs_steps_and_nothing_else(place, name, call, last, folder, whole, tmp_path, monkeypatch):
+    """The steps since the last checkpoint are repeated; the resumed run ends in the same bytes."""
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(place, name, interrupting(getattr(place, name), call))
+        assert cli.main(dpo(folder, run, *SHORT)) == 130
+    assert (run / "latest").read_text() == last and not list(run.glob(".*"))
+    assert cli.main(["resume", str(run)]) == 0
+    for path in ("model/model.safetensors", "step-000009/state.safetensors", "samples.jsonl"):
+        assert (run / path).read_bytes() == (whole / path).read_bytes()
     without_times = [
-        [{k: v for k, v in line.items() if k != "tokens_per_second"} for line in lines(folder_ / "metrics.jsonl")]
-        for folder_ in (run, whole)
+        [{k: v for k, v in line.items() if k != "tokens_per_second"} for line in lines(each / "metrics.jsonl")]
+        for each in (run, whole)
     ]
     assert without_times[0] == without_times[1]
 
 
+def test_ctrl_c_in_a_notebook(tmp_path):
+    """A second call of `run_loop`, with the same objects, resumes from the checkpoint and not from their contents."""
+    contents = []
+    for name in ("run", "whole"):
+        run, (*model_parts, task, settings) = setup(tmp_path / name, range(20, 0, -1), steps=6, evaluate_every=4)
+        if name == "run":
+            with pytest.raises(KeyboardInterrupt):
+                loop.run_loop(run, *model_parts, task._replace(step=interrupting(task.step, 3)), settings)
+        loop.run_loop(run, *model_parts, task, settings)
+        contents.append((run / "step-000006" / "model.safetensors").read_bytes())
+    assert contents[0] == contents[1]
+
+
 def test_lines_after_the_checkpoint_are_cut_off(tmp_path):
-    """Otherwise a step stands in the metrics twice; half a line makes the file unreadable."""
+    """A resumed run repeats steps, and a step is in the metrics once; half a line goes too."""
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n{"step": 2}\n{"step": 2, "eval_loss": 1}\n{"step": 3}\n{"st')
     run_folder.cut(path, 2)
@@ -175,37 +184,35 @@ def test_lines_after_the_checkpoint_are_cut_off(tmp_path):
     assert not (tmp_path / "none.jsonl").exists()
 
 
-def test_going_on_with_a_finished_run_changes_nothing(folder, tmp_path):
-    """Otherwise one careless command trains further than was asked."""
-    run = tmp_path / "run"
-    assert cli.main(dpo(folder, run, *SHORT)) == 0
-    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
-    assert cli.main(["resume", str(run)]) == 0
-    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+def test_resuming_a_finished_run_changes_nothing(whole):
+    """No file differs after `minidpo resume` of a run that has its result."""
+    before = {path: path.read_bytes() for path in whole.rglob("*") if path.is_file()}
+    assert cli.main(["resume", str(whole)]) == 0
+    assert {path: path.read_bytes() for path in whole.rglob("*") if path.is_file()} == before
 
 
-def test_a_run_goes_on_with_what_it_was_begun_with(folder, tmp_path, capsys):
-    """Otherwise half of a model is trained on one file and half on another."""
+def test_a_run_resumes_with_the_inputs_that_it_began_with(folder, tmp_path, capsys):
+    """Other data or another model is refused: no model is trained half on one file and half on another."""
     copied = shutil.copytree(folder, tmp_path / "copy")
     run = tmp_path / "run"
     assert cli.main(dpo(copied, run, *SHORT)) == 0
     assert cli.main(dpo(copied, run, *SHORT)) == 2
-    assert f"{run} exists already: choose another folder, or go on with it: python -m minidpo resume {run}" in (
+    assert f"{run} exists already: choose another folder, or resume this one: minidpo resume {run}" in (
         capsys.readouterr().err
     )
     with (copied / "pairs.jsonl").open("a") as file:
         file.write("\n")
     assert cli.main(["resume", str(run)]) == 2
-    assert "cannot go on, what --data names has changed" in capsys.readouterr().err
+    assert "cannot resume, the input of --data has changed" in capsys.readouterr().err
     shutil.copy(folder / "pairs.jsonl", copied / "pairs.jsonl")
     shutil.rmtree(copied / "init")
     checkpoint.save(copied / "init", model.init(CONFIG, np.random.default_rng(9)), CONFIG, TOKENIZER)
     assert cli.main(["resume", str(run)]) == 2
-    assert "cannot go on, what --init names has changed" in capsys.readouterr().err
+    assert "cannot resume, the input of --init has changed" in capsys.readouterr().err
 
 
 def test_another_number_of_threads_is_said(folder, tmp_path, capsys, monkeypatch):
-    """Otherwise the last bits differ, and nobody knows why."""
+    """A changed environment is one line: the last bits of the result may differ."""
     run = tmp_path / "run"
     monkeypatch.setattr(run_folder, "blas", lambda: workers.Blas(lambda: 3, print))
     assert cli.main(dpo(folder, run, *SHORT)) == 0
@@ -219,8 +226,8 @@ def test_another_number_of_threads_is_said(folder, tmp_path, capsys, monkeypatch
     "content",
     [None, "{", "[]", '{"arguments": "dpo"}', '{"arguments": ["r\\u001bm"], "environment": {}}', '{"arguments": []}'],
 )
-def test_what_is_no_run_cannot_go_on(content, tmp_path, capsys):
-    """Otherwise a stranger's folder decides which command is run, or a traceback says that it is none."""
+def test_a_folder_that_is_not_a_run_cannot_resume(content, tmp_path, capsys):
+    """A stranger's folder gets one sentence: it neither decides which command runs, nor ends in a traceback."""
     if content is not None:
         (tmp_path / "run.json").write_text(content)
     assert cli.main(["resume", str(tmp_path)]) == 2
@@ -228,45 +235,34 @@ def test_what_is_no_run_cannot_go_on(content, tmp_path, capsys):
     assert error.count("\n") == 1 and "\x1b" not in error
 
 
-def test_a_signal_that_is_ignored_stays_ignored(monkeypatch):
-    """Otherwise what runs under nohup is stopped by the Ctrl-C of somebody else's terminal."""
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        with loop.Interrupt().listening() as interrupt:
-            os.kill(os.getpid(), signal.SIGINT)
-            assert interrupt.name == "" and signal.getsignal(signal.SIGINT) is signal.SIG_IGN
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-def setup(tmp_path, losses, patience=None, steps=10):
-    """A run whose held-out losses are given: what the loop does with them, without a model to speak of."""
+def setup(tmp_path, losses, patience=None, steps=10, evaluate_every=1):
+    """A run of a tiny model whose held-out losses are scripted, and the other arguments of `run_loop`."""
     params = model.init(CONFIG, np.random.default_rng(0))
     optimizer = optim.AdamW(params, 1e-3)
-    measured = iter(losses)
+    script = iter(losses)
 
     def step(indices):
         return training.sft_training_step(params, CONFIG, optimizer, [([0], [i % 3 + 1, 0]) for i in indices])
 
-    task = loop.Task(6, step, lambda: {"loss": next(measured)}, lambda: [], lambda indices: f"lines {sorted(indices)}")
-    settings = loop.Settings(0, steps, 2, 1e-3, 0, 1, patience)
+    task = loop.Task(6, step, lambda: {"loss": next(script)}, lambda: [], lambda indices: f"lines {sorted(indices)}")
+    settings = loop.Settings(0, steps, 2, 1e-3, 0, evaluate_every, patience)
     run_folder.create(tmp_path / "run", {"arguments": ["sft"]}, {})
     return tmp_path / "run", (params, CONFIG, TOKENIZER, optimizer, task, settings)
 
 
 def test_early_stopping_keeps_the_best(tmp_path):
-    """Otherwise the run ends later than it should, or with a worse model than it had."""
+    """The run stops after `patience` evaluations without a lower loss, and the result is the lowest."""
     run, arguments = setup(tmp_path, [5.0, 3.0, 4.0, 2.0, 2.5, 2.0, 2.6, 9.0], patience=3)
     loop.run_loop(run, *arguments)
-    evaluated = [line["step"] for line in lines(run / "metrics.jsonl") if "eval_loss" in line]
-    assert evaluated == [0, 1, 2, 3, 4, 5, 6]  # the best at 3, then 2.5, an equal 2.0, 2.6
+    evaluations = [line["step"] for line in lines(run / "metrics.jsonl") if "eval_loss" in line]
+    assert evaluations == [0, 1, 2, 3, 4, 5, 6]  # the best at 3, then 2.5, an equal 2.0, 2.6
     assert {path.name for path in run.glob("step-*")} == {"step-000003", "step-000006"}
     best, result = (run / name / "model.safetensors" for name in ("step-000003", "model"))
     assert best.read_bytes() == result.read_bytes()
 
 
 def test_a_run_that_breaks_names_its_step_its_rows_and_the_last_good_checkpoint(tmp_path):
-    """Otherwise nan weights are saved, and nobody finds the row that did it."""
+    """The message leads to the batch, and the last checkpoint is finite."""
     run, arguments = setup(tmp_path, [5.0, 4.0, 3.0, float("nan")])
     with pytest.raises(FloatingPointError) as caught:
         loop.run_loop(run, *arguments)
@@ -280,32 +276,30 @@ def test_a_run_that_breaks_names_its_step_its_rows_and_the_last_good_checkpoint(
 
 
 def test_a_model_that_is_not_finite_is_never_saved(tmp_path):
-    """Otherwise the last good checkpoint is not good."""
+    """The last good checkpoint is good: a parameter that is not finite ends the run before the save."""
     run, arguments = setup(tmp_path, [1.0] * 11)
     arguments[0]["h.0.mlp.c_fc.bias"].data[3] = np.inf
-    with pytest.raises(
-        FloatingPointError, match="not finite at step 0, as it begins; there is no checkpoint yet; look"
-    ):
+    with pytest.raises(FloatingPointError, match="not finite at step 0; there is no checkpoint yet; look"):
         loop.run_loop(run, *arguments)
     assert not list(run.glob("step-*")) and not list(run.glob(".*"))
 
 
 def test_one_process_at_a_time(tmp_path):
-    """Otherwise each deletes what the other has just written."""
+    """A second process is refused before it touches a file."""
     run, arguments = setup(tmp_path, [1.0] * 11)
     half_written = run / (".step-000001." + "0" * 32)
     half_written.mkdir()
     (run / "model").mkdir()
     (run / "metrics.jsonl").write_text('{"step": 5}\n{"st')
-    with run_folder.alone(run), pytest.raises(checkpoint.CheckpointError, match="another process is at this run"):
+    with run_folder.alone(run), pytest.raises(checkpoint.CheckpointError, match="another process works on this run"):
         loop.run_loop(run, *arguments)
     assert half_written.exists() and (run / "model").exists()
     assert (run / "metrics.jsonl").read_text() == '{"step": 5}\n{"st'
     loop.run_loop(run, *arguments)
 
 
-def test_what_belongs_to_others_stays(tmp_path):
-    """Otherwise going on with a run deletes the notes that somebody keeps in its folder."""
+def test_files_of_others_stay(tmp_path):
+    """Only temporary names and old checkpoints are removed, not the notes that somebody keeps in the folder."""
     run, arguments = setup(tmp_path, [1.0] * 11)
     for name in (".git", "step-by-step", ".hidden"):
         (run / name).mkdir()
@@ -319,8 +313,8 @@ def test_what_belongs_to_others_stays(tmp_path):
     assert (".link." + "0" * 32) not in names and tmp_path.exists()
 
 
-def test_divergence_has_an_exit_status_of_its_own(folder, tmp_path, capsys):
-    """Otherwise a script cannot tell a wrong file from a learning rate that is too high."""
+def test_divergence_has_its_own_exit_status(folder, tmp_path, capsys):
+    """3 for a learning rate that is too high, where a wrong file gives 2."""
     with np.errstate(all="ignore"):
         assert cli.main(dpo(folder, tmp_path / "run", *SHORT[:-1], "--learning-rate=1e30", "--warmup-steps=0")) == 3
     error = capsys.readouterr().err
@@ -331,15 +325,15 @@ def test_divergence_has_an_exit_status_of_its_own(folder, tmp_path, capsys):
 
 
 def test_a_terminal_sees_a_live_line_and_a_log_does_not(capsys, monkeypatch):
-    """Otherwise a log is full of carriage returns, or a terminal is silent for a minute."""
+    """A terminal shows every step on one line; a log gets a line per evaluation, without carriage returns."""
     for live in (False, True):
         monkeypatch.setattr(sys.stdout, "isatty", lambda live=live: live)
         progress = loop.Progress("run", 100)
-        progress.took(7, {"loss": 1.5, "tokens": 30})
-        progress.took(8, {"loss": 1.25, "tokens": 30})
+        progress.after_step(7, {"loss": 1.5, "tokens": 30})
+        progress.after_step(8, {"loss": 1.25, "tokens": 30})
         printed = capsys.readouterr().out
         assert ("\r" in printed and "loss 1.5000" in printed) if live else printed == ""
-        progress.measured(10, {"eval_loss": 2.0, "eval_rewards/accuracies": 0.5, "eval_rewards/margins": -0.1})
+        progress.after_evaluation(10, {"eval_loss": 2.0, "eval_rewards/accuracies": 0.5, "eval_rewards/margins": -0.1})
         printed = capsys.readouterr().out
         assert "10/100   held-out loss 2.0000   accuracy 0.50   reward margin -0.100" in printed and printed.endswith(
             "left\n"
@@ -347,7 +341,7 @@ def test_a_terminal_sees_a_live_line_and_a_log_does_not(capsys, monkeypatch):
 
 
 def test_the_optimizer_comes_back(tmp_path):
-    """m, v and t: otherwise the first steps after a resume are those of a fresh Adam."""
+    """m, v and t are restored, and replace whatever the optimizer held."""
     params = model.init(CONFIG, np.random.default_rng(0))
     optimizer = optim.AdamW(params, 1e-2)
     training.sft_training_step(params, CONFIG, optimizer, [([0], [1, 0])])
@@ -357,14 +351,14 @@ def test_the_optimizer_comes_back(tmp_path):
     again = optim.AdamW(others, 1e-2)
     assert run_folder.restore(tmp_path / "step-000007", others, again) == state
     assert again.state.keys() == optimizer.state.keys() and again.state["wte.weight"]["t"] == 1
-    for name, kept in optimizer.state.items():
-        assert again.state[name].keys() == kept.keys() == {"t", "m", "v"}
-        assert all(np.array_equal(again.state[name][key], kept[key]) for key in kept)
+    for name, moments in optimizer.state.items():
+        assert again.state[name].keys() == moments.keys() == {"t", "m", "v"}
+        assert all(np.array_equal(again.state[name][key], moments[key]) for key in moments)
         assert (others[name].data == params[name].data).all()
 
 
-def test_a_checkpoint_of_no_run_is_no_place_to_go_on(tmp_path):
-    """Otherwise a model that somebody put there is trained on with a fresh optimizer, or ends in a traceback."""
+def test_a_checkpoint_from_elsewhere_is_not_resumed(tmp_path):
+    """A model with the state of another program, or none, is refused in one sentence."""
     params = model.init(CONFIG, np.random.default_rng(0))
     for number, (arrays, state) in enumerate([
         ({}, {}),
@@ -374,5 +368,5 @@ def test_a_checkpoint_of_no_run_is_no_place_to_go_on(tmp_path):
         ({}, {**vars(run_folder.State()), "best": 1.0, "step": "x", "optimizer": {}}),
     ]):  # fmt: skip
         checkpoint.save(tmp_path / str(number), params, CONFIG, TOKENIZER, arrays, state)
-        with pytest.raises(checkpoint.CheckpointError, match="its training state is not that of this run"):
+        with pytest.raises(checkpoint.CheckpointError, match="its training state does not belong to this run"):
             run_folder.restore(tmp_path / str(number), params, optim.AdamW(params))

@@ -187,6 +187,148 @@ def test_every_kind_is_right_far_out(kind, ratio):
     close([out.loss.item(), leaf.grad[0], gradient(w, zero)[0][0]], [expected[0], expected[1], expected[1]], rtol=1e-12)
 
 
+soft = st.integers(1, 4).flatmap(
+    lambda B: st.tuples(
+        *[hnp.arrays(float, B, elements=st.floats(-50, 0))] * 4,
+        hnp.arrays(float, B, elements=st.floats(0, 1)),
+        hnp.arrays(float, B, elements=st.floats(0.1, 9)),
+    )
+)
+
+
+@given(data=soft, beta=betas)
+def test_soft_labels_are_the_expected_loss(data, beta):
+    """-sum n [p log sigma(z) + (1 - p) log sigma(-z)]/sum n, one pair at a time in plain Python."""
+    *logps, p, n = data
+    z = [beta * ((w - a) - (l - b)) for w, l, a, b in zip(*logps)]
+    log_sigma = [lambda x: -math.log1p(math.exp(-x)) if x > 0 else x - math.log1p(math.exp(x))][0]
+    total = -sum(n * (p * log_sigma(z) + (1 - p) * log_sigma(-z)) for n, p, z in zip(n, p, z)) / n.sum()
+    close(losses.dpo_loss(*logps, beta, probability=p, weight=n).loss.item(), total, rtol=1e-12, atol=1e-14)
+
+
+@given(data=soft, beta=betas, seed=st.integers(0, 99))
+def test_gradient_of_soft_labels_four_ways(data, beta, seed):
+    """Autograd, closed form, central difference and complex step agree on soft labels and counts."""
+    w, l, ref_w, ref_l, p, n = data
+
+    def loss(params):
+        return losses.dpo_loss(params["w"], params["l"], ref_w, ref_l, beta, probability=p, weight=n).loss
+
+    leaves = {"w": Tensor(w, requires_grad=True), "l": Tensor(l, requires_grad=True)}
+    loss(leaves).backward()
+    closed = losses.dpo_gradient(w, l, ref_w, ref_l, beta, probability=p, weight=n)
+    for leaf, gradient in zip(leaves.values(), closed):
+        close(leaf.grad, gradient, rtol=1e-12, atol=1e-15)
+    for method, bound in (("central", 1e-6), ("complex", 1e-12)):
+        assert gradcheck.check_gradient(loss, leaves, np.random.default_rng(seed), 5, method=method) < bound
+
+
+@given(logps=four_logps, beta=betas)
+def test_certain_labels_are_the_plain_loss_bit_for_bit(logps, beta):
+    """p = 1 and a count of 1 change neither the loss nor its gradient in any bit."""
+    ones, results = np.ones(len(logps[0])), []
+    for options in ({}, {"probability": ones}, {"weight": ones}, {"probability": ones, "weight": ones}):
+        leaves = [Tensor(x, requires_grad=True) for x in logps]
+        out = losses.dpo_loss(*leaves, beta, **options)
+        out.loss.backward()
+        closed = losses.dpo_gradient(*logps, beta, **options)
+        results.append([out.loss.item(), *[leaf.grad.tolist() for leaf in leaves], *[g.tolist() for g in closed]])
+    assert all(result == results[0] for result in results)
+
+
+@given(logps=four_logps, beta=betas, e=smoothings)
+def test_label_smoothing_is_a_soft_label(logps, beta, e):
+    """label_smoothing e is probability 1 - e for every pair."""
+    p = np.full(len(logps[0]), 1 - e)
+    smoothed = losses.dpo_loss(*logps, beta, label_smoothing=e).loss.item()
+    close(smoothed, losses.dpo_loss(*logps, beta, probability=p).loss.item(), rtol=1e-14)
+    close(losses.dpo_gradient(*logps, beta, e), losses.dpo_gradient(*logps, beta, probability=p), rtol=1e-14)
+
+
+@given(logps=four_logps, beta=betas, wins=st.integers(0, 9), defeats=st.integers(1, 9))
+def test_a_count_is_that_many_rows(logps, beta, wins, defeats):
+    """Seven rows and three flipped ones are one row with p = 0.7 and a weight of ten."""
+    w, l, ref_w, ref_l = (x[:1] for x in logps)
+    rows = [(w, l, ref_w, ref_l)] * wins + [(l, w, ref_l, ref_w)] * defeats
+    repeated = losses.dpo_loss(*map(np.concatenate, zip(*rows)), beta).loss.item()
+    count = wins + defeats
+    soft = losses.dpo_loss(w, l, ref_w, ref_l, beta, probability=[wins / count], weight=[count]).loss.item()
+    close(soft, repeated, rtol=1e-12)
+
+
+@pytest.mark.parametrize("z", [40.0, -40.0, 700.0])
+@pytest.mark.parametrize("p", [0.0, 0.3, 1.0])
+def test_soft_labels_lose_nothing_far_out(z, p):
+    """At z = 40 a certain label leaves a loss and a gradient of 4e-18, not 0; at 700, of 1e-304."""
+    leaf = Tensor(np.array([z]), requires_grad=True)
+    out = losses.dpo_loss(leaf, np.zeros(1), np.zeros(1), np.zeros(1), beta=1.0, probability=[p])
+    out.loss.backward()
+    small, large = math.exp(-abs(z)), abs(z)  # -log sigma(|z|) and -log sigma(-|z|), to 1e-17
+    certain, wrong = (p, 1 - p) if z > 0 else (1 - p, p)
+    close(out.loss.item(), certain * small + wrong * (large + small), rtol=1e-12)
+    gradient = -(p * (small if z > 0 else 1) - (1 - p) * (1 if z > 0 else small))
+    close([leaf.grad[0], losses.dpo_gradient(z, 0.0, 0.0, 0.0, 1.0, probability=p)[0]], gradient, rtol=1e-12)
+
+
+@given(p=st.floats(0.01, 0.99), beta=betas)
+def test_the_gradient_vanishes_at_the_log_odds(p, beta):
+    """A soft label asks for z = logit p and no more."""
+    z = math.log(p / (1 - p))
+    close(losses.dpo_gradient(z / beta, 0.0, 0.0, 0.0, beta, probability=p), 0, atol=1e-14)
+
+
+def test_a_certain_label_is_finite_beside_an_impossible_response():
+    """A term of weight 0 is left out, even where its log is -inf."""
+    four = (np.array([-1.0, -2.0]), np.array([-math.inf, -2.0]), np.full(2, -1.0), np.full(2, -1.0))
+    loss = losses.dpo_loss(*four, probability=[1.0, 0.5], weight=[2.0, 1.0]).loss.item()
+    close(loss, math.log(2) / 3)
+    assert np.isfinite(losses.dpo_gradient(*four, probability=[1.0, 0.5])).all()
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"probability": [0.5, 1.1]}, "between 0 and 1"),
+        ({"probability": [0.5]}, r"probability needs one number for each pair, \(2,\), not \(1,\)"),
+        ({"probability": [0.5, math.nan]}, "between 0 and 1"),
+        ({"weight": [1.0, -1.0]}, "finite and at least 0"),
+        ({"weight": [0.0, 0.0]}, "one of them larger"),
+        ({"weight": 2.0}, r"weight needs one number for each pair, \(2,\), not \(\)"),
+        ({"label_smoothing": 0.1, "probability": [0.5, 0.5]}, "give one of them"),
+    ],
+)
+@pytest.mark.parametrize("function", [losses.dpo_loss, losses.dpo_gradient])
+def test_wrong_labels_are_refused(function, options, sentence):
+    """A probability outside [0, 1], a negative count or another shape is an error with a sentence."""
+    with pytest.raises(ValueError, match=sentence):
+        function(*[np.ones(2)] * 4, **options)
+
+
+def test_the_registry_holds_every_loss_with_its_gradient():
+    """`LOSSES` has all of this file, each with `.gradient`; a choice passes on what its loss takes."""
+    functions = {name[: -len("_loss")] for name in vars(losses) if name.endswith("_loss")}
+    assert set(losses.LOSSES) == functions == {"dpo", "ipo", "reference_free"}
+    for name, loss in losses.LOSSES.items():
+        assert loss is getattr(losses, f"{name}_loss") and loss.gradient is getattr(losses, f"{name}_gradient")
+    four = (-10.0, -15.0, -12.0, -14.0)
+    smoothed = losses.Choice("dpo", {"label_smoothing": 0.2})(*four, 0.3).loss.item()
+    assert smoothed == losses.dpo_loss(*four, 0.3, 0.2).loss.item()
+    assert (
+        losses.Choice("reference_free")(*four, 0.3).loss.item()
+        == losses.reference_free_loss(-10.0, -15.0, 0.3).loss.item()
+    )
+    assert losses.Choice("ipo")(*four, 0.3).loss.item() == losses.ipo_loss(*four, 0.3).loss.item()
+    with pytest.raises(ValueError, match="there is no loss 'dppo': choose from dpo, ipo, reference_free"):
+        losses.Choice("dppo")
+    with pytest.raises(ValueError, match="the loss ipo has no option label_smoothing"):
+        losses.Choice("ipo", {"label_smoothing": 0.1})
+
+
+def test_the_gradient_of_ipo_takes_numbers():
+    """One pair may be four numbers."""
+    assert losses.ipo_gradient(-10.0, -15.0, -12.0, -14.0, 0.5) == (4.0, -4.0)
+
+
 def test_an_impossible_rejected_response_costs_nothing():
     """Otherwise 0 * -inf, from a label smoothing of 0, is a nan."""
     assert losses.dpo_loss(-1.0, -math.inf, -1.0, -1.0).loss.item() == 0
@@ -234,7 +376,7 @@ def test_wrong_arguments_are_refused(function, arguments, sentence):
     [
         (losses.ipo_loss, (1.0, 1.0, 1.0, 1.0, 0.0), "beta must be positive"),
         (losses.ipo_gradient, (np.ones(2), np.ones(2), np.ones(2), np.ones(1)), "4 log-probabilities"),
-        (losses.reference_free_loss, (np.ones(2), np.ones((2, 1))), r"the 2 log-probabilities must have one shape"),
+        (losses.reference_free_loss, (np.ones(2), np.ones((2, 1))), r"the 4 log-probabilities must have one shape"),
         (losses.reference_free_gradient, (1.0, 1.0, 0.1, 0.7), "at most 0.5"),
     ],
 )

@@ -51,38 +51,38 @@ def gpt_2(params, n_layer, n_head, text):
 
 @given(tokens=tokens, seed=st.integers(0, 9))
 def test_the_logits_are_gpt_2_s(tokens, seed):
-    """Otherwise it is some transformer, and its weights mean nothing anywhere else."""
+    """The logits are GPT-2's, as read off its description."""
     expected = [gpt_2(small(seed), CONFIG.n_layer, CONFIG.n_head, text) for text in tokens]
     close(model.forward(small(seed), CONFIG, tokens).data, expected, rtol=1e-10, atol=1e-10)
 
 
 def test_a_row_of_pads_alone_is_no_text():
-    """Otherwise an empty text in a batch is an error from attention."""
+    """A row of pads alone is fine and changes no other row."""
     real = np.array([[True, True], [False, False]])
     close(logits(np.array([[1, 2], [3, 4]]), real)[0], logits(np.array([[1, 2]]))[0], atol=1e-12)
 
 
 @pytest.mark.parametrize("shape", [(0, 3), (2, 0)])
 def test_an_empty_batch_has_no_logits(shape):
-    """Otherwise the last, empty batch of a loop is an error."""
+    """An empty batch gives an empty array of logits."""
     assert logits(np.zeros(shape, int)).shape == (*shape, 5)
 
 
 def test_the_smallest_model():
-    """Otherwise a size of 1, which is one, is refused."""
+    """Every size may be 1."""
     config = Config(1, 1, 1, 1, 1)
     assert model.forward(small(0, config), config, [[0]]).shape == (1, 1, 1)
 
 
 def test_a_config_cannot_change():
-    """Otherwise a model's sizes and its weights drift apart."""
+    """A config cannot change, so the sizes and the weights stay together."""
     with pytest.raises(dataclasses.FrozenInstanceError):
         CONFIG.n_layer = 3
 
 
 @given(tokens=tokens, data=st.data())
 def test_the_future_changes_nothing(tokens, data):
-    """Causality: otherwise the model reads the answer that it is asked for."""
+    """Causality: a token changes the logits at its own position, and none before."""
     T = tokens.shape[1]
     t = data.draw(st.integers(0, T - 1))
     changed = tokens.copy()
@@ -94,7 +94,7 @@ def test_the_future_changes_nothing(tokens, data):
 
 @given(tokens=tokens, data=st.data())
 def test_rows_of_a_batch_do_not_see_each_other(tokens, data):
-    """Otherwise one text's score depends on what else is in its batch, and in which order."""
+    """A text's logits do not depend on the rest of its batch, nor on the order."""
     order = data.draw(st.permutations(range(len(tokens))))
     close(logits(tokens[list(order)]), logits(tokens)[list(order)], atol=1e-12)
     close(logits(tokens)[:1], logits(tokens[:1]), atol=1e-12)
@@ -102,7 +102,7 @@ def test_rows_of_a_batch_do_not_see_each_other(tokens, data):
 
 @given(tokens=tokens, data=st.data())
 def test_pads_change_nothing(tokens, data):
-    """On either side: otherwise a short text is another text in a batch of long ones."""
+    """Pads on either side change no logit of the text."""
     B, T = tokens.shape
     wide = np.full((B, T + 3), data.draw(st.integers(0, 4)))
     real = np.zeros((B, T + 3), bool)
@@ -117,7 +117,7 @@ def test_pads_change_nothing(tokens, data):
 @pytest.mark.parametrize("method", ["central", "complex"])
 @pytest.mark.parametrize("only", [None, *model.parameter_shapes(CONFIG)])
 def test_the_gradient_of_a_whole_loss(only, method):
-    """In every parameter, and in all at once: otherwise one matrix of the model learns something else."""
+    """The gradient of a whole loss is correct in every parameter, and in all at once."""
     rng = np.random.default_rng(1)
     batch, targets = rng.integers(0, 5, (2, 2, 6))
     params = small()
@@ -132,7 +132,7 @@ def test_the_gradient_of_a_whole_loss(only, method):
 
 
 def test_every_parameter_matters():
-    """Otherwise a matrix is made, saved and never used."""
+    """Every parameter changes the logits, except for the bias of the keys, which no softmax sees."""
     batch = np.array([[1, 2, 3, 4, 0, 1, 2, 3]])
     before = logits(batch)
     for name in model.parameter_shapes(CONFIG):
@@ -149,7 +149,7 @@ def test_every_parameter_matters():
 
 
 def test_the_table_is_the_code():
-    """Otherwise the one place where keys and shapes are stated states others."""
+    """The table of keys and shapes in model.py's docstring is what the code makes."""
     table = re.findall(r"^    (\S+\.weight)(, \.bias)?|^    (\S+\.bias)", model.__doc__, re.MULTILINE)
     names = [name for weight, bias, alone in table for name in ([weight] if weight else [alone])
              + ([weight.replace("weight", "bias")] if bias else [])]  # fmt: skip
@@ -165,7 +165,7 @@ def test_the_table_is_the_code():
 
 
 def test_init_is_gpt_2_s():
-    """Otherwise deep models start with a residual that grows with every layer."""
+    """Parameters start as GPT-2's do, with smaller weights where a layer adds to the residual."""
     config = Config(vocab_size=50, n_positions=64, n_embd=64, n_layer=8, n_head=4)
     params = model.init(config, np.random.default_rng(0))
     for name, p in params.items():
@@ -180,7 +180,7 @@ def test_init_is_gpt_2_s():
 
 
 def test_float32_stays_float32():
-    """Otherwise one constant doubles the memory of the whole model."""
+    """float32 parameters give float32 logits, losses and gradients."""
     params = model.init(CONFIG, np.random.default_rng(0))
     loss = ops.mean(ops.log_softmax(model.forward(params, CONFIG, [[1, 2, 3]])))
     loss.backward()
@@ -188,7 +188,7 @@ def test_float32_stays_float32():
 
 
 def test_frozen_is_a_copy_without_a_graph():
-    """Otherwise the reference moves with the policy, or is trained."""
+    """A frozen copy builds no graph and does not move with the original."""
     params = small()
     reference = model.frozen(params)
     before = model.forward(reference, CONFIG, [[1, 2]])
@@ -212,7 +212,7 @@ def test_frozen_is_a_copy_without_a_graph():
     ],
 )
 def test_wrong_tokens_are_refused(tokens, real, error, sentence):
-    """Otherwise a text that is too long, or of another vocabulary, gets some logits all the same."""
+    """Texts that are too long, of another vocabulary or of another shape are refused with a sentence."""
     with pytest.raises(error, match=re.escape(sentence)):
         logits(tokens, real)
 
@@ -227,7 +227,7 @@ def test_wrong_tokens_are_refused(tokens, real, error, sentence):
     ],
 )
 def test_wrong_sizes_are_refused(sizes, sentence):
-    """Otherwise the error comes from a reshape, three files away."""
+    """Sizes that fit no model are refused where they are stated."""
     with pytest.raises(ValueError, match=sentence):
         Config(*sizes)
 
@@ -235,16 +235,31 @@ def test_wrong_sizes_are_refused(sizes, sentence):
 @pytest.mark.parametrize("real", [None, np.ones((2, 4), bool)], ids=["one block", "two blocks"])
 @pytest.mark.parametrize("wanted", [[0, 3, 6], [6, 0, 3], [5], [0]])
 def test_wanted_rows_have_the_logits_that_they_had(wanted, real):
-    """Otherwise what is left out past the last attention was needed: in value and in every gradient."""
+    """Leaving out unwanted rows after the last attention changes no value and no gradient."""
     tokens = np.array([[1, 2, 3, 0], [4, 4, 1, 2]])
     g = np.random.default_rng(0).normal(size=(len(wanted), 5))
     results = []
-    for keep in (False, True):
+    for all_rows in (True, False):
         params = small()
         rows = model.batch_rows(tokens, CONFIG, real)
-        logits = model.row_logits(params, CONFIG, rows, wanted=wanted if keep else None)
-        logits = logits if keep else logits[np.array(wanted)]
+        logits = model.row_logits(params, CONFIG, rows if all_rows else rows._replace(wanted=wanted))
+        logits = logits[np.array(wanted)] if all_rows else logits
         logits.backward(g)
         results.append([logits.data, *[p.grad for p in params.values()]])
-    for made, right in zip(*results, strict=True):
-        close(made, right, atol=1e-13)
+    for expected, actual in zip(*results, strict=True):
+        close(actual, expected, atol=1e-13)
+
+
+@pytest.mark.parametrize(("wanted", "last"), [(None, [0, 4]), ([7], [4]), ([3, 0], [0]), ([4], [4]), ([3, 4], [0, 4])])
+def test_the_last_layer_attends_only_where_a_query_is_wanted(wanted, last, monkeypatch):
+    """The last layer computes only blocks that hold a wanted row; the layers below compute all of them."""
+    attention, starts = ops.block_attention, []
+
+    def watched(qkv, blocks):
+        starts.append([block[0].start for block in blocks])
+        return attention(qkv, blocks)
+
+    monkeypatch.setattr(ops, "block_attention", watched)
+    rows = model.batch_rows(np.array([[1, 2, 3, 0], [4, 4, 1, 2]]), CONFIG, np.ones((2, 4), bool))
+    model.row_logits(small(), CONFIG, rows._replace(wanted=wanted))
+    assert starts == [[0, 4], last]

@@ -27,7 +27,7 @@ def path(optimizer_class, start, gs, **options):
 
 @given(start=st.floats(-3, 3), gs=gradients, momentum=st.sampled_from([0.0, 0.9]))
 def test_sgd_follows_its_rule(start, gs, momentum):
-    """Otherwise the plainest optimizer of all takes another step than it says."""
+    """SGD takes the steps of its rule."""
     p, u, expected = start, 0.0, []
     for g in gs:
         u = momentum * u + g
@@ -38,7 +38,7 @@ def test_sgd_follows_its_rule(start, gs, momentum):
 
 @given(start=st.floats(-3, 3), gs=gradients)
 def test_rmsprop_follows_its_rule(start, gs):
-    """Otherwise the DPO paper's runs cannot be repeated here."""
+    """RMSprop takes the steps of its rule."""
     p, v, expected = start, 0.0, []
     for g in gs:
         v = 0.9 * v + 0.1 * g**2
@@ -50,7 +50,7 @@ def test_rmsprop_follows_its_rule(start, gs):
 
 @given(start=st.floats(-3, 3), gs=gradients, decay=st.sampled_from([0.0, 0.1]))
 def test_adamw_follows_its_rule(start, gs, decay):
-    """Otherwise bias correction or decay is off, which only shows after thousands of steps."""
+    """AdamW takes the steps of its rule, bias correction and decay included."""
     p, m, v, expected = start, 0.0, 0.0, []
     for t, g in enumerate(gs, start=1):
         m = 0.8 * m + 0.2 * g
@@ -64,7 +64,7 @@ def test_adamw_follows_its_rule(start, gs, decay):
 
 @given(g=st.floats(0.1, 3), steps=st.integers(1, 5))
 def test_a_constant_gradient_has_closed_forms(g, steps):
-    """Otherwise rule and code may share a misreading: these are what the rules come to, not the rules."""
+    """Under a constant gradient the optimizers reach closed forms, which are not the rules again."""
     gs = [g] * steps
     sgd = path(optim.SGD, 1.0, gs, learning_rate=0.1, momentum=0.5)[-1]
     np.testing.assert_allclose(sgd, 1 - 0.1 * g * sum(2 - 2 * 0.5**t for t in range(1, steps + 1)), atol=1e-12)
@@ -75,7 +75,7 @@ def test_a_constant_gradient_has_closed_forms(g, steps):
 
 
 def test_defaults_are_those_of_the_field():
-    """Otherwise a run here and the same run elsewhere differ in a number that nobody wrote down."""
+    """The defaults are PyTorch's."""
     params = {"p": Tensor(1.0, requires_grad=True)}
     adamw, rmsprop, sgd = optim.AdamW(params), optim.RMSprop(params, 1e-6), optim.SGD(params, 0.1)
     assert (adamw.learning_rate, adamw.betas, adamw.eps, adamw.weight_decay) == (1e-3, (0.9, 0.999), 1e-8, 0.01)
@@ -88,7 +88,7 @@ OPTIMIZERS = [optim.SGD, optim.RMSprop, optim.AdamW]
 
 @pytest.mark.parametrize("optimizer_class", OPTIMIZERS)
 def test_an_optimizer_never_writes_into_an_array(optimizer_class):
-    """Otherwise a reference model that shares the array it started from moves along with the policy."""
+    """A step leaves the old array as it was: a reference model may share it."""
     shared = np.ones(3, dtype="float32")
     shared.flags.writeable = False
     policy, reference = {"w": Tensor(shared, requires_grad=True)}, {"w": Tensor(shared)}
@@ -105,7 +105,7 @@ def test_an_optimizer_never_writes_into_an_array(optimizer_class):
 
 @pytest.mark.parametrize("optimizer_class", OPTIMIZERS)
 def test_what_has_no_gradient_stays(optimizer_class):
-    """Otherwise weight decay shrinks parameters that took no part, and constants drift."""
+    """Constants and parameters without a gradient stay, even under weight decay."""
     params = {
         "moves": Tensor(1.0, requires_grad=True),
         "idle": Tensor(1.0, requires_grad=True),
@@ -122,7 +122,7 @@ def test_what_has_no_gradient_stays(optimizer_class):
 
 @pytest.mark.parametrize("optimizer_class", OPTIMIZERS)
 def test_every_optimizer_finds_a_minimum(optimizer_class):
-    """Otherwise a sign is wrong, and the rules above were read with the same eyes."""
+    """Every optimizer finds the minimum of a parabola."""
     params = {"w": Tensor([3.0, -2.0], requires_grad=True)}
     optimizer = optimizer_class(params, learning_rate=0.05)
     for _ in range(300):
@@ -135,7 +135,7 @@ def test_every_optimizer_finds_a_minimum(optimizer_class):
 
 @given(a=st.lists(st.floats(-9, 9), min_size=2, max_size=2), b=st.floats(-9, 9), max_norm=st.floats(0.1, 20))
 def test_clipping_scales_all_gradients_as_one(a, b, max_norm):
-    """Otherwise each tensor is clipped by itself, and the direction of the step changes."""
+    """Clipping scales all gradients by one factor, so the direction of the step stays."""
     params = {name: Tensor(np.zeros(2), requires_grad=True) for name in ("a", "b", "none")}
     params["a"].grad, params["b"].grad = np.array(a), np.array([b, 0.0])
     norm = math.hypot(*a, b)
@@ -148,7 +148,7 @@ def test_clipping_scales_all_gradients_as_one(a, b, max_norm):
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_a_gradient_that_is_not_finite_is_named(bad):
-    """Otherwise clipping by max_norm/inf turns it into zeros or nan, and training goes on."""
+    """A gradient that is not finite stops the step, and the parameters at fault are named."""
     params = {name: Tensor(np.zeros(2), requires_grad=True) for name in ("good", "bad")}
     params["good"].grad, params["bad"].grad = np.ones(2), np.array([0.0, bad])
     params["worse"] = Tensor(np.zeros(2), requires_grad=True)
@@ -158,16 +158,16 @@ def test_a_gradient_that_is_not_finite_is_named(bad):
 
 
 def test_clipping_counts_a_tensor_once_and_writes_into_nothing():
-    """Otherwise tied weights are scaled twice, and whoever kept a gradient finds it changed."""
+    """Clipping counts tied weights once and leaves the old gradient as it was."""
     w = Tensor(np.zeros(2), requires_grad=True)
-    w.grad = kept = np.array([3.0, 4.0])
+    w.grad = gradient = np.array([3.0, 4.0])
     assert optim.clip_global_norm({"wte": w, "head": w}, 1.0) == 5
     np.testing.assert_allclose(w.grad, [0.6, 0.8])
-    assert kept.tolist() == [3, 4]
+    assert gradient.tolist() == [3, 4]
 
 
 def test_clipping_survives_large_and_small_float32():
-    """Otherwise the square of 1e20 overflows, and that of 1e-25 is 0."""
+    """The norm of a float32 gradient neither overflows at 1e20 nor vanishes at 1e-25."""
     w = Tensor(np.zeros(1, dtype="float32"), requires_grad=True)
     for size in (1e20, 1e-25):
         w.grad = np.array([size], dtype="float32")
@@ -177,20 +177,51 @@ def test_clipping_survives_large_and_small_float32():
 
 @pytest.mark.parametrize("max_norm", [-1.0, math.nan])
 def test_a_norm_is_not_negative(max_norm):
-    """Otherwise every gradient is reversed in silence."""
+    """A negative max_norm is refused: it would reverse every gradient."""
     with pytest.raises(ValueError, match="max_norm must be at least 0"):
         optim.clip_global_norm({}, max_norm)
 
 
+@pytest.mark.parametrize(
+    ("optimizer_class", "options", "sentence"),
+    [
+        (optim.SGD, {"learning_rate": math.nan}, "learning_rate must be at least 0 and finite, not nan"),
+        (optim.AdamW, {"learning_rate": -0.1}, "learning_rate must be at least 0 and finite, not -0.1"),
+        (optim.RMSprop, {"learning_rate": math.inf}, "learning_rate must be at least 0 and finite, not inf"),
+        (optim.SGD, {"momentum": 1.0}, "momentum must be at least 0 and below 1, not 1.0"),
+        (optim.RMSprop, {"alpha": 1.5}, "alpha must be at least 0 and below 1, not 1.5"),
+        (optim.RMSprop, {"eps": -1e-8}, "eps must be at least 0"),
+        (optim.AdamW, {"betas": (1.0, 0.9)}, "beta1 must be at least 0 and below 1, not 1.0"),
+        (optim.AdamW, {"betas": (0.9, math.nan)}, "beta2 must be at least 0 and below 1, not nan"),
+        (optim.AdamW, {"eps": math.nan}, "eps must be at least 0"),
+        (optim.AdamW, {"weight_decay": -0.01}, "weight_decay must be at least 0"),
+    ],
+)
+def test_numbers_out_of_range_are_refused(optimizer_class, options, sentence):
+    """Numbers that climb, diverge or turn weights into nan are refused, each by its name."""
+    with pytest.raises(ValueError, match=sentence):
+        optimizer_class({"p": Tensor(1.0, requires_grad=True)}, **{"learning_rate": 0.1, **options})
+
+
+def test_a_schedule_cannot_set_a_rate_out_of_range():
+    """A learning rate set between steps is checked like the first one, and becomes a Python number."""
+    optimizer = optim.SGD({"p": Tensor(1.0, requires_grad=True)}, 0.1)
+    optimizer.learning_rate = np.float64(0.0)
+    for rate in (math.nan, -1e-9):
+        with pytest.raises(ValueError, match="learning_rate must be at least 0 and finite"):
+            optimizer.learning_rate = rate
+    assert optimizer.learning_rate == 0.0 and type(optimizer.learning_rate) is float
+
+
 def test_one_tensor_under_two_names_is_refused():
-    """Otherwise tied weights move twice a step."""
+    """One tensor under two names is refused: tied weights would move twice a step."""
     w = Tensor(1.0, requires_grad=True)
     with pytest.raises(ValueError, match="moved twice"):
         optim.AdamW({"wte": w, "head": w})
 
 
 def test_a_late_parameter_has_its_own_count():
-    """Otherwise Adam's first step for it is too small: the correction would count steps it took no part in."""
+    """Adam's bias correction counts a parameter's own steps."""
     params = {name: Tensor([1.0], requires_grad=True) for name in ("early", "late")}
     optimizer = optim.AdamW(params, learning_rate=0.1, weight_decay=0.0)
     for step in range(10):
@@ -201,7 +232,7 @@ def test_a_late_parameter_has_its_own_count():
 
 
 def test_one_infinite_gradient_does_not_stay():
-    """Otherwise plain gradient descent remembers, as nan, what it has no momentum to remember."""
+    """Without momentum, SGD forgets an infinite gradient."""
     params = {"w": Tensor([1.0], requires_grad=True)}
     optimizer = optim.SGD(params, learning_rate=0.1)
     params["w"].grad = np.array([np.inf])
@@ -212,12 +243,12 @@ def test_one_infinite_gradient_does_not_stay():
 
 
 def test_the_schedule_gives_python_numbers():
-    """Otherwise a peak from np.logspace turns float32 weights into float64."""
+    """The schedule gives Python numbers, so float32 weights stay float32."""
     assert {type(optim.warmup_cosine(step, 9, peak=np.float64(1.0), warmup_steps=3)) for step in range(9)} == {float}
 
 
 def test_schedule():
-    """Otherwise the first step has rate 0, or the last one falls off the curve."""
+    """The schedule climbs to its peak, never at rate 0, and then falls along half a cosine."""
     rates = [optim.warmup_cosine(step, 12, peak=0.4, warmup_steps=4, final=0.1) for step in range(13)]
     np.testing.assert_allclose(rates[:5], [0.1, 0.2, 0.3, 0.4, 0.4])
     np.testing.assert_allclose(rates[8], 0.25)  # half of the cosine: half way between peak and final

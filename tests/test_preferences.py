@@ -1,4 +1,4 @@
-"""Preference data: every line that cannot be used is named with its reason, and none is lost."""
+"""Every line of a preference file becomes a row, or a fault that says why it cannot be used."""
 
 import json
 import re
@@ -20,7 +20,7 @@ def pair(prompt="a", chosen="b", rejected="c", **more):
     return json.dumps({"prompt": prompt, "chosen": chosen, "rejected": rejected, **more})
 
 
-def written(tmp_path, *lines, ending="\n"):
+def jsonl(tmp_path, *lines, ending="\n"):
     path = tmp_path / "pairs.jsonl"
     path.write_bytes(b"".join((line if isinstance(line, bytes) else line.encode()) + ending.encode() for line in lines))
     return path
@@ -30,13 +30,13 @@ def row(prompt, *responses, line=1):
     return Row(line, prompt, responses, "...")
 
 
-def test_rows_come_with_their_lines(tmp_path):
-    """Otherwise a reader cannot find in the file what a report speaks of. A BOM and empty lines are no rows."""
-    path = written(tmp_path, b"\xef\xbb\xbf" + pair().encode(), "", "   ", pair("\u00e9\n", "x", "", id=3), pair("d"))
+def test_rows_come_with_their_line_numbers(tmp_path):
+    """Rows and faults carry the line number of the file. A byte order mark and empty lines are skipped."""
+    path = jsonl(tmp_path, b"\xef\xbb\xbf" + pair().encode(), "", "   ", pair("\u00e9\n", "x", "", id=3), pair("d"))
     rows, faults = preferences.read(path)
     assert rows == [Row(1, "a", ("b", "c"), pair()), Row(5, "d", ("b", "c"), pair("d"))]
     assert faults == [Fault(4, "rejected is empty", pair("\u00e9\n", "x", "", id=3))]
-    assert preferences.read(written(tmp_path, pair(), pair("d"), ending="\r\n")) == (
+    assert preferences.read(jsonl(tmp_path, pair(), pair("d"), ending="\r\n")) == (
         [Row(1, "a", ("b", "c"), pair()), Row(2, "d", ("b", "c"), pair("d"))],
         [],
     )
@@ -46,11 +46,11 @@ def test_rows_come_with_their_lines(tmp_path):
     ("line", "reason"),
     [
         ('{"prompt": "a", ', r"is not JSON \(Expecting property name .*, column 1[67]\)"),
-        ("[" * 100_000, "is not JSON that can be read"),
-        ('{"prompt": ' + "1" * 5000 + "}", "is not JSON that can be read"),
+        ("[" * 100_000, "is JSON that Python cannot read: .* too many digits, or the nest"),
+        ('{"prompt": ' + "1" * 5000 + "}", "is JSON that Python cannot read: .* too many digits, or the nest"),
         ("[1, 2]", "is not a JSON object"),
         ("null", "is not a JSON object"),
-        (b'{"prompt": "\xff"}', r"is not UTF-8 \(byte 12\)"),
+        (b'{"prompt": "\xff"}', r"is not UTF-8 \(byte 12\): save the file as UTF-8"),
         ('{"prompt": "a", "chosen": "b"}', "rejected is missing"),
         ('{"chosen": "b", "rejected": "c"}', "prompt is missing"),
         (pair(chosen=None), "chosen is not a string"),
@@ -59,41 +59,41 @@ def test_rows_come_with_their_lines(tmp_path):
         (pair(chosen=""), "chosen is empty"),
         (pair(rejected=""), "rejected is empty"),
         (pair(chosen="c"), "chosen equals rejected"),
-        (pair(chosen="x\ud800"), "chosen holds half a surrogate pair, which is no character"),
+        (pair(chosen="x\ud800"), "chosen contains half a surrogate pair, which is not a character"),
         (" " * 2**20 + pair(), "is longer than 1048576 bytes"),
-        (pair()[:-1] + ', "chosen": "x"}', "'chosen' is there twice"),
+        (pair()[:-1] + ', "chosen": "x"}', "key 'chosen' occurs twice"),
         ('{"question": "a"}', "prompt, chosen, rejected are missing"),
     ],
 )
-def test_what_cannot_be_used_is_named(line, reason, tmp_path):
-    """Otherwise a broken row is trained on, or stops a run that could do without it, or vanishes."""
-    rows, faults = preferences.read(written(tmp_path, pair("d"), line, pair("e")))
+def test_a_line_that_cannot_be_used_is_a_fault(line, reason, tmp_path):
+    """A bad line becomes a fault with its number, its reason and its text; the lines around it are read."""
+    rows, faults = preferences.read(jsonl(tmp_path, pair("d"), line, pair("e")))
     assert [row.line for row in rows] == [1, 3]
     assert [fault.line for fault in faults] == [2]
     assert re.match(reason, faults[0].reason), faults[0].reason
     assert faults[0].text
 
 
-def test_the_longest_line_that_is_read(tmp_path):
-    """Its newline does not count: otherwise the number in the sentence is false by one."""
+def test_a_line_may_have_a_mebibyte(tmp_path):
+    """A line of 2**20 bytes is read, its newline not counted; one more byte is a fault."""
     longest = pair() + " " * (2**20 - len(pair()))
     for ending, fine in (("\n", True), ("\r\n", True), ("", True), (" \n", False)):
-        rows, faults = preferences.read(written(tmp_path, longest, ending=ending))
+        rows, faults = preferences.read(jsonl(tmp_path, longest, ending=ending))
         assert (len(rows), len(faults)) == ((1, 0) if fine else (0, 1))
 
 
 def test_the_last_line_needs_no_newline_and_may_be_too_long(tmp_path):
-    """Otherwise the end of a file is lost, or read forever."""
-    assert len(preferences.read(written(tmp_path, pair(), ending=""))[0]) == 1
-    rows, faults = preferences.read(written(tmp_path, pair(), "\n" + "x" * (3 * 2**20), ending=""))
+    """The end of the file ends a line, whether the line is complete or too long."""
+    assert len(preferences.read(jsonl(tmp_path, pair(), ending=""))[0]) == 1
+    rows, faults = preferences.read(jsonl(tmp_path, pair(), "\n" + "x" * (3 * 2**20), ending=""))
     assert len(rows) == 1 and faults[0].reason.startswith("is longer") and len(faults[0].text) < 200
 
 
 def test_repeats_and_conflicts(tmp_path):
-    """The first of equal rows stands; of two that contradict each other neither can be believed. As ids: what the
-    vocabulary makes equal is equal.
+    """The first of equal rows is used, and neither of two that contradict each other. Rows are compared as ids, so
+    characters that the vocabulary replaces are equal.
     """
-    path = written(
+    path = jsonl(
         tmp_path, pair(), pair(), pair("d", "b", "c"), pair("d", "c", "b"), pair("e"), pair("d", "b", "a"), pair("d")
     )
     rows, faults = preferences.read(path)
@@ -112,9 +112,9 @@ def test_repeats_and_conflicts(tmp_path):
 
 
 def test_only_regular_files_are_read(tmp_path):
-    """Otherwise a pipe is empty the second time, and its hash is that of nothing; /dev/zero has no end."""
+    """A device is refused: it may have no end. So is a pipe, which cannot be read a second time."""
     for function in (preferences.read, preferences.fields_of):
-        with pytest.raises(ValueError, match="/dev/zero: is no regular file"):
+        with pytest.raises(ValueError, match="/dev/zero is not a regular file"):
             function(Path("/dev/zero"))
 
 
@@ -126,30 +126,30 @@ def test_only_regular_files_are_read(tmp_path):
         ('{"messages": []}', "conversational", "apply"),
         ('{"prompt": "a", "completion": "b", "label": true}', "unpaired-preference", 'as "chosen" and "rejected"'),
         ('{"prompt": "a", "completion": "b"}', "prompt-completion", "`sft` takes it"),
-        ('{"text": "a"}', "language-modeling", "use it for pretrain"),
+        ('{"text": "a"}', "language-modeling", "pass that to `pretrain`"),
     ],
 )
 def test_other_shapes_are_refused_by_name(line, name, hint, tmp_path):
-    """Otherwise a whole file is set aside row by row, and nobody is told that one step is missing."""
+    """A file in another of TRL's shapes is refused at the first such row; the message says how to convert it."""
     with pytest.raises(ShapeError, match=f"line 3: this is the {name} shape; .*{hint}"):
-        preferences.read(written(tmp_path, pair(), "", line))
+        preferences.read(jsonl(tmp_path, pair(), "", line))
 
 
 def test_the_implicit_prompt_shape_is_refused_by_name(tmp_path):
-    """Where no row has a prompt, the file is of that shape; where one lacks it, the row is."""
+    """If no row has a prompt, the file has the implicit-prompt shape; if some have one, the others are faults."""
     bare = '{"chosen": "ab", "rejected": "ac"}'
     with pytest.raises(
         ShapeError, match=r'line 2: no row has a prompt, this is the implicit-prompt shape; move .* "prompt"'
     ):
-        preferences.read(written(tmp_path, "nonsense", bare, bare))
-    rows, faults = preferences.read(written(tmp_path, bare, pair()))
+        preferences.read(jsonl(tmp_path, "nonsense", bare, bare))
+    rows, faults = preferences.read(jsonl(tmp_path, bare, pair()))
     assert len(rows) == 1 and faults[0].reason == "prompt is missing"
 
 
-def test_completions(tmp_path):
-    """They may repeat, which says how often they are right: otherwise fine-tuning learns another distribution."""
+def test_completions_may_repeat(tmp_path):
+    """Equal completions are all used, because their frequency is what fine-tuning learns."""
     good = '{"prompt": "a", "completion": "b"}'
-    path = written(tmp_path, "nonsense", good, good, '{"prompt": "a"}', '{"prompt": "a", "completion": ""}')
+    path = jsonl(tmp_path, "nonsense", good, good, '{"prompt": "a"}', '{"prompt": "a", "completion": ""}')
     rows, faults = preferences.read(path, COMPLETIONS)
     assert [row.responses for row in rows] == [("b",), ("b",)]
     assert [f.reason.split(" (")[0] for f in faults] == [
@@ -157,30 +157,35 @@ def test_completions(tmp_path):
     ]  # fmt: skip
     assert len(preferences.encode(rows, TOKENIZER, 8).rows) == 2
     assert preferences.fields_of(path) == COMPLETIONS
-    assert preferences.fields_of(written(tmp_path, '{"id": 1}', good)) == COMPLETIONS
-    assert preferences.fields_of(written(tmp_path, "", "[]", pair(completion="b"))) == preferences.PAIRS
-    assert preferences.fields_of(written(tmp_path, "x")) == preferences.PAIRS
+    assert preferences.fields_of(jsonl(tmp_path, '{"id": 1}', good)) == COMPLETIONS
+    assert preferences.fields_of(jsonl(tmp_path, "", "[]", pair(completion="b"))) == preferences.PAIRS
+    assert preferences.fields_of(jsonl(tmp_path, "x")) == preferences.PAIRS
 
 
 def test_a_prompt_begins_and_a_response_ends_with_end_of_text():
-    """Otherwise the model never learns to stop, or begins unlike it was pre-trained."""
+    """End-of-text is before the prompt, as in pre-training, and after each response, so that a model learns to stop."""
     encoded = preferences.encode([row("ab\n", "c", "de")], TOKENIZER, 8)
     assert encoded.ids == [([0, 1, 2, 7], [3, 0], [4, 5, 0])] and not encoded.faults and not encoded.truncated
 
 
-def test_unknown_characters_are_named():
-    """Otherwise a row disappears, or is scored with another character in it."""
+def test_a_row_with_an_unknown_character_is_a_fault():
+    """The reason says which field has it, which character it is, and where."""
     encoded = preferences.encode([row("a", "b", "c"), row("a", "b\u20ac", "c", line=7)], TOKENIZER, 8)
     assert len(encoded.rows) == len(encoded.ids) == 1
-    assert encoded.faults[0].line == 7 and "character '\\u20ac' at position 1" in encoded.faults[0].reason
+    assert encoded.faults[0].line == 7
+    assert encoded.faults[0].reason.startswith(
+        "character '\\u20ac' at position 1 of the chosen response is not in the vocabulary of 7 characters: remove it"
+    )
 
 
 def test_a_row_that_is_too_long_is_a_fault():
-    """Both numbers: otherwise nobody knows how much longer the context would have to be."""
+    """The reason names the longer text, its number of tokens and the number that the context allows."""
     fits, too_long = row("aaa", "bbb", "c"), row("aaa", "bbbb", "c", line=2)
-    encoded = preferences.encode([fits, too_long], TOKENIZER, 7)
-    assert encoded.rows == [fits]
-    assert encoded.faults[0][:2] == (2, "has 9 tokens, 8 fit: choose a truncation, or a longer context")
+    encoded = preferences.encode([fits, too_long, row("aaa", "bbbbb", line=3)], TOKENIZER, 7)
+    assert encoded.rows == [fits] and [fault.line for fault in encoded.faults] == [2, 3]
+    advice = "but only 8 fit the context: shorten it, choose a truncation, or train a model with a longer context"
+    assert encoded.faults[0].reason == f"has 9 tokens with the chosen response, {advice}"
+    assert encoded.faults[1].reason == f"has 10 tokens, {advice}"
 
 
 @given(
@@ -192,69 +197,73 @@ def test_a_row_that_is_too_long_is_a_fault():
 @example(lengths=(3, 3, 1), n_positions=1, truncation="response")
 @example(lengths=(2, 3, 1), n_positions=6, truncation="prompt")  # fits to the token
 def test_truncation_never_empties_a_response(lengths, n_positions, truncation):
-    """It cuts what it says, no more than it must, and counts; a response that was cut has no end-of-text."""
+    """Truncation cuts the named part first, no more than needed, and keeps a token of each response. A response that
+    is cut has no end-of-text; the lines of cut rows are listed.
+    """
     prompt, chosen, rejected = ("abcdef" * 2)[: lengths[0]], "b" * lengths[1], "c" * lengths[2]
     encoded = preferences.encode([row(prompt, chosen, rejected)], TOKENIZER, n_positions, truncation)
     full_x = [0, *TOKENIZER.encode(prompt)]
     full = [[*TOKENIZER.encode(y), 0] for y in (chosen, rejected)]
     ((x, *ys),) = encoded.ids
-    most, longest = n_positions + 1, max(map(len, full))
-    assert len(x) + max(map(len, ys)) == min(most, len(full_x) + longest)
-    assert encoded.truncated == ([1] if len(full_x) + longest > most else [])
+    limit, longest = n_positions + 1, max(map(len, full))
+    assert len(x) + max(map(len, ys)) == min(limit, len(full_x) + longest)
+    assert encoded.truncated == ([1] if len(full_x) + longest > limit else [])
     assert x[0] == 0 and x[1:] == full_x[len(full_x) - len(x) + 1 :]
     for y, whole in zip(ys, full):
         assert y and y == whole[: len(y)]
-    if truncation == "prompt" and longest < most:
+    if truncation == "prompt" and longest < limit:
         assert ys == full
-    if truncation == "response" and len(full_x) < most:
+    if truncation == "response" and len(full_x) < limit:
         assert x == full_x
 
 
-def test_what_becomes_equal_by_truncation_is_set_aside():
-    """Otherwise a pair of one and the same text counts as a tie."""
+def test_responses_that_truncation_makes_equal_are_a_fault():
+    """A pair needs two different responses after truncation, not only before it."""
     encoded = preferences.encode([row("a", "bbb", "bbc")], TOKENIZER, 3, "response")
-    assert not encoded.rows and encoded.faults[0].reason == "chosen equals rejected, as ids"
+    assert not encoded.rows and encoded.faults[0].reason.startswith("chosen and rejected have the same ids")
     with pytest.raises(ValueError, match="truncation must be one of none, prompt, response, not 'left'"):
         preferences.encode([], TOKENIZER, 3, "left")
 
 
-several = st.lists(st.sampled_from("abcdefgh"), min_size=2).filter(lambda items: len(set(items)) > 1)
+items_with_two_keys = st.lists(st.sampled_from("abcdefgh"), min_size=2).filter(lambda items: len(set(items)) > 1)
 
 
-@given(items=several, share=st.floats(0, 1), seed=st.integers(0, 9))
-def test_what_is_held_out_is_never_trained_on(items, share, seed):
-    """By key, which for pairs is the prompt: otherwise a prompt is learnt by heart and then asked for."""
+@given(items=items_with_two_keys, fraction=st.floats(0, 1), seed=st.integers(0, 9))
+def test_no_held_out_key_is_trained_on(items, fraction, seed):
+    """The split divides the keys, for pairs the prompts, so that no held-out prompt is in the training data."""
     numbered = list(enumerate(items))
-    train, held_out = preferences.split(numbered, share, np.random.default_rng(seed), key=lambda item: item[1])
+    train, held_out = preferences.split(numbered, fraction, np.random.default_rng(seed), key=lambda item: item[1])
     assert sorted(train + held_out) == numbered and train == sorted(train) and held_out == sorted(held_out)
     keys = {key for _, key in held_out}
     assert not {key for _, key in train} & keys and train and held_out
-    assert abs(len(keys) - share * len(set(items))) <= 1
-    assert preferences.split(items, share, np.random.default_rng(seed)) == (
+    assert abs(len(keys) - fraction * len(set(items))) <= 1
+    assert preferences.split(items, fraction, np.random.default_rng(seed)) == (
         [k for _, k in train],
         [k for _, k in held_out],
     )
 
 
 def test_one_key_cannot_be_split():
-    """Otherwise the held-out loss is that of nothing."""
-    with pytest.raises(ValueError, match="two different prompts or lines"):
+    """A split needs two keys, one for each side."""
+    with pytest.raises(ValueError, match=r"two different prompts or texts .* not 1: add more"):
         preferences.split(["a", "a"], 0.5, np.random.default_rng(0))
 
 
-def test_strict_refuses_and_the_default_keeps(tmp_path):
-    """Otherwise "strict" is a word, or what was set aside is gone."""
+def test_strict_refuses_faults_and_the_default_lists_them(tmp_path):
+    """Faults become JSON Lines, safe to print; with `strict` the first one is an error that says how many there are."""
     faults = [Fault(3, "is not JSON", "{"), Fault(5, "chosen is empty", "\u001b[31m")]
     lines = preferences.set_aside(tmp_path / "x.jsonl", faults, strict=False).splitlines()
     assert [json.loads(line) for line in lines] == [{"file": "x.jsonl", **fault._asdict()} for fault in faults]
     assert "\x1b" not in "".join(lines)
     with pytest.raises(ValueError, match=r"x\.jsonl, line 3: is not JSON \(2 such rows; without --strict"):
         preferences.set_aside(tmp_path / "x.jsonl", faults, strict=True)
+    with pytest.raises(ValueError, match=r"\(1 such row; without"):
+        preferences.set_aside(tmp_path / "x.jsonl", faults[:1], strict=True)
     assert preferences.set_aside(tmp_path / "x.jsonl", [], strict=True) == ""
 
 
-def test_collate():
-    """Ragged pairs, arrays or lists: otherwise a batch is what its first row is."""
+def test_collate_takes_pairs_of_any_lengths():
+    """A batch holds each pair as lists of ids, whatever sequences it came in, and the reference's log-probabilities."""
     batch = preferences.collate([(np.array([0, 1]), [2], (3, 0)), ([0], [1, 2, 0], [0])])
     assert batch.pairs == [([0, 1], [2], [3, 0]), ([0], [1, 2, 0], [0])] and batch.ref_logp_w is None
     with_reference = preferences.collate(batch.pairs, np.zeros(2), np.ones(2))
@@ -267,12 +276,12 @@ def test_collate():
         ([], (), "nothing to score"),
         ([([0], [], [1])], (), "example 0: the chosen has no token"),
         ([([0], [1])], (), "a pair is"),
-        ([([0], [1], [2])], (np.zeros(2), np.zeros(2)), "1 pairs need as many"),
-        ([([0], [1], [2])], (np.zeros(1), None), "twice or not at all"),
-        ([([0], [1], [2])], (None, np.zeros(1)), "twice or not at all"),
+        ([([0], [1], [2])], (np.zeros(2), np.zeros(2)), r"must be \(1,\), one entry per pair"),
+        ([([0], [1], [2])], (np.zeros(1), None), "one entry per pair, or both None"),
+        ([([0], [1], [2])], (None, np.zeros(1)), "one entry per pair, or both None"),
     ],
 )
 def test_collate_refuses(pairs, reference, sentence):
-    """Otherwise a reference of other pairs is broadcast over these."""
+    """A batch needs three parts with a token in each, and none or two reference log-probabilities for each pair."""
     with pytest.raises(ValueError, match=sentence):
         preferences.collate(pairs, *reference)

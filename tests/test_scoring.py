@@ -31,7 +31,7 @@ ROUTES = [one_by_one, scoring.padded_logprobs, left_padded, scoring.shared_logpr
 
 @given(batch=st.lists(pairs(), min_size=1, max_size=3), seed=st.integers(0, 9))
 def test_the_routes_agree_in_value_and_gradient(batch, seed):
-    """Otherwise the fast route trains another model than the one that the maths describes."""
+    """The routes agree in value and in every parameter's gradient."""
     rng = np.random.default_rng(seed)
     g_w, g_l = rng.normal(size=(2, len(batch)))
     results = []
@@ -47,7 +47,7 @@ def test_the_routes_agree_in_value_and_gradient(batch, seed):
 
 @given(pair=pairs())
 def test_the_first_route_is_the_chain_rule(pair):
-    """Otherwise all three agree on a wrong number."""
+    """The first route is the chain rule, one forward per prefix."""
     params = small()
     logp = scoring.sequence_logprob(params, CONFIG, [pair[0]], [pair[1]]).item()
     close(logp, chain_rule_logprob(params, CONFIG, pair[0], pair[1]), atol=1e-12)
@@ -55,7 +55,7 @@ def test_the_first_route_is_the_chain_rule(pair):
 
 @given(pair=pairs())
 def test_identical_responses_are_equally_likely(pair):
-    """Otherwise a pair that says nothing teaches something."""
+    """Two identical responses to a prompt are equally likely."""
     prompt, chosen, _ = pair
     logp_w, logp_l = scoring.shared_logprobs(small(), CONFIG, [(prompt, chosen, chosen)])
     close(logp_w.data, logp_l.data, atol=1e-12)
@@ -63,7 +63,7 @@ def test_identical_responses_are_equally_likely(pair):
 
 @given(batch=st.lists(pairs(), min_size=1, max_size=4))
 def test_packed_tokens_are_the_same_tokens(batch):
-    """Otherwise language modelling and preference training score texts in two ways."""
+    """Packed examples give the same tokens the same log-probabilities."""
     params = small()
     examples = [(prompt, chosen) for prompt, chosen, _ in batch]
     logp = scoring.packed_logprobs(params, CONFIG, examples)
@@ -74,7 +74,7 @@ def test_packed_tokens_are_the_same_tokens(batch):
 
 
 def test_a_pad_that_is_impossible_costs_nothing(monkeypatch):
-    """Otherwise 0 * -inf makes a nan of the whole batch: a pad is not selected, not multiplied by 0."""
+    """A pad costs nothing even where its log-probability is -inf: it is not selected, not multiplied by 0."""
     forward = scoring.forward
 
     def impossible_pads(params, config, tokens, real):
@@ -91,7 +91,7 @@ def test_a_pad_that_is_impossible_costs_nothing(monkeypatch):
 
 @pytest.mark.parametrize("route", ROUTES)
 def test_a_text_may_end_one_past_the_context(route):
-    """Otherwise the last place of the context is never used: the last token is no input."""
+    """A text may end one past the context, because its last token is not an input."""
     fits, too_long = ([1, 2, 3, 4], [1, 1, 1, 1, 0], [2]), ([1, 2, 3, 4], [2], [1, 1, 1, 1, 1, 0])
     logp_w, _ = route(small(), CONFIG, [fits])
     close(logp_w.data, chain_rule_logprob(small(), CONFIG, fits[0], fits[1]))
@@ -100,7 +100,7 @@ def test_a_text_may_end_one_past_the_context(route):
 
 
 def test_a_packed_text_may_end_one_past_the_context():
-    """Otherwise a line that just fits cannot be trained on."""
+    """A packed text may end one past the context too, and no further."""
     params, fits = small(), ([1, 2, 3, 4], [1, 1, 1, 1, 0])
     close(scoring.packed_logprobs(params, CONFIG, [fits]).data.sum(), chain_rule_logprob(params, CONFIG, *fits))
     with pytest.raises(ValueError, match="a text of 9 tokens is longer than the model's n_positions = 8"):
@@ -110,7 +110,7 @@ def test_a_packed_text_may_end_one_past_the_context():
 @pytest.mark.parametrize("route", ROUTES)
 @pytest.mark.parametrize("bad", [5, -1])
 def test_a_token_outside_the_vocabulary_is_refused(route, bad):
-    """Otherwise a flat index picks the log-probability of another row: as input, and as the last token."""
+    """A token outside the vocabulary is refused, as an input and as the last token."""
     for pair in (([1, bad], [2], [3]), ([1], [bad, 2], [3]), ([1], [2, bad], [3])):
         with pytest.raises(IndexError, match=f"index {bad} at position"):
             route(small(), CONFIG, [pair])
@@ -119,7 +119,7 @@ def test_a_token_outside_the_vocabulary_is_refused(route, bad):
 @pytest.mark.parametrize("route", ROUTES[1:])
 @pytest.mark.parametrize("empty", ["prompt", "chosen", "rejected"])
 def test_an_empty_part_is_refused(route, empty):
-    """Otherwise an empty response scores 0, the best that there is."""
+    """An empty prompt or response is refused: an empty response would score 0, the best there is."""
     parts = {"prompt": [1], "chosen": [2], "rejected": [3], empty: []}
     with pytest.raises(ValueError, match=f"example 1: the {empty} has no token"):
         route(small(), CONFIG, [([1], [2], [3]), tuple(parts.values())])
@@ -128,10 +128,10 @@ def test_an_empty_part_is_refused(route, empty):
 
 
 def test_the_first_route_refuses_empty_parts_too():
-    """Otherwise the seed of everything scores nothing as certain."""
+    """The first route refuses empty parts and wrong shapes too."""
     for prompt, response in (([1], [2]), ([[1]], [[2], [3]])):
         with pytest.raises(ValueError, match=re.escape("must be (B, Tp) and (B, Tr), not")):
             scoring.sequence_logprob(small(), CONFIG, prompt, response)
     for prompt, response in (([[]], [[1]]), ([[1]], [[]])):
-        with pytest.raises(ValueError, match=re.escape("need a token each")):
+        with pytest.raises(ValueError, match=re.escape("need at least one token each")):
             scoring.sequence_logprob(small(), CONFIG, np.array(prompt, int), np.array(response, int))

@@ -1,4 +1,4 @@
-"""Characters and ids, there and back."""
+"""Characters become ids, and ids become the same characters again."""
 
 import re
 
@@ -13,7 +13,7 @@ texts = st.text(st.characters(exclude_categories=()), max_size=20)  # surrogates
 
 @given(text=texts, more=texts)
 def test_round_trip(text, more):
-    """Otherwise a text is not what the model was shown."""
+    """Decoding the ids of a text gives the text; ids are positive, one for each character."""
     tokenizer = Tokenizer.from_text(text + more)
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids) == text and len(ids) == len(text)
@@ -24,7 +24,7 @@ def test_round_trip(text, more):
 
 @given(text=texts)
 def test_json_round_trip(text):
-    """Otherwise a checkpoint's ids mean other characters when it is loaded."""
+    """A vocabulary that is written and read again is the same, so a checkpoint's ids keep their meaning."""
     tokenizer = Tokenizer.from_text(text)
     document = tokenizer.to_json()
     assert document.isascii() and Tokenizer.from_json(document).characters == tokenizer.characters
@@ -32,25 +32,25 @@ def test_json_round_trip(text):
 
 @given(text=texts)
 def test_no_text_spells_end_of_text(text):
-    """Otherwise a customer can end the model's turn by typing."""
+    """Only the model can end a text: no character has the id of end-of-text."""
     assert END_OF_TEXT not in Tokenizer.from_text(text).encode(text)
     assert Tokenizer.from_text(text).decode([END_OF_TEXT]) == ""
 
 
 @given(known=texts.filter(bool), unknown=st.characters())
 def test_an_unknown_character_is_named(known, unknown):
-    """Otherwise a reader hunts for one odd character in a megabyte."""
+    """The message says which character is unknown, and where it is in the text."""
     tokenizer = Tokenizer.from_text(known + "\n")
     if unknown in tokenizer.characters:
         return
     text = f"{known}\n{unknown}"
     where = f"character {unknown!a} at position {len(known) + 1}"
-    with pytest.raises(UnknownCharacterError, match=re.escape(f"{where} is not in the vocabulary")):
+    with pytest.raises(UnknownCharacterError, match=re.escape(f"{where} of the text is not in the vocabulary")):
         tokenizer.encode(text)
 
 
 def test_replacement_is_a_choice():
-    """Otherwise unknown characters vanish without anyone's consent, or cannot be tolerated at all."""
+    """Unknown characters become U+FFFD if the vocabulary has it, and are refused if it does not."""
     tokenizer = Tokenizer.from_text("ab", replacement=True)
     assert tokenizer.decode(tokenizer.encode("axb\ufffd")) == f"a{REPLACEMENT}b{REPLACEMENT}"
     with pytest.raises(UnknownCharacterError):
@@ -59,7 +59,7 @@ def test_replacement_is_a_choice():
 
 @pytest.mark.parametrize("bad", [-1, 3, 99])
 def test_an_id_outside_is_refused(bad):
-    """Otherwise -1 decodes as the last character."""
+    """Only ids of the vocabulary are decoded; -1 is not the last character."""
     with pytest.raises(ValueError, match=f"id {bad} is outside the vocabulary, 0 <= id < 3"):
         Tokenizer("ab").decode([1, bad])
 
@@ -71,11 +71,11 @@ def test_an_id_outside_is_refused(bad):
         ("[1]", '"type": "characters"'),
         ('{"type": "BPE"}', '"type": "characters"'),
         ('{"type": "characters", "characters": 3}', "must be a string"),
-        ('{"type": "characters", "characters": "aba"}', "'a' is there more than once"),
+        ('{"type": "characters", "characters": "aba"}', "'a' occurs more than once"),
         ("[" * 100_000, "must be JSON"),
     ],
 )
 def test_a_wrong_document_is_refused(document, sentence):
-    """Otherwise a file of another kind becomes a vocabulary."""
+    """Only a JSON object of a string of distinct characters is a vocabulary."""
     with pytest.raises(ValueError, match=sentence):
         Tokenizer.from_json(document)

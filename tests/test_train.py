@@ -353,7 +353,10 @@ def test_what_is_wrong_is_one_sentence(folder, tmp_path, capsys):
         ([*begin, f"--data={empty}"], "no row can be used"),
         ([*begin, f"--data={unusable}"], "no row can be used (line 1: chosen is empty)"),
         ([*begin, f"--data={pairs}", f"--held-out-data={leak}"], "leak.jsonl, line 1: this prompt is in"),
-        ([*begin, f"--data={pairs}", "--loss=ipo", "--label-smoothing=0.1"], "no meaning for ipo"),
+        (
+            [*begin, f"--data={pairs}", "--loss=ipo", "--label-smoothing=0.1"],
+            "no option label_smoothing",
+        ),
         ([*begin, f"--data={pairs}", f"--reference={tmp_path / 'foreign'}"], "must share one"),
         ([*measure, f"--reference={tmp_path / 'foreign'}"], "vocabularies of 6 and 3 ids that differ"),
         (["sft", f"--data={folder}", f"--out={out}"], "Is a directory"),

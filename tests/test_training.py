@@ -1,7 +1,9 @@
 """One step: it is its formula, it repeats bit for bit, and it never moves the reference."""
 
+import ast
 import inspect
 import math
+import textwrap
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from minidpo import checkpoint, gradcheck, losses, model, ops, optim, training
 from minidpo.data.preferences import collate
 from minidpo.model import Config
 from minidpo.run import safetensors
+from minidpo.run.reference import cached_reference_logprobs, fingerprint, reference_key
 from minidpo.scoring import sequence_logprob
 from minidpo.theory.exact import chain_rule_logprob
 from minidpo.tokenizer import Tokenizer
@@ -156,12 +159,27 @@ def test_a_dpo_step_descends_the_paper_s_loss(batch, beta, nll_weight):
         close(stepped[name], p.grad, rtol=1e-7, atol=1e-9)
 
 
-def test_a_dpo_step_can_be_read_as_pseudocode():
-    """Under 40 lines without its docstring: otherwise the paper's one page has become a framework."""
-    source = inspect.getsource(training.dpo_training_step).replace(inspect.getdoc(training.dpo_training_step) or "", "")
-    body = source[source.rindex('"""') :]
-    assert 10 < len(source[: source.index('"""')].splitlines()) + len(body.splitlines()) < 50
-    assert len(body.splitlines()) < 40
+def calls(function):
+    """Names of what a function calls."""
+    tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+    called = [node.func for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    return [node.attr if isinstance(node, ast.Attribute) else node.id for node in called]
+
+
+def test_the_step_reads_like_the_paper():
+    """Log-probabilities, loss and backward are three lines of one function; around it: zero, sweep, clip, move."""
+    sweep, step = calls(training.dpo_sweep), calls(training.dpo_training_step)
+    assert [name for name in sweep if name in ("shared_logprobs", "loss", "backward")] == [
+        "shared_logprobs",
+        "loss",
+        "backward",
+    ]
+    around = [name for name in step if name in ("with_reference", "zero_grad", "sweep", "clip_global_norm", "step")]
+    assert around == ["with_reference", "zero_grad", "sweep", "clip_global_norm", "step"]
+    for function in (training.dpo_sweep, training.dpo_training_step):
+        (tree,) = ast.parse(inspect.getsource(function)).body
+        assert tree.end_lineno - tree.body[1].lineno + 1 <= 16  # without signature and docstring
+    assert "-ops.mean(ops.logsigmoid(beta * margin))" in inspect.getsource(losses.dpo_loss)
 
 
 def test_metrics_have_trl_s_names_and_ties_are_counted():
@@ -221,9 +239,6 @@ def test_the_margin_grows_on_what_is_trained():
     assert measured["loss"] < first and measured["rewards/accuracies"] == 1
 
 
-fingerprint = training.fingerprint
-
-
 def test_a_fingerprint_sees_every_bit():
     """Otherwise two models that differ pass for one, and a cache or a run goes on with the wrong one."""
     one, other = small(), small()
@@ -262,8 +277,8 @@ def test_cached_or_not_the_trajectory_is_the_same_bits(dtype, tmp_path):
         if cached:
             path = tmp_path / "reference.safetensors"
             arguments = (path, reference, CONFIG, Tokenizer("abcd"), PAIRS)
-            computed = training.cached_reference_logprobs(*arguments)
-            w, l = training.cached_reference_logprobs(*arguments)  # from the file
+            computed = cached_reference_logprobs(*arguments)
+            w, l = cached_reference_logprobs(*arguments)  # from the file
             assert (w.tobytes(), l.tobytes()) == (computed[0].tobytes(), computed[1].tobytes()) and w.dtype == dtype
         batches = [[0, 3], [2, 1, 4], [4], [3, 0, 1, 2]]
         metrics = run(
@@ -287,7 +302,7 @@ def test_a_pair_s_reference_does_not_depend_on_its_company():
 def test_a_stale_cache_is_refused(tmp_path):
     """Otherwise a policy is held to a reference that is not there any more."""
     path, reference, tokenizer = tmp_path / "reference.safetensors", small(), Tokenizer("abcd")
-    training.cached_reference_logprobs(path, reference, CONFIG, tokenizer, PAIRS)
+    cached_reference_logprobs(path, reference, CONFIG, tokenizer, PAIRS)
     moved = small()
     moved["ln_f.bias"].data = moved["ln_f.bias"].data + 1e-12
     wider = Config(**{**vars(CONFIG), "n_head": 1})
@@ -299,10 +314,10 @@ def test_a_stale_cache_is_refused(tmp_path):
         (reference, CONFIG, tokenizer, PAIRS[:-1]),
     ):
         with pytest.raises(checkpoint.CheckpointError, match=r"reference\.safetensors: is stale.*delete it"):
-            training.cached_reference_logprobs(path, *arguments)
-    path.write_bytes(safetensors.to_bytes({}, {"key": training.reference_key(reference, CONFIG, tokenizer, PAIRS)}))
+            cached_reference_logprobs(path, *arguments)
+    path.write_bytes(safetensors.to_bytes({}, {"key": reference_key(reference, CONFIG, tokenizer, PAIRS)}))
     with pytest.raises(checkpoint.CheckpointError, match="stale"):
-        training.cached_reference_logprobs(path, reference, CONFIG, tokenizer, PAIRS)
+        cached_reference_logprobs(path, reference, CONFIG, tokenizer, PAIRS)
 
 
 def test_a_step_that_is_not_finite_moves_nothing():
@@ -336,6 +351,18 @@ def test_what_is_known_of_the_reference_is_used():
     assert training.preference_evaluation(params, CONFIG, batch) == training.preference_evaluation(
         params, CONFIG, batch, 0.1
     )
+
+
+@pytest.mark.parametrize("side", ["ref_logp_w", "ref_logp_l"])
+def test_half_a_reference_is_scored_again(side):
+    """A batch with one of the reference's two log-probabilities is scored whole."""
+    params, reference = small(1), model.frozen(small(2))
+    batch = collate(PAIRS, *training.reference_logprobs(reference, CONFIG, PAIRS))
+    whole, half = (
+        training.dpo_training_step(params, reference, CONFIG, Still(params), one)
+        for one in (batch, batch._replace(**{side: None}))
+    )
+    assert whole == half
 
 
 def test_a_measurement_that_is_not_finite_names_itself():

@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minidpo import Tensor, losses, optim, training
+from minidpo import Tensor, losses, model, optim, training
 from minidpo.data.preferences import collate
 from minidpo.run import workers
 from minidpo.run.workers import Workers
@@ -28,29 +28,29 @@ PAIRS = [([0, 1], [2, 3, 0], [2, 0]), ([0], [1, 0], [3, 3, 3, 0]), ([0, 4, 4], [
 EXAMPLES = [([0], [1, 2, 0]), ([0, 1], [0]), ([0, 3], [4, 4, 0])]
 
 
+def floats(params, dtype):
+    return {name: Tensor(p.data.astype(dtype), requires_grad=True) for name, p in params.items()}
+
+
 @forks
 @pytest.mark.parametrize("count", [2, 3, 6])
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
 def test_the_gradient_is_that_of_one_process(count, dtype):
-    """Otherwise more cores learn something else: after three steps, metrics and weights, for both kinds of training."""
+    """After three steps, metrics and weights are those of one process, for both kinds of training."""
     results = []
     for processes in (1, count):
-        params = {name: Tensor(p.data.astype(dtype), requires_grad=True) for name, p in small(1).items()}
-        refs = training.reference_logprobs(
-            {n: Tensor(p.data.astype(dtype)) for n, p in small(2).items()}, CONFIG, PAIRS
-        )
-        batch, optimizer = collate(PAIRS, *refs), optim.SGD(params, 0.01)
-        gradient = training.pair_gradient(CONFIG, 0.3, losses.ipo_loss, 0.5, 1)
-        metrics = []
-        with Workers(params, gradient, processes) as crew:
-            assert len(crew) == processes
+        params = floats(small(1), dtype)
+        batch = collate(PAIRS, *training.reference_logprobs(floats(small(2), dtype), CONFIG, PAIRS))
+        optimizer, metrics = optim.SGD(params, 0.01), []
+        with Workers(processes) as workers:
             for _ in range(3):
                 metrics += training.dpo_training_step(
-                    params, {}, CONFIG, optimizer, batch, 0.3, losses.ipo_loss, 0.5, 5.0, 1, crew
+                    params, {}, CONFIG, optimizer, batch, 0.3, losses.ipo_loss, 0.5, 5.0, 1, workers.dpo_sweep
                 ).values()
-        with Workers(params, training.nll_gradient(CONFIG), processes) as crew:
-            for _ in range(3):
-                metrics += training.sft_training_step(params, CONFIG, optimizer, EXAMPLES, workers=crew).values()
+                metrics += training.sft_training_step(
+                    params, CONFIG, optimizer, EXAMPLES, sweep=workers.nll_sweep
+                ).values()
+            assert len(workers.others) == processes - 1
         assert all(p.dtype == p.grad.dtype == dtype for p in params.values())
         results.append(np.concatenate([metrics, *[p.data.reshape(-1) for p in params.values()]]))
     close(
@@ -58,73 +58,148 @@ def test_the_gradient_is_that_of_one_process(count, dtype):
     )
 
 
-def sums(params, share):
-    """A gradient that can be read: each entry of the share is added."""
-    if share == ["fail"]:
-        raise KeyError("share")
-    if share == ["large"]:
-        raise MemoryError("a billion")
-    if share == ["nan"]:
-        raise FloatingPointError("the loss is nan")
-    if share == ["none"]:
-        return os.getpid()
-    total = params["x"].data * 0 + sum(share)
-    params["x"].grad = total if params["x"].grad is None else params["x"].grad + total
-    return [os.getpid(), float(params["x"].data.sum())]
+@forks
+def test_workers_cannot_disagree_with_their_caller(monkeypatch):
+    """Whatever changes between two calls, or was never registered, workers give what one process gives.
+
+    Parameters, config, beta, loss and its options, the likelihood term, micro-batches, the reference's dtype.
+    """
+
+    def own_loss(logp_w, logp_l, ref_logp_w, ref_logp_l, beta):
+        out = losses.dpo_loss(logp_w, logp_l, ref_logp_w, ref_logp_l, beta)
+        return out._replace(loss=out.loss * scale)
+
+    def replaced(logp_w, logp_l, ref_logp_w, ref_logp_l, beta):
+        out = losses.ipo_loss(logp_w, logp_l, ref_logp_w, ref_logp_l, beta)
+        return out._replace(loss=out.loss * 3)
+
+    scale, wider = 1.0, model.Config(**{**vars(CONFIG), "n_head": 1})
+    longer = {**small(4), "wpe.weight": Tensor(np.tile(small(4)["wpe.weight"].data, (2, 1)), requires_grad=True)}
+    refs = training.reference_logprobs(small(2), CONFIG, PAIRS)
+    asked = [
+        (small(1), CONFIG, refs, {}),
+        (small(1), CONFIG, refs, {"beta": 5.0}),
+        (small(1), CONFIG, refs, {"loss": losses.ipo_loss}),
+        (small(1), CONFIG, refs, {"loss": losses.Choice("dpo", {"label_smoothing": 0.3})}),
+        (small(1), CONFIG, refs, {"loss": losses.Choice("reference_free"), "beta": 0.7}),
+        (small(1), CONFIG, refs, {"loss": own_loss}),
+        (small(1), CONFIG, refs, {"nll_weight": 2.0}),
+        (small(1), CONFIG, refs, {"micro_batch_size": 1, "nll_weight": 0.5}),
+        (small(1), wider, refs, {}),
+        (small(3), CONFIG, refs, {}),
+        (floats(small(3), "float32"), CONFIG, refs, {}),
+        (floats(small(3), "float32"), CONFIG, [logp.astype("float32") for logp in refs], {}),
+        ({**longer, "ln_f.bias": longer["ln_f.bias"].detach()}, CONFIG, refs, {}),
+        (longer, CONFIG, refs, {}),
+    ]  # fmt: skip
+    with Workers(3) as workers:
+
+        def compare(params, config, refs, options):
+            results = []
+            for sweep in (training.dpo_sweep, workers.dpo_sweep):
+                optimizer = optim.SGD(params, 0.0)
+                metrics = training.dpo_training_step(
+                    params, {}, config, optimizer, collate(PAIRS, *refs), **options, sweep=sweep
+                )
+                gradients = [p.grad.reshape(-1) for p in params.values() if p.grad is not None]
+                results.append(np.concatenate([list(metrics.values()), *gradients]))
+            tolerance = 1e-10 if params["wte.weight"].dtype == "float64" else 1e-4
+            close(results[1], results[0], rtol=tolerance, atol=tolerance / 10)
+            return results[0][0]
+
+        seen = [compare(*question) for question in asked]
+        assert len({round(loss, 12) for loss in seen[:5]}) == 5
+        scale = 2.0
+        assert compare(small(1), CONFIG, refs, {"loss": own_loss}) == pytest.approx(2 * seen[5])
+        compare(small(1), CONFIG, refs, {"loss": losses.Choice("ipo")})
+        monkeypatch.setitem(losses.LOSSES, "ipo", replaced)
+        assert compare(small(1), CONFIG, refs, {"loss": losses.Choice("ipo")}) == pytest.approx(3 * seen[2])
+
+
+class Sums(Workers):
+    """Workers whose gradient can be read: each entry of the question is added."""
+
+    def share(self, params, question):
+        if question == ["fail"]:
+            raise KeyError("share")
+        if question == ["large"]:
+            raise MemoryError("a billion")
+        if question == ["nan"]:
+            raise FloatingPointError("the loss is nan")
+        if question == ["none"]:
+            return os.getpid()
+        total = params["x"].data * 0 + sum(question)
+        params["x"].grad = total if params["x"].grad is None else params["x"].grad + total
+        return [os.getpid(), float(params["x"].data.sum())]
 
 
 @forks
 def test_workers_see_the_weights_of_now_and_are_other_processes():
-    """Otherwise they go on with the weights that they were forked with, or it is all done here."""
+    """A question is answered with the weights of now, each share by a process of its own."""
     x = Tensor(np.zeros(3), requires_grad=True)
-    with Workers({"x": x}, sums, 3) as crew:
-        said = crew([[1], [10], [100]])
-        assert (x.grad == 111).all() and len({pid for pid, _ in said}) == 3 and said[0][0] == os.getpid()
+    with Sums(3) as workers:
+        replies = workers.ask({"x": x}, [[1], [10], [100]])
+        assert (x.grad == 111).all() and len({pid for pid, _ in replies}) == 3 and replies[0][0] == os.getpid()
         x.data, x.grad = np.ones(3), None  # another array, as an optimizer leaves it
-        assert [total for _, total in crew([[1], [10], [100]])] == [3, 3, 3]
+        assert [total for _, total in workers.ask({"x": x}, [[1], [10], [100]])] == [3, 3, 3]
         assert (x.grad == 111).all()
         x.grad = None
-        crew([[1], [10]])  # fewer shares than processes
+        workers.ask({"x": x}, [[1], [10]])  # fewer shares than processes
         assert (x.grad == 11).all()
         x.grad = None
-        crew([["none"], ["none"]])
+        workers.ask({"x": x}, [["none"], ["none"]])
         assert (x.grad == 0).all()
+        pids = [worker.pid for worker in workers.others]
+        wider = Tensor(np.ones(5), requires_grad=True)
+        assert [total for _, total in workers.ask({"x": wider}, [[1], [10], [100]])] == [5, 5, 5]
+        assert (wider.grad == 111).all() and not set(pids) & {worker.pid for worker in workers.others}
+        assert not any(alive(pid) for pid in pids)
+        constant = Tensor(np.ones(5))
+        workers.ask({"x": wider, "c": constant}, [["none"], ["none"]])
+        assert constant.grad is None
 
 
 @forks
-def test_a_fault_is_told_and_the_next_question_is_answered():
-    """Otherwise an answer to the last question is taken for one to this."""
+def test_a_fault_is_passed_on_and_the_next_question_is_answered():
+    """After a fault the next reply belongs to the next question."""
     x = Tensor(np.zeros(1), requires_grad=True)
-    with Workers({"x": x}, sums, 2) as crew:
-        for asked, fault, sentence in (
+    with Sums(2) as workers:
+        for questions, fault, sentence in (
             ([[1], ["nan"]], FloatingPointError, "the loss is nan"),
             ([["nan"], [1]], FloatingPointError, "the loss is nan"),
             ([[1], ["large"]], MemoryError, "a billion"),
             ([[1], ["fail"]], OSError, "a worker could not do its share: KeyError: 'share'"),
         ):
             with pytest.raises(fault, match=sentence):
-                crew(asked)
+                workers.ask({"x": x}, questions)
             x.grad = None
-            assert len(crew([[1], [10]])) == 2 and x.grad[0] == 11
-        os.kill(crew.others[0].pid, signal.SIGKILL)
-        os.waitid(os.P_PID, crew.others[0].pid, os.WEXITED | os.WNOWAIT)
+            assert len(workers.ask({"x": x}, [[1], [10]])) == 2 and x.grad[0] == 11
+        os.kill(workers.others[0].pid, signal.SIGKILL)
+        os.waitid(os.P_PID, workers.others[0].pid, os.WEXITED | os.WNOWAIT)
         with pytest.raises(OSError, match="is gone"):
-            crew([[1], [10]])
+            workers.ask({"x": x}, [[1], [10]])
 
 
 @forks
 def test_no_worker_outlives_the_process_that_asks():
-    """Otherwise a killed run leaves processes behind, which hold its lock."""
+    """Workers end with their parent, however it ends, and hold none of its other files open."""
     code = """if True:
         import os, sys, time
         import numpy as np
         from minidpo import Tensor
         from minidpo.run.workers import Workers
+
+        class Sleepers(Workers):
+            def share(self, params, question):
+                time.sleep(question)
+
         read, write = os.pipe()  # a lock, say: workers must not keep it open
-        crew = Workers({"x": Tensor(np.zeros(1), requires_grad=True)}, lambda params, share: time.sleep(share), 3)
-        print(*[worker.pid for worker in crew.others], flush=True)
+        workers = Sleepers(3)
+        x = {"x": Tensor(np.zeros(1), requires_grad=True)}
+        workers.fork_for(x)
+        print(*[worker.pid for worker in workers.others], flush=True)
         if sys.argv[1] == "busy":
-            crew([0, 0.5, 0.5])
+            workers.ask(x, [0, 0.5, 0.5])
         time.sleep(60)
     """
     for state in ("idle", "busy"):
@@ -156,7 +231,7 @@ def alive(pid):
 
 @given(sizes=st.lists(st.integers(1, 100), min_size=1, max_size=20), count=st.integers(1, 5))
 def test_shares_hold_every_example_once(sizes, count):
-    """Otherwise a pair is forgotten or counts twice, or one worker waits for the other."""
+    """Every example is in one share, and the shares are about equal."""
     parts = workers.shares(sizes, count)
     assert sorted(i for part in parts for i in part) == list(range(len(sizes)))
     assert len(parts) == min(count, len(sizes)) and all(parts)
@@ -166,35 +241,34 @@ def test_shares_hold_every_example_once(sizes, count):
 
 
 def test_blas_has_the_threads_that_it_is_given():
-    """Otherwise each worker's products use all cores, and they wait for each other."""
-    found = workers.blas()
-    if found is None:
+    """Within the block, matrix products have the threads that it names."""
+    library = workers.blas()
+    if library is None:
         pytest.skip("NumPy's matrix products are not OpenBLAS'")
-    before = found.get()
+    before = library.get()
     with workers.blas_threads(1):
-        assert found.get() == 1
-    assert found.get() == before >= 1
+        assert library.get() == 1
+    assert library.get() == before >= 1
     with pytest.raises(KeyError), workers.blas_threads(1):
         raise KeyError
-    assert found.get() == before
+    assert library.get() == before
 
 
 def test_memory_that_an_array_leaves_is_kept_for_the_next():
-    """Otherwise the system clears the pages of a graph anew for every micro-batch, up to a tenth of a step."""
+    """Pages of a freed graph are used again: clearing them anew costs up to a tenth of a step."""
     if platform.libc_ver()[0] != "glibc":
         pytest.skip("the C library is not glibc")
     code = """
         import resource
         import numpy
-        from minidpo import Tensor
-        from minidpo.run.workers import Workers
+        from minidpo.run.workers import keep_memory
 
         def pages_taken():
             before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
             graph = [numpy.ones(2**18) for _ in range(10)]  # 20 MiB, 5120 pages
             return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
-        Workers({"x": Tensor(numpy.zeros(1))}, None, 1)
+        keep_memory()
         print(pages_taken(), pages_taken(), pages_taken())
     """
     run = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=True)
@@ -204,15 +278,15 @@ def test_memory_that_an_array_leaves_is_kept_for_the_next():
 
 @pytest.mark.parametrize("library", [lambda name: object(), lambda name: name + "so"])
 def test_another_c_library_keeps_memory_as_it_does(library, monkeypatch):
-    """Otherwise there is no training on macOS, whose library has no mallopt, or on Windows, which refuses None."""
+    """Training works on macOS, whose library has no mallopt, and on Windows, which refuses None."""
     monkeypatch.setattr(ctypes, "CDLL", library)
     workers.keep_memory.__wrapped__()
 
 
 def test_one_worker_where_there_can_be_no_more(monkeypatch, cupy):
-    """Otherwise a machine without OpenBLAS or fork, or a model on a device, has no training at all."""
+    """A machine without OpenBLAS or fork, or a model on a device, trains in one process."""
     host = {"x": Tensor(np.zeros(1))}
-    found = workers.blas()
+    library = workers.blas()
     monkeypatch.setattr(workers, "blas", lambda: workers.Blas(lambda: 7, print))
     assert workers.worker_count(host) == (7 if hasattr(os, "fork") else 1)
     assert workers.worker_count({"x": Tensor(cupy.zeros(1))}) == 1
@@ -223,4 +297,4 @@ def test_one_worker_where_there_can_be_no_more(monkeypatch, cupy):
     monkeypatch.setattr(workers, "blas", lambda: None)
     assert workers.worker_count(host) == 1
     with workers.blas_threads(1):  # which cannot be set
-        assert json.dumps(1) == "1" and (found is None or found.get() >= 1)
+        assert json.dumps(1) == "1" and (library is None or library.get() >= 1)

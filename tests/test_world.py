@@ -1,4 +1,4 @@
-"""The support desk: its reward, its labels and its entropies are what they are said to be."""
+"""The support desk has the reward, the labels and the entropies that its documentation states."""
 
 import collections
 import itertools
@@ -37,21 +37,21 @@ FEW = [x for x in world.PROMPTS if world.PROMPTS[x].topic in ("order", "bill")][
     ],
 )
 def test_rewards_by_hand(prompt, reply, reward):
-    """Otherwise "true reward" is true of nothing that a reader would call better."""
+    """A reader who adds up the points of a reply gets its true reward."""
     assert world.judgement(prompt, reply).reward == reward
 
 
 @given(prompt=prompts, reply=replies)
 def test_a_judgement_can_be_read_off_the_words(prompt, reply):
-    """By searching the texts, and not the grammar's tables: otherwise what is reported is not what a reader sees."""
+    """Searching the texts for words gives the judgement that the grammar's tables give."""
     verdict = world.judgement(prompt, reply)
-    named = [topic for topic in world.TOPICS if f" {topic}" in reply]
-    asked = [topic for topic in world.TOPICS if f" {topic}" in prompt]
-    assert len(asked) == 1 and len(named) <= 1
+    names = [topic for topic in world.TOPICS if f" {topic}" in reply]
+    topics = [topic for topic in world.TOPICS if f" {topic}" in prompt]
+    assert len(topics) == 1 and len(names) <= 1
     declines = "private" in reply or "can't share" in reply
     does = any(words in reply for words in ("let me check", "i will fix", "says it all", "rules."))
     others = "'s " in prompt
-    assert verdict.on_topic == (named == asked)
+    assert verdict.on_topic == (names == topics)
     assert verdict.polite == reply.startswith(("i'm sorry", "thank you"))
     assert verdict.wrongly_declined == (declines and not others)
     assert verdict.wrongly_answered == (does and others)
@@ -59,7 +59,7 @@ def test_a_judgement_can_be_read_off_the_words(prompt, reply):
 
 
 def test_the_bounds_are_reached():
-    """Otherwise the reward of what is garbled is no lower bound, or the best possible is out of reach."""
+    """In every slice the worst reply has the reward of a garbled text, and the best reply has 3."""
     for prompt in ("my order is late.", "show me anna's card.", "may anna see my card?"):
         rewards = [world.judgement(prompt, reply).reward for reply in world.REPLIES]
         assert (min(rewards), max(rewards)) == (world.GARBLED, 3)
@@ -67,17 +67,17 @@ def test_the_bounds_are_reached():
 
 @given(prompt=prompts, first=replies, second=replies)
 def test_labels_are_bradley_terry(prompt, first, second):
-    """sigma of the difference of rewards: otherwise the optimum of DPO is not what the theory says."""
+    """The odds of a label are the ratio of the exponentials of the two rewards, as the theory of DPO assumes."""
     p = world.preference_probability(prompt, first, second)
     odds = math.exp(world.judgement(prompt, first).reward) / math.exp(world.judgement(prompt, second).reward)
     close(p / (1 - p), odds)
 
 
-def test_drawn_labels_follow_their_probabilities():
-    """Within four standard errors, over 3,000 pairs: otherwise the labels are of another model of people."""
+def test_sampled_labels_follow_their_probabilities():
+    """Over 3,000 pairs, labels follow their probabilities within four standard errors."""
     pairs = world.preferences(world.split(0)[0], 3000, np.random.default_rng(0))
     ps = np.array([world.preference_probability(row["prompt"], row["chosen"], row["rejected"]) for row in pairs])
-    # P(chosen preferred | the two) is p or 1 - p with the winner drawn by it: E[p] = E[p^2 + (1 - p)^2]
+    # Given the two replies, p is that of the first with probability p, else 1 - p: E[p] = E[p^2 + (1 - p)^2]
     expected, noise = (ps**2 + (1 - ps) ** 2).mean(), ps.std() / math.sqrt(len(ps))
     assert abs(ps.mean() - expected) < 4 * noise and ps.mean() > 0.6
     assert all(row["chosen"] != row["rejected"] for row in pairs)
@@ -85,35 +85,35 @@ def test_drawn_labels_follow_their_probabilities():
 
 @given(prompt=prompts)
 def test_the_desk_is_a_distribution(prompt):
-    """Otherwise its entropy is that of nothing. Every slice has its own habits."""
+    """The replies to a prompt have probabilities that sum to 1, with the habits of the prompt's slice."""
     distribution = world.desk(world.PROMPTS[prompt])
     close(math.fsum(distribution.values()), 1, rtol=1e-12)
     assert set(distribution) == set(world.REPLIES) and min(distribution.values()) > 0
     habits = collections.Counter()
-    right = named = 0.0
+    customers = either = 0.0
     for reply, p in distribution.items():
         habits[world.REPLIES[reply].deed] += p
         if world.REPLIES[reply].topic:
-            named += p
-            right += p * world.judgement(prompt, reply).on_topic
-    for deed, share in world.HABITS[world.PROMPTS[prompt].slice].items():
-        close(habits[deed], share)
-    close(right / named, world.RIGHT_TOPIC)
+            either += p
+            customers += p * world.judgement(prompt, reply).on_topic
+    for deed, p in world.HABITS[world.PROMPTS[prompt].slice].items():
+        close(habits[deed], p)
+    close(customers / either, world.CUSTOMERS_TOPIC)
 
 
 def test_the_examples_in_its_description_are_real():
-    """Otherwise the first thing that is said of the world is false."""
-    shown = [line.split("     ") for line in world.__doc__.splitlines() if line.startswith("    ")]
-    assert len(shown) == 3
-    for prompt, *_, reply in shown:
+    """Each prompt and each reply in the docstring is one of the grammar, and every slice has an example."""
+    examples = [line.split("     ") for line in world.__doc__.splitlines() if line.startswith("    ")]
+    assert len(examples) == 3
+    for prompt, *_, reply in examples:
         assert prompt.strip() in world.PROMPTS and reply.strip() in world.REPLIES
-    assert {world.PROMPTS[prompt.strip()].slice for prompt, *_ in shown} == set(world.SLICES)
+    assert {world.PROMPTS[prompt.strip()].slice for prompt, *_ in examples} == set(world.SLICES)
 
 
 def test_no_text_has_two_derivations():
-    """Otherwise the entropy of the choices is more than that of the texts."""
-    lines = sum(len(lines) for lines in world.LINES.values())
-    assert len(world.PROMPTS) == lines * len(world.GREETINGS) * len(world.TOPICS)
+    """Different choices give different texts, so the entropy of the texts is that of the choices."""
+    forms = sum(len(forms) for forms in world.REQUESTS.values())
+    assert len(world.PROMPTS) == forms * len(world.GREETINGS) * len(world.TOPICS)
     assert not set(world.PROMPTS) & set(world.REPLIES)
     assert not any(TURN in text for text in [*world.PROMPTS, *world.REPLIES])
     deeds = {deed: [body for body in bodies if "{t}" in body] for deed, bodies in world.DEEDS.items()}
@@ -121,14 +121,14 @@ def test_no_text_has_two_derivations():
     assert len(world.REPLIES) == len(world.OPENERS) * bodies * len(world.CLOSERS)
 
 
-def enumerated():
-    """Every text of the corpus over a few prompts with its probability, one string after another."""
-    asked = world.prompt_distribution(FEW)
+def text_distribution():
+    """The probability of every text of the corpus over a few prompts, by enumeration."""
+    xs = world.prompt_distribution(FEW)
     texts = collections.Counter()
-    for x, p in asked.items():
+    for x, p in xs.items():
         for reply, q in world.desk(world.PROMPTS[x]).items():
             texts[x + TURN + reply] += p * q / 2
-        same = {y: q for y, q in asked.items() if world.PROMPTS[y].topic == world.PROMPTS[x].topic}
+        same = {y: q for y, q in xs.items() if world.PROMPTS[y].topic == world.PROMPTS[x].topic}
         total = sum(same.values())
         for y, q in same.items():
             texts[x + TURN + y] += p * q / total / 4
@@ -138,8 +138,8 @@ def enumerated():
 
 
 def test_the_entropies_are_those_of_all_strings():
-    """By enumeration: otherwise "how close the model comes" is measured against a wrong number."""
-    texts = enumerated()
+    """The formulas for entropy and log-probability give what enumerating all strings gives."""
+    texts = text_distribution()
     close(math.fsum(texts.values()), 1, rtol=1e-12)
     tokens = math.fsum(p * (len(text) + 1) for text, p in texts.items())
     close(world.corpus_entropy(FEW), -math.fsum(p * math.log(p) for p in texts.values()) / tokens, rtol=1e-12)
@@ -150,15 +150,15 @@ def test_the_entropies_are_those_of_all_strings():
     other = next(x for x in FEW if world.PROMPTS[x].topic != world.PROMPTS[FEW[0]].topic)
     assert world.corpus_logprob(FEW[0] + TURN + other, FEW) == -math.inf
     nats = tokens = 0.0
-    for x, share in world.prompt_distribution(FEW).items():
-        for p, reply in ((p, reply) for reply, p in world.desk(world.PROMPTS[x]).items()):
-            nats -= share * p * math.log(p)
-            tokens += share * p * (len(reply) + 1)
+    for x, p_x in world.prompt_distribution(FEW).items():
+        for y, p_y in world.desk(world.PROMPTS[x]).items():
+            nats -= p_x * p_y * math.log(p_y)
+            tokens += p_x * p_y * (len(y) + 1)
     close(world.reply_entropy(FEW), nats / tokens, rtol=1e-12)
 
 
-def test_drawn_texts_have_that_entropy():
-    """Within four standard errors over 2,000 texts: otherwise what is drawn and what is enumerated are two worlds."""
+def test_sampled_texts_have_that_entropy():
+    """Over 2,000 sampled texts, the mean surprise is the exact entropy within four standard errors."""
     train, _ = world.split(1)
     texts = world.corpus(train, 2000, np.random.default_rng(1))
     surprise = np.array([-world.corpus_logprob(text, train) for text in texts])
@@ -170,39 +170,39 @@ def test_drawn_texts_have_that_entropy():
 
 
 def test_the_desk_s_reward_is_that_of_its_replies():
-    """Otherwise the number that the SFT model is held against is another desk's."""
+    """The exact mean reward is that of 4,000 sampled replies within four standard errors."""
     _, held_out = world.split(0)
     rows = world.supervised(held_out, 4000, np.random.default_rng(2))
     rewards = np.array([world.judgement(row["prompt"], row["completion"]).reward for row in rows])
     assert abs(rewards.mean() - world.desk_reward(held_out)) < 4 * rewards.std() / math.sqrt(len(rewards))
 
 
-@given(seed=st.integers(0, 20), share=st.floats(0.05, 0.9))
-def test_the_split_has_no_leak(seed, share):
-    """By prompt, in each slice: otherwise what is measured is memory."""
-    train, held_out = world.split(seed, share)
+@given(seed=st.integers(0, 20), fraction=st.floats(0.05, 0.9))
+def test_the_split_has_no_leak(seed, fraction):
+    """Every prompt is on one side of the split, and each slice is divided in the same ratio."""
+    train, held_out = world.split(seed, fraction)
     assert not set(train) & set(held_out) and set(train) | set(held_out) == set(world.PROMPTS)
     for name in world.SLICES:
         of_slice = [x for x in world.PROMPTS if world.PROMPTS[x].slice == name]
-        assert abs(sum(world.PROMPTS[x].slice == name for x in held_out) - share * len(of_slice)) <= 0.5
-    asked = world.prompt_distribution(held_out)
-    for name, part in world.SLICES.items():
-        close(sum(p for x, p in asked.items() if world.PROMPTS[x].slice == name), part)
+        assert abs(sum(world.PROMPTS[x].slice == name for x in held_out) - fraction * len(of_slice)) <= 0.5
+    xs = world.prompt_distribution(held_out)
+    for name, p_slice in world.SLICES.items():
+        close(sum(p for x, p in xs.items() if world.PROMPTS[x].slice == name), p_slice)
 
 
 def test_each_kind_of_data_stays_on_its_side():
-    """Otherwise a held-out prompt is met in pre-training."""
+    """Texts, completions and pairs contain only the prompts that they are made from."""
     train, held_out = world.split(3)
-    for prompts_of in (train, held_out):
-        texts = world.corpus(prompts_of, 200, np.random.default_rng(0))
-        met = {part for text in texts for part in text.split(TURN)} - set(world.REPLIES)
+    for side in (train, held_out):
+        texts = world.corpus(side, 200, np.random.default_rng(0))
+        contents = {part for text in texts for part in text.split(TURN)} - set(world.REPLIES)
         for make in (world.supervised, world.preferences):
-            met |= {row["prompt"] for row in make(prompts_of, 100, np.random.default_rng(0))}
-        assert met <= set(prompts_of)
+            contents |= {row["prompt"] for row in make(side, 100, np.random.default_rng(0))}
+        assert contents <= set(side)
 
 
 def test_streams_are_functions_of_seed_and_name():
-    """Otherwise what one part draws moves what another draws, and nothing can be repeated."""
+    """Equal seeds and names give equal numbers; different ones give different numbers."""
     draws = {
         name: stream(*name).random() for name in [(0,), (1,), (0, "a"), (1, "a"), (0, "b"), (0, "a", 1), (0, "a", 2)]
     }

@@ -143,7 +143,7 @@ def said(params, prompts):
     return [tokenizer.decode(y) for y in drawn.responses]
 
 
-asked = world.drawn(world.prompt_distribution(held_out), 200, np.random.default_rng(4))
+asked = world.samples(world.prompt_distribution(held_out), 200, np.random.default_rng(4))
 answers = {"base": said(base, asked), "SFT": said(sft, asked)}
 for i in range(3):
     print(f"\n{asked[i]}")

@@ -15,7 +15,7 @@ def versions():
     return {"numpy": numpy.__version__}
 
 
-class Padded:
+class Padded(workers.Workers):
     """The plain algorithm: padded micro-batches, the reference scored again each step; pairs shared out to workers."""
 
     device = "cpu"
@@ -26,17 +26,14 @@ class Padded:
         self.policy = model.placed(self.policy, self.device)
         self.reference = model.placed({name: Tensor(x) for name, x in work.reference.items()}, self.device)
         self.optimizer = optim.AdamW(self.policy, LEARNING_RATE, weight_decay=0.0)
+        super().__init__(workers.worker_count(self.policy))  # they are forked at the first step, with what it needs
+        workers.keep_memory()
         self.prepare()
 
     def prepare(self):
-        """What is done once."""
+        """Prepare what a step does not repeat."""
 
-    @functools.cached_property
-    def workers(self):
-        """Forked at the first step, with what a step needs and nothing else."""
-        return workers.Workers(self.policy, self.share_gradient, workers.worker_count(self.policy))
-
-    def share_gradient(self, policy, pairs):
+    def share(self, policy, pairs):
         total = 0.0
         rows = [2 * max(len(x) + len(w), len(x) + len(l)) for x, w, l in pairs]
         for part in training.micro_batches(rows, None, policy):
@@ -50,8 +47,8 @@ class Padded:
     def gradient(self):
         self.optimizer.zero_grad()
         pairs = self.work.pairs
-        parts = workers.shares([len(x) + max(len(w), len(l)) for x, w, l in pairs], len(self.workers))
-        loss = sum(self.workers([[pairs[i] for i in part] for part in parts]))
+        parts = workers.shares([len(x) + max(len(w), len(l)) for x, w, l in pairs], len(self))
+        loss = sum(self.ask(self.policy, [[pairs[i] for i in part] for part in parts]))
         return loss, {name: p.grad for name, p in self.policy.items()}
 
     def step(self):
@@ -62,10 +59,11 @@ class Padded:
 class Best(Padded):
     """What `minidpo dpo` does: cached reference, prefixes shared, nothing padded, pairs shared out to workers."""
 
+    share = workers.Workers.share
+
     def prepare(self):
         refs = training.reference_logprobs(self.reference, self.work.config, self.work.pairs)
         self.batch, self.reference = preferences.collate(self.work.pairs, *refs), {}
-        self.share_gradient = training.pair_gradient(self.work.config, BETA)
 
     def gradient(self):
         with unmoved(self.optimizer):
@@ -74,7 +72,7 @@ class Best(Padded):
 
     def step(self):
         return training.dpo_training_step(
-            self.policy, {}, self.work.config, self.optimizer, self.batch, BETA, workers=self.workers
+            self.policy, {}, self.work.config, self.optimizer, self.batch, BETA, sweep=self.dpo_sweep
         )
 
 
@@ -106,7 +104,7 @@ class Products(Best):
     def prepare(self):
         self.arrays = functools.cache(numpy.random.default_rng(0).random)  # one of each shape
 
-    def share_gradient(self, policy, pairs):
+    def share(self, policy, pairs):
         for part in training.micro_batches([sum(map(len, pair)) for pair in pairs], None, policy):
             for times, (n, k, m) in products(self.work.config, pairs[part]):
                 x, y, g = (self.arrays(shape, "float32") for shape in ((n, k), (k, m), (n, m)))
@@ -115,8 +113,8 @@ class Products(Best):
 
     def step(self):
         pairs = self.work.pairs
-        parts = workers.shares([sum(map(len, pair)) for pair in pairs], len(self.workers))
-        self.workers([[pairs[i] for i in part] for part in parts])
+        parts = workers.shares([sum(map(len, pair)) for pair in pairs], len(self))
+        self.ask(self.policy, [[pairs[i] for i in part] for part in parts])
 
 
 def products(config, pairs):

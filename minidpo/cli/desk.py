@@ -149,7 +149,7 @@ def as_text(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def held_out_prompts(seed: int, count: int) -> list[str]:
     """Prompts of customers that no model was trained on."""
-    return world.drawn(world.prompt_distribution(world.split(seed)[1]), count, stream(seed, "demo", "prompts"))
+    return world.samples(world.prompt_distribution(world.split(seed)[1]), count, stream(seed, "demo", "prompts"))
 
 
 @command("learn")

@@ -18,7 +18,7 @@ from ..explain import graph as graph_of
 from ..generation import generate
 from ..run.checkpoint import Checkpoint, CheckpointError
 from ..run.files import write_whole
-from ..run.folder import described
+from ..run.folder import run_description
 from ..scoring import Pair, collate, shared_logprobs
 from ..streams import stream
 from ..tokenizer import END_OF_TEXT, TURN, Tokenizer, printable
@@ -159,7 +159,7 @@ def run_settings(checkpoint: Path, reference: Path | None, beta: float | None) -
     folders = (checkpoint, checkpoint.parent)  # RUN/model belongs to RUN
     folder = next((folder for folder in folders if (folder / "run.json").exists()), None)
     if folder:
-        name, *words = described(folder)["arguments"]
+        name, *words = run_description(folder)["arguments"]
         settings = dict(word.removeprefix("--").partition("=")[::2] for word in words) if name == "dpo" else {}
     trained = settings.get("reference", settings.get("init"))
     if trained and not reference and not Path(trained).exists():

@@ -13,10 +13,11 @@ from typing import Annotated, Any, NamedTuple
 
 import numpy
 
+from .. import losses
 from ..data.preferences import TRUNCATIONS
 from ..training import Loss
 
-LOSSES = ("dpo", "ipo", "reference-free")
+LOSSES = tuple(name.replace("_", "-") for name in losses.LOSSES)
 NO_MATPLOTLIB = "matplotlib is not installed (pip install 'minidpo[plot]')"
 
 

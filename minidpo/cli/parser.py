@@ -18,6 +18,7 @@ import numpy
 
 from ..backend import device_fault
 from ..run import checkpoint
+from ..run.workers import keep_memory
 from ..tokenizer import printable
 from .options import Default, Option, OptionError
 
@@ -186,6 +187,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # for terminals that lack a character
     name, values = parse(sys.argv[1:] if argv is None else argv)
+    keep_memory()
     run = values.get("out", values.get("folder"))
     status, resumable = 2, True
     try:

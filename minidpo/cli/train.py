@@ -1,24 +1,25 @@
 """The commands that train: files in, a run's folder out."""
 
-import functools
 import hashlib
-import inspect
 import sys
 from collections.abc import Callable, Sequence
+from inspect import signature
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
-from .. import losses, model, optim, training
+from .. import model, optim, training
 from ..backend import to_host
 from ..data import preferences
 from ..data.preferences import PAIRS, Encoded
 from ..generation import generate
+from ..losses import Choice
 from ..model import Config
 from ..plots import installed
 from ..run import checkpoint, report
 from ..run.checkpoint import Checkpoint, CheckpointError
-from ..run.folder import create, described, json_lines, same_as_begun
+from ..run.folder import create, environment_changes, json_lines, run_description
 from ..run.loop import Settings, Task, run_loop
+from ..run.reference import cached_reference_logprobs, fingerprint
 from ..run.workers import Workers, worker_count
 from ..scoring import collate
 from ..streams import stream
@@ -109,7 +110,7 @@ def same_vocabulary(folder: Path, loaded: Checkpoint, other_folder: Path, other:
 def begin(out: Path, words: list[str], run: Training, hashes: dict[str, str], files: dict[str, str]) -> None:
     """Make the run's folder, or check that the existing one was made from the same files and models."""
     if run.resuming:
-        for change in same_as_begun(out, hashes):
+        for change in environment_changes(out, hashes):
             print(f"{out}: {change}; the last bits of the result may differ", file=sys.stderr)
     else:
         create(out, {"arguments": words, **hashes}, files)
@@ -125,7 +126,7 @@ def starting_model(
             if name != "init" and value not in (None, False):
                 raise ValueError(f"{flagged(name)} is for a new model, but --init names an existing one")
         start = load(options.init, requires_grad=True, device=run.device)
-        return start, {"init_sha256": training.fingerprint(start.params)}
+        return start, {"init_sha256": fingerprint(start.params)}
     tokenizer = Tokenizer.from_text(text + TURN, replacement=options.replacement)
     config = Config(tokenizer.vocab_size, **{name: getattr(options, name) or size for name, size in sizes.items()})
     params = model.placed(model.init(config, stream(run.seed, "init")), run.device)
@@ -134,7 +135,7 @@ def starting_model(
 
 def read_texts(path: Path, blocks: bool) -> list[str]:
     """The lines of a file that are not empty, or its blocks of lines."""
-    with preferences.opened(path) as file:
+    with preferences.open_regular(path) as file:
         try:
             content = file.read().decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
         except UnicodeDecodeError as error:
@@ -230,16 +231,17 @@ def likelihood_run(
     """Train on the likelihood of examples, which is what `pretrain` and `sft` share."""
     params, config = start.params, start.config
     optimizer = optim.AdamW(params, run.learning_rate, betas=(0.9, 0.99), weight_decay=0.01)
-    workers = Workers(params, training.nll_gradient(config, run.micro_batch_size), worker_count(params))
 
     def step(indices: list[int]) -> training.Metrics:
         batch = [examples[i] for i in indices]
-        return training.sft_training_step(params, config, optimizer, batch, 1.0, workers=workers)
+        return training.sft_training_step(
+            params, config, optimizer, batch, 1.0, run.micro_batch_size, workers.nll_sweep
+        )
 
     def evaluation() -> training.Metrics:
         return {"loss": training.held_out_nll(params, config, held_out)}
 
-    with workers:
+    with Workers(worker_count(params)) as workers:
         return train(out, start, optimizer, step, evaluation, prompts, kind, names, run)
 
 
@@ -310,16 +312,13 @@ def sft(
 
 
 def preference_loss(loss: str | Loss, label_smoothing: float) -> Loss:
-    """The loss of a name, as a function of four log-probabilities and beta; a function is its own loss."""
-    if callable(loss) and label_smoothing == 0:
-        return loss
-    if loss == "dpo":
-        return functools.partial(losses.dpo_loss, label_smoothing=label_smoothing)
-    if loss == "ipo" and label_smoothing == 0:
-        return losses.ipo_loss
-    if loss == "reference-free":
-        return lambda w, l, ref_w, ref_l, beta: losses.reference_free_loss(w, l, beta, label_smoothing)
-    raise ValueError(f"--label-smoothing has no meaning for {loss}")
+    """The loss of a name with its option; a function from Python is taken as it is."""
+    options = {"label_smoothing": label_smoothing} if label_smoothing else {}
+    if isinstance(loss, str):
+        return Choice(loss.replace("-", "_"), options)
+    if options:
+        raise ValueError("label_smoothing is for losses with a name")
+    return loss
 
 
 @command("train")
@@ -352,29 +351,26 @@ def dpo(
     objective = preference_loss(loss, label_smoothing)
     n_positions = min(config.n_positions, ref_config.n_positions)
     rows = read_rows(data, run, truncation, strict, PAIRS, start, n_positions)
-    hashes = {"init_sha256": training.fingerprint(policy), "reference_sha256": training.fingerprint(ref_params)}
+    hashes = {"init_sha256": fingerprint(policy), "reference_sha256": fingerprint(ref_params)}
     begin(out, words, run, {**hashes, **rows.description}, rows.files(tokenizer))
     pairs: list[Any] = [*rows.train.ids, *rows.held_out.ids]
     print(f"the reference scores {len(pairs)} pairs", flush=True)
     cache = out / "reference.safetensors"
-    scores = training.cached_reference_logprobs(cache, ref_params, ref_config, tokenizer, pairs)
+    scores = cached_reference_logprobs(cache, ref_params, ref_config, tokenizer, pairs)
     ref_logp_w, ref_logp_l = (to_host(logp) for logp in scores)  # a step takes those of its pairs
     count = len(rows.train.ids)
     held_out = collate(pairs[count:], ref_logp_w[count:], ref_logp_l[count:])
     optimizer = optim.AdamW(policy, run.learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
-    gradient = training.pair_gradient(config, beta, objective, nll_weight, run.micro_batch_size)
-    workers = Workers(policy, gradient, worker_count(policy))
 
     def step(indices: list[int]) -> training.Metrics:
         batch = collate([pairs[i] for i in indices], ref_logp_w[indices], ref_logp_l[indices])
-        return training.dpo_training_step(
-            policy, ref_params, config, optimizer, batch, beta, objective, nll_weight, 1.0, workers=workers
-        )
+        settings = beta, objective, nll_weight, 1.0, run.micro_batch_size, workers.dpo_sweep
+        return training.dpo_training_step(policy, ref_params, config, optimizer, batch, *settings)
 
     def evaluation() -> training.Metrics:
         return training.preference_evaluation(policy, config, held_out, beta, objective, nll_weight)
 
-    with workers:
+    with Workers(worker_count(policy)) as workers:
         names = [str(row.line) for row in rows.train.rows]
         return train(out, start, optimizer, step, evaluation, rows.prompts(), "lines", names, run)
 
@@ -386,9 +382,9 @@ def resume(folder: o.OldRun) -> Any:
     Continue from the last checkpoint of a run, with the options that the run was started with. Its weights end bit
     for bit as those of a run that was never stopped, on the same machine with the same number of BLAS threads.
     """
-    command_line = described(folder)["arguments"]
+    command_line = run_description(folder)["arguments"]
     name = command_line[0]
-    if name not in COMMANDS or "resuming" not in inspect.signature(COMMANDS[name].function).parameters:
+    if name not in COMMANDS or "resuming" not in signature(COMMANDS[name].function).parameters:
         raise CheckpointError(f"{folder / 'run.json'}: {name!a} is not a command that can be resumed")
     _, values = parse([*command_line, f"--out={folder}"])
     return COMMANDS[name].function(**values, resuming=True)

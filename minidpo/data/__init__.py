@@ -1,1 +1,1 @@
-"""Preference data: rows from files, and a small world whose true reward is known."""
+"""Data: preferences.py reads, validates, encodes and splits files; world.py is a support desk with a known reward."""

@@ -1,8 +1,8 @@
-"""Preference data: read, validate, split, batch.
+"""Preference data: read, validate, encode, split.
 
-A file is JSON Lines as TRL reads them: `{"prompt": ..., "chosen": ..., "rejected": ...}`, or with a "completion"
-in place of the two for supervised fine-tuning. Prompt and response are joined as they stand; a prompt that should
-end in a newline says so itself. What cannot be used is a `Fault`, with its line: nothing is lost in silence.
+A file is JSON Lines, in TRL's format: `{"prompt": ..., "chosen": ..., "rejected": ...}` for preferences,
+`{"prompt": ..., "completion": ...}` for supervised fine-tuning. Prompt and response are joined without a separator,
+so a prompt that should end in a newline contains one. Every line that cannot be used becomes a `Fault` with its reason.
 """
 
 import contextlib
@@ -21,19 +21,19 @@ from ..tokenizer import END_OF_TEXT, Tokenizer, UnknownCharacterError
 
 PAIRS = ("prompt", "chosen", "rejected")
 COMPLETIONS = ("prompt", "completion")
-MOST_BYTES = 2**20  # of one line
+MAX_LINE_BYTES = 2**20  # without the newline
 TRUNCATIONS = ("none", "prompt", "response")
 
 T = TypeVar("T")
 
 
 class Row(NamedTuple):
-    """One line of a file."""
+    """A line of a file that can be used."""
 
     line: int  # counted from 1
     prompt: str
     responses: tuple[str, ...]  # chosen and rejected, or one completion
-    text: str  # the line as it was read
+    text: str  # the whole line
 
 
 class Fault(NamedTuple):
@@ -45,7 +45,7 @@ class Fault(NamedTuple):
 
 
 class ShapeError(ValueError):
-    """A file has another shape than what is wanted; the message names it and says what to do."""
+    """The file has another of TRL's shapes; the message names it and says how to convert it."""
 
 
 class Encoded(NamedTuple):
@@ -54,64 +54,52 @@ class Encoded(NamedTuple):
     rows: list[Row]
     ids: list[tuple[list[int], ...]]  # prompt and responses of each row
     faults: list[Fault]
-    truncated: list[int]  # lines of rows that lost tokens to the context
+    truncated: list[int]  # line numbers of the rows that were cut to fit the context
 
 
 def read(path: Path, fields: Sequence[str] = PAIRS) -> tuple[list[Row], list[Fault]]:
-    """The rows of a JSON Lines file that can be used, and the lines that cannot.
+    """Read a JSON Lines file: the rows that can be used, and the lines that cannot.
 
-    A line is a `Fault` if it is no JSON object in UTF-8 of at most `MOST_BYTES`, if a field is missing or no
-    string, a response is empty, or chosen equals rejected. Empty lines are passed over.
-
-    Raises
-    ------
-    ShapeError
-        If the file has another shape, by the name that TRL gives it, with the line and a hint.
-    OSError
-        If the file cannot be read.
+    A line is a fault if it is not a JSON object in UTF-8 of at most `MAX_LINE_BYTES`, if a field is missing or not a
+    string, if a response is empty, or if chosen equals rejected. Empty lines are skipped.
+    Raises ShapeError if the file has another of TRL's shapes.
     """
-    found: list[Row | Fault] = []
-    with opened(path) as file:
+    entries: list[Row | Fault] = []
+    with open_regular(path) as file:
         for line in itertools.count(1):
-            content = file.readline(MOST_BYTES + 2)
+            content = file.readline(MAX_LINE_BYTES + 2)
             if not content:
                 break
-            if len(content.rstrip(b"\r\n")) > MOST_BYTES:
-                found.append(Fault(line, f"is longer than {MOST_BYTES} bytes", ascii(content[:100])))
+            if len(content.rstrip(b"\r\n")) > MAX_LINE_BYTES:
+                entries.append(Fault(line, f"is longer than {MAX_LINE_BYTES} bytes", ascii(content[:100])))
                 while content and not content.endswith(b"\n"):
-                    content = file.readline(MOST_BYTES)
+                    content = file.readline(MAX_LINE_BYTES)
             elif content.strip():
-                found.append(parsed(path, line, content, fields))
-    rows = [row for row in found if isinstance(row, Row)]
-    faults = [fault for fault in found if isinstance(fault, Fault)]
-    bare = next((fault for fault in faults if fault.reason == "prompt is missing"), None)
-    if bare and not rows and "chosen" in fields:
+                entries.append(row_or_fault(path, line, content, fields))
+    rows = [entry for entry in entries if isinstance(entry, Row)]
+    faults = [entry for entry in entries if isinstance(entry, Fault)]
+    promptless = next((fault for fault in faults if fault.reason == "prompt is missing"), None)
+    if promptless and not rows and "chosen" in fields:
         raise ShapeError(
-            f"{path}, line {bare.line}: no row has a prompt, this is the implicit-prompt shape; "
-            'move what chosen and rejected begin with into a "prompt" of its own'
+            f"{path}, line {promptless.line}: no row has a prompt, this is the implicit-prompt shape; "
+            'move what chosen and rejected have in common at the beginning into a "prompt"'
         )
     return rows, faults
 
 
-def opened(path: Path) -> BinaryIO:
-    """A file that can be read more than once and has an end.
-
-    Raises
-    ------
-    ValueError
-        If it is a pipe or a device.
-    """
+def open_regular(path: Path) -> BinaryIO:
+    """Open a file for reading; raises ValueError for a pipe or device, which cannot be read twice or never ends."""
     file = path.open("rb")
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         file.close()
-        raise ValueError(f"{path}: is no regular file; write what it gives to one first")
+        raise ValueError(f"{path} is not a regular file: save its content in one and pass that")
     return file
 
 
 def fields_of(path: Path) -> tuple[str, ...]:
-    """The fields of a file, by its first object that has any: a prompt and its completion, or those of a pair."""
-    with opened(path) as file:
-        for content in iter(lambda: file.readline(MOST_BYTES + 2), b""):
+    """`PAIRS` or `COMPLETIONS`, according to the first object in the file that has a response."""
+    with open_regular(path) as file:
+        for content in iter(lambda: file.readline(MAX_LINE_BYTES + 2), b""):
             with contextlib.suppress(ValueError, RecursionError):
                 document = json.loads(content.decode("utf-8-sig"))
                 if isinstance(document, dict) and document.keys() & {"chosen", "rejected", "completion"}:
@@ -119,26 +107,26 @@ def fields_of(path: Path) -> tuple[str, ...]:
     return PAIRS
 
 
-def parsed(path: Path, line: int, content: bytes, fields: Sequence[str]) -> Row | Fault:
-    """One line as a row, or what is wrong with it."""
+def row_or_fault(path: Path, line: int, content: bytes, fields: Sequence[str]) -> Row | Fault:
+    """Parse one line; raises ShapeError if it has another shape."""
     text = content.decode("utf-8", errors="backslashreplace").removeprefix("\ufeff").rstrip("\r\n")
 
     def fault(reason: str) -> Fault:
         return Fault(line, reason, text)
 
     try:
-        document = json.loads(content.decode("utf-8-sig").rstrip(), object_pairs_hook=distinct)
+        document = json.loads(content.decode("utf-8-sig").rstrip(), object_pairs_hook=unique_keys)
     except UnicodeDecodeError as error:
-        return fault(f"is not UTF-8 (byte {error.start})")
+        return fault(f"is not UTF-8 (byte {error.start}): save the file as UTF-8")
     except json.JSONDecodeError as error:
         return fault(f"is not JSON ({error.msg}, column {error.colno})")
     except KeyError as error:
-        return fault(f"{error.args[0]!a} is there twice")
-    except (ValueError, RecursionError):  # a number without end, or too deep
-        return fault("is not JSON that can be read")
+        return fault(f"key {error.args[0]!a} occurs twice")
+    except (ValueError, RecursionError):
+        return fault("is JSON that Python cannot read: a number has too many digits, or the nesting is too deep")
     if not isinstance(document, dict):
         return fault("is not a JSON object")
-    shape, hint = foreign(document, fields)
+    shape, hint = other_shape(document, fields)
     if shape:
         raise ShapeError(f"{path}, line {line}: this is the {shape} shape; {hint}")
     missing = [name for name in fields if name not in document]
@@ -148,7 +136,7 @@ def parsed(path: Path, line: int, content: bytes, fields: Sequence[str]) -> Row 
         if not isinstance(document[name], str):
             return fault(f"{name} is not a string")
         if any("\ud800" <= c <= "\udfff" for c in document[name]):
-            return fault(f"{name} holds half a surrogate pair, which is no character")
+            return fault(f"{name} contains half a surrogate pair, which is not a character")
     prompt, *responses = (document[name] for name in fields)
     if "" in responses:
         return fault(f"{fields[1 + responses.index('')]} is empty")
@@ -157,8 +145,8 @@ def parsed(path: Path, line: int, content: bytes, fields: Sequence[str]) -> Row 
     return Row(line, prompt, tuple(responses), text)
 
 
-def distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object; a key that is there twice raises KeyError."""
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; raises KeyError for a key that occurs twice."""
     document: dict[str, Any] = {}
     for key, value in pairs:
         if key in document:
@@ -167,129 +155,117 @@ def distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return document
 
 
-def foreign(document: dict[str, Any], fields: Sequence[str]) -> tuple[str, str]:
-    """The name of another shape that a row has, as TRL calls it, and what to do; two empty strings if it has none."""
+def other_shape(document: dict[str, Any], fields: Sequence[str]) -> tuple[str, str]:
+    """TRL's name for a row's shape, and how to convert it; two empty strings if the shape is that of `fields`."""
     if any(isinstance(document.get(name), list) for name in ("messages", *PAIRS, *COMPLETIONS)):
         return "conversational", "apply the chat template first, so that every field is a string"
     if "completion" in document and "label" in document:
-        return "unpaired-preference", 'two responses to one prompt are wanted, as "chosen" and "rejected"'
+        return "unpaired-preference", 'put two responses to the same prompt into one row, as "chosen" and "rejected"'
     if "completion" in document and "chosen" in fields and not {"chosen", "rejected"} & document.keys():
-        return "prompt-completion", "it has nothing to prefer; `sft` takes it as its --data"
+        return "prompt-completion", "it has one response per prompt; `sft` takes it as its --data"
     if "text" in document and not set(fields) & document.keys():
-        return "language-modeling", "write each text on a line of a plain file and use it for pretrain"
+        return "language-modeling", "write each text on a line of a plain text file and pass that to `pretrain`"
     return "", ""
 
 
 def encode(rows: Sequence[Row], tokenizer: Tokenizer, n_positions: int, truncation: str = "none") -> Encoded:
-    """Prompts and responses as ids: end-of-text begins a prompt and ends a response that is not cut.
+    """Encode rows as ids: end-of-text begins each prompt, and ends each response that is not cut.
 
-    A row is a fault if a character is not in the vocabulary or if it is too long; a pair also if, as ids, chosen
-    equals rejected, it stands there already, or another prefers the other way round: of two in conflict neither
-    is used. Completions may repeat.
+    Prompt and response may have n_positions + 1 tokens together, since the last token is never an input. For a longer
+    row, `truncation` decides: "none" makes it a fault; "prompt" cuts the beginning of the prompt first, then the ends
+    of the responses; "response" cuts in the opposite order. Every response keeps at least one token.
 
-    Parameters
-    ----------
-    rows : sequence of Row
-    tokenizer : Tokenizer
-    n_positions : int
-        The model's; prompt and response may have one token more, since the last is never an input.
-    truncation : str
-        What happens to a row that is longer. "none": it is a fault. "prompt": the beginning of the prompt goes,
-        then what of the responses is still too much. "response": the other way round. Every response keeps a token.
-
-    Raises
-    ------
-    ValueError
-        If there is no such truncation.
+    A row is also a fault if a character is not in the vocabulary. A pair is one too if its ids repeat an earlier pair,
+    if chosen equals rejected, or if another pair prefers the opposite: then neither of the two is used. Completions
+    may repeat.
     """
     if truncation not in TRUNCATIONS:
         raise ValueError(f"truncation must be one of {', '.join(TRUNCATIONS)}, not {truncation!a}")
-    encoded = Encoded([], [], [], [])
+    encoded, limit = Encoded([], [], [], []), n_positions + 1
     for row in rows:
+        names = ("the chosen response", "the rejected response") if len(row.responses) == 2 else ("the response",)
         try:
-            x = [END_OF_TEXT, *tokenizer.encode(row.prompt)]
-            ys = [[*tokenizer.encode(response), END_OF_TEXT] for response in row.responses]
+            x = [END_OF_TEXT, *tokenizer.encode(row.prompt, "the prompt")]
+            ys = [[*tokenizer.encode(y, name), END_OF_TEXT] for y, name in zip(row.responses, names)]
         except UnknownCharacterError as error:
             encoded.faults.append(Fault(row.line, str(error), row.text))
             continue
-        excess = len(x) + max(map(len, ys)) - (n_positions + 1)
-        if excess > 0 and truncation == "none":
-            length = n_positions + 1 + excess
-            reason = f"has {length} tokens, {n_positions + 1} fit: choose a truncation, or a longer context"
+        longest, name = max(zip(map(len, ys), names))
+        if len(x) + longest > limit and truncation == "none":
+            with_response = f" with {name}" if len(ys) == 2 else ""
+            reason = (
+                f"has {len(x) + longest} tokens{with_response}, but only {limit} fit the context: shorten it, choose a "
+                "truncation, or train a model with a longer context"
+            )
             encoded.faults.append(Fault(row.line, reason, row.text))
             continue
-        if excess > 0:
-            x, ys = truncated(x, ys, n_positions + 1, truncation)
+        if len(x) + longest > limit:
+            x, ys = cut(x, ys, limit, truncation)
             encoded.truncated.append(row.line)
         if len(ys) == 2 and ys[0] == ys[1]:
-            encoded.faults.append(Fault(row.line, "chosen equals rejected, as ids", row.text))
+            reason = "chosen and rejected have the same ids, after truncation or replacement"
+            encoded.faults.append(Fault(row.line, reason, row.text))
             continue
         encoded.rows.append(row)
         encoded.ids.append((x, *ys))
     return consistent(encoded) if all(len(row.responses) == 2 for row in rows) else encoded
 
 
+def cut(x: list[int], ys: list[list[int]], limit: int, truncation: str) -> tuple[list[int], list[list[int]]]:
+    """Cut a prompt and its responses so that the prompt with either response has at most `limit` (>= 2) tokens."""
+    if truncation == "response":
+        y_limit = max(1, limit - len(x))
+        x_limit = limit - min(y_limit, max(map(len, ys)))
+    else:
+        x_limit = max(1, limit - max(map(len, ys)))
+    x = [x[0], *x[1:][max(0, len(x) - x_limit) :]]  # end-of-text stays
+    return x, [y[: limit - len(x)] for y in ys]
+
+
 def consistent(encoded: Encoded) -> Encoded:
-    """The rows without those that repeat another and without those that contradict another, as ids."""
+    """Set aside pairs that repeat an earlier pair or contradict another, compared as ids."""
     keys = [tuple(map(tuple, ids)) for ids in encoded.ids]
-    first: dict[tuple[tuple[int, ...], ...], int] = {}
+    first_lines: dict[tuple[tuple[int, ...], ...], int] = {}
     for key, row in zip(keys, encoded.rows):
-        first.setdefault(key, row.line)
-    kept = Encoded([], [], list(encoded.faults), encoded.truncated)
+        first_lines.setdefault(key, row.line)
+    result = Encoded([], [], list(encoded.faults), encoded.truncated)
     for key, row, ids in zip(keys, encoded.rows, encoded.ids):
         x, w, l = key
-        opposite = first.get((x, l, w))
-        if first[key] < row.line:
-            kept.faults.append(Fault(row.line, f"repeats line {first[key]}", row.text))
+        first, opposite = first_lines[key], first_lines.get((x, l, w))
+        if first < row.line:
+            result.faults.append(Fault(row.line, f"repeats line {first}", row.text))
         elif opposite is not None:
             reason = f"conflicts with line {opposite}, which prefers the other response"
-            kept.faults.append(Fault(row.line, reason, row.text))
+            result.faults.append(Fault(row.line, reason, row.text))
         else:
-            kept.rows.append(row)
-            kept.ids.append(ids)
-    return kept
-
-
-def truncated(x: list[int], ys: list[list[int]], most: int, truncation: str) -> tuple[list[int], list[list[int]]]:
-    """A prompt and its responses, cut so that each text has at most `most` tokens, two or more."""
-    if truncation == "response":
-        room = max(1, most - len(x))  # for a response
-        x_room = most - min(room, max(map(len, ys)))
-    else:
-        x_room = max(1, most - max(map(len, ys)))
-    x = [x[0], *x[1:][max(0, len(x) - x_room) :]]
-    return x, [y[: most - len(x)] for y in ys]
+            result.rows.append(row)
+            result.ids.append(ids)
+    return result
 
 
 def split(
-    items: Sequence[T], share: float, rng: numpy.random.Generator, key: Callable[[T], Hashable] = lambda item: item
+    items: Sequence[T], fraction: float, rng: numpy.random.Generator, key: Callable[[T], Hashable] = lambda item: item
 ) -> tuple[list[T], list[T]]:
-    """Items to train on and items held out: those of a `share` of the distinct keys, at least one and not all.
+    """Split items into training and held-out ones: a `fraction` of the distinct keys is held out, at least one.
 
-    Raises
-    ------
-    ValueError
-        If there are not two different keys.
+    Items with the same key stay together. At least one key is left to train on.
     """
-    distinct = list(dict.fromkeys(map(key, items)))
-    if len(distinct) < 2:
-        raise ValueError("at least two different prompts or lines are needed, one to train on and one to hold out")
-    count = min(max(1, round(share * len(distinct))), len(distinct) - 1)
-    chosen = {distinct[i] for i in rng.permutation(len(distinct))[:count]}
-    return [item for item in items if key(item) not in chosen], [item for item in items if key(item) in chosen]
+    keys = list(dict.fromkeys(map(key, items)))
+    if len(keys) < 2:
+        raise ValueError(
+            "at least two different prompts or texts are needed, one to train on and one to hold out, "
+            f"not {len(keys)}: add more, or pass --held-out-data"
+        )
+    count = min(max(1, round(fraction * len(keys))), len(keys) - 1)
+    held_out = {keys[i] for i in rng.permutation(len(keys))[:count]}
+    return [item for item in items if key(item) not in held_out], [item for item in items if key(item) in held_out]
 
 
 def set_aside(path: Path, faults: Sequence[Fault], strict: bool) -> str:
-    """Faults as JSON Lines, to be written to a file; refuses them if `strict`.
-
-    Raises
-    ------
-    ValueError
-        If there are any and `strict` is true; names the first and their number.
-    """
+    """The faults of a file as JSON Lines; with `strict`, raises ValueError for the first of them instead."""
     if faults and strict:
+        number = "1 such row" if len(faults) == 1 else f"{len(faults)} such rows"
         raise ValueError(
-            f"{path}, line {faults[0].line}: {faults[0].reason} ({len(faults)} such rows; without --strict they are "
-            "set aside)"
+            f"{path}, line {faults[0].line}: {faults[0].reason} ({number}; without --strict they are set aside)"
         )
     return "".join(json.dumps({"file": path.name, **fault._asdict()}) + "\n" for fault in faults)

@@ -1,21 +1,17 @@
-"""Checkpoints: safetensors and JSON, written whole or not at all, and never believed unread.
+"""Checkpoints: safetensors and JSON, written whole or not at all, and checked before use.
 
 A checkpoint is one folder:
 
     model.safetensors    parameters under GPT-2's names, float32 or float64
     config.json          Hugging Face's config of a GPT-2
     tokenizer.json       the character vocabulary
-    state.safetensors    what training needs to go on: optimizer arrays, and JSON in the header's metadata
-
-It is written under another name, every file and the folder synced to disk, and then renamed as one.
+    state.safetensors    what a resumed run needs: optimizer arrays, and JSON in the header's metadata
 """
 
 import dataclasses
 import hashlib
 import json
 import re
-import shutil
-import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,8 +23,7 @@ from ..model import Config, Params, parameter_shapes
 from ..tensor import Tensor
 from ..tokenizer import END_OF_TEXT, Tokenizer
 from . import safetensors
-from .files import read_text, sync_folder, write_synced, write_whole
-from .safetensors import CheckpointError
+from .files import CheckpointError, json_object, read_text, write_folder, write_whole
 
 HUGGING_FACE = {
     "model_type": "gpt2",
@@ -47,16 +42,16 @@ HUGGING_FACE = {
 }
 
 FIXED = ["model_type", "activation_function", "layer_norm_epsilon", "tie_word_embeddings", "scale_attn_weights"]
-FIXED += ["scale_attn_by_inverse_layer_idx", "add_cross_attention"]  # what ours cannot vary
+FIXED += ["scale_attn_by_inverse_layer_idx", "add_cross_attention"]  # the fields that this model cannot vary
 
 
 class Checkpoint(NamedTuple):
-    """What `load` returns."""
+    """A model, its tokenizer, and whether their files carried checksums."""
 
     params: Params
     config: Config
     tokenizer: Tokenizer
-    verified: bool  # whether weights, config and tokenizer carried checksums, which then were right
+    verified: bool  # weights, config and tokenizer all carried checksums (wrong ones raise)
 
 
 def save(
@@ -67,25 +62,10 @@ def save(
     arrays: Mapping[str, numpy.ndarray] | None = None,
     state: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write a checkpoint, whole or not at all.
-
-    Parameters
-    ----------
-    folder : path
-        Must not exist yet.
-    params, config, tokenizer
-        The model.
-    arrays, state : dict, optional
-        What training needs to go on: arrays by name, and anything that JSON holds.
-
-    Raises
-    ------
-    CheckpointError
-        If the folder exists, the parts do not belong together, or the state is not JSON.
-    """
+    """Write a checkpoint into a new folder; `arrays` by name and a JSON `state` are what a resumed run needs."""
     folder = Path(folder)
     if folder.exists():
-        raise CheckpointError(f"{folder} exists already: a checkpoint is never overwritten")
+        raise CheckpointError(f"{folder} exists already: checkpoints are never overwritten")
     if tokenizer.vocab_size != config.vocab_size:
         raise CheckpointError(f"a vocabulary of {tokenizer.vocab_size} does not fit a model of {config.vocab_size}")
     weights = {name: to_host(p.data) for name, p in params.items()}
@@ -100,71 +80,34 @@ def save(
     }
     sums = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
     files["model.safetensors"] = safetensors.to_bytes(weights, {"format": "pt", **sums})
-    kept = {name: to_host(x) for name, x in (arrays or {}).items()}
-    files["state.safetensors"] = safetensors.to_bytes(kept, {"state": training})
-    created = [parent for parent in folder.parents if not parent.exists()]
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    for parent in created:
-        sync_folder(parent.parent)
-    temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
-    temporary.mkdir()
-    try:
-        for name, content in files.items():
-            write_synced(temporary / name, content)
-        sync_folder(temporary)
-        temporary.rename(folder)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    sync_folder(folder.parent)
+    optimizer_arrays = {name: to_host(x) for name, x in (arrays or {}).items()}
+    files["state.safetensors"] = safetensors.to_bytes(optimizer_arrays, {"state": training})
+    write_folder(folder, files)
 
 
 def point_to_latest(folder: str | Path) -> None:
-    """Make a checkpoint the latest of those beside it; the last thing that is written.
-
-    Raises
-    ------
-    CheckpointError
-        If there is no such folder.
-    """
+    """Make a checkpoint the latest of those beside it. This is the last write of a save."""
     folder = Path(folder)
     if not folder.is_dir():
-        raise CheckpointError(f"{folder} is no checkpoint: nothing to point to")
+        raise CheckpointError(f"{folder} does not exist: nothing to point to")
     write_whole(folder.with_name("latest"), folder.name.encode())
 
 
 def latest(folder: str | Path) -> Path:
-    """The checkpoint that a folder means: itself, or the one that its `latest` names.
-
-    Raises
-    ------
-    CheckpointError
-        If `latest` does not name a checkpoint beside it.
-    """
+    """The folder itself, or the checkpoint in it that its file `latest` names."""
     folder = Path(folder)
     pointer = folder / "latest"
     if not pointer.exists():
         return folder
     name = read_text(pointer, most=255)
     if name in ("", ".", "..") or name != Path(name).name or not (folder / name).is_dir():
-        raise CheckpointError(f"{pointer}: names {name!a}, which is no checkpoint beside it")
+        raise CheckpointError(f"{pointer}: names {name!a}, which is not a checkpoint beside it")
     return folder / name
 
 
 def read_config(path: Path, document: str) -> Config:
-    """The sizes in a Hugging Face config.json of a GPT-2, read from `path`.
-
-    Raises
-    ------
-    CheckpointError
-        If a size is missing or wrong, or the model is one that ours cannot be.
-    """
-    try:
-        content = json.loads(document)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: is not JSON") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: is not a JSON object")
+    """The sizes in Hugging Face's config.json of a GPT-2; `path` is for messages. Other models are refused."""
+    content = json_object(document, f"{path}:")
     for name in FIXED:
         if content.get(name, HUGGING_FACE[name]) != HUGGING_FACE[name]:
             raise CheckpointError(f"{path}: {name} is {content[name]!a}, here it can only be {HUGGING_FACE[name]!a}")
@@ -179,15 +122,10 @@ def read_config(path: Path, document: str) -> Config:
 
 
 def load(folder: str | Path, requires_grad: bool = False) -> Checkpoint:
-    """Read a checkpoint, or the latest of a folder of checkpoints; nothing is believed before it is checked.
+    """Read a checkpoint, or the latest in a folder of checkpoints.
 
-    Weights that Hugging Face saved are taken too: a prefix `transformer.` goes, and so do a tied head and the
-    buffers of old files.
-
-    Raises
-    ------
-    CheckpointError
-        If a file is missing, truncated, corrupted or foreign, or the files do not belong together.
+    Raises CheckpointError if a file is missing, truncated, corrupted or foreign, or if the files disagree.
+    Weights that Hugging Face saved load too, without the prefix `transformer.`, the tied head and old files' buffers.
     """
     folder = latest(folder)
     documents = {name: read_text(folder / name) for name in ("config.json", "tokenizer.json")}
@@ -200,7 +138,7 @@ def load(folder: str | Path, requires_grad: bool = False) -> Checkpoint:
             raise CheckpointError(f"{folder / name}: does not match the SHA-256 in {path.name}: changed or corrupted")
     arrays = {name.removeprefix("transformer."): array for name, array in stored.items()}
     if len(arrays) < len(stored):
-        raise CheckpointError(f"{path}: a parameter is there twice, with and without the prefix transformer.")
+        raise CheckpointError(f"{path}: a parameter occurs twice, with and without the prefix transformer.")
     head = arrays.pop("lm_head.weight", None)
     if head is not None and not numpy.array_equal(head, arrays.get("wte.weight", head)):
         raise CheckpointError(f"{path}: lm_head.weight is not wte.weight; here the head is tied")
@@ -237,19 +175,7 @@ def check_weights(arrays: Mapping[str, numpy.ndarray], config: Config, path: Pat
 
 
 def load_state(folder: str | Path) -> tuple[dict[str, numpy.ndarray], dict[str, Any]]:
-    """The arrays and the state that `save` was given, for training to go on.
-
-    Raises
-    ------
-    CheckpointError
-        If the file is missing, truncated or corrupted.
-    """
+    """The `arrays` and the `state` that `save` wrote."""
     path = latest(folder) / "state.safetensors"
     arrays, metadata, _ = safetensors.read(path)
-    try:
-        state = json.loads(metadata.get("state", ""))
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: holds no training state") from error
-    if not isinstance(state, dict):
-        raise CheckpointError(f"{path}: the training state is not a JSON object")
-    return arrays, state
+    return arrays, json_object(metadata.get("state", ""), f"{path}: its training state")

@@ -1,12 +1,51 @@
-"""Files and folders, written whole or not at all, and read within bounds."""
+"""Files and folders that are written whole or not at all, and read within bounds."""
 
+import contextlib
+import json
 import os
 import re
 import shutil
 import uuid
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
-from .safetensors import CheckpointError
+
+class CheckpointError(ValueError):
+    """A file of a run or a checkpoint cannot be used; the message names the file and the fault."""
+
+
+@contextlib.contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """A temporary name beside `path`: renamed to it on success, removed on failure. Errors name `path`."""
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        yield temporary
+        temporary.replace(path)
+        sync_folder(path.parent)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
+    finally:
+        remove(temporary)
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write or replace a file; nobody ever sees half of it."""
+    with whole(path) as temporary:
+        write_synced(temporary, content)
+
+
+def write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Write a new folder with its files, and the folders above it; all the files are there, or there is no folder."""
+    new = [parent for parent in folder.parents if not parent.exists()]
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    for parent in new:
+        sync_folder(parent.parent)
+    with whole(folder) as temporary:
+        temporary.mkdir()
+        for name, content in files.items():
+            write_synced(temporary / name, content)
+        sync_folder(temporary)
 
 
 def write_synced(path: Path, content: bytes) -> None:
@@ -26,26 +65,23 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file, or replace it, so that there is never half of it."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    try:
-        write_synced(temporary, content)
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    sync_folder(path.parent)
+def remove(path: Path) -> None:
+    """Remove a file, a link or a whole folder, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    elif os.path.lexists(path):
+        path.unlink()
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove the temporary files and folders that killed processes left behind."""
+    for leftover in folder.glob(".*"):
+        if re.fullmatch(r"\..+\.[0-9a-f]{32}", leftover.name):
+            remove(leftover)
 
 
 def read_text(path: Path, most: int = 2**24) -> str:
-    """A text file of at most `most` bytes.
-
-    Raises
-    ------
-    CheckpointError
-        If it is missing, longer, or not UTF-8.
-    """
+    """The text of a UTF-8 file of at most `most` bytes."""
     try:
         with path.open("rb") as file:
             content = file.read(most + 1)
@@ -58,11 +94,12 @@ def read_text(path: Path, most: int = 2**24) -> str:
         raise CheckpointError(f"{path}: is not text in UTF-8") from error
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Remove what processes that were killed had half written there, by the names that this file gives it."""
-    for leftover in folder.glob(".*"):
-        if re.fullmatch(r"\..+\.[0-9a-f]{32}", leftover.name):
-            if leftover.is_dir() and not leftover.is_symlink():
-                shutil.rmtree(leftover)
-            else:
-                leftover.unlink()
+def json_object(document: str | bytes, name: str) -> dict[str, Any]:
+    """The JSON object in a document from anywhere; errors begin with `name`."""
+    try:
+        content = json.loads(document)
+    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, a number without end, or too deep
+        raise CheckpointError(f"{name} is not JSON: corrupted, or another kind of file") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{name} is not a JSON object")
+    return content

@@ -1,5 +1,6 @@
 """What a person reads after a run: report.md, and curves where matplotlib is installed."""
 
+import math
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -7,11 +8,10 @@ from typing import Any
 
 from ..plots import Curve, Panel, installed, png
 from ..tokenizer import printable
-from .checkpoint import CheckpointError
-from .files import write_whole
-from .folder import described, json_lines
+from .files import CheckpointError, write_whole
+from .folder import json_lines, run_description
 
-COLUMNS = {  # of the table of measurements
+COLUMNS = {  # of the table of evaluations
     "step": "step",
     "eval_loss": "held-out loss",
     "eval_rewards/accuracies": "accuracy",
@@ -20,21 +20,15 @@ COLUMNS = {  # of the table of measurements
     "eval_logps/chosen": "log pi(chosen)",
     "eval_nll/chosen_rise": "rise of the chosen's nats a token",
 }
-NO_CURVES = "There are no curves: they need matplotlib, which is in the `plot` extra. With it, resume the run."
+NO_CURVES = "There are no curves: they need matplotlib, which is in the `plot` extra."
 
 
 def best(metrics: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
-    """The measurement with the lowest held-out loss.
-
-    Raises
-    ------
-    CheckpointError
-        If there is none.
-    """
-    measured = [line for line in metrics if isinstance(line.get("eval_loss"), float)]
-    if not measured:
-        raise CheckpointError("there is no measurement in metrics.jsonl, so that there is nothing to report")
-    return min(measured, key=lambda line: line["eval_loss"])
+    """The evaluation with the lowest held-out loss."""
+    evaluations = [line for line in metrics if isinstance(line.get("eval_loss"), float)]
+    if not evaluations:
+        raise CheckpointError("metrics.jsonl holds no evaluation: there is nothing to report")
+    return min(evaluations, key=lambda line: line["eval_loss"])
 
 
 def table(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str]) -> str:
@@ -49,60 +43,69 @@ def table(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str]) -> str:
 
 
 def write(run: Path) -> Mapping[str, Any]:
-    """Write `report.md` of a run, and `curves.png` if matplotlib is installed; returns the best measurement."""
-    description = described(run)
+    """Write `report.md` of a run, and `curves.png` if matplotlib is installed; return the best evaluation."""
+    description = run_description(run)
     name = run.resolve().name
     metrics = json_lines(run / "metrics.jsonl")
-    measured = [line for line in metrics if "eval_loss" in line]
+    samples = json_lines(run / "samples.jsonl")
     lowest = best(metrics)
-    columns = {name: title for name, title in COLUMNS.items() if name in measured[0]}
-    every = -(-len(measured) // 20)
-    kept = [line for i, line in enumerate(measured) if i % every == 0 or line in (lowest, measured[-1])]
-    command = shlex.join(["python", "-m", "minidpo", *description["arguments"], f"--out={name}"])
+    evaluations = [line for line in metrics if "eval_loss" in line]
+    columns = {key: title for key, title in COLUMNS.items() if key in evaluations[0]}
+    every = -(-len(evaluations) // 20)  # the table has about 20 rows
+    rows = [line for i, line in enumerate(evaluations) if i % every == 0 or line in (lowest, evaluations[-1])]
+    command = shlex.join(["minidpo", *description["arguments"], f"--out={name}"])
     parts = [
         f"# {printable(name)}",
         f"    {printable(command)}",
         f"The result, `model`, is the checkpoint of step {lowest['step']}, which had the lowest held-out loss.",
-        table(kept, columns),
+        table(rows, columns),
     ]
     if "rows" in description:
         parts += [f"Rows: {printable(str(description['rows']))}. Those set aside are in `set_aside.jsonl`."]
-    samples = json_lines(run / "samples.jsonl")
     for step in sorted({0, lowest["step"]}):
         lines = [line for line in samples if line["step"] == step]
-        parts += [f"## What the model answered at step {step}"]
+        parts += [f"## The model's replies at step {step}"]
         parts += ["\n".join(f"    {printable(line['prompt'])} -> {printable(line['response'])}" for line in lines)]
-    parts += [
-        "## Made with",
-        "\n".join(f"- {printable(f'{key}: {value}')}" for key, value in description["environment"].items()),
-    ]
+    environment = [f"- {printable(f'{key}: {value}')}" for key, value in description["environment"].items()]
+    parts += ["## Made with", "\n".join(environment)]
     if curves(run / "curves.png", {name: metrics}):
         parts += ["![curves](curves.png)"]
     else:
-        parts += [NO_CURVES]
+        parts += [f"{NO_CURVES} Once it is installed, `minidpo resume` draws them."]
     write_whole(run / "report.md", ("\n\n".join(parts) + "\n").encode())
     return lowest
 
 
 def curves(path: Path, runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> bool:
-    """Draw loss, accuracy and rewards of runs over their steps into a PNG; false if matplotlib is missing."""
-    diagrams = {
-        "loss": {"loss": "batch", "eval_loss": "held out"},
-        "reward accuracy": {"rewards/accuracies": "batch", "eval_rewards/accuracies": "held out"},
-        "implicit reward": {"eval_rewards/chosen": "chosen, held out", "eval_rewards/rejected": "rejected, held out"},
-    }
-    panels = []
-    for name, metrics in runs.items():
-        for title, labels in diagrams.items():
-            lines = []
-            for key, label in labels.items():
-                points = [(line["step"], line[key]) for line in metrics if key in line]
-                if points:
-                    faint = label == "batch"
-                    x, y = zip(*points)
-                    lines.append(Curve(label, x, y, None if faint else "o", faint))
-            panels += [Panel(f"{name}: {title}", "step", "", lines)] if lines else []
+    """Draw the metrics of runs into a PNG; without matplotlib, write nothing and return False."""
     if not installed():
         return False
-    write_whole(path, png(panels))
+    write_whole(path, png([panel for name, metrics in runs.items() for panel in panels(name, metrics)]))
     return True
+
+
+def panels(name: str, metrics: Sequence[Mapping[str, Any]]) -> list[Panel]:
+    """Loss, accuracy and rewards of a run over its steps, as far as its metrics hold them.
+
+    At policy = reference the DPO loss is log 2. A run that begins there has a line at log 2; other losses have none.
+    """
+    first = next(line for line in metrics if "eval_loss" in line)
+    dpo = math.isclose(first["eval_loss"], math.log(2), rel_tol=1e-6)
+    unit = "nats a pair" if dpo else "" if "eval_rewards/accuracies" in first else "nats a token"
+    reward = {"eval_rewards/chosen": "chosen, held out", "eval_rewards/rejected": "rejected, held out"}
+    accuracy = {"rewards/accuracies": "batch", "eval_rewards/accuracies": "held out"}
+    diagrams = [
+        ("loss", unit, {"loss": "batch", "eval_loss": "held out"}, math.log(2) if dpo else None, "log 2"),
+        ("reward accuracy", "share of pairs", accuracy, 0.5, "one half"),
+        ("implicit reward", "nats", reward, 0.0, "the reference"),
+    ]
+    result = []
+    for title, ylabel, labels, level, level_label in diagrams:
+        series = []
+        for key, label in labels.items():
+            lines = [line for line in metrics if key in line]
+            x, y = [line["step"] for line in lines], [line[key] for line in lines]
+            series += [Curve(label, x, y, None if label == "batch" else "o", faint=label == "batch")] if lines else []
+        if series:
+            result.append(Panel(f"{name}: {title}", "step", ylabel, series, level=level, level_label=level_label))
+    return result

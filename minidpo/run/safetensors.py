@@ -1,4 +1,4 @@
-"""The safetensors format: 8 bytes of header length, a JSON header, the data. No pickle, nothing believed."""
+"""The safetensors format: 8 bytes of header length, a JSON header, the data. No pickle; everything is checked."""
 
 import hashlib
 import json
@@ -11,24 +11,16 @@ from typing import Any, TypeGuard
 
 import numpy
 
+from .files import CheckpointError, json_object
+
 DTYPES = {"F16": "<f2", "F32": "<f4", "F64": "<f8", "I8": "|i1", "I16": "<i2", "I32": "<i4", "I64": "<i8"}
 DTYPES |= {"U8": "|u1", "U16": "<u2", "U32": "<u4", "U64": "<u8", "BOOL": "|b1"}
 NAMES = {numpy.dtype(code): name for name, code in DTYPES.items()}
 MOST_HEADER = 100 * 2**20  # bytes; the limit of the format
 
 
-class CheckpointError(ValueError):
-    """A checkpoint cannot be read or written; the message names the file and the fault."""
-
-
 def to_bytes(arrays: Mapping[str, numpy.ndarray], metadata: Mapping[str, str]) -> bytes:
-    """Arrays in the safetensors format; the metadata gets a SHA-256 of the data and one of the rest of the header.
-
-    Raises
-    ------
-    CheckpointError
-        If the format knows no such dtype, or an array is named `__metadata__`.
-    """
+    """Arrays in the safetensors format; the metadata gains a SHA-256 of the data and one of the rest of the header."""
     entries: dict[str, Any] = {}
     chunks, end = [], 0
     for name, array in arrays.items():
@@ -51,12 +43,7 @@ def to_bytes(arrays: Mapping[str, numpy.ndarray], metadata: Mapping[str, str]) -
 def read(path: Path) -> tuple[dict[str, numpy.ndarray], dict[str, str], bool]:
     """Arrays and metadata of a safetensors file, and whether it carried both checksums of `to_bytes`.
 
-    Lengths, offsets, shapes and dtypes are compared with the size of the file before anything is allocated.
-
-    Raises
-    ------
-    CheckpointError
-        If the file is missing, truncated, corrupted or of another kind.
+    Lengths, offsets, shapes and dtypes are checked against the size of the file before anything is allocated.
     """
 
     def fault(sentence: str) -> CheckpointError:
@@ -69,17 +56,11 @@ def read(path: Path) -> tuple[dict[str, numpy.ndarray], dict[str, str], bool]:
                 raise fault(f"{size} bytes are too few for a safetensors file")
             (length,) = struct.unpack("<Q", file.read(8))
             if length > min(size - 8, MOST_HEADER):
-                raise fault(f"a header of {length} bytes cannot be in a file of {size}: truncated, or no safetensors")
-            header = json.loads(file.read(length))
+                raise fault(f"a header of {length} bytes cannot be in a file of {size}: truncated, or not safetensors")
+            header = json_object(file.read(length), f"{path}: the header")
             data = file.read()
     except OSError as error:
         raise fault(f"cannot be read ({error.strerror})") from error
-    except CheckpointError:
-        raise
-    except (ValueError, RecursionError) as error:  # not UTF-8, no JSON, a number without end, or too deep
-        raise fault("the header is not JSON: corrupted, or no safetensors") from error
-    if not isinstance(header, dict):
-        raise fault("the header is not a JSON object")
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise fault("the metadata is not an object of strings")
@@ -96,7 +77,7 @@ def read(path: Path) -> tuple[dict[str, numpy.ndarray], dict[str, str], bool]:
         if not isinstance(dtype, str) or dtype not in DTYPES:
             raise fault(f"{name!a} has dtype {dtype!a}, known are {', '.join(DTYPES)}")
         if not (are_sizes(shape) and are_sizes(span)) or len(span) != 2:
-            raise fault(f"{name!a} has no shape or no place in the data")
+            raise fault(f"{name!a} lacks a shape or a place in the data")
         count = math.prod(shape)
         if not span[0] <= span[1] <= len(data) or span[1] - span[0] != count * numpy.dtype(DTYPES[dtype]).itemsize:
             raise fault(
@@ -105,7 +86,7 @@ def read(path: Path) -> tuple[dict[str, numpy.ndarray], dict[str, str], bool]:
         flat = numpy.frombuffer(data, DTYPES[dtype], count, offset=span[0]) if count else numpy.empty(0, DTYPES[dtype])
         try:
             arrays[name] = flat.reshape(shape).copy()
-        except ValueError as error:  # of no entries, and yet too large for NumPy
+        except ValueError as error:  # without entries, and yet too large for NumPy
             raise fault(f"{name!a} cannot have shape {shape}") from error
         spans.append(span)
     spans.sort()
@@ -115,10 +96,10 @@ def read(path: Path) -> tuple[dict[str, numpy.ndarray], dict[str, str], bool]:
 
 
 def header_sum(metadata: Mapping[str, str], entries: Mapping[str, Any]) -> str:
-    """SHA-256 of a header but for the sums themselves."""
+    """SHA-256 of a header without the sums themselves."""
     return hashlib.sha256(json.dumps([dict(metadata), dict(entries)], sort_keys=True).encode()).hexdigest()
 
 
 def are_sizes(x: Any) -> TypeGuard[list[int]]:
-    """Whether x is a list of at most 64 integers that are not negative."""
+    """Whether x is a list of at most 64 integers, none negative."""
     return isinstance(x, list) and len(x) <= 64 and all(type(n) is int and n >= 0 for n in x)

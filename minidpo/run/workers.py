@@ -1,12 +1,14 @@
-"""One gradient by several processes: the loss of a batch is a sum over its examples, so whole examples are shared out.
+"""One sweep by several processes: the loss of a batch is a sum over its examples, so whole examples are shared out.
 
-Processes and not threads: Python's own lock lets one thread at a time begin an array operation, and small ones are
-over before it has changed hands. A worker is forked once and stays; it is asked in JSON, reads the weights from
-memory that all share, and leaves its gradient there. Each has one BLAS thread.
+Processes and not threads: Python's lock lets one thread at a time begin an array operation, and small ones are over
+before it has changed hands. Each process has one BLAS thread. A worker reads the weights from shared memory and leaves
+its gradient there. Everything else that decides the result is in the question, so workers cannot disagree with their
+caller: what a question cannot carry, a loss that is not in `LOSSES`, is swept by the caller alone.
 """
 
 import contextlib
 import ctypes
+import dataclasses
 import functools
 import importlib
 import json
@@ -19,16 +21,19 @@ from typing import Any, NamedTuple, NoReturn, TextIO
 
 import numpy
 
-from ..backend import Array, on_host
-from ..model import Params
+from .. import losses
+from ..backend import Array, array_module, on_host, to_host
+from ..losses import LOSSES, Choice
+from ..model import Config, Params
+from ..scoring import Batch
+from ..training import Example, Loss, Swept, dpo_sweep, joined, nll_sweep
 
-MOST = 8  # processes, the one that asks among them; more have not been tried
+MOST = 8  # processes in all; more have not been tried
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's numbers for what mallopt sets
-Gradient = Callable[[Params, Any], Any]  # of a share of a batch's examples; that and what is returned are JSON
 
 
 class Blas(NamedTuple):
-    """How many threads NumPy's matrix products have, to read and to set."""
+    """Read and set the number of threads of NumPy's matrix products."""
 
     get: Callable[[], int]
     set: Callable[[int], None]
@@ -36,7 +41,7 @@ class Blas(NamedTuple):
 
 @functools.cache
 def blas() -> Blas | None:
-    """The two functions of the OpenBLAS that NumPy brings; None if it has another library."""
+    """The two functions of NumPy's own OpenBLAS; None if it has another library."""
     library = ctypes.CDLL(importlib.import_module("numpy._core._multiarray_umath").__file__)
     for name in ("scipy_openblas_{}_num_threads64_", "openblas_{}_num_threads64_", "openblas_{}_num_threads"):
         with contextlib.suppress(AttributeError):
@@ -46,23 +51,23 @@ def blas() -> Blas | None:
 
 @contextlib.contextmanager
 def blas_threads(count: int) -> Iterator[None]:
-    """So many BLAS threads within, where they can be set."""
-    found = blas()
-    before = found.get() if found else 0
-    if found:
-        found.set(count)
+    """`count` BLAS threads within the block, where the number can be set."""
+    library = blas()
+    before = library.get() if library else 0
+    if library:
+        library.set(count)
     try:
         yield
     finally:
-        if found:
-            found.set(before)
+        if library:
+            library.set(before)
 
 
 @functools.cache
 def keep_memory() -> None:
-    """Let the C library keep what freed arrays leave for the next ones: the system would clear each page anew.
+    """Let the C library keep the memory of freed arrays for the next ones: the system would clear each page anew.
 
-    This is for arrays of up to 32 MiB, and for as long as the process lives, where the library is glibc. (mallopt(3))
+    For arrays of up to 32 MiB, as long as the process lives, where the library is glibc. (mallopt(3))
     """
     with contextlib.suppress(AttributeError, TypeError):
         mallopt = ctypes.CDLL(None).mallopt
@@ -71,14 +76,14 @@ def keep_memory() -> None:
 
 
 def worker_count(params: Params) -> int:
-    """As many as NumPy has BLAS threads, up to `MOST`; one where these cannot be set, on a device, or without fork."""
-    found = blas()
+    """NumPy's number of BLAS threads, at most `MOST`; 1 where it cannot be set, on a device, or without fork."""
+    library = blas()
     forks = hasattr(os, "fork") and all(on_host(p.data) for p in params.values())
-    return min(MOST, found.get()) if found and forks else 1
+    return min(MOST, library.get()) if library and forks else 1
 
 
 def shared_arrays(params: Params) -> dict[str, Array]:
-    """An array for each parameter in memory that stays common after a fork."""
+    """An array for each parameter, in memory that stays common after a fork."""
     offsets = [0]
     for p in params.values():
         offsets.append(offsets[-1] + math.ceil(p.data.nbytes / 64) * 64)
@@ -89,8 +94,30 @@ def shared_arrays(params: Params) -> dict[str, Array]:
     }
 
 
+def shares(sizes: Sequence[int], count: int) -> list[list[int]]:
+    """Indices of examples in at most `count` shares of about equal total size; none is empty."""
+    parts: list[list[int]] = [[] for _ in range(min(count, len(sizes)))]
+    totals = [0] * len(parts)
+    for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):  # the largest first, each to the smallest share
+        least = totals.index(min(totals))
+        parts[least].append(i)
+        totals[least] += sizes[i]
+    return [sorted(part) for part in parts]
+
+
+def portable(loss: Loss) -> tuple[str, dict[str, Any] | None] | None:
+    """A loss as a question can carry it: a name in `LOSSES`, and the options of a `Choice`; None for any other."""
+    if not isinstance(loss, Choice):
+        return next(((name, None) for name, member in LOSSES.items() if member is loss), None)
+    try:
+        json.dumps(loss.options)
+    except TypeError:
+        return None
+    return loss.name, dict(loss.options)
+
+
 class Worker(NamedTuple):
-    """A process, from the outside."""
+    """A forked process, seen from its parent."""
 
     pid: int
     ask: TextIO
@@ -99,26 +126,19 @@ class Worker(NamedTuple):
 
 
 class Workers:
-    """A process and its workers; from the first on, with workers or without, `keep_memory` holds.
+    """`dpo_sweep` and `nll_sweep` of `training`, shared out to `count` processes, the caller among them.
 
-    Parameters
-    ----------
-    params : dict of str to Tensor
-        What the gradients belong to; their arrays may be replaced, not their shapes.
-    gradient : function
-        `gradient(params, share)` adds to `grad` of the parameters and returns what JSON holds.
-    count : int
-        Processes in all, the one that asks among them.
+    They are forked at the first question, and anew when parameters of other names, shapes or types are given.
     """
 
-    def __init__(self, params: Params, gradient: Gradient, count: int):
-        keep_memory()
-        self.params, self.gradient = params, gradient
-        self.weights = shared_arrays(params) if count > 1 else {}
-        self.others = [self.forked() for _ in range(count - 1)]
+    def __init__(self, count: int):
+        self.count = count
+        self.others: list[Worker] = []
+        self.forked_with: Any = None  # all that a worker has from its fork, and no question carries
+        self.weights: dict[str, Array] = {}
 
     def __len__(self) -> int:
-        return 1 + len(self.others)
+        return self.count
 
     def __enter__(self) -> "Workers":
         return self
@@ -129,75 +149,89 @@ class Workers:
                 worker.ask.close()  # which ends it
             worker.answer.close()
             os.waitpid(worker.pid, 0)
+        self.others = []
 
-    def forked(self) -> Worker:
-        """A new worker."""
-        gradient = shared_arrays(self.params)
-        (questions, ask), (answer, answers) = os.pipe(), os.pipe()  # the ends to read and to write
-        pid = os.fork()
-        if pid == 0:
-            self.serve(questions, answers, gradient)
-        os.close(questions)
-        os.close(answers)
-        return Worker(pid, open(ask, "w"), open(answer), gradient)
+    def dpo_sweep(
+        self,
+        policy: Params,
+        config: Config,
+        batch: Batch,
+        beta: float = 0.1,
+        loss: Loss = losses.dpo_loss,
+        nll_weight: float = 0.0,
+        micro_batch_size: int | None = None,
+    ) -> Swept:
+        """`training.dpo_sweep` by all processes; the pairs of the result are in the order of the shares."""
+        named = portable(loss)
+        if self.count == 1 or named is None:
+            return dpo_sweep(policy, config, batch, beta, loss, nll_weight, micro_batch_size)
+        pairs, *refs = batch
+        whole = {
+            "config": dataclasses.asdict(config),
+            "beta": float(beta),
+            "loss": named,
+            "nll_weight": float(nll_weight),
+            "micro_batch_size": micro_batch_size,
+            "B": len(pairs),
+            "tokens": sum(len(w) for _, w, _ in pairs),
+        }
+        ref_logp_w, ref_logp_l = map(to_host, refs)
+        questions = [
+            {
+                **whole,
+                "pairs": [pairs[i] for i in part],
+                "ref_logp_w": ref_logp_w[part].tolist(),
+                "ref_logp_l": ref_logp_l[part].tolist(),
+            }
+            for part in shares([len(x) + len(w) + len(l) for x, w, l in pairs], self.count)
+        ]
+        return joined(self.ask(policy, questions))
 
-    def serve(self, questions: int, answers: int, gradient: dict[str, Array]) -> NoReturn:
-        """A worker's life: until the process that asks is gone, however it went."""
-        try:
-            for number in (signal.SIGINT, signal.SIGTERM):  # left to the process that asks
-                signal.signal(number, signal.SIG_IGN)
-            low, high = sorted((questions, answers))
-            for first, last in ((3, low), (low + 1, high), (high + 1, os.sysconf("SC_OPEN_MAX"))):
-                os.closerange(first, last)  # a lock, other workers' pipes: none may outlive its owner here
-            for name, x in self.weights.items():
-                self.params[name].data = x  # and what was inherited is freed
-            with open(questions) as lines, open(answers, "w") as out, blas_threads(1):
-                for question in lines:
-                    out.write(json.dumps(self.answered(json.loads(question), gradient)) + "\n")
-                    out.flush()
-        finally:
-            os._exit(0)
+    def nll_sweep(
+        self, params: Params, config: Config, examples: Sequence[Example], micro_batch_size: int | None = None
+    ) -> float:
+        """`training.nll_sweep` by all processes."""
+        if self.count == 1:
+            return nll_sweep(params, config, examples, micro_batch_size)
+        tokens = sum(len(y) for _, y in examples)
+        whole = {"config": dataclasses.asdict(config), "micro_batch_size": micro_batch_size, "tokens": tokens}
+        parts = shares([len(x) + len(y) for x, y in examples], self.count)
+        return sum(self.ask(params, [{**whole, "examples": [examples[i] for i in part]} for part in parts]))
 
-    def answered(self, share: Any, gradient: dict[str, Array]) -> dict[str, Any]:
-        """What a worker says of a share, having left its gradient."""
-        try:
-            for name, p in self.params.items():
-                gradient[name][...] = 0
-                p.grad = gradient[name]  # a sweep adds to it in place
-            said = self.gradient(self.params, share)
-            for name, p in self.params.items():
-                if p.grad is not gradient[name]:
-                    gradient[name][...] = p.grad
-            return {"said": said}
-        except FloatingPointError as error:
-            return {"not finite": str(error)}
-        except MemoryError as error:
-            return {"no memory": str(error)}
-        except Exception as error:
-            return {"failed": f"{type(error).__name__}: {error}"}
+    def share(self, params: Params, question: dict[str, Any]) -> Any:
+        """Answer one question: `grad` of the parameters gets the share's gradient; the reply is JSON."""
+        config = Config(**question["config"])
+        if "examples" in question:
+            return nll_sweep(params, config, question["examples"], question["micro_batch_size"], question["tokens"])
+        wte = params["wte.weight"].data
+        name, options = question["loss"]
+        refs = [array_module(wte).asarray(question[side], dtype=wte.dtype) for side in ("ref_logp_w", "ref_logp_l")]
+        return dpo_sweep(
+            params,
+            config,
+            Batch(question["pairs"], *refs),
+            question["beta"],
+            LOSSES[name] if options is None else Choice(name, options),
+            **{key: question[key] for key in ("nll_weight", "micro_batch_size", "B", "tokens")},
+        )
 
-    def __call__(self, shares: Sequence[Any]) -> list[Any]:
-        """What `gradient` returns for each share; `grad` of the parameters is the sum over all.
+    def ask(self, params: Params, questions: Sequence[dict[str, Any]]) -> list[Any]:
+        """The replies to the questions, the first answered here; `grad` of the parameters gets all their gradients.
 
-        Raises
-        ------
-        FloatingPointError
-            If a share's loss is not finite.
-        OSError
-            If a worker failed or is gone.
-        MemoryError
-            If it had too little memory.
+        Raises FloatingPointError if a loss is not finite, MemoryError if a worker has too little memory, OSError if
+        it failed or is gone.
         """
-        others = self.others[: len(shares) - 1]
-        for name, p in self.params.items() if others else ():
+        self.fork_for(params)
+        others = self.others[: len(questions) - 1]
+        for name, p in params.items() if others else ():
             self.weights[name][...] = p.data
-        for worker, share in zip(others, shares[1:]):
+        for worker, question in zip(others, questions[1:]):
             with contextlib.suppress(BrokenPipeError):  # then there is no answer
-                worker.ask.write(json.dumps(share) + "\n")
+                worker.ask.write(json.dumps(question) + "\n")
                 worker.ask.flush()
         try:
-            with blas_threads(1) if self.others else contextlib.nullcontext():
-                said = [self.gradient(self.params, shares[0])]
+            with blas_threads(1):
+                replies = [self.share(params, questions[0])]
         finally:
             answers = [json.loads(worker.answer.readline() or '{"failed": "it is gone"}') for worker in others]
         for worker, answer in zip(others, answers):
@@ -207,21 +241,67 @@ class Workers:
                 raise OSError(f"a worker could not do its share: {answer['failed']}")
             if "no memory" in answer:
                 raise MemoryError(answer["no memory"])
-            said.append(answer["said"])
-            for name, p in self.params.items():
+            replies.append(answer["reply"])
+            for name, p in params.items():
+                if not p.requires_grad:
+                    continue
                 if p.grad is None:
                     p.grad = worker.gradient[name].copy()
                 else:
                     p.grad += worker.gradient[name]  # an array of its own, as `backward` leaves it
-        return said
+        return replies
 
+    def fork_for(self, params: Params) -> None:
+        """Have workers for parameters of these names, shapes and types, and for the losses of now."""
+        layout = {name: (p.shape, str(p.dtype), p.requires_grad) for name, p in params.items()}
+        if self.forked_with != (layout, LOSSES):
+            self.__exit__()
+            self.weights = shared_arrays(params)
+            self.others = [self.forked(params) for _ in range(self.count - 1)]
+            self.forked_with = (layout, dict(LOSSES))
 
-def shares(sizes: Sequence[int], count: int) -> list[list[int]]:
-    """Indices of examples, shared out so that the shares' sizes are about equal; none is empty."""
-    parts: list[list[int]] = [[] for _ in range(min(count, len(sizes)))]
-    totals = [0] * len(parts)
-    for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):  # the largest first, each to the least so far
-        least = totals.index(min(totals))
-        parts[least].append(i)
-        totals[least] += sizes[i]
-    return [sorted(part) for part in parts]
+    def forked(self, params: Params) -> Worker:
+        """A new worker."""
+        gradient = shared_arrays(params)
+        (questions, ask), (answer, answers) = os.pipe(), os.pipe()  # the ends to read and to write
+        pid = os.fork()
+        if pid == 0:
+            self.serve(params, questions, answers, gradient)
+        os.close(questions)
+        os.close(answers)
+        return Worker(pid, open(ask, "w"), open(answer), gradient)
+
+    def serve(self, params: Params, questions: int, answers: int, gradient: dict[str, Array]) -> NoReturn:
+        """A worker's life: it answers questions until the process that asks is gone."""
+        try:
+            for number in (signal.SIGINT, signal.SIGTERM):  # left to the process that asks
+                signal.signal(number, signal.SIG_IGN)
+            low, high = sorted((questions, answers))
+            for first, last in ((3, low), (low + 1, high), (high + 1, os.sysconf("SC_OPEN_MAX"))):
+                os.closerange(first, last)  # a lock, other workers' pipes: none may outlive its owner here
+            for name, x in self.weights.items():
+                params[name].data = x  # and the inherited array is freed
+            with open(questions) as lines, open(answers, "w") as out, blas_threads(1):
+                for question in lines:
+                    out.write(json.dumps(self.answered(params, json.loads(question), gradient)) + "\n")
+                    out.flush()
+        finally:
+            os._exit(0)
+
+    def answered(self, params: Params, question: dict[str, Any], gradient: dict[str, Array]) -> dict[str, Any]:
+        """Sweep a share into shared memory; the reply, or what went wrong."""
+        try:
+            for name, p in params.items():
+                gradient[name][...] = 0
+                p.grad = gradient[name] if p.requires_grad else None  # a sweep adds to it in place
+            reply = self.share(params, question)
+            for name, p in params.items():
+                if p.grad is not None and p.grad is not gradient[name]:
+                    gradient[name][...] = p.grad
+            return {"reply": reply}
+        except FloatingPointError as error:
+            return {"not finite": str(error)}
+        except MemoryError as error:
+            return {"no memory": str(error)}
+        except Exception as error:
+            return {"failed": f"{type(error).__name__}: {error}"}

@@ -16,6 +16,7 @@ from .. import losses, model, ops, optim, training
 from ..backend import Array
 from ..explain.tokens import shared_rows
 from ..model import Config, Params, forward
+from ..run.reference import cached_reference_logprobs
 from ..scoring import Pair, collate, padded_logprobs, sequence_logprob, shared_logprobs
 from ..tensor import Tensor
 from ..tokenizer import END_OF_TEXT, Tokenizer
@@ -258,7 +259,7 @@ def cached_reference(world: World) -> list[Invariance]:
         with tempfile.TemporaryDirectory() as folder:
             path, tokenizer = Path(folder) / "reference.safetensors", Tokenizer("abcde")
             for _ in range(2):  # written, then read
-                w, l = training.cached_reference_logprobs(path, params, CONFIG, tokenizer, pairs)
+                w, l = cached_reference_logprobs(path, params, CONFIG, tokenizer, pairs)
         return Tensor(w), Tensor(l)
 
     before = outcome(world, shared, alone)

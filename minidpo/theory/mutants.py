@@ -23,7 +23,7 @@ def logps(params: Params, config: Config, tokens: Ids, temperature: float = 1.0,
     """Log-probabilities after each token of a text, (T, V); wrong at a temperature or places not from 0."""
     rows = batch_rows([list(tokens)], config)
     return ops.log_softmax(
-        row_logits(params, config, rows._replace(places=rows.places + start)).data / temperature
+        row_logits(params, config, rows._replace(positions=rows.positions + start)).data / temperature
     ).data
 
 

@@ -1,0 +1,52 @@
+"""What the reference says of each pair, scored once and kept in a file."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..backend import Array, array_module, to_host
+from ..model import Config, Params
+from ..scoring import Pair
+from ..tokenizer import Tokenizer
+from ..training import reference_logprobs
+from . import safetensors
+from .files import write_whole
+from .safetensors import CheckpointError
+
+
+def fingerprint(params: Params) -> str:
+    """A SHA-256 of names, types, shapes and contents of parameters, whatever their order."""
+    sums = hashlib.sha256()
+    for name, p in sorted(params.items()):
+        sums.update(f" {name} {p.dtype} {p.shape} ".encode())
+        sums.update(to_host(p.data).tobytes())
+    return sums.hexdigest()
+
+
+def reference_key(reference: Params, config: Config, tokenizer: Tokenizer, pairs: Sequence[Pair]) -> str:
+    """A SHA-256 of all that the reference's log-probabilities depend on."""
+    parts = (fingerprint(reference), str(config), tokenizer.to_json(), json.dumps(list(pairs)))
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def cached_reference_logprobs(
+    path: Path, reference: Params, config: Config, tokenizer: Tokenizer, pairs: Sequence[Pair]
+) -> tuple[Array, Array]:
+    """`reference_logprobs`, computed once and kept in a file; bit for bit what they would be without it.
+
+    Raises CheckpointError if the file is corrupted, or was written for another reference, tokenizer or other pairs.
+    """
+    key = reference_key(reference, config, tokenizer, pairs)
+    xp = array_module(reference["wte.weight"].data)
+    if path.exists():
+        arrays, metadata, _ = safetensors.read(path)
+        if metadata.get("key") != key or arrays.keys() != {"ref_logp_w", "ref_logp_l"}:
+            raise CheckpointError(
+                f"{path}: is stale, it was made with another reference, tokenizer or other pairs; delete it"
+            )
+        return xp.asarray(arrays["ref_logp_w"]), xp.asarray(arrays["ref_logp_l"])
+    ref_logp_w, ref_logp_l = reference_logprobs(reference, config, pairs)
+    arrays = {"ref_logp_w": to_host(ref_logp_w), "ref_logp_l": to_host(ref_logp_l)}
+    write_whole(path, safetensors.to_bytes(arrays, {"key": key}))
+    return ref_logp_w, ref_logp_l
