@@ -1,4 +1,4 @@
-"""The command line, as a stranger meets it."""
+"""The command line: its help, its arguments, its files and its exit statuses."""
 
 import configparser
 import contextlib
@@ -22,7 +22,7 @@ from minidpo.theory import assumptions, dynamics, equalities, frontier
 
 
 def test_check_prints_one_row_per_op(capsys):
-    """Otherwise an op is left out of the table that says all of them were checked."""
+    """Check prints one row per op, each within the tolerance."""
     assert cli.main(["check", "--cases", "5"]) == 0
     printed = capsys.readouterr()
     rows = re.findall(r"^(\w+) +(\d\.\de[-+]\d\d) +(\d\.\de[-+]\d\d) +5$", printed.out, re.MULTILINE)
@@ -32,7 +32,7 @@ def test_check_prints_one_row_per_op(capsys):
 
 
 def test_check_fails_where_a_vjp_is_wrong(capsys, monkeypatch):
-    """Otherwise a broken derivative ships with exit status 0."""
+    """Check exits with 1 and names the argument where a derivative is wrong."""
 
     def tanh(x):
         y, vjp = ops.tanh.raw(x)
@@ -49,7 +49,7 @@ def test_check_fails_where_a_vjp_is_wrong(capsys, monkeypatch):
 
 
 def test_check_repeats_with_its_seed(capsys):
-    """Otherwise a failure that was seen once cannot be seen again."""
+    """The same seed checks the same cases."""
     printed = []
     for seed in ("1", "1", "2"):
         cli.main(["check", "--cases", "2", "--seed", seed])
@@ -58,7 +58,7 @@ def test_check_repeats_with_its_seed(capsys):
 
 
 def test_oracles_prints_both_columns(capsys):
-    """Otherwise the mistakes are listed, and what finds them is not."""
+    """Oracles prints both numbers of every score."""
     assert cli.main(["oracles"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 13 and lines[1].split()[:2] == ["right", "1.0000000000"]
@@ -78,15 +78,15 @@ def trained(tmp_path_factory):
 
 
 def test_pretrain_says_what_it_does(trained):
-    """Otherwise a minute passes in silence."""
+    """Pretrain says what it reads and how far it is."""
     folder, _, printed = trained
     assert re.search(r"^\d+ texts to train on, 6 held out, 9 ids, \d+ parameters$", printed, re.MULTILINE)
     assert re.search(r"^model +3/3 +held-out loss \d\.\d{4} +[\d,]+ tokens/s +0:00 left$", printed, re.MULTILINE)
     assert checkpoint.load(folder / "model").verified
 
 
-def test_sample_goes_on_from_the_prompt(trained, capsys):
-    """Otherwise the one thing that a language model does cannot be seen."""
+def test_sample_continues_the_prompt(trained, capsys):
+    """Sample continues the prompt, and its options do what they say."""
     command = ["sample", "--checkpoint", str(trained[0] / "model"), "--prompt", "em"]
     assert cli.main(command) == 0
     texts = capsys.readouterr().out.splitlines()
@@ -106,8 +106,8 @@ def test_sample_goes_on_from_the_prompt(trained, capsys):
     assert all(len(text) <= 4 for text in capsys.readouterr().out.splitlines())
 
 
-def test_unverified_weights_are_said_to_be(trained, capsys, tmp_path):
-    """Otherwise weights from a stranger pass for checked ones."""
+def test_unverified_weights_are_named(trained, capsys, tmp_path):
+    """Weights without a checksum are named."""
     copied = shutil.copytree(trained[0] / "model" / "model", tmp_path / "copy")
     weights = copied / "model.safetensors"
     weights.write_bytes(weights.read_bytes().replace(b'sha256"', b'sha999"'))
@@ -116,17 +116,17 @@ def test_unverified_weights_are_said_to_be(trained, capsys, tmp_path):
 
 
 def test_sample_begins_a_text_as_training_did(trained, capsys, monkeypatch):
-    """Otherwise the model is asked to go on from something that it never saw."""
-    asked = []
-    monkeypatch.setattr(look, "generate", lambda *args: asked.append(args) or generation.Generation([], []))
+    """Sample begins a text with end-of-text, as training does."""
+    calls = []
+    monkeypatch.setattr(look, "generate", lambda *args: calls.append(args) or generation.Generation([], []))
     assert cli.main(["sample", "--checkpoint", str(trained[0] / "model"), "--prompt", "a", "--samples", "2"]) == 0
-    assert asked[0][2] == [[0, 2], [0, 2]]
+    assert calls[0][2] == [[0, 2], [0, 2]]
     command = ["sample", "--checkpoint", str(trained[0] / "model"), "--prompt", "a", "--samples", "1", "--newline"]
-    assert cli.main(command) == 0 and asked[1][2] == [[0, 2, 1]]
+    assert cli.main(command) == 0 and calls[1][2] == [[0, 2, 1]]
 
 
 def test_too_little_memory_is_one_sentence(trained, capsys, monkeypatch, tmp_path):
-    """Otherwise a model that is too large ends in a traceback."""
+    """Too little memory is one sentence."""
 
     def no_memory(*args, **options):
         raise MemoryError("Unable to allocate 191. GiB")
@@ -136,8 +136,8 @@ def test_too_little_memory_is_one_sentence(trained, capsys, monkeypatch, tmp_pat
     assert "not enough memory (Unable to allocate 191. GiB)" in capsys.readouterr().err
 
 
-def test_what_is_wrong_is_one_sentence(trained, capsys, tmp_path):
-    """Otherwise a stranger reads a traceback."""
+def test_a_wrong_input_is_one_sentence(trained, capsys, tmp_path):
+    """A wrong file or option is one sentence, and nothing is begun."""
     folder, arguments, _ = trained
     (tmp_path / "one.txt").write_text("same\nsame\n")
     (tmp_path / "latin.txt").write_bytes(b"\xff\xfe\n")
@@ -165,7 +165,7 @@ def test_what_is_wrong_is_one_sentence(trained, capsys, tmp_path):
 
 @pytest.mark.parametrize("arguments", [["check", "--cases", "0"], ["check", "--seed", "-1"], ["chekc"], []])
 def test_wrong_arguments_get_a_sentence(arguments, capsys):
-    """A typing error ends with usage and a sentence, not a traceback."""
+    """Wrong arguments get usage and a sentence."""
     with pytest.raises(SystemExit) as caught:
         cli.main(arguments)
     assert caught.value.code == 2 and "minidpo" in capsys.readouterr().err
@@ -182,7 +182,7 @@ def test_wrong_arguments_get_a_sentence(arguments, capsys):
         (["smaple"], "usage: minidpo COMMAND", "unknown command smaple; did you mean sample?"),
     ],
 )
-def test_a_mistyped_name_is_answered_with_the_one_that_was_meant(arguments, usage, sentence, capsys):
+def test_a_mistyped_name_is_answered_with_the_intended_one(arguments, usage, sentence, capsys):
     """An unknown option shows the usage of its command and the nearest option; options are not abbreviated."""
     with pytest.raises(SystemExit):
         cli.main(arguments)
@@ -348,7 +348,7 @@ def test_files_are_announced_before_anything_is_computed(quick, tmp_path, capsys
 FRONTIER = ("frontier.json", "frontier.png")
 
 
-def test_what_cannot_be_written_is_refused_first(quick, tmp_path, capsys, monkeypatch):
+def test_an_output_that_cannot_be_written_is_refused_first(quick, tmp_path, capsys, monkeypatch):
     """A file that exists, a folder that is missing or read-only, matplotlib that is missing: nothing is computed."""
     (tmp_path / "mine.png").write_text("mine")
     (tmp_path / "link.png").symlink_to(tmp_path / "nowhere")

@@ -1,4 +1,4 @@
-"""The commands that look into a model, as a stranger meets them."""
+"""The commands that look into a model."""
 
 import json
 
@@ -15,7 +15,7 @@ from test_train import CONFIG, ROWS, SHORT, folder, write  # noqa: F401
 
 @pytest.fixture(scope="module")
 def run(folder):  # noqa: F811
-    """A run of dpo with a beta of its own."""
+    """A run of dpo with its own beta."""
     command = ["dpo", f"--data={folder / 'pairs.jsonl'}", f"--init={folder / 'init'}", "--beta=0.7"]
     assert cli.main([*command, f"--out={folder / 'dpo'}", "--learning-rate=0.01", *SHORT]) == 0
     return folder / "dpo"
@@ -31,7 +31,7 @@ def explained(capsys, *arguments):
 
 
 def test_explain_shows_everything(run, capsys, tmp_path):
-    """Otherwise a part of the promise cannot be had from the command line."""
+    """Explain prints every part, and writes its page and its graph."""
     files = [f"--html={tmp_path / 'pair.html'}", f"--graph={tmp_path / 'loss.dot'}"]
     assert not list(tmp_path.iterdir())
     assert cli.main(["explain", f"--checkpoint={run}", *PAIR, *files]) == 0
@@ -57,7 +57,7 @@ def test_explain_shows_everything(run, capsys, tmp_path):
 
 
 def test_the_json_is_that_of_the_library(run, capsys):
-    """Otherwise a script reads other numbers than a person. The reference and beta are the run's own."""
+    """Explain's JSON has the numbers of the library, with the run's own reference and beta."""
     facts = explained(capsys, f"--checkpoint={run}", *PAIR)
     policy, reference = checkpoint.load(run), checkpoint.load(run.parent / "init")
     x, w, l = [0, *policy.tokenizer.encode("ab\n")], *([*policy.tokenizer.encode(y), 0] for y in ("bd", "bcc"))
@@ -70,7 +70,7 @@ def test_the_json_is_that_of_the_library(run, capsys):
 
 
 def test_reference_and_beta_can_be_given(run, capsys):
-    """Otherwise only what was trained can be asked."""
+    """Reference and beta can be given; without a run they are the policy itself and 0.1."""
     other = run.parent / "other"
     facts = explained(capsys, f"--checkpoint={run}", f"--reference={other}", "--beta=0.3", *PAIR)
     assert facts["reference"] == str(other) and facts["beta"] == 0.3
@@ -83,7 +83,7 @@ def test_reference_and_beta_can_be_given(run, capsys):
 
 
 def test_a_checkpoint_inside_a_run_is_of_that_run(run, capsys):
-    """Otherwise RUN/model, the folder that the run itself names, is explained against itself."""
+    """RUN/model has the reference and beta of RUN."""
     facts = explained(capsys, f"--checkpoint={run / 'model'}", *PAIR)
     assert facts["reference"] == str(run.parent / "init") and facts["beta"] == 0.7
     facts = explained(capsys, f"--checkpoint={run.parent / 'init'}", *PAIR)
@@ -91,7 +91,7 @@ def test_a_checkpoint_inside_a_run_is_of_that_run(run, capsys):
 
 
 def test_a_run_inside_a_demo_is_its_own(run, capsys):
-    """Otherwise the folder around a run speaks for it."""
+    """A run inside a demo has its own reference and beta, not those of the folder around it."""
     (run.parent / "run.json").write_text("{}")
     try:
         facts = explained(capsys, f"--checkpoint={run}", *PAIR)
@@ -101,7 +101,7 @@ def test_a_run_inside_a_demo_is_its_own(run, capsys):
 
 
 def test_a_reference_of_its_own_and_of_another_shape(run, capsys):
-    """Otherwise a run with --reference is explained against its beginning, or with a context that it lacks."""
+    """A run with --reference is explained against it, whatever its shape; other vocabularies are refused."""
     here = run.parent
     config, tokenizer = Config(CONFIG.vocab_size, 9, 4, 1, 1), Tokenizer("\nabcd")
     params = model.init(config, np.random.default_rng(3), dtype="float64")
@@ -126,13 +126,13 @@ def test_a_reference_of_its_own_and_of_another_shape(run, capsys):
 
 
 def test_identical_responses_can_be_looked_at(run, capsys):
-    """Otherwise the pair that teaches nothing cannot be seen to."""
+    """A pair of identical responses can be explained: its step predicts no change."""
     facts = explained(capsys, f"--checkpoint={run}", "--prompt=a", "--chosen=bd", "--rejected=bd")
     assert facts["shared"] == 3 and "identical" in facts["says"] and facts["step"]["chosen"]["predicted"] == 0
 
 
-def test_what_cannot_be_explained_gets_a_sentence(run, capsys, tmp_path):
-    """Otherwise a stranger reads a traceback."""
+def test_a_pair_that_cannot_be_explained_is_one_sentence(run, capsys, tmp_path):
+    """A pair or a file that cannot be used is one sentence, and nothing is written."""
     for arguments, sentence in (
         (["--prompt=a", "--chosen=bz", "--rejected=c"], "the prompt with the chosen response: character 'z'"),
         (["--prompt=a", "--chosen=b", f"--rejected={'c' * 30}"], "the prompt with the rejected response: has"),
@@ -149,7 +149,7 @@ def test_what_cannot_be_explained_gets_a_sentence(run, capsys, tmp_path):
 
 
 def test_displacement_on_three_words_and_on_a_file(run, capsys, tmp_path):
-    """Otherwise the meter is a promise."""
+    """Displacement shows three words, or counts the pairs of a file."""
     assert cli.main(["displacement"]) == 0
     printed = capsys.readouterr().out.splitlines()
     assert printed[0].startswith('One pair, "no" over "never"') and len(printed) == 7
@@ -164,7 +164,7 @@ def test_displacement_on_three_words_and_on_a_file(run, capsys, tmp_path):
 
 
 def test_invariances_prints_both_directions(capsys):
-    """Otherwise what holds is listed, and what only looks like it is not."""
+    """Invariances prints what holds and what only looks like it, for the model of its seed."""
     assert cli.main(["invariances"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 10 and lines[0].split()[:2] == ["what", "changes"]

@@ -28,15 +28,15 @@ def write(path, rows):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    made = tmp_path_factory.mktemp("recipes")
-    write(made / "pairs.jsonl", ROWS)
+    root = tmp_path_factory.mktemp("recipes")
+    write(root / "pairs.jsonl", ROWS)
     rng = np.random.default_rng(0)
     for name in ("init", "other"):
         params = model.init(CONFIG, rng, dtype="float64")
         for p in params.values():
             p.data = p.data + 0.3 * rng.normal(size=p.shape)
-        checkpoint.save(made / name, params, CONFIG, TOKENIZER)
-    return made
+        checkpoint.save(root / name, params, CONFIG, TOKENIZER)
+    return root
 
 
 def lines(path):
@@ -44,12 +44,12 @@ def lines(path):
 
 
 def test_pretrain_reads_its_lines(tmp_path, capsys):
-    """Otherwise an option is printed in the help, and ignored. A line separator ends no line, a BOM is no text."""
+    """Pretrain reads one text a line: U+2028 does not end a line, a byte-order mark is not text."""
     data = tmp_path / "lines.txt"
     data.write_bytes("\ufeffab\r\n\nb\u2028a\r\nba\n".encode())
     run = tmp_path / "m"
-    given = ["--learning-rate=0.5", "--warmup-steps=0", *SHORT, *SMALL, "--replacement", "--micro-batch-size=2"]
-    assert cli.main(["pretrain", f"--data={data}", f"--out={run}", *given]) == 0
+    words = ["--learning-rate=0.5", "--warmup-steps=0", *SHORT, *SMALL, "--replacement", "--micro-batch-size=2"]
+    assert cli.main(["pretrain", f"--data={data}", f"--out={run}", *words]) == 0
     assert "2 texts to train on, 1 held out" in capsys.readouterr().out
     saved = checkpoint.load(run)
     assert saved.tokenizer.characters == "\nab\u2028\ufffd" and saved.config == Config(6, 4, 8, 1, 2)
@@ -60,26 +60,26 @@ def test_pretrain_reads_its_lines(tmp_path, capsys):
 
 
 def test_pretrain_on_blocks_and_held_out_texts(tmp_path):
-    """Otherwise a text of several lines is several texts, or the share is held out though a file was given."""
+    """With --blocks a text has several lines, and a file of held-out texts replaces the share."""
     (tmp_path / "blocks.txt").write_text("ab\nc\n\n\nb\n\nab\n\n")
     (tmp_path / "more.txt").write_text("cccccccc\n")
-    given = [f"--data={tmp_path / 'blocks.txt'}", f"--held-out-data={tmp_path / 'more.txt'}", "--blocks"]
-    seen = []
+    words = [f"--data={tmp_path / 'blocks.txt'}", f"--held-out-data={tmp_path / 'more.txt'}", "--blocks"]
+    batches = []
     right = training.sft_training_step
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "sft_training_step", lambda *a, **k: seen.append(a[3]) or right(*a, **k))
-        assert cli.main(["pretrain", *given, f"--out={tmp_path / 'm'}", *SHORT, *SMALL]) == 0
+        patch.setattr(training, "sft_training_step", lambda *a, **k: batches.append(a[3]) or right(*a, **k))
+        assert cli.main(["pretrain", *words, f"--out={tmp_path / 'm'}", *SHORT, *SMALL]) == 0
     tokenizer = checkpoint.load(tmp_path / "m").tokenizer
-    assert {tokenizer.decode(y) for batch in seen for _, y in batch} == {"ab\nc", "b", "ab"}
+    assert {tokenizer.decode(y) for batch in batches for _, y in batch} == {"ab\nc", "b", "ab"}
     assert checkpoint.load(tmp_path / "m").config.n_positions == 9
 
 
-def test_pretrain_goes_on_from_a_model(folder, tmp_path, capsys):
-    """Otherwise --init is a word. A text that does not fit, or holds another character, is named before the run."""
+def test_pretrain_starts_from_a_model(folder, tmp_path, capsys):
+    """Pretrain starts from --init. A text that does not fit, or has an unknown character, is named before the run."""
     data = tmp_path / "lines.txt"
     data.write_text("ab\nba\nabcd\n")
-    given = ["pretrain", f"--data={data}", f"--init={folder / 'init'}", "--steps=0"]
-    assert cli.main([*given, f"--out={tmp_path / 'run'}"]) == 0
+    words = ["pretrain", f"--data={data}", f"--init={folder / 'init'}", "--steps=0"]
+    assert cli.main([*words, f"--out={tmp_path / 'run'}"]) == 0
     loaded, init = checkpoint.load(tmp_path / "run"), checkpoint.load(folder / "init")
     assert loaded.config == CONFIG and all((loaded.params[n].data == p.data).all() for n, p in init.params.items())
     for text, sentence in (
@@ -89,12 +89,12 @@ def test_pretrain_goes_on_from_a_model(folder, tmp_path, capsys):
     ):
         data.write_text(text)
         capsys.readouterr()
-        assert cli.main([*given, f"--out={tmp_path / 'new'}"]) == 2
+        assert cli.main([*words, f"--out={tmp_path / 'new'}"]) == 2
         assert sentence in capsys.readouterr().err and not (tmp_path / "new").exists()
 
 
 def test_sft_learns_completions_or_one_or_both_responses(folder, tmp_path):
-    """Otherwise the model learns what it should not, or half of what it should. The prompt is given, not learnt."""
+    """SFT learns completions, both responses, or the chosen one; the prompt is given, not learnt."""
     write(tmp_path / "completions.jsonl", [{"prompt": row["prompt"], "completion": "abc"} for row in ROWS])
     right = training.sft_training_step
     for data, more, expected in (
@@ -102,23 +102,27 @@ def test_sft_learns_completions_or_one_or_both_responses(folder, tmp_path):
         (folder / "pairs.jsonl", ["--responses=chosen"], {"ad", "bd", "cd", "dd"}),
         (tmp_path / "completions.jsonl", [], {"abc"}),
     ):
-        seen = []
+        batches = []
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(training, "sft_training_step", lambda *a, seen=seen, **k: seen.append(a[3]) or right(*a, **k))
+            patch.setattr(
+                training, "sft_training_step", lambda *a, batches=batches, **k: batches.append(a[3]) or right(*a, **k)
+            )
             run = tmp_path / f"run{len(more)}{data.stem}"
-            given = [f"--data={data}", f"--out={run}", "--steps=9", "--batch-size=4", *SMALL, *more]
-            assert cli.main(["sft", *given]) == 0
+            words = [f"--data={data}", f"--out={run}", "--steps=9", "--batch-size=4", *SMALL, *more]
+            assert cli.main(["sft", *words]) == 0
         tokenizer = checkpoint.load(run).tokenizer
-        assert {tokenizer.decode(y) for batch in seen for _, y in batch} == expected
-        assert all(x[0] == 0 and tokenizer.decode(x).endswith("\n") and y[-1] == 0 for batch in seen for x, y in batch)
+        assert {tokenizer.decode(y) for batch in batches for _, y in batch} == expected
+        assert all(
+            x[0] == 0 and tokenizer.decode(x).endswith("\n") and y[-1] == 0 for batch in batches for x, y in batch
+        )
         assert checkpoint.load(run).config == Config(tokenizer.vocab_size, 512, 8, 1, 2)
 
 
-def test_sft_begins_from_a_model(folder, tmp_path):
-    """Otherwise what was pre-trained is forgotten."""
+def test_sft_starts_from_a_model(folder, tmp_path):
+    """SFT starts from --init, and measures the nats a token of held-out responses."""
     run = tmp_path / "run"
-    given = [f"--data={folder / 'pairs.jsonl'}", f"--init={folder / 'init'}", f"--out={run}", "--steps=0"]
-    assert cli.main(["sft", *given]) == 0
+    words = [f"--data={folder / 'pairs.jsonl'}", f"--init={folder / 'init'}", f"--out={run}", "--steps=0"]
+    assert cli.main(["sft", *words]) == 0
     loaded, init = checkpoint.load(run), checkpoint.load(folder / "init")
     assert all((loaded.params[name].data == p.data).all() for name, p in init.params.items())
     (measured,) = lines(run / "metrics.jsonl")
@@ -140,12 +144,12 @@ def test_sft_begins_from_a_model(folder, tmp_path):
         (["--loss=reference-free"], lambda w, l, rw, rl: losses.reference_free_loss(w, l, 0.1), 0),
     ],
 )
-def test_dpo_minimises_the_loss_that_was_asked_for(options, loss, nll_weight, folder, tmp_path):
-    """With another model as reference: otherwise --loss, --beta, --nll-weight or --reference is a word."""
+def test_dpo_minimises_the_loss_of_its_options(options, loss, nll_weight, folder, tmp_path):
+    """Dpo minimises the DPO loss at beta 0.1 and nothing else, or exactly what its options name."""
     write(tmp_path / "held.jsonl", [{"prompt": "dd", "chosen": "a", "rejected": "bb"}])
-    given = [f"--data={folder / 'pairs.jsonl'}", f"--init={folder / 'init'}", f"--reference={folder / 'other'}"]
-    given += [f"--held-out-data={tmp_path / 'held.jsonl'}", f"--out={tmp_path / 'run'}", "--steps=0", *options]
-    assert cli.main(["dpo", *given]) == 0
+    words = [f"--data={folder / 'pairs.jsonl'}", f"--init={folder / 'init'}", f"--reference={folder / 'other'}"]
+    words += [f"--held-out-data={tmp_path / 'held.jsonl'}", f"--out={tmp_path / 'run'}", "--steps=0", *options]
+    assert cli.main(["dpo", *words]) == 0
     (measured,) = lines(tmp_path / "run" / "metrics.jsonl")
     policy, reference = (checkpoint.load(folder / name).params for name in ("init", "other"))
     four = [
@@ -159,12 +163,12 @@ def test_dpo_minimises_the_loss_that_was_asked_for(options, loss, nll_weight, fo
 
 
 def test_dpo_raises_the_margin_and_leaves_the_reference(folder, tmp_path):
-    """Otherwise the command trains something else. The first measurement is at the reference: ties, log 2."""
+    """Dpo raises the margin and leaves its reference alone, where it starts with ties and a loss of log 2."""
     run = tmp_path / "run"
     before = {path: path.read_bytes() for path in (folder / "init").iterdir()}
-    given = [f"--data={folder / 'pairs.jsonl'}", f"--init={folder / 'init'}", f"--out={run}", "--nll-weight=0"]
+    words = [f"--data={folder / 'pairs.jsonl'}", f"--init={folder / 'init'}", f"--out={run}", "--nll-weight=0"]
     assert (
-        cli.main(["dpo", *given, "--steps=30", "--batch-size=4", "--learning-rate=0.01", "--micro-batch-size=3"]) == 0
+        cli.main(["dpo", *words, "--steps=30", "--batch-size=4", "--learning-rate=0.01", "--micro-batch-size=3"]) == 0
     )
     measured = [line for line in lines(run / "metrics.jsonl") if "eval_loss" in line]
     assert measured[0]["eval_loss"] == pytest.approx(math.log(2)) and measured[0]["eval_rewards/ties"] == 1
@@ -173,13 +177,13 @@ def test_dpo_raises_the_margin_and_leaves_the_reference(folder, tmp_path):
 
 
 def test_a_reference_may_have_another_shape(folder, tmp_path):
-    """Otherwise the policy is scored with the reference's sizes."""
+    """A reference of another shape is scored with its own sizes."""
     config = Config(TOKENIZER.vocab_size, 12, 4, 2, 1)
     checkpoint.save(tmp_path / "small", model.init(config, np.random.default_rng(3)), config, TOKENIZER)
-    given = [f"--data={folder / 'pairs.jsonl'}", f"--init={folder / 'init'}", f"--reference={tmp_path / 'small'}"]
-    assert cli.main(["dpo", *given, f"--out={tmp_path / 'run'}", *SHORT, "--nll-weight=0"]) == 0
+    words = [f"--data={folder / 'pairs.jsonl'}", f"--init={folder / 'init'}", f"--reference={tmp_path / 'small'}"]
+    assert cli.main(["dpo", *words, f"--out={tmp_path / 'run'}", *SHORT, "--nll-weight=0"]) == 0
     assert (
-        cli.main(["dpo", *given, f"--out={tmp_path / 'again'}", "--steps=1", "--batch-size=11", "--nll-weight=0"]) == 0
+        cli.main(["dpo", *words, f"--out={tmp_path / 'again'}", "--steps=1", "--batch-size=11", "--nll-weight=0"]) == 0
     )
     (first, *_) = (line for line in lines(tmp_path / "again" / "metrics.jsonl") if "loss" in line)
     policy = checkpoint.load(folder / "init").params
@@ -193,26 +197,26 @@ def test_a_reference_may_have_another_shape(folder, tmp_path):
 
 
 def test_sft_and_dpo_hold_out_the_same_prompts(folder, tmp_path):
-    """Otherwise DPO is measured on responses that fine-tuning has learnt by heart."""
+    """With one file and one seed, sft and dpo hold out the same prompts."""
     held_out = []
     for seed in range(3):
         for command, more in (("sft", SMALL), ("dpo", [f"--init={folder / 'init'}"])):
             run = tmp_path / f"{command}{seed}"
-            given = [command, f"--data={folder / 'pairs.jsonl'}", f"--out={run}", f"--seed={seed}", "--steps=0", *more]
-            assert cli.main([*given, "--held-out-share=0.4"]) == 0
+            words = [command, f"--data={folder / 'pairs.jsonl'}", f"--out={run}", f"--seed={seed}", "--steps=0", *more]
+            assert cli.main([*words, "--held-out-share=0.4"]) == 0
             held_out.append({line["prompt"] for line in lines(run / "samples.jsonl")})
     assert all(held_out[i] == held_out[i + 1] and len(held_out[i]) == 5 for i in (0, 2, 4))
     assert held_out[0] != held_out[2] != held_out[4]
 
 
 def evaluated(folder, data, capsys, *more, command="evaluate"):
-    given = [f"--checkpoint={folder / 'init'}", f"--reference={folder / 'other'}", f"--data={data}", *more]
-    assert cli.main([command, *given]) == 0
+    words = [f"--checkpoint={folder / 'init'}", f"--reference={folder / 'other'}", f"--data={data}", *more]
+    assert cli.main([command, *words]) == 0
     return capsys.readouterr()
 
 
 def test_evaluate_and_score_agree_with_the_chain_rule(folder, tmp_path, capsys):
-    """Otherwise the numbers by which models are compared are those of another pair, or another prompt."""
+    """Evaluate and score print the numbers of the chain rule, one forward per prefix."""
     rows = [*ROWS[:3], {"prompt": "a", "chosen": "b", "rejected": "b"}, "nonsense"]
     data = write(tmp_path / "pairs.jsonl", rows)
     printed = evaluated(folder, data, capsys, "--json", "--beta=0.5")
@@ -250,59 +254,59 @@ def test_evaluate_and_score_agree_with_the_chain_rule(folder, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("command", [["evaluate", "--json"], ["evaluate"], ["score"]])
-def test_what_is_not_finite_is_an_error(command, folder, tmp_path, capsys):
-    """Otherwise NaN, which is no JSON, is printed with exit status 0, and a script takes 0.0 for an accuracy."""
+def test_a_metric_that_is_not_finite_is_an_error(command, folder, tmp_path, capsys):
+    """A metric that is not finite is an error with exit status 3; NaN, which JSON lacks, is never printed."""
     loaded = checkpoint.load(folder / "init")
     loaded.params["wpe.weight"].data[0, 0] = np.nan
     checkpoint.save(tmp_path / "nan", loaded.params, CONFIG, TOKENIZER)
-    given = [f"--reference={folder / 'other'}", f"--data={folder / 'pairs.jsonl'}"]
-    assert cli.main([*command, f"--checkpoint={tmp_path / 'nan'}", *given]) == 3
-    assert cli.main([*command, f"--checkpoint={folder / 'init'}", *given, "--beta=1e308"]) == 3
+    words = [f"--reference={folder / 'other'}", f"--data={folder / 'pairs.jsonl'}"]
+    assert cli.main([*command, f"--checkpoint={tmp_path / 'nan'}", *words]) == 3
+    assert cli.main([*command, f"--checkpoint={folder / 'init'}", *words, "--beta=1e308"]) == 3
     printed = capsys.readouterr()
     assert "finite" in printed.err and printed.err.count("\n") == 2 and "nan" not in printed.out.lower()
 
 
 def test_held_out_texts_that_are_trained_on_are_counted(folder, tmp_path, capsys):
-    """Otherwise a held-out loss is one of training, and nobody is told."""
+    """Held-out texts that are also trained on are counted aloud."""
     (tmp_path / "texts.txt").write_text("ab\nba\nb\n")
     (tmp_path / "held.txt").write_text("ab\nba\nbb\n")
-    given = ["pretrain", f"--data={tmp_path / 'texts.txt'}", f"--out={tmp_path / 'run'}", "--steps=0", *SMALL]
-    assert cli.main([*given, f"--held-out-data={tmp_path / 'held.txt'}"]) == 0
+    words = ["pretrain", f"--data={tmp_path / 'texts.txt'}", f"--out={tmp_path / 'run'}", "--steps=0", *SMALL]
+    assert cli.main([*words, f"--held-out-data={tmp_path / 'held.txt'}"]) == 0
     assert "2 of the held-out texts are also trained on" in capsys.readouterr().out
 
 
 def test_a_policy_equal_to_its_reference_has_ties(folder, capsys):
-    """Otherwise rounding decides who wins, and an untrained model has an accuracy."""
-    given = [f"--checkpoint={folder / 'init'}", f"--reference={folder / 'init'}", f"--data={folder / 'pairs.jsonl'}"]
-    assert cli.main(["evaluate", *given, "--json"]) == 0
+    """A policy equal to its reference has ties and nothing else: rounding decides no pair."""
+    words = [f"--checkpoint={folder / 'init'}", f"--reference={folder / 'init'}", f"--data={folder / 'pairs.jsonl'}"]
+    assert cli.main(["evaluate", *words, "--json"]) == 0
     metrics = json.loads(capsys.readouterr().out)
     assert (metrics["rewards/ties"], metrics["rewards/accuracies"], metrics["nll/chosen_rise"]) == (1, 0, 0)
     assert metrics["loss"] == pytest.approx(math.log(2))
 
 
-def test_rows_that_cannot_be_used_are_kept_or_refused(folder, tmp_path, capsys):
-    """Otherwise data is lost in silence, or --strict is a word. Nothing is begun that is refused."""
+def test_unusable_rows_are_set_aside_or_refused(folder, tmp_path, capsys):
+    """Rows that cannot be used are set aside by line, or refused with --strict before anything is begun."""
     data = write(tmp_path / "pairs.jsonl", [*ROWS, "{", {"prompt": "a", "chosen": "x", "rejected": "b"}, ROWS[0]])
-    given = ["dpo", f"--data={data}", f"--init={folder / 'init'}", f"--out={tmp_path / 'run'}", *SHORT]
-    assert cli.main([*given, "--strict"]) == 2
+    words = ["dpo", f"--data={data}", f"--init={folder / 'init'}", f"--out={tmp_path / 'run'}", *SHORT]
+    assert cli.main([*words, "--strict"]) == 2
     error = capsys.readouterr().err
     assert "pairs.jsonl, line 13: is not JSON" in error and "3 such rows" in error and error.count("\n") == 1
     assert not (tmp_path / "run").exists()
-    assert cli.main(given) == 0
+    assert cli.main(words) == 0
     assert "pairs.jsonl: 12 rows, 3 set aside" in capsys.readouterr().out
-    aside = lines(tmp_path / "run" / "set_aside.jsonl")
-    assert [line["line"] for line in aside] == [13, 14, 15] and aside[0]["text"] == "{"
-    assert "not in the vocabulary" in aside[1]["reason"] and "repeats line 1" in aside[2]["reason"]
+    set_aside = lines(tmp_path / "run" / "set_aside.jsonl")
+    assert [line["line"] for line in set_aside] == [13, 14, 15] and set_aside[0]["text"] == "{"
+    assert "not in the vocabulary" in set_aside[1]["reason"] and "repeats line 1" in set_aside[2]["reason"]
     assert "pairs.jsonl: 12 rows, 3 set aside" in (tmp_path / "run" / "report.md").read_text()
 
 
 def test_long_rows_follow_the_policy(folder, tmp_path, capsys):
-    """Otherwise a row that does not fit stops the run, or is cut without a word."""
+    """A row that is longer than the context is set aside or cut, as --truncation says, and counted."""
     data = write(tmp_path / "pairs.jsonl", [*ROWS, {"prompt": "a" * 30, "chosen": "b", "rejected": "c"}])
-    given = ["dpo", f"--data={data}", f"--init={folder / 'init'}", *SHORT]
-    assert cli.main([*given, f"--out={tmp_path / 'a'}"]) == 0
+    words = ["dpo", f"--data={data}", f"--init={folder / 'init'}", *SHORT]
+    assert cli.main([*words, f"--out={tmp_path / 'a'}"]) == 0
     assert "12 rows, 1 set aside" in capsys.readouterr().out
-    assert cli.main([*given, f"--out={tmp_path / 'b'}", "--truncation=prompt"]) == 0
+    assert cli.main([*words, f"--out={tmp_path / 'b'}", "--truncation=prompt"]) == 0
     assert "13 rows, 0 set aside, 1 truncated" in capsys.readouterr().out
     measure = [f"--checkpoint={folder / 'init'}", f"--data={data}", "--truncation=response"]
     assert cli.main(["score", *measure]) == 0
@@ -310,7 +314,7 @@ def test_long_rows_follow_the_policy(folder, tmp_path, capsys):
 
 
 def test_prompts_that_truncation_makes_equal_are_on_one_side(tmp_path):
-    """As the model sees them: otherwise what is held out was trained on, letter by letter."""
+    """Prompts that truncation makes equal are on one side of the split, as the model sees them."""
     rows = [{"prompt": f"{x}{'b' * 9}", "chosen": y, "rejected": "dd"} for x in "abcd" for y in ("a", "b", "c")]
     rows += [{"prompt": "ccc", "chosen": y, "rejected": "dd"} for y in ("a", "b")]
     data = write(tmp_path / "pairs.jsonl", rows)
@@ -330,8 +334,8 @@ def test_prompts_that_truncation_makes_equal_are_on_one_side(tmp_path):
         split(data, run._replace(held_out_data=held_out))
 
 
-def test_what_is_wrong_is_one_sentence(folder, tmp_path, capsys):
-    """Otherwise a stranger reads a traceback; and nothing is begun."""
+def test_a_wrong_input_is_one_sentence(folder, tmp_path, capsys):
+    """A wrong file or option is one sentence, and nothing is begun."""
     leak = write(tmp_path / "leak.jsonl", [{"prompt": ROWS[2]["prompt"], "chosen": "a", "rejected": "b"}])
     shape = write(
         tmp_path / "shape.jsonl", [{"prompt": [{"role": "user", "content": "a"}], "chosen": [], "rejected": []}]
@@ -388,7 +392,7 @@ def test_what_is_wrong_is_one_sentence(folder, tmp_path, capsys):
     ],
 )
 def test_options_are_bounded(option, sentence, capsys):
-    """Otherwise a rate of nan trains for an hour; what is said names the option."""
+    """An option refuses values outside its range, by name, on the command line and from Python."""
     with pytest.raises(SystemExit) as caught:
         cli.main(["dpo", "--data=d", "--init=i", "--out=o", option])
     assert caught.value.code == 2
@@ -413,7 +417,7 @@ def test_a_batch_that_breaks_is_named_by_its_lines(folder, tmp_path, capsys):
     assert f"after a batch of lines {', '.join(numbers)};" in capsys.readouterr().err and len(numbers) == 11
 
 
-def test_a_run_resumes_with_the_arguments_that_it_was_begun_with(folder, tmp_path, monkeypatch):
+def test_a_run_resumes_with_its_own_arguments(folder, tmp_path, monkeypatch):
     """run.json holds the command line that gives the same call: every option, with absolute paths."""
     monkeypatch.chdir(folder)
     values = {"held_out_share": 0.25, "beta": np.float32(0.5), "strict": True, "truncation": "prompt", "patience": 3}
@@ -448,9 +452,9 @@ def test_a_run_of_version_0_1_resumes(folder, tmp_path, monkeypatch):
     """The arguments that version 0.1 wrote mean the same, whatever the defaults are today."""
     run = tmp_path / "run"
     words = VERSION_0_1.format(folder).split()
-    seen = []
+    batches = []
     right = training.preference_evaluation
-    monkeypatch.setattr(training, "preference_evaluation", lambda *args: seen.append(args[3:]) or right(*args))
+    monkeypatch.setattr(training, "preference_evaluation", lambda *args: batches.append(args[3:]) or right(*args))
     assert cli.main([*words, f"--out={run}"]) == 0
     finished = (run / "model" / "model.safetensors").read_bytes()
     description = json.loads((run / "run.json").read_text())
@@ -462,10 +466,10 @@ def test_a_run_of_version_0_1_resumes(folder, tmp_path, monkeypatch):
     (run / "run.json").write_text(json.dumps({**description, "arguments": words}))
     assert cli.main(["resume", str(run)]) == 0
     assert (run / "model" / "model.safetensors").read_bytes() == finished
-    assert {(beta, nll_weight) for beta, _, nll_weight in seen} == {(0.2, 2.0)}
+    assert {(beta, nll_weight) for beta, _, nll_weight in batches} == {(0.2, 2.0)}
 
 
-def test_chosen_responses_that_lose_much_are_said_in_one_line(folder, tmp_path, capsys):
+def test_a_collapse_is_one_line_at_the_end(folder, tmp_path, capsys):
     """A run of dpo that makes the chosen responses less likely says so at its end, with what helps."""
     rows = [{"prompt": row["prompt"], "chosen": "dd", "rejected": "dddd"} for row in ROWS]
     data = write(tmp_path / "pairs.jsonl", rows)

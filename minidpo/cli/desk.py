@@ -43,14 +43,10 @@ class Sizes(NamedTuple):
 
 
 FULL = Sizes(
-    texts=20_000,
-    completions=8_000,
-    pairs=6_000,
-    held_out=500,
+    texts=20_000, completions=8_000, pairs=6_000, held_out=500, replies=500,
     steps={"pretrain": 1000, "sft": 500, "dpo": 300},
     model=["--n-embd=64", "--n-layer=2", "--n-head=4", "--n-positions=128"],
-    replies=500,
-)
+)  # fmt: skip
 
 
 def make_data(folder: Path, seed: int, sizes: Sizes) -> None:
@@ -140,10 +136,8 @@ def as_text(rows: Sequence[Mapping[str, Any]]) -> str:
     width = max(8, *(len(str(row["model"])) + 2 for row in rows))
     lines = []
     for name, title in COLUMNS.items():
-        cells = (
-            f"{row[name]:>{width}}" if name == "model" else f"{round(row[name], 2) + 0.0:>{width}.2f}" for row in rows
-        )
-        lines.append(f"{title:<17}" + "".join(cells))
+        cells = (row[name] if name == "model" else f"{round(row[name], 2) + 0.0:.2f}" for row in rows)
+        lines.append(f"{title:<17}" + "".join(f"{cell:>{width}}" for cell in cells))
     return "\n".join(lines)
 
 

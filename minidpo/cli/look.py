@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 from .. import losses, optim, training
 from ..data import preferences
-from ..data.preferences import Encoded, Row
+from ..data.preferences import PAIRS, Encoded, Row
 from ..explain import displacement as first_order
 from ..explain import double, four_ways, page, pair
 from ..explain import graph as graph_of
@@ -25,7 +25,7 @@ from ..tokenizer import END_OF_TEXT, TURN, Tokenizer, printable
 from . import options as o
 from .options import Default, announce
 from .parser import command
-from .train import load, same_vocabulary
+from .train import load, same_vocabulary, usable_rows
 
 BETA = 0.1  # where neither an option nor a run gives one
 RATE = 1e-6
@@ -43,30 +43,18 @@ def scored_rows(
     policy = load(checkpoint, device=device)
     ref = load(reference, device=device) if reference else policy
     same_vocabulary(checkpoint, policy, reference or checkpoint, ref)
-    rows, faults = preferences.read(data)
     n_positions = min(policy.config.n_positions, ref.config.n_positions)
-    ids = preferences.encode(rows, policy.tokenizer, n_positions, truncation)
-    faults = sorted(faults + ids.faults)
-    preferences.set_aside(data, faults, strict)
+    ids, faults, _ = usable_rows(data, PAIRS, policy.tokenizer, n_positions, truncation, strict)
     for fault in faults:
         print(f"{data}, line {fault.line}: set aside, {fault.reason}", file=sys.stderr)
-    if not ids.rows:
-        raise ValueError(f"{data}: no row can be used")
     return policy, ref, ids, len(faults)
 
 
 @command("look")
 def evaluate(
-    *,
-    checkpoint: o.Checkpoint,
-    reference: o.Reference,
-    data: o.Pairs,
-    beta: o.Beta = BETA,
-    strict: o.Strict = False,
-    truncation: o.Truncation = "none",
-    device: o.Device = "cpu",
-    json: o.Json = False,
-) -> dict[str, Any]:
+    *, checkpoint: o.Checkpoint, reference: o.Reference, data: o.Pairs, beta: o.Beta = BETA, strict: o.Strict = False,
+    truncation: o.Truncation = "none", device: o.Device = "cpu", json: o.Json = False,
+) -> dict[str, Any]:  # fmt: skip
     """Measure a policy against its reference on pairs.
 
     Print the DPO loss alone, implicit rewards, accuracy (ties are counted beside it, not in it), log-probabilities,
@@ -89,15 +77,10 @@ def evaluate(
 
 @command("look")
 def score(
-    *,
-    checkpoint: o.Checkpoint,
-    data: o.Pairs,
-    reference: Annotated[o.Reference | None, Default("no reference, no rewards")] = None,
-    beta: o.Beta = BETA,
-    strict: o.Strict = False,
-    truncation: o.Truncation = "none",
-    device: o.Device = "cpu",
-) -> list[dict[str, Any]]:
+    *, checkpoint: o.Checkpoint, data: o.Pairs,
+    reference: Annotated[o.Reference | None, Default("no reference, no rewards")] = None, beta: o.Beta = BETA,
+    strict: o.Strict = False, truncation: o.Truncation = "none", device: o.Device = "cpu",
+) -> list[dict[str, Any]]:  # fmt: skip
     """Print the log-probabilities of each pair.
 
     Print one JSON object a line for every pair of a file: its line number, log pi of both responses and, with
@@ -125,18 +108,10 @@ def score(
 
 @command("look")
 def sample(
-    *,
-    checkpoint: o.Checkpoint,
-    prompt: o.Prompt = "",
-    newline: o.Newline = False,
-    samples: o.Samples = 5,
-    seed: o.Seed = 0,
-    max_new_tokens: o.MaxNewTokens = None,
-    temperature: o.Temperature = 1.0,
-    top_k: o.TopK = None,
-    top_p: o.TopP = None,
-    device: o.Device = "cpu",
-) -> list[str]:
+    *, checkpoint: o.Checkpoint, prompt: o.Prompt = "", newline: o.Newline = False, samples: o.Samples = 5,
+    seed: o.Seed = 0, max_new_tokens: o.MaxNewTokens = None, temperature: o.Temperature = 1.0, top_k: o.TopK = None,
+    top_p: o.TopP = None, device: o.Device = "cpu",
+) -> list[str]:  # fmt: skip
     """Sample texts from a model.
 
     Print texts that the model continues from the prompt, one a line; with --newline, its responses alone.
@@ -185,19 +160,10 @@ def pair_of_ids(prompt: str, chosen: str, rejected: str, tokenizer: Tokenizer, n
 
 @command("look")
 def explain(
-    *,
-    checkpoint: o.Checkpoint,
-    prompt: o.Prompt,
-    chosen: o.Chosen,
-    rejected: o.Rejected,
-    newline: o.Newline = False,
-    reference: OwnReference = None,
-    beta: OwnBeta = None,
-    learning_rate: o.StepRate = RATE,
-    json: o.Json = False,
-    html: o.Html = None,
-    graph: o.Graph = None,
-) -> dict[str, Any]:
+    *, checkpoint: o.Checkpoint, prompt: o.Prompt, chosen: o.Chosen, rejected: o.Rejected, newline: o.Newline = False,
+    reference: OwnReference = None, beta: OwnBeta = None, learning_rate: o.StepRate = RATE, json: o.Json = False,
+    html: o.Html = None, graph: o.Graph = None,
+) -> dict[str, Any]:  # fmt: skip
     """Show every gradient of one preference pair.
 
     Show the DPO loss of one pair: each token's log-probability, the implicit reward up to it, the coefficient and the
@@ -239,15 +205,11 @@ def explain(
 
 @command("look")
 def displacement(
-    *,
-    checkpoint: Annotated[o.Checkpoint | None, Default("a model of three words")] = None,
-    data: Annotated[o.Pairs | None, Default("one pair of words")] = None,
-    reference: OwnReference = None,
-    beta: OwnBeta = None,
-    learning_rate: Annotated[o.StepRate | None, Default(f"{RATE:g}")] = None,
-    strict: o.Strict = False,
-    truncation: o.Truncation = "none",
-) -> str:
+    *, checkpoint: Annotated[o.Checkpoint | None, Default("a model of three words")] = None,
+    data: Annotated[o.Pairs | None, Default("one pair of words")] = None, reference: OwnReference = None,
+    beta: OwnBeta = None, learning_rate: Annotated[o.StepRate | None, Default(f"{RATE:g}")] = None,
+    strict: o.Strict = False, truncation: o.Truncation = "none",
+) -> str:  # fmt: skip
     """Show how being preferred can make a response less likely.
 
     Train a model of three words on one pair, with and without a likelihood term. With --checkpoint and --data: take a

@@ -32,6 +32,12 @@ class Option(NamedTuple):
     check: Callable[[Any], Any]
     several: bool = False  # it takes one value or more
 
+    def value(self, given: Any) -> Any:
+        """Check a value from Python."""
+        if not self.several:
+            return self.check(given)
+        return [self.check(each) for each in ([given] if isinstance(given, str | os.PathLike) else given)]
+
 
 class Default(NamedTuple):
     """What a parameter means in one command when its value is None."""

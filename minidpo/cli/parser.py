@@ -56,10 +56,8 @@ def command(group: str) -> Callable[[Callable[..., T]], Callable[..., T]]:
             for name in values.keys() & options.keys():
                 value, own = values[name], option(options[name])
                 try:
-                    if own and own.several:
-                        values[name] = [own.check(each) for each in ([value] if isinstance(value, str) else value)]
-                    elif own and not (value is None and options[name].default is None):
-                        values[name] = own.check(value)
+                    if own and not (value is None and options[name].default is None):
+                        values[name] = own.value(value)
                 except OptionError as error:
                     raise OptionError(f"{function.__name__}: {name}: {error}") from error
             for name, default in bundles.items():

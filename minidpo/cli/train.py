@@ -146,6 +146,20 @@ def read_texts(path: Path, blocks: bool) -> list[str]:
     return texts
 
 
+def usable_rows(
+    data: Path, fields: Sequence[str], tokenizer: Tokenizer, n_positions: int, truncation: str, strict: bool
+) -> tuple[Encoded, list[preferences.Fault], str]:
+    """The rows of a file that can be used, the others with their reasons, and those as JSON Lines to keep."""
+    rows, faults = preferences.read(data, fields)
+    ids = preferences.encode(rows, tokenizer, n_positions, truncation)
+    faults = sorted(faults + ids.faults)
+    set_aside = preferences.set_aside(data, faults, strict)
+    if not ids.rows:
+        reason = f" (line {faults[0].line}: {faults[0].reason})" if faults else ""
+        raise ValueError(f"{data}: no row can be used{reason}")
+    return ids, faults, set_aside
+
+
 def read_rows(
     data: Path, run: Training, truncation: str, strict: bool, fields: Sequence[str], start: Checkpoint, n_positions: int
 ) -> Rows:
@@ -153,16 +167,10 @@ def read_rows(
     counts: list[str] = []
 
     def encoded(path: Path) -> tuple[Encoded, str]:
-        rows, faults = preferences.read(path, fields)
-        ids = preferences.encode(rows, start.tokenizer, n_positions, truncation)
-        faults = sorted(faults + ids.faults)
-        set_aside = preferences.set_aside(path, faults, strict)
+        ids, faults, set_aside = usable_rows(path, fields, start.tokenizer, n_positions, truncation, strict)
         count = f"{path.name}: {len(ids.rows)} rows, {len(faults)} set aside"
         counts.append(count + (f", {len(ids.truncated)} truncated" if ids.truncated else ""))
         print(counts[-1])
-        if not ids.rows:
-            reason = f" (line {faults[0].line}: {faults[0].reason})" if faults else ""
-            raise ValueError(f"{path}: no row can be used{reason}")
         return ids, set_aside
 
     train, set_aside = encoded(data)
@@ -181,16 +189,10 @@ def read_rows(
 
 
 def train(
-    out: Path,
-    start: Checkpoint,
-    optimizer: optim.Optimizer,
-    step: Callable[[list[int]], training.Metrics],
-    evaluation: Callable[[], training.Metrics],
-    prompts: Sequence[list[int]],
-    kind: str,
-    names: Sequence[str],
+    out: Path, start: Checkpoint, optimizer: optim.Optimizer, step: Callable[[list[int]], training.Metrics],
+    evaluation: Callable[[], training.Metrics], prompts: Sequence[list[int]], kind: str, names: Sequence[str],
     run: Training,
-) -> Path:
+) -> Path:  # fmt: skip
     """Train on examples with these names, report, and warn if chosen responses have become much less likely."""
     params, config, tokenizer, _ = start
 
@@ -219,15 +221,9 @@ def train(
 
 
 def likelihood_run(
-    out: Path,
-    start: Checkpoint,
-    examples: Sequence[Example],
-    held_out: Sequence[Example],
-    prompts: Sequence[list[int]],
-    kind: str,
-    names: Sequence[str],
-    run: Training,
-) -> Path:
+    out: Path, start: Checkpoint, examples: Sequence[Example], held_out: Sequence[Example],
+    prompts: Sequence[list[int]], kind: str, names: Sequence[str], run: Training,
+) -> Path:  # fmt: skip
     """Train on the likelihood of examples, which is what `pretrain` and `sft` share."""
     params, config = start.params, start.config
     optimizer = optim.AdamW(params, run.learning_rate, betas=(0.9, 0.99), weight_decay=0.01)
@@ -247,13 +243,9 @@ def likelihood_run(
 
 @command("train")
 def pretrain(
-    *,
-    data: o.Texts,
-    out: o.NewRun,
-    blocks: o.Blocks = False,
-    beginning: Beginning = BEGINNING,
+    *, data: o.Texts, out: o.NewRun, blocks: o.Blocks = False, beginning: Beginning = BEGINNING,
     run: Training = PRETRAIN,
-) -> Path:
+) -> Path:  # fmt: skip
     """Train a model on the lines of a text file.
 
     Train a character transformer on a file in which each line is one text. A share of the different texts is held out
@@ -283,15 +275,9 @@ def pretrain(
 
 @command("train")
 def sft(
-    *,
-    data: o.Examples,
-    out: o.NewRun,
-    responses: o.Responses = "both",
-    strict: o.Strict = False,
-    truncation: o.Truncation = "none",
-    beginning: Beginning = BEGINNING,
-    run: Training = SFT,
-) -> Path:
+    *, data: o.Examples, out: o.NewRun, responses: o.Responses = "both", strict: o.Strict = False,
+    truncation: o.Truncation = "none", beginning: Beginning = BEGINNING, run: Training = SFT,
+) -> Path:  # fmt: skip
     """Fine-tune a model on responses, or train a new one.
 
     Supervised fine-tuning on JSON Lines of prompt and completion, or on both responses of prompt, chosen and rejected.
@@ -323,19 +309,11 @@ def preference_loss(loss: str | Loss, label_smoothing: float) -> Loss:
 
 @command("train")
 def dpo(
-    *,
-    data: o.Pairs,
-    init: o.Init,
-    out: o.NewRun,
-    reference: Annotated[o.Reference | None, Default("the model of --init")] = None,
-    beta: o.Beta = 0.1,
-    loss: o.LossName = "dpo",
-    label_smoothing: o.LabelSmoothing = 0.0,
-    nll_weight: o.NllWeight = 0.0,
-    strict: o.Strict = False,
-    truncation: o.Truncation = "none",
-    run: Training = DPO,
-) -> Path:
+    *, data: o.Pairs, init: o.Init, out: o.NewRun,
+    reference: Annotated[o.Reference | None, Default("the model of --init")] = None, beta: o.Beta = 0.1,
+    loss: o.LossName = "dpo", label_smoothing: o.LabelSmoothing = 0.0, nll_weight: o.NllWeight = 0.0,
+    strict: o.Strict = False, truncation: o.Truncation = "none", run: Training = DPO,
+) -> Path:  # fmt: skip
     """Prefer the chosen responses of pairs.
 
     Direct preference optimisation on JSON Lines of prompt, chosen and rejected. The frozen reference is the model of
