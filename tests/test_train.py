@@ -11,6 +11,7 @@ import pytest
 from minidpo import checkpoint, cli, losses, model, training
 from minidpo.cli import parser, train
 from minidpo.model import Config
+from minidpo.run.workers import Workers
 from minidpo.theory.exact import chain_rule_logprob
 from minidpo.tokenizer import Tokenizer
 
@@ -469,7 +470,7 @@ def test_a_run_of_version_0_1_resumes(folder, tmp_path, monkeypatch):
     assert {(beta, nll_weight) for beta, _, nll_weight in batches} == {(0.2, 2.0)}
 
 
-def test_a_collapse_is_one_line_at_the_end(folder, tmp_path, capsys):
+def test_a_collapse_is_one_line_at_the_end(folder, tmp_path, capsys, monkeypatch):
     """A run of dpo that makes the chosen responses less likely says so at its end, with what helps."""
     rows = [{"prompt": row["prompt"], "chosen": "dd", "rejected": "dddd"} for row in ROWS]
     data = write(tmp_path / "pairs.jsonl", rows)
@@ -482,3 +483,54 @@ def test_a_collapse_is_one_line_at_the_end(folder, tmp_path, capsys):
         assert (rise > train.CHOSEN_LOSS_WARNING) is warns and error.count("\n") == warns
         if warns:
             assert f"lost {rise:.2f} nats a token" in error and "--nll-weight helps" in error
+    evaluations = iter([{"loss": 0.7, "nll/chosen_rise": 0.0}, {"loss": 0.6, "nll/chosen_rise": 0.1},
+                        {"loss": 0.9, "nll/chosen_rise": 0.8}])  # fmt: skip
+    monkeypatch.setattr(training, "preference_evaluation", lambda *args: next(evaluations))
+    cli.dpo(data=data, init=folder / "init", out=tmp_path / "last", steps=2, evaluate_every=1)
+    assert "lost 0.80 nats a token" in capsys.readouterr().err  # at the last evaluation, which is not the result's
+
+
+def test_steps_get_their_settings(folder, tmp_path, monkeypatch):
+    """A step gets the command's micro-batch size and the sweep of all workers, with gradients clipped at 1."""
+    calls = {}
+
+    def recorded(name):
+        step = getattr(training, name)
+
+        def record(*args):
+            calls[name] = args
+            return step(*args)
+
+        return record
+
+    for name in ("sft_training_step", "dpo_training_step"):
+        monkeypatch.setattr(training, name, recorded(name))
+    settings = {"init": folder / "init", "steps": 1, "batch_size": 3, "micro_batch_size": 2}
+    cli.sft(data=folder / "pairs.jsonl", out=tmp_path / "sft", **settings)
+    cli.dpo(data=folder / "pairs.jsonl", out=tmp_path / "dpo", beta=0.3, nll_weight=0.4, loss="ipo", **settings)
+    *_, max_norm, micro_batch_size, sweep = calls["sft_training_step"]
+    assert (max_norm, micro_batch_size, sweep.__name__) == (1, 2, "nll_sweep") and type(sweep.__self__) is Workers
+    *_, beta, loss, nll_weight, max_norm, micro_batch_size, sweep = calls["dpo_training_step"]
+    assert (beta, loss, nll_weight) == (0.3, losses.Choice("ipo"), 0.4)
+    assert (max_norm, micro_batch_size, sweep.__name__) == (1, 2, "dpo_sweep") and type(sweep.__self__) is Workers
+
+
+def test_python_gives_a_loss_of_its_own(folder, tmp_path):
+    """From Python the loss may be a function; its run says what cannot resume from the command line."""
+
+    def hinge(logp_w, logp_l, ref_logp_w, ref_logp_l, beta):
+        return losses.dpo_loss(logp_w, logp_l, ref_logp_w, ref_logp_l, 2 * beta)
+
+    rewards = []
+    for name, loss, beta in (("own", hinge, 0.1), ("named", "dpo", 0.2)):
+        run = tmp_path / name
+        cli.dpo(data=folder / "pairs.jsonl", init=folder / "init", out=run, loss=loss, beta=beta, steps=2)
+        rewards.append(lines(run / "metrics.jsonl")[-1]["eval_rewards/margins"])
+    assert rewards[0] == pytest.approx(rewards[1]) and rewards[0] != 0
+    assert "--loss=hinge" in json.loads((tmp_path / "own" / "run.json").read_text())["arguments"]
+    with pytest.raises(SystemExit):
+        cli.resume(tmp_path / "own")
+    words = {"data": folder / "pairs.jsonl", "init": folder / "init", "out": tmp_path / "own", "steps": 2}
+    assert cli.dpo(**words, loss=hinge, resuming=True) == tmp_path / "own" / "model"
+    with pytest.raises(ValueError, match="label_smoothing is for losses with a name"):
+        cli.dpo(**words, loss=hinge, label_smoothing=0.1)

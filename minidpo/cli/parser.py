@@ -112,7 +112,7 @@ def suggestion(name: str, names: Iterable[str]) -> str:
 def parser(name: str) -> argparse.ArgumentParser:
     """The parser of one command."""
     text = " ".join((inspect.getdoc(COMMANDS[name].function) or "").partition("\n")[2].split())
-    made = argparse.ArgumentParser(f"minidpo {name}", description=text, allow_abbrev=False)
+    made = argparse.ArgumentParser(f"minidpo {name}", description=text)
     for each, p in COMMANDS[name].options.items():
         kinds, own = parts(p.annotation), option(p)
         assert own
