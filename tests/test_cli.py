@@ -234,7 +234,7 @@ def test_version_is_that_of_the_package(capsys):
 def test_the_script_and_python_m_are_main(tmp_path):
     """`minidpo` is declared as a script, and `python -m minidpo` does the same."""
     finished = subprocess.run([sys.executable, "-m", "minidpo", "check", "--help"], capture_output=True, text=True)
-    assert finished.returncode == 0 and "exit with 1" in " ".join(finished.stdout.split())
+    assert finished.returncode == 0 and "exit status is 1" in " ".join(finished.stdout.split())
     settings = configparser.ConfigParser()
     settings.read(Path(__file__).parents[1] / "setup.cfg")
     assert settings["options.entry_points"]["console_scripts"].split("=") == ["\nminidpo ", " minidpo.cli:main"]

@@ -83,7 +83,7 @@ def score(
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Print the log-probabilities of each pair.
 
-    Print one JSON object a line for every pair of a file: its line number, log pi of both responses and, with
+    Print one JSON object per line, one for each pair of a file: its line number, log pi of both responses and, with
     --reference, the same under the reference, the implicit rewards and the DPO loss.
     """
     policy, ref, rows, _ = scored_rows(checkpoint, reference, data, truncation, strict, device)

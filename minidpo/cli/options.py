@@ -30,6 +30,7 @@ class Option(NamedTuple):
 
     help: str
     check: Callable[[Any], Any]
+    metavar: str = ""
     several: bool = False  # it takes one value or more
 
     def value(self, given: Any) -> Any:
@@ -107,11 +108,11 @@ Examples = Annotated[Path, Option("JSON Lines of prompt/completion or prompt/cho
 Pairs = Annotated[Path, Option("JSON Lines of prompt/chosen/rejected", path)]
 HeldOutData = Annotated[Path | None, Option("file to measure on, instead of a share of the data", path)]
 Init = Annotated[Path, Option("checkpoint or run to start from", path)]
-Checkpoint = Annotated[Path, Option("checkpoint or run of the policy", path)]
+Checkpoint = Annotated[Path, Option("checkpoint or run of the model", path)]
 Checkpoints = Annotated[Sequence[Path], Option("checkpoints or runs to compare", path, several=True)]
 Reference = Annotated[Path, Option("checkpoint or run of the reference", path)]
 NewRun = Annotated[Path, Option("folder for the results; must not exist yet", path)]
-OldRun = Annotated[Path, Option("folder of the run, as --out named it", path)]
+OldRun = Annotated[Path, Option("folder of the run, as --out named it", path, "RUN")]
 Folder = Annotated[Path, Option("folder for two new files, frontier.json and frontier.png", path)]
 Plot = Annotated[Path | None, Option("new PNG file for the curves of beta; needs matplotlib", path)]
 Html = Annotated[Path | None, Option("new HTML file for a page of the pair's tokens", path)]
@@ -119,19 +120,23 @@ Graph = Annotated[Path | None, Option("new file for the loss as a graph, .dot (G
 
 # Training.
 Seed = Annotated[int, Option("random seed", at_least(0, 2**63))]
-Device = Annotated[str, Option("device of the arrays: cpu, or cuda through CuPy", one_of("cpu", "cuda"))]
+Device = Annotated[str, Option("device of the arrays: cpu, or cuda through CuPy", one_of("cpu", "cuda"), "NAME")]
 HeldOutShare = Annotated[float, Option("share of the data to hold out and measure on", between(0, 1))]
 Steps = Annotated[int, Option("optimizer steps in all", at_least(0))]
-BatchSize = Annotated[int, Option("examples a step", at_least(1))]
-MicroBatchSize = Annotated[int | None, Option("examples in a sweep: less memory, same gradient", at_least(1))]
+BatchSize = Annotated[int, Option("examples per step", at_least(1))]
+MicroBatchSize = Annotated[
+    int | None, Option("examples per sweep; the gradient is the same", at_least(1)), Default("automatic")
+]
 LearningRate = Annotated[float, Option("peak learning rate, from which a cosine falls to 0", positive)]
 WarmupSteps = Annotated[int, Option("steps of linear warm-up", at_least(0))]
 EvaluateEvery = Annotated[int, Option("evaluate and save every N steps", at_least(1))]
-Patience = Annotated[int | None, Option("stop after N evaluations without a lower held-out loss", at_least(1))]
-Strict = Annotated[bool, Option("refuse a file that has rows which cannot be used", flag)]
-CUTS = "nothing (none: the row is set aside), the beginning of its prompt, or the end of each response"
-Truncation = Annotated[str, Option(f"what a row longer than the context loses: {CUTS}", one_of(*TRUNCATIONS))]
-Responses = Annotated[str, Option("responses of a pair to learn: both or chosen", one_of("both", "chosen"))]
+Patience = Annotated[int | None, Option("stop after N evaluations without a lower loss", at_least(1)), Default("never")]
+Strict = Annotated[bool, Option("refuse a file with a row that cannot be used", flag)]
+CUTS = "none (set the row aside), prompt (its beginning) or response (its end)"
+Truncation = Annotated[
+    str, Option(f"part to cut from rows that exceed the context: {CUTS}", one_of(*TRUNCATIONS), "NAME")
+]
+Responses = Annotated[str, Option("responses of a pair to learn: both or chosen", one_of("both", "chosen"), "NAME")]
 Blocks = Annotated[bool, Option("let empty lines separate the texts, which may have several lines", flag)]
 Channels = Annotated[int | None, Option("channels of a new model", at_least(1))]
 Layers = Annotated[int | None, Option("layers of a new model", at_least(1))]
@@ -139,7 +144,9 @@ Heads = Annotated[int | None, Option("attention heads of a new model; they divid
 Context = Annotated[int | None, Option("context of a new model in tokens", at_least(1))]
 Replacement = Annotated[bool, Option("let a new model read U+FFFD for characters that its data lacks", flag)]
 Beta = Annotated[float, Option("strength of the KL constraint: reward per nat of log-ratio", positive)]
-LossName = Annotated[str | Loss, Option(f"loss to minimise: {', '.join(LOSSES)}", one_of(*LOSSES, function=True))]
+LossName = Annotated[
+    str | Loss, Option(f"loss to minimise: {', '.join(LOSSES)}", one_of(*LOSSES, function=True), "NAME")
+]
 LabelSmoothing = Annotated[float, Option("probability that a label is wrong", between(0, 0.5, "[]"))]
 NllWeight = Annotated[float, Option("weight of a second term, the chosen responses' nats a token", weight)]
 
@@ -153,8 +160,10 @@ Newline = Annotated[bool, Option("end the prompt with a newline, after which a r
 Samples = Annotated[int, Option("number of texts to sample", at_least(1))]
 MaxNewTokens = Annotated[int | None, Option("most tokens of a text", at_least(1)), Default("what fits the context")]
 Temperature = Annotated[float, Option("divisor of the logits; 0 takes the likeliest token", anything)]
-TopK = Annotated[int | None, Option("sample among the N likeliest tokens only", at_least(1))]
-TopP = Annotated[float | None, Option("sample among the fewest tokens with this probability together", anything)]
+TopK = Annotated[int | None, Option("sample among the N likeliest tokens", at_least(1)), Default("all")]
+TopP = Annotated[
+    float | None, Option("sample among the fewest tokens that have probability X", anything), Default("all")
+]
 Replies = Annotated[int, Option("number of held-out prompts, each answered once", at_least(2))]
 Cases = Annotated[int, Option("random cases per op", at_least(1))]
 Worlds = Annotated[int, Option("number of small worlds, each with its own seed", at_least(1))]

@@ -122,7 +122,10 @@ def parser(name: str) -> argparse.ArgumentParser:
         if p.default is False:
             words["action"] = "store_true"
         else:
-            words |= {"type": own.check, "metavar": METAVARS[next(kind for kind in kinds if kind in METAVARS)]}
+            words |= {
+                "type": own.check,
+                "metavar": own.metavar or METAVARS[next(kind for kind in kinds if kind in METAVARS)],
+            }
         if p.kind is not p.KEYWORD_ONLY:
             made.add_argument(each, **words)
         elif p.default is p.empty:

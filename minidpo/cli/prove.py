@@ -27,7 +27,7 @@ def check(*, cases: o.Cases = 100, seed: o.Seed = 0) -> int:
     """Check every derivative against finite differences and the complex step.
 
     Check the vector-Jacobian product of every op on random arguments, against central differences and the complex
-    step. Print the worst error of each op; exit with 1 if one is too large.
+    step. Print the worst error of each op. The exit status is 1 if one is too large.
     """
     print(f"{'op':<18}{'central':>10}{'complex':>10}{'cases':>8}", flush=True)
     failures = []
@@ -76,7 +76,7 @@ def exact(*, plot: o.Plot = None, seed: o.Seed = 0) -> int:
 
     Enumerate all responses of a small world and print, for each claim of the theory, the number that bears it out:
     Bradley-Terry, the KL-constrained objective, its optimum, the implicit reward, the optimum of DPO, RLHF, what beta
-    does, and which assumptions matter. It takes about two minutes; exit with 1 if a claim fails.
+    does, and which assumptions matter. It takes about two minutes. The exit status is 1 if a claim fails.
     """
     if plot and not plots.installed():
         raise ValueError(f"--plot: {NO_MATPLOTLIB}")
