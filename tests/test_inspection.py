@@ -160,7 +160,8 @@ def test_displacement_on_three_words_and_on_a_file(run, capsys, tmp_path):
     assert count == len(ROWS) and meter.startswith(f"{count} pairs") and meter.endswith(f"the predicted one in {count}")
     assert cli.main(["displacement", f"--data={write(tmp_path / 'x', ROWS)}"]) == 2
     assert "belong together" in capsys.readouterr().err
-    assert cli.main(["displacement", "--beta=5"]) == 2 and "belong together" in capsys.readouterr().err
+    for option in ("--beta=5", "--strict", "--truncation=prompt", "--learning-rate=1"):
+        assert cli.main(["displacement", option]) == 2 and "belong together" in capsys.readouterr().err
 
 
 def test_invariances_prints_both_directions(capsys):

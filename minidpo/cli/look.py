@@ -217,7 +217,8 @@ def displacement(
     first order and as measured.
     """
     if data is None or checkpoint is None:
-        if any(value is not None for value in (data, checkpoint, reference, beta, learning_rate)):
+        others = (data, checkpoint, reference, beta, learning_rate, strict or None)
+        if any(value is not None for value in others) or truncation != "none":
             raise ValueError("--checkpoint and --data belong together, and the other options need both")
         table = first_order.words_as_text([first_order.three_words(weight) for weight in NLL_WEIGHTS])
     else:

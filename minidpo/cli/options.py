@@ -33,6 +33,9 @@ class Option(NamedTuple):
     metavar: str = ""
     several: bool = False  # it takes one value or more
 
+    def __repr__(self) -> str:
+        return repr(self.help)  # so that `help(cli.dpo)` can be read
+
     def value(self, given: Any) -> Any:
         """Check a value from Python."""
         if not self.several:

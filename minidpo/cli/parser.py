@@ -46,7 +46,8 @@ def command(group: str) -> Callable[[Callable[..., T]], Callable[..., T]]:
     """
 
     def register(function: Callable[..., T]) -> Callable[..., T]:
-        bundles = {name: p.default for name, p in inspect.signature(function).parameters.items() if bundle(p.default)}
+        own = inspect.signature(function).parameters
+        bundles = {name: p.default for name, p in own.items() if hasattr(p.default, "_fields")}
         flat = inspect.Signature(list(flattened(function)))
         options = {name: p for name, p in flat.parameters.items() if option(p)}
 
@@ -54,10 +55,10 @@ def command(group: str) -> Callable[[Callable[..., T]], Callable[..., T]]:
         def checked(*positional: Any, **keywords: Any) -> T:
             values = flat.bind(*positional, **keywords).arguments
             for name in values.keys() & options.keys():
-                value, own = values[name], option(options[name])
+                known = option(options[name])
                 try:
-                    if own and not (value is None and options[name].default is None):
-                        values[name] = own.value(value)
+                    if known and not (values[name] is None and options[name].default is None):
+                        values[name] = known.value(values[name])
                 except OptionError as error:
                     raise OptionError(f"{function.__name__}: {name}: {error}") from error
             for name, default in bundles.items():
@@ -72,16 +73,11 @@ def command(group: str) -> Callable[[Callable[..., T]], Callable[..., T]]:
     return register
 
 
-def bundle(default: Any) -> bool:
-    """Whether a value stands for several parameters."""
-    return hasattr(default, "_fields")
-
-
 def flattened(function: Callable[..., Any]) -> Iterator[Parameter]:
     """The parameters of a function, with those of its bundles, each annotated with its resolved type."""
     hints = get_type_hints(function, include_extras=True)
     for name, p in inspect.signature(function).parameters.items():
-        fields = get_type_hints(type(p.default), include_extras=True) if bundle(p.default) else {}
+        fields = get_type_hints(type(p.default), include_extras=True) if hasattr(p.default, "_fields") else {}
         for field, hint in fields.items():
             yield Parameter(field, p.KEYWORD_ONLY, default=getattr(p.default, field), annotation=hint)
         if not fields:
@@ -118,20 +114,14 @@ def parser(name: str) -> argparse.ArgumentParser:
         assert own
         default = "" if p.default is None or p.default is False or p.default is p.empty else str(p.default)
         default = next((part.text for part in reversed(kinds) if isinstance(part, Default)), default)
-        words: dict[str, Any] = {"help": own.help + (f" (default: {default})" if default else "")}
+        metavar = own.metavar or next((METAVARS[kind] for kind in kinds if kind in METAVARS), None)
+        words: dict[str, Any] = {"type": own.check, "metavar": metavar, "nargs": "+" if own.several else None}
         if p.default is False:
-            words["action"] = "store_true"
-        else:
-            words |= {
-                "type": own.check,
-                "metavar": own.metavar or METAVARS[next(kind for kind in kinds if kind in METAVARS)],
-            }
-        if p.kind is not p.KEYWORD_ONLY:
-            made.add_argument(each, **words)
-        elif p.default is p.empty:
-            made.add_argument(flagged(each), required=True, nargs="+" if own.several else None, **words)
-        else:
-            made.add_argument(flagged(each), default=p.default, **words)
+            words = {"action": "store_true"}
+        if p.kind is p.KEYWORD_ONLY:
+            words |= {"required": True} if p.default is p.empty else {"default": p.default}
+        flag = flagged(each) if p.kind is p.KEYWORD_ONLY else each
+        made.add_argument(flag, help=own.help + (f" (default: {default})" if default else ""), **words)
     return made
 
 
@@ -173,7 +163,7 @@ def arguments(name: str, values: Mapping[str, Any]) -> list[str]:
     """The command line that gives a command these values, with absolute paths and without --out."""
     flat = dict(values)
     for value in values.values():
-        flat |= value._asdict() if bundle(value) else {}
+        flat |= value._asdict() if hasattr(value, "_fields") else {}
     words = [name]
     for each, value in ((each, flat[each]) for each in COMMANDS[name].options if each != "out"):
         if value is not None and value is not False:
