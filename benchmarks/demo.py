@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 from minidpo import checkpoint
-from minidpo.cli import demo
+from minidpo.cli import desk
 from minidpo.run import files, report
 from minidpo.run import folder as run_folder
 
@@ -33,11 +33,11 @@ def one_seed(folder, seed):
     seconds = time.perf_counter() - started
     data = folder / "data"
     given = [f"--data={data / 'pairs.jsonl'}", f"--held-out-data={data / 'pairs_held_out.jsonl'}", f"--seed={seed}"]
-    given += [f"--steps={demo.FULL.steps['dpo']}", "--evaluate-every=60", f"--init={folder / 'sft'}"]
-    command("dpo", *given, f"--out={folder / 'collapse'}", "--beta=0.1", "--nll-weight=0")
-    models = {stage: checkpoint.load(folder / stage) for stage in (*demo.STAGES, "collapse")}
-    prompts = demo.held_out_prompts(seed, demo.FULL.replies)
-    collapse = demo.judged(models["collapse"], models["sft"], prompts, seed)
+    given += [f"--steps={desk.FULL.steps['dpo']}", "--evaluate-every=60", f"--init={folder / 'sft'}"]
+    command("dpo", *given, f"--out={folder / 'collapse'}", "--beta=0.1", "--nll-weight=0", "--learning-rate=3e-4")
+    models = {stage: checkpoint.load(folder / stage) for stage in (*desk.STAGES, "collapse")}
+    prompts = desk.held_out_prompts(seed, desk.FULL.replies)
+    collapse = desk.verdict(models["collapse"], models["sft"], prompts, seed)
     del collapse["replies"]
     measured = {
         stage: {**report.best(run_folder.json_lines(folder / stage / "metrics.jsonl"))} for stage in ("dpo", "collapse")

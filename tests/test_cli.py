@@ -1,22 +1,28 @@
-"""The command line, as a stranger meets it."""
+"""The command line: its help, its arguments, its files and its exit statuses."""
 
+import configparser
 import contextlib
+import inspect
 import io
+import itertools
 import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from minidpo import checkpoint, cli, generation, ops, training
-from minidpo.cli import train
+import minidpo
+from minidpo import checkpoint, cli, generation, ops, plots, tokenizer, training
+from minidpo.cli import look, options, parser
 from minidpo.ops import OPS
+from minidpo.theory import assumptions, dynamics, equalities, frontier
 
 
 def test_check_prints_one_row_per_op(capsys):
-    """Otherwise an op is left out of the table that says all of them were checked."""
+    """Check prints one row per op, each within the tolerance."""
     assert cli.main(["check", "--cases", "5"]) == 0
     printed = capsys.readouterr()
     rows = re.findall(r"^(\w+) +(\d\.\de[-+]\d\d) +(\d\.\de[-+]\d\d) +5$", printed.out, re.MULTILINE)
@@ -26,7 +32,7 @@ def test_check_prints_one_row_per_op(capsys):
 
 
 def test_check_fails_where_a_vjp_is_wrong(capsys, monkeypatch):
-    """Otherwise a broken derivative ships with exit status 0."""
+    """Check exits with 1 and names the argument where a derivative is wrong."""
 
     def tanh(x):
         y, vjp = ops.tanh.raw(x)
@@ -43,7 +49,7 @@ def test_check_fails_where_a_vjp_is_wrong(capsys, monkeypatch):
 
 
 def test_check_repeats_with_its_seed(capsys):
-    """Otherwise a failure that was seen once cannot be seen again."""
+    """The same seed checks the same cases."""
     printed = []
     for seed in ("1", "1", "2"):
         cli.main(["check", "--cases", "2", "--seed", seed])
@@ -52,7 +58,7 @@ def test_check_repeats_with_its_seed(capsys):
 
 
 def test_oracles_prints_both_columns(capsys):
-    """Otherwise the mistakes are listed, and what finds them is not."""
+    """Oracles prints both numbers of every score."""
     assert cli.main(["oracles"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 13 and lines[1].split()[:2] == ["right", "1.0000000000"]
@@ -72,15 +78,15 @@ def trained(tmp_path_factory):
 
 
 def test_pretrain_says_what_it_does(trained):
-    """Otherwise a minute passes in silence."""
+    """Pretrain says what it reads and how far it is."""
     folder, _, printed = trained
     assert re.search(r"^\d+ texts to train on, 6 held out, 9 ids, \d+ parameters$", printed, re.MULTILINE)
     assert re.search(r"^model +3/3 +held-out loss \d\.\d{4} +[\d,]+ tokens/s +0:00 left$", printed, re.MULTILINE)
     assert checkpoint.load(folder / "model").verified
 
 
-def test_sample_goes_on_from_the_prompt(trained, capsys):
-    """Otherwise the one thing that a language model does cannot be seen."""
+def test_sample_continues_the_prompt(trained, capsys):
+    """Sample continues the prompt, and its options do what they say."""
     command = ["sample", "--checkpoint", str(trained[0] / "model"), "--prompt", "em"]
     assert cli.main(command) == 0
     texts = capsys.readouterr().out.splitlines()
@@ -89,19 +95,19 @@ def test_sample_goes_on_from_the_prompt(trained, capsys):
     assert cli.main([*command, "--samples", "2", "--temperature", "0"]) == 0
     greedy = capsys.readouterr().out.splitlines()
     assert len(greedy) == 2 and greedy[0] == greedy[1]
-    for options, same in (
+    for more, same in (
         (["--top-k", "1", "--samples", "2"], True),
         (["--top-p", "1e-9", "--samples", "2"], True),
         (["--seed", "9", "--samples", "2"], False),
     ):
-        assert cli.main([*command, *options]) == 0
+        assert cli.main([*command, *more]) == 0
         assert (capsys.readouterr().out.splitlines() == greedy) is same
     assert cli.main([*command, "--max-new-tokens", "1"]) == 0
     assert all(len(text) <= 4 for text in capsys.readouterr().out.splitlines())
 
 
-def test_unverified_weights_are_said_to_be(trained, capsys, tmp_path):
-    """Otherwise weights from a stranger pass for checked ones."""
+def test_unverified_weights_are_named(trained, capsys, tmp_path):
+    """Weights without a checksum are named."""
     copied = shutil.copytree(trained[0] / "model" / "model", tmp_path / "copy")
     weights = copied / "model.safetensors"
     weights.write_bytes(weights.read_bytes().replace(b'sha256"', b'sha999"'))
@@ -110,17 +116,17 @@ def test_unverified_weights_are_said_to_be(trained, capsys, tmp_path):
 
 
 def test_sample_begins_a_text_as_training_did(trained, capsys, monkeypatch):
-    """Otherwise the model is asked to go on from something that it never saw."""
-    asked = []
-    monkeypatch.setattr(train, "generate", lambda *args: asked.append(args) or generation.Generation([], []))
+    """Sample begins a text with end-of-text, as training does."""
+    calls = []
+    monkeypatch.setattr(look, "generate", lambda *args: calls.append(args) or generation.Generation([], []))
     assert cli.main(["sample", "--checkpoint", str(trained[0] / "model"), "--prompt", "a", "--samples", "2"]) == 0
-    assert asked[0][2] == [[0, 2], [0, 2]]
+    assert calls[0][2] == [[0, 2], [0, 2]]
     command = ["sample", "--checkpoint", str(trained[0] / "model"), "--prompt", "a", "--samples", "1", "--newline"]
-    assert cli.main(command) == 0 and asked[1][2] == [[0, 2, 1]]
+    assert cli.main(command) == 0 and calls[1][2] == [[0, 2, 1]]
 
 
 def test_too_little_memory_is_one_sentence(trained, capsys, monkeypatch, tmp_path):
-    """Otherwise a model that is too large ends in a traceback."""
+    """Too little memory is one sentence."""
 
     def no_memory(*args, **options):
         raise MemoryError("Unable to allocate 191. GiB")
@@ -130,8 +136,8 @@ def test_too_little_memory_is_one_sentence(trained, capsys, monkeypatch, tmp_pat
     assert "not enough memory (Unable to allocate 191. GiB)" in capsys.readouterr().err
 
 
-def test_what_is_wrong_is_one_sentence(trained, capsys, tmp_path):
-    """Otherwise a stranger reads a traceback."""
+def test_a_wrong_input_is_one_sentence(trained, capsys, tmp_path):
+    """A wrong file or option is one sentence, and nothing is begun."""
     folder, arguments, _ = trained
     (tmp_path / "one.txt").write_text("same\nsame\n")
     (tmp_path / "latin.txt").write_bytes(b"\xff\xfe\n")
@@ -159,24 +165,220 @@ def test_what_is_wrong_is_one_sentence(trained, capsys, tmp_path):
 
 @pytest.mark.parametrize("arguments", [["check", "--cases", "0"], ["check", "--seed", "-1"], ["chekc"], []])
 def test_wrong_arguments_get_a_sentence(arguments, capsys):
-    """Otherwise a typing error ends in a traceback."""
+    """Wrong arguments get usage and a sentence."""
     with pytest.raises(SystemExit) as caught:
         cli.main(arguments)
     assert caught.value.code == 2 and "minidpo" in capsys.readouterr().err
 
 
-def test_help_names_the_defaults(capsys):
-    """Otherwise a stranger does not know what the bare command does."""
+@pytest.mark.parametrize(
+    ("arguments", "usage", "sentence"),
+    [
+        (["dpo", "--bta=3"], "usage: minidpo dpo [-h] --data", "unknown option --bta; did you mean --beta?"),
+        (["dpo", "--learning_rate", "1"], "usage: minidpo dpo", "--learning_rate; did you mean --learning-rate?"),
+        (["dpo", "--bet=3"], "usage: minidpo dpo", "unknown option --bet; did you mean --beta?"),
+        (["check", "--qqqqqqq"], "usage: minidpo check", "unknown option --qqqqqqq\n"),
+        (["check", "\x1b"], "usage: minidpo check", "unrecognized arguments"),
+        (["smaple"], "usage: minidpo COMMAND", "unknown command smaple; did you mean sample?"),
+    ],
+)
+def test_a_mistyped_name_is_answered_with_the_intended_one(arguments, usage, sentence, capsys):
+    """An unknown option shows the usage of its command and the nearest option; options are not abbreviated."""
     with pytest.raises(SystemExit):
-        cli.main(["check", "--help"])
-    shown = " ".join(capsys.readouterr().out.split())
-    assert "per op (default: 100)" in shown and "(default: 0)" in shown
-    with pytest.raises(SystemExit):
-        cli.main(["dpo", "--help"])
-    assert "None" not in capsys.readouterr().out
+        cli.main(arguments)
+    error = capsys.readouterr().err
+    assert error.startswith(usage) and sentence in error
 
 
-def test_python_m_minidpo_runs():
-    """Otherwise the README's own command does not start."""
+def printed_by(capsys, *arguments):
+    with pytest.raises(SystemExit) as caught:
+        cli.main(arguments)
+    assert caught.value.code == 0
+    return capsys.readouterr().out
+
+
+def test_help_shows_the_commands_in_groups(capsys):
+    """minidpo --help lists every command under what it is for, with the first line of its docstring."""
+    text = printed_by(capsys, "--help")
+    groups = {}
+    for group, commands in re.findall(r"^(\w+): .*\n((?:  .*\n)+)", text, re.MULTILINE):
+        groups[group] = re.findall(r"^  (\w+) ", commands, re.MULTILINE)
+    assert groups == {
+        "learn": ["demo", "judge"],
+        "train": ["pretrain", "sft", "dpo", "resume"],
+        "look": ["evaluate", "score", "sample", "explain", "displacement"],
+        "prove": ["check", "oracles", "exact", "frontier", "invariances"],
+    }
+    assert "  exact         show the theory of DPO as equalities on a small world\n" in text
+    assert {"main", *itertools.chain(*groups.values())} == set(cli.__all__)
+
+
+@pytest.mark.parametrize("name", parser.COMMANDS)
+def test_help_explains_every_option_with_its_default(name, capsys):
+    """Each option has a help that makes sense alone, and its default where it has one."""
+    text = " ".join(printed_by(capsys, name, "--help").split())
+    assert "None" not in text and "False" not in text
+    for each, p in parser.COMMANDS[name].options.items():
+        own = parser.option(p)
+        assert " ".join(own.help.split()) in text.replace("- ", "-") or own.help[:20] in text, each
+        assert len(own.help.split()) > 1 and not own.help.endswith(".")
+        if p.default not in (None, "", p.empty) and p.default is not False:
+            assert f"(default: {p.default})" in text, each
+
+
+def test_version_is_that_of_the_package(capsys):
+    """minidpo --version prints the version."""
+    assert printed_by(capsys, "--version") == f"minidpo {minidpo.__version__}\n"
+
+
+def test_the_script_and_python_m_are_main(tmp_path):
+    """`minidpo` is declared as a script, and `python -m minidpo` does the same."""
     finished = subprocess.run([sys.executable, "-m", "minidpo", "check", "--help"], capture_output=True, text=True)
-    assert finished.returncode == 0 and "exits with 1" in " ".join(finished.stdout.split())
+    assert finished.returncode == 0 and "exit status is 1" in " ".join(finished.stdout.split())
+    settings = configparser.ConfigParser()
+    settings.read(Path(__file__).parents[1] / "setup.cfg")
+    assert settings["options.entry_points"]["console_scripts"].split("=") == ["\nminidpo ", " minidpo.cli:main"]
+
+
+def test_python_calls_are_command_lines(trained, capsys):
+    """A command is a function: text becomes a path, NumPy's integers are integers, and the result is returned."""
+    folder, _, _ = trained
+    texts = cli.sample(checkpoint=str(folder / "model"), prompt="em", samples=np.int64(2), seed=np.uint8(3))
+    printed = capsys.readouterr().out.splitlines()
+    assert printed == list(map(tokenizer.printable, texts)) and len(texts) == 2
+    assert cli.main(["sample", f"--checkpoint={folder / 'model'}", "--prompt=em", "--samples=2", "--seed=3"]) == 0
+    assert capsys.readouterr().out.splitlines() == printed
+    assert "samples" in inspect.signature(cli.sample).parameters
+    assert inspect.signature(cli.dpo).parameters["steps"].default == parser.COMMANDS["dpo"].options["steps"].default
+    assert "learning_rate: typing.Annotated[float, 'peak learning rate" in str(inspect.signature(cli.dpo))
+    with pytest.raises(TypeError, match="unexpected keyword argument 'bta'"):
+        cli.dpo(data="d", init="i", out="o", bta=1)
+    with pytest.raises(TypeError, match="missing a required argument: 'init'"):
+        cli.dpo(data="d", out="o")
+
+
+@pytest.mark.parametrize(
+    ("call", "sentence"),
+    [
+        (lambda: cli.check(cases=0), r"check: cases: 0 is not an integer of at least 1"),
+        (lambda: cli.check(cases=True), r"check: cases: True is not an integer"),
+        (lambda: cli.check(cases=2.0), r"check: cases: 2\.0 is not an integer"),
+        (lambda: cli.check(seed=2**63 + 1), "is not an integer of at least 0 and at most 9223372036854775808"),
+        (lambda: cli.check(seed=None), "check: seed: None is not an integer"),
+        (lambda: cli.sample(checkpoint="x", temperature="hot"), "sample: temperature: 'hot' is not a number"),
+        (lambda: cli.sample(checkpoint="x", newline="no"), "sample: newline: 'no' is not True or False"),
+        (lambda: cli.sample(checkpoint=3), "sample: checkpoint: 3 is not a path"),
+        (lambda: cli.sample(checkpoint="x", prompt=3), "sample: prompt: 3 is not a text"),
+        (lambda: cli.sample(checkpoint="x", device="gpu"), "device: 'gpu' is not one of cpu, cuda"),
+        (lambda: cli.judge(checkpoint=[1], reference="x"), "judge: checkpoint: 1 is not a path"),
+        (lambda: cli.judge(checkpoint="none", reference="none"), "none/config.json: cannot be read"),
+    ],
+)
+def test_python_arguments_are_checked(call, sentence):
+    """A wrong argument from Python is a ValueError with the sentence that the command line prints."""
+    with pytest.raises(ValueError, match=sentence):
+        call()
+
+
+def test_an_interrupt_is_one_sentence(trained, capsys, monkeypatch, tmp_path):
+    """Ctrl-C ends with status 130, names the last checkpoint and says how to resume, which ends in the same model."""
+    step = training.sft_training_step
+
+    def interrupted(*args, **options):
+        metrics = step(*args, **options)
+        if args[2].steps == 3:
+            raise KeyboardInterrupt
+        return metrics
+
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "sft_training_step", interrupted)
+        assert cli.main([*trained[1][:4], str(run), *trained[1][5:], "--evaluate-every=2"]) == 130
+    error, last = capsys.readouterr().err, run / "step-000002"
+    assert error == f"minidpo pretrain: interrupted; the last checkpoint is {last}; resume with: minidpo resume {run}\n"
+    assert cli.main(["resume", str(run)]) == 0
+    first, again = (folder / "model" / "model.safetensors" for folder in (trained[0] / "model", run))
+    assert first.read_bytes() == again.read_bytes()
+
+
+def test_a_closed_pipe_is_not_a_traceback(capsys, monkeypatch):
+    """A reader that goes away ends the command with status 141."""
+
+    def closed(**values):
+        """Close."""
+        raise BrokenPipeError
+
+    monkeypatch.setitem(parser.COMMANDS, "oracles", parser.COMMANDS["oracles"]._replace(function=closed))
+    copies = []
+    monkeypatch.setattr(parser.os, "dup2", lambda *descriptors: copies.append(descriptors))
+    monkeypatch.setattr(sys.stdout, "fileno", lambda: 1)
+    assert cli.main(["oracles"]) == 141 and len(copies) == 1
+    assert "closed the pipe" in capsys.readouterr().err
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """The theory in no time."""
+    monkeypatch.setattr(equalities, "LABORATORY", [])
+
+    def nothing(world, seed):
+        """Claim nothing."""
+        return []
+
+    monkeypatch.setattr(assumptions, "finite_margins", nothing)
+    monkeypatch.setattr(dynamics, "beta_early_and_late", nothing)
+    monkeypatch.setattr(assumptions, "what_breaks_it", lambda world, seed: [])
+    monkeypatch.setattr(frontier, "run", lambda seeds: [frontier.Point("a kind", 0.1, seeds[0], 1.0, 2.0, 0.5)])
+    monkeypatch.setattr(plots, "png", lambda panels: b"a picture")
+    monkeypatch.setattr(plots, "installed", lambda: True)
+    monkeypatch.setattr(dynamics, "gap_panels", lambda: [])
+    monkeypatch.setattr(frontier, "panels", lambda points: [])
+
+
+def test_files_are_announced_before_anything_is_computed(quick, tmp_path, capsys, monkeypatch):
+    """exact --plot and frontier name what they will write, and write it."""
+    assert cli.main(["exact", f"--plot={tmp_path / 'beta.png'}"]) == 0
+    assert capsys.readouterr().err == f"{tmp_path / 'beta.png'} will be written at the end\n"
+    assert (tmp_path / "beta.png").read_bytes() == b"a picture"
+    points = cli.frontier(out=tmp_path / "f", worlds=1)
+    error = capsys.readouterr().err.splitlines()
+    assert [line.split()[0] for line in error] == [str(tmp_path / "f" / name) for name in FRONTIER]
+    assert (tmp_path / "f" / "frontier.png").exists() and points[0].kind == "a kind"
+
+
+FRONTIER = ("frontier.json", "frontier.png")
+
+
+def test_an_output_that_cannot_be_written_is_refused_first(quick, tmp_path, capsys, monkeypatch):
+    """A file that exists, a folder that is missing or read-only, matplotlib that is missing: nothing is computed."""
+    (tmp_path / "mine.png").write_text("mine")
+    (tmp_path / "link.png").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "f").mkdir()
+    (tmp_path / "f" / "frontier.png").write_text("mine")
+    monkeypatch.setattr(equalities, "small_world", lambda seed: pytest.fail("computed"))
+    monkeypatch.setattr(frontier, "run", lambda seeds: pytest.fail("computed"))
+    for command, sentence in (
+        (["exact", f"--plot={tmp_path / 'mine.png'}"], "exists already"),
+        (["exact", f"--plot={tmp_path / 'link.png'}"], "exists already"),
+        (["exact", f"--plot={tmp_path / 'none' / 'new.png'}"], "missing or read-only"),
+        (["frontier", f"--out={tmp_path / 'f'}"], "frontier.png: exists already"),
+    ):
+        assert cli.main(command) == 2
+        error = capsys.readouterr().err
+        assert sentence in error and error.count("\n") == 1
+    monkeypatch.setattr(options.os, "access", lambda *arguments: False)
+    assert cli.main(["exact", f"--plot={tmp_path / 'new.png'}"]) == 2
+    assert "missing or read-only" in capsys.readouterr().err
+    monkeypatch.setattr(plots, "installed", lambda: False)
+    assert cli.main(["exact", f"--plot={tmp_path / 'new.png'}"]) == 2
+    assert "matplotlib is not installed" in capsys.readouterr().err
+    assert (tmp_path / "mine.png").read_text() == (tmp_path / "f" / "frontier.png").read_text() == "mine"
+
+
+def test_frontier_without_matplotlib_writes_its_table(quick, tmp_path, capsys, monkeypatch):
+    """Where matplotlib is missing, frontier says first that there will be no picture, and writes its points."""
+    monkeypatch.setattr(plots, "installed", lambda: False)
+    assert cli.main(["frontier", f"--out={tmp_path / 'f'}", "--worlds=1"]) == 0
+    first, second = capsys.readouterr().err.splitlines()
+    assert "frontier.json will be written" in first and "frontier.png will not be written: matplotlib" in second
+    assert [path.name for path in (tmp_path / "f").iterdir()] == ["frontier.json"]

@@ -1,4 +1,4 @@
-"""The one command, on a small scale: three models, the same customers, the same random numbers."""
+"""The demo, on a small scale: three models, the same customers, the same random numbers."""
 
 import json
 import math
@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 from minidpo import checkpoint, cli, world
-from minidpo.cli import demo
+from minidpo.cli import desk, parser
 from minidpo.streams import stream
 from minidpo.theory.exact import chain_rule_logprob
 from minidpo.tokenizer import TURN
 
-SIZES = demo.Sizes(
+SIZES = desk.Sizes(
     texts=60,
     completions=40,
     pairs=40,
@@ -29,26 +29,26 @@ def json_lines(path):
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    """A demo, and what it printed."""
+def demo_run(tmp_path_factory):
+    """A demo and its output."""
     folder = tmp_path_factory.mktemp("demo") / "desk"
     with pytest.MonkeyPatch.context() as patch:
         printed = []
         patch.setattr(
             "builtins.print", lambda *args, end="\n", **options: printed.append(" ".join(map(str, args)) + end)
         )
-        assert demo.demo(folder, 0, False, cli.main, SIZES) == 0
+        assert cli.demo(out=folder, sizes=SIZES) == folder
     return folder, "".join(printed)
 
 
-def test_it_makes_three_models_from_commands_that_it_prints(made):
-    """Otherwise a reader cannot repeat a stage by hand, or a stage begins from nothing."""
-    folder, printed = made
-    commands = re.findall(r"^\$ python -m minidpo (\w+) (.*)$", printed, re.MULTILINE)
+def test_it_makes_three_models_from_commands_that_it_prints(demo_run):
+    """The demo makes three models from the commands that it prints, each from the one before."""
+    folder, printed = demo_run
+    commands = re.findall(r"^\$ minidpo (\w+) (.*)$", printed, re.MULTILINE)
     assert [name for name, _ in commands] == ["pretrain", "sft", "dpo"]
     assert f"--init={folder / 'pretrain'}" in commands[1][1] and f"--init={folder / 'sft'}" in commands[2][1]
-    assert all("--held-out-data=" in given and "--seed=0" in given for _, given in commands)
-    for stage in demo.STAGES:
+    assert all("--held-out-data=" in words and "--seed=0" in words for _, words in commands)
+    for stage in desk.STAGES:
         assert checkpoint.load(folder / stage).verified
     assert {path.name for path in (folder / "data").iterdir()} == {
         f"{kind}{part}" for kind in ("texts", "completions", "pairs")
@@ -56,9 +56,9 @@ def test_it_makes_three_models_from_commands_that_it_prints(made):
     }  # fmt: skip
 
 
-def test_what_is_held_out_was_never_met(made):
-    """By prompt: otherwise the last table measures memory."""
-    folder, _ = made
+def test_held_out_prompts_are_never_trained_on(demo_run):
+    """No held-out prompt is trained on."""
+    folder, _ = demo_run
     train, held_out = world.split(0)
     for name in ("completions", "pairs"):
         for part, prompts in (("", train), ("_held_out", held_out)):
@@ -68,45 +68,45 @@ def test_what_is_held_out_was_never_met(made):
     assert len(texts) == 60 and all(math.isfinite(world.corpus_logprob(text, train)) for text in texts)
 
 
-def test_the_table_is_that_of_the_replies(made):
-    """Otherwise what is printed is not what the models said: judged and counted again, from the checkpoints."""
-    folder, printed = made
+def test_the_table_is_that_of_the_replies(demo_run):
+    """The table is that of the replies: judged again from the checkpoints, it has the same numbers."""
+    folder, printed = demo_run
     rows = json.loads((folder / "results.json").read_text())["models"]
     assert [row["model"] for row in rows] == ["base", "SFT", "DPO"]
     prompts = world.samples(world.prompt_distribution(world.split(0)[1]), 30, stream(0, "demo", "prompts"))
     sft = checkpoint.load(folder / "sft")
-    for stage, row in zip(demo.STAGES, rows):
+    for stage, row in zip(desk.STAGES, rows):
         model = checkpoint.load(folder / stage)
-        again = demo.judged(model, sft, prompts, 0)
+        again = desk.verdict(model, sft, prompts, 0)
         rewards = [world.judgement(x, reply).reward for x, reply in zip(prompts, again["replies"])]
         assert row["reward"] == pytest.approx(np.mean(rewards)) == again["reward"]
         assert row["reward_error"] == pytest.approx(np.std(rewards, ddof=1) / math.sqrt(30))
         assert f"{again['reward']:.2f}" in re.search(r"^true reward .*$", printed, re.MULTILINE)[0]
     assert rows[1]["kl"] == pytest.approx(0, abs=1e-4)
-    shown = [name for name in world.SLICES if f"({name})" in printed]
-    assert shown == list(world.SLICES) and "  DPO  " in printed
+    row_printed = [name for name in world.SLICES if f"({name})" in printed]
+    assert row_printed == list(world.SLICES) and "  DPO  " in printed
 
 
-def test_the_kl_is_the_mean_log_ratio_of_the_replies(made):
-    """One forward per prefix: otherwise "how far" is a number of another kind."""
-    folder, _ = made
+def test_the_kl_is_the_mean_log_ratio_of_the_replies(demo_run):
+    """The KL is the mean log-ratio of the replies, by one forward per prefix."""
+    folder, _ = demo_run
     dpo, base = checkpoint.load(folder / "dpo"), checkpoint.load(folder / "pretrain")
     prompts = ["my order is late.", "may anna see my bill?"]
-    got = demo.judged(dpo, base, prompts, 5)
+    result = desk.verdict(dpo, base, prompts, 5)
     ids = [[0, *dpo.tokenizer.encode(x + TURN)] for x in prompts]
     ratios = []
-    for x, reply in zip(ids, got["replies"]):
+    for x, reply in zip(ids, result["replies"]):
         y = dpo.tokenizer.encode(reply)
         y += [0] * (len(x) + len(y) < dpo.config.n_positions + 1)
         ratios.append(
             chain_rule_logprob(dpo.params, dpo.config, x, y) - chain_rule_logprob(base.params, base.config, x, y)
         )
-    assert got["kl"] == pytest.approx(np.mean(ratios), abs=1e-4)
+    assert result["kl"] == pytest.approx(np.mean(ratios), abs=1e-4)
 
 
-def test_the_facts_are_exact(made):
-    """Otherwise "the grammar itself" is an opinion."""
-    folder, printed = made
+def test_the_facts_are_exact(demo_run):
+    """The facts are exact: entropies, rewards and ties, counted again from the files."""
+    folder, printed = demo_run
     train, held_out = world.split(0)
     assert f"its exact entropy {world.corpus_entropy(train):.4f}" in printed
     assert f"its exact entropy {world.reply_entropy(held_out):.4f}" in printed
@@ -128,65 +128,65 @@ def test_the_facts_are_exact(made):
     assert f"the true reward {right:.3f}, and has {ties:.3f} ties" in printed
 
 
-def test_the_report_says_what_was_printed(made):
-    """Otherwise what is left on the next morning is another result."""
-    folder, printed = made
+def test_the_report_has_what_was_printed(demo_run):
+    """The report has the lines that were printed."""
+    folder, printed = demo_run
     written = (folder / "report.md").read_text()
     for line in printed[printed.index("three models answer") :].splitlines()[2:12]:
         assert line in written
     assert "| SFT |" in written and ("![curves](curves.png)" in written) == (folder / "curves.png").exists()
 
 
-def test_it_goes_on_where_it_was_stopped(made, tmp_path, capsys):
-    """In the middle of a stage: otherwise the first two models are trained again, or the third is another."""
+def test_it_resumes_where_it_was_stopped(demo_run, tmp_path, capsys, monkeypatch):
+    """An interrupted demo says how to resume, and then ends in the same models and the same report."""
     folder = tmp_path / "desk"
-    calls = []
+    monkeypatch.setattr(desk, "FULL", SIZES)
 
-    def stopped(given):
-        calls.append(given[0])
-        return cli.main(given) if given[0] != "dpo" else 130
+    def interrupt(**values):
+        """Interrupt."""
+        raise KeyboardInterrupt
 
-    assert demo.demo(folder, 0, False, stopped, SIZES) == 130
-    assert calls == ["pretrain", "sft", "dpo"]
-    assert f"then the demo goes on with: python -m minidpo resume {folder}" in capsys.readouterr().err
-    with pytest.raises(checkpoint.CheckpointError, match="exists already: choose another folder, or resume"):
-        demo.demo(folder, 0, False, cli.main, SIZES)
-    assert demo.demo(folder, 0, True, cli.main, SIZES) == 0
+    with monkeypatch.context() as patch:
+        patch.setitem(parser.COMMANDS, "dpo", parser.COMMANDS["dpo"]._replace(function=interrupt))
+        assert cli.main(["demo", f"--out={folder}"]) == 130
+    error = capsys.readouterr().err
+    assert error == f"minidpo demo: interrupted; resume with: minidpo resume {folder}\n"
+    assert (folder / "sft").exists() and not (folder / "dpo").exists()
+    with pytest.raises(checkpoint.CheckpointError, match="exists already"):
+        cli.demo(out=folder)
+    assert cli.main(["resume", str(folder)]) == 0
     printed = capsys.readouterr().out
-    assert printed.count("$ python -m minidpo resume") == 2
-    for stage in demo.STAGES:
-        first, again = (base / stage / "model" / "model.safetensors" for base in (made[0], folder))
+    assert printed.count("$ minidpo resume") == 2
+    for stage in desk.STAGES:
+        first, again = (base / stage / "model" / "model.safetensors" for base in (demo_run[0], folder))
         assert first.read_bytes() == again.read_bytes()
-    assert (folder / "results.json").read_bytes() == (made[0] / "results.json").read_bytes()
+    assert (folder / "results.json").read_bytes() == (demo_run[0] / "results.json").read_bytes()
 
 
-def test_judge_measures_any_model(made, capsys):
-    """As the demo does: otherwise a collapse cannot be seen by whoever caused it."""
-    folder, printed = made
-    given = ["--reference", str(folder / "sft"), "--replies", "30"]
-    assert cli.main(["judge", "--checkpoint", *(str(folder / stage) for stage in demo.STAGES), *given]) == 0
+def test_it_gives_its_own_settings(demo_run):
+    """The demo's DPO has its own beta, likelihood term and learning rate, whatever the defaults of dpo are."""
+    words = json.loads((demo_run[0] / "dpo" / "run.json").read_text())["arguments"]
+    assert {"--beta=0.2", "--nll-weight=2.0", "--learning-rate=0.0003", "--steps=2"} <= set(words)
+    assert "--beta=0.2 --nll-weight=2 --learning-rate=3e-4" in demo_run[1]
+
+
+def test_judge_measures_any_model(demo_run, capsys):
+    """Judge gives the demo's models the demo's numbers."""
+    folder, printed = demo_run
+    words = ["--reference", str(folder / "sft"), "--replies", "30"]
+    assert cli.main(["judge", "--checkpoint", *(str(folder / stage) for stage in desk.STAGES), *words]) == 0
     table = capsys.readouterr().out.splitlines()
     assert table[0].split() == ["model", "pretrain", "sft", "dpo"] and table[-1].startswith("KL to sft")
-    for line, again in zip(demo.COLUMNS.values(), table):
-        shown = next(row for row in printed.splitlines() if row.startswith(line))
-        assert line in ("model", "KL to SFT") or shown.split() == again.split()
+    for line, again in zip(desk.COLUMNS.values(), table):
+        row_printed = next(row for row in printed.splitlines() if row.startswith(line))
+        assert line in ("model", "KL to SFT") or row_printed.split() == again.split()
 
 
-def test_judge_wants_one_vocabulary(made, tmp_path, capsys):
-    """Otherwise the KL is to a model that reads other letters."""
-    folder, _ = made
+def test_judge_wants_one_vocabulary(demo_run, tmp_path, capsys):
+    """Judge refuses a reference with another vocabulary."""
+    folder, _ = demo_run
     loaded = checkpoint.load(folder / "sft")
     turned = type(loaded.tokenizer)(loaded.tokenizer.characters[::-1])
     checkpoint.save(tmp_path / "turned", loaded.params, loaded.config, turned)
-    given = ["judge", "--checkpoint", str(folder / "dpo"), "--reference", str(tmp_path / "turned"), "--replies", "3"]
-    assert cli.main(given) == 2 and "must share one" in capsys.readouterr().err
-
-
-def test_the_command_line_reaches_it(tmp_path, monkeypatch, capsys):
-    """Otherwise the README's first command does something else; resume knows a demo's folder."""
-    asked = []
-    monkeypatch.setattr(demo, "demo", lambda *args: asked.append(args) or 0)
-    assert cli.main(["demo", f"--out={tmp_path / 'a'}", "--seed=4"]) == 0
-    (tmp_path / "run.json").write_text('{"arguments": ["demo", "--seed=3"], "environment": {}}')
-    assert cli.main(["resume", str(tmp_path)]) == 0
-    assert asked == [(tmp_path / "a", 4, False, cli.main), (tmp_path, 3, True, cli.main)]
+    words = ["judge", "--checkpoint", str(folder / "dpo"), "--reference", str(tmp_path / "turned"), "--replies", "3"]
+    assert cli.main(words) == 2 and "must share one" in capsys.readouterr().err

@@ -12,8 +12,8 @@ FLOORS = """
     backend tensor ops gradcheck cli.cases optim streams tokenizer plots model scoring losses generation theory.exact
     theory.mutants data.world data.preferences run.files run.safetensors run.checkpoint training run.workers run.folder
     run.reference run.loop run.report explain.graphs explain.tokens explain explain.displacement explain.page
-    theory.invariances theory.equalities theory.assumptions theory.dynamics theory.frontier cli.train cli.look cli.prove cli.demo __init__
-    cli.parser cli __main__ run theory data
+    theory.invariances theory.equalities theory.assumptions theory.dynamics theory.frontier cli.options cli.parser
+    cli.train cli.look cli.prove cli.desk __init__ cli __main__ run theory data
 """.split()
 PATHS = sorted(SOURCE.rglob("*.py"))
 

@@ -1,4 +1,4 @@
-"""The commands that look into a model, as a stranger meets them."""
+"""The commands that look into a model."""
 
 import json
 
@@ -10,12 +10,12 @@ from minidpo.explain import displacement
 from minidpo.model import Config
 from minidpo.theory.exact import chain_rule_logprob
 from minidpo.tokenizer import Tokenizer
-from test_recipes import CONFIG, ROWS, SHORT, folder, write  # noqa: F401
+from test_train import CONFIG, ROWS, SHORT, folder, write  # noqa: F401
 
 
 @pytest.fixture(scope="module")
 def run(folder):  # noqa: F811
-    """A run of dpo with a beta of its own."""
+    """A run of dpo with its own beta."""
     command = ["dpo", f"--data={folder / 'pairs.jsonl'}", f"--init={folder / 'init'}", "--beta=0.7"]
     assert cli.main([*command, f"--out={folder / 'dpo'}", "--learning-rate=0.01", *SHORT]) == 0
     return folder / "dpo"
@@ -31,11 +31,14 @@ def explained(capsys, *arguments):
 
 
 def test_explain_shows_everything(run, capsys, tmp_path):
-    """Otherwise a part of the promise cannot be had from the command line."""
+    """Explain prints every part, and writes its page and its graph."""
     files = [f"--html={tmp_path / 'pair.html'}", f"--graph={tmp_path / 'loss.dot'}"]
     assert not list(tmp_path.iterdir())
     assert cli.main(["explain", f"--checkpoint={run}", *PAIR, *files]) == 0
-    printed = capsys.readouterr().out
+    printed, announcement = capsys.readouterr()
+    assert announcement.splitlines() == [
+        f"{tmp_path / name} will be written at the end" for name in ("pair.html", "loss.dot")
+    ]
     for part in (
         "reference ",
         "chosen    bd",
@@ -54,62 +57,64 @@ def test_explain_shows_everything(run, capsys, tmp_path):
 
 
 def test_the_json_is_that_of_the_library(run, capsys):
-    """Otherwise a script reads other numbers than a person. The reference and beta are the run's own."""
-    told = explained(capsys, f"--checkpoint={run}", *PAIR)
+    """Explain's JSON has the numbers of the library, with the run's own reference and beta."""
+    facts = explained(capsys, f"--checkpoint={run}", *PAIR)
     policy, reference = checkpoint.load(run), checkpoint.load(run.parent / "init")
     x, w, l = [0, *policy.tokenizer.encode("ab\n")], *([*policy.tokenizer.encode(y), 0] for y in ("bd", "bcc"))
     view = explain.pair(policy.params, reference.params, policy.config, x, w, l, 0.7, policy.tokenizer)
-    assert {name: told[name] for name in view.as_dict()} == json.loads(json.dumps(view.as_dict()))
-    assert told["reference"] == str(run.parent / "init") and view.margin != 0
-    assert told["step"]["chosen"] == vars(displacement.step(policy.params, policy.config, view).chosen)
-    assert told["step_adamw"]["chosen"]["measured"] != told["step"]["chosen"]["measured"]
-    assert [row["name"] for row in told["four_ways"]][:2] == ["logp_w", "logp_l"]
+    assert {name: facts[name] for name in view.as_dict()} == json.loads(json.dumps(view.as_dict()))
+    assert facts["reference"] == str(run.parent / "init") and view.margin != 0
+    assert facts["step"]["chosen"] == vars(displacement.step(policy.params, policy.config, view).chosen)
+    assert facts["step_adamw"]["chosen"]["measured"] != facts["step"]["chosen"]["measured"]
+    assert [row["name"] for row in facts["four_ways"]][:2] == ["logp_w", "logp_l"]
 
 
 def test_reference_and_beta_can_be_given(run, capsys):
-    """Otherwise only what was trained can be asked."""
+    """Reference and beta can be given; without a run they are the policy itself and 0.1."""
     other = run.parent / "other"
-    told = explained(capsys, f"--checkpoint={run}", f"--reference={other}", "--beta=0.3", *PAIR)
-    assert told["reference"] == str(other) and told["beta"] == 0.3
-    told = explained(capsys, f"--checkpoint={other}", *PAIR)
-    assert told["reference"] == str(other) and told["beta"] == 0.2 and told["margin"] == 0
+    facts = explained(capsys, f"--checkpoint={run}", f"--reference={other}", "--beta=0.3", *PAIR)
+    assert facts["reference"] == str(other) and facts["beta"] == 0.3
+    facts = explained(capsys, f"--checkpoint={other}", *PAIR)
+    assert facts["reference"] == str(other) and facts["beta"] == 0.1 and facts["margin"] == 0
     assert cli.main(["explain", f"--checkpoint={other}", *PAIR]) == 0
-    assert f"reference {other}, the policy itself; beta 0.2" in capsys.readouterr().out
-    told = explained(capsys, f"--checkpoint={other}", "--learning-rate=0.001", *PAIR)
-    assert told["step"]["learning_rate"] == told["step_adamw"]["learning_rate"] == 0.001
+    assert f"reference {other}, the policy itself; beta 0.1" in capsys.readouterr().out
+    facts = explained(capsys, f"--checkpoint={other}", "--learning-rate=0.001", *PAIR)
+    assert facts["step"]["learning_rate"] == facts["step_adamw"]["learning_rate"] == 0.001
 
 
 def test_a_checkpoint_inside_a_run_is_of_that_run(run, capsys):
-    """Otherwise RUN/model, the folder that the run itself names, is explained against itself."""
-    told = explained(capsys, f"--checkpoint={run / 'model'}", *PAIR)
-    assert told["reference"] == str(run.parent / "init") and told["beta"] == 0.7
-    told = explained(capsys, f"--checkpoint={run.parent / 'init'}", *PAIR)
-    assert told["margin"] == 0
+    """RUN/model has the reference and beta of RUN."""
+    facts = explained(capsys, f"--checkpoint={run / 'model'}", *PAIR)
+    assert facts["reference"] == str(run.parent / "init") and facts["beta"] == 0.7
+    facts = explained(capsys, f"--checkpoint={run.parent / 'init'}", *PAIR)
+    assert facts["margin"] == 0
 
 
 def test_a_run_inside_a_demo_is_its_own(run, capsys):
-    """Otherwise the folder around a run speaks for it."""
+    """A run inside a demo has its own reference and beta, not those of the folder around it."""
     (run.parent / "run.json").write_text("{}")
     try:
-        told = explained(capsys, f"--checkpoint={run}", *PAIR)
-        assert told["reference"] == str(run.parent / "init") and told["beta"] == 0.7
+        facts = explained(capsys, f"--checkpoint={run}", *PAIR)
+        assert facts["reference"] == str(run.parent / "init") and facts["beta"] == 0.7
     finally:
         (run.parent / "run.json").unlink()
 
 
 def test_a_reference_of_its_own_and_of_another_shape(run, capsys):
-    """Otherwise a run with --reference is explained against its beginning, or with a context that it lacks."""
+    """A run with --reference is explained against it, whatever its shape; other vocabularies are refused."""
     here = run.parent
     config, tokenizer = Config(CONFIG.vocab_size, 9, 4, 1, 1), Tokenizer("\nabcd")
     params = model.init(config, np.random.default_rng(3), dtype="float64")
     checkpoint.save(here / "narrow", params, config, tokenizer)
     command = ["dpo", f"--data={here / 'pairs.jsonl'}", f"--init={here / 'init'}", *SHORT]
-    command += [f"--reference={here / 'narrow'}", "--loss=ipo", f"--out={here / 'ipo'}"]
+    command += [f"--reference={here / 'narrow'}", "--loss=ipo", "--nll-weight=2", f"--out={here / 'ipo'}"]
     assert cli.main(command) == 0
-    told = explained(capsys, f"--checkpoint={here / 'ipo'}", *PAIR)
-    assert told["reference"] == str(here / "narrow") and told["note"].startswith("the run was made with --loss ipo")
+    facts = explained(capsys, f"--checkpoint={here / 'ipo'}", *PAIR)
+    assert facts["reference"] == str(here / "narrow") and (
+        facts["note"] == "the run was made with --loss ipo --nll-weight 2.0; this shows the DPO loss alone"
+    )
     x, w = [0, *tokenizer.encode("ab\n")], [*tokenizer.encode("bd"), 0]
-    assert told["ref_logp_w"] == pytest.approx(chain_rule_logprob(params, config, x, w))
+    assert facts["ref_logp_w"] == pytest.approx(chain_rule_logprob(params, config, x, w))
     assert cli.main(["explain", f"--checkpoint={here / 'ipo'}", *PAIR[:2], "--chosen=bbbbbbbb", "--rejected=c"]) == 2
     assert "10 fit" in capsys.readouterr().err
     checkpoint.save(here / "foreign", params, config, Tokenizer("\nwxyz"))
@@ -117,24 +122,24 @@ def test_a_reference_of_its_own_and_of_another_shape(run, capsys):
     assert "must share one" in capsys.readouterr().err
     (here / "narrow").rename(here / "moved")
     assert cli.main(["explain", f"--checkpoint={here / 'ipo'}", *PAIR]) == 2
-    assert "is not there: give --reference" in capsys.readouterr().err
+    assert "is not there; give --reference" in capsys.readouterr().err
 
 
 def test_identical_responses_can_be_looked_at(run, capsys):
-    """Otherwise the pair that teaches nothing cannot be seen to."""
-    told = explained(capsys, f"--checkpoint={run}", "--prompt=a", "--chosen=bd", "--rejected=bd")
-    assert told["shared"] == 3 and "identical" in told["says"] and told["step"]["chosen"]["predicted"] == 0
+    """A pair of identical responses can be explained: its step predicts no change."""
+    facts = explained(capsys, f"--checkpoint={run}", "--prompt=a", "--chosen=bd", "--rejected=bd")
+    assert facts["shared"] == 3 and "identical" in facts["says"] and facts["step"]["chosen"]["predicted"] == 0
 
 
-def test_what_cannot_be_explained_gets_a_sentence(run, capsys, tmp_path):
-    """Otherwise a stranger reads a traceback."""
+def test_a_pair_that_cannot_be_explained_is_one_sentence(run, capsys, tmp_path):
+    """A pair or a file that cannot be used is one sentence, and nothing is written."""
     for arguments, sentence in (
         (["--prompt=a", "--chosen=bz", "--rejected=c"], "the prompt with the chosen response: character 'z'"),
         (["--prompt=a", "--chosen=b", f"--rejected={'c' * 30}"], "the prompt with the rejected response: has"),
         ([*PAIR, f"--graph={tmp_path / 'loss.svg'}"], "is written as .dot (Graphviz) or .mmd (Mermaid)"),
         ([*PAIR, f"--reference={tmp_path / 'none'}"], "cannot be read"),
-        ([*PAIR, f"--html={tmp_path}"], "is no file that can be written"),
-        ([*PAIR, f"--html={tmp_path / 'no' / 'x.html'}"], "is no file that can be written"),
+        ([*PAIR, f"--html={tmp_path}"], "exists already"),
+        ([*PAIR, f"--html={tmp_path / 'no' / 'x.html'}"], "its folder is missing or read-only"),
         ([*PAIR, f"--html={tmp_path / 'x.dot'}", f"--graph={tmp_path / 'x.dot'}"], "two outputs cannot be one file"),
     ):
         assert cli.main(["explain", f"--checkpoint={run}", *arguments]) == 2
@@ -144,23 +149,23 @@ def test_what_cannot_be_explained_gets_a_sentence(run, capsys, tmp_path):
 
 
 def test_displacement_on_three_words_and_on_a_file(run, capsys, tmp_path):
-    """Otherwise the meter is a promise."""
+    """Displacement shows three words, or counts the pairs of a file."""
     assert cli.main(["displacement"]) == 0
     printed = capsys.readouterr().out.splitlines()
     assert printed[0].startswith('One pair, "no" over "never"') and len(printed) == 7
     assert cli.main(["displacement", f"--checkpoint={run}", f"--data={run.parent / 'pairs.jsonl'}"]) == 0
-    first, note, meter = capsys.readouterr().out.splitlines()
-    assert note == "the run was made with --nll-weight 2.0; this is about the DPO loss alone"
+    first, meter = capsys.readouterr().out.splitlines()
     assert first == f"reference {run.parent / 'init'}; beta 0.7"
     count = len(preferences.read(run.parent / "pairs.jsonl")[0])
     assert count == len(ROWS) and meter.startswith(f"{count} pairs") and meter.endswith(f"the predicted one in {count}")
     assert cli.main(["displacement", f"--data={write(tmp_path / 'x', ROWS)}"]) == 2
     assert "belong together" in capsys.readouterr().err
-    assert cli.main(["displacement", "--beta=5"]) == 2 and "belong together" in capsys.readouterr().err
+    for option in ("--beta=5", "--strict", "--truncation=prompt", "--learning-rate=1"):
+        assert cli.main(["displacement", option]) == 2 and "belong together" in capsys.readouterr().err
 
 
 def test_invariances_prints_both_directions(capsys):
-    """Otherwise what holds is listed, and what only looks like it is not."""
+    """Invariances prints what holds and what only looks like it, for the model of its seed."""
     assert cli.main(["invariances"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 10 and lines[0].split()[:2] == ["what", "changes"]

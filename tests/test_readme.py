@@ -15,7 +15,7 @@ from hypothesis import settings
 import minidpo
 from benchmarks import speed
 from benchmarks.workload import SIZES as SIZES_OF_SPEED
-from minidpo.cli import demo, main
+from minidpo.cli import desk, main
 from minidpo.theory import assumptions, equalities, frontier
 from test_demo import SIZES
 
@@ -51,20 +51,20 @@ def test_line_counts_are_true():
 
 def test_the_commands_exist(tmp_path, monkeypatch):
     """Otherwise the first command that a newcomer types fails. (The others are run as they stand by CI.)"""
-    commands = [shlex.split(line) for line in README.splitlines() if line.startswith("python -m minidpo ")]
+    commands = [shlex.split(line) for line in re.findall(r"^(?:python -m )?minidpo (.*)", README, re.MULTILINE)]
     assert len(commands) == 17
     (tmp_path / "names.txt").write_text("emma\nmia\nava\n")
     rows = [{"prompt": f"my order is late.{i}\n", "chosen": f"sorry{i}", "rejected": f"no{i}"} for i in range(6)]
     for name in ("pairs.jsonl", "more.jsonl"):
         (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(demo, "FULL", SIZES)
+    monkeypatch.setattr(desk, "FULL", SIZES)
     monkeypatch.setattr(equalities, "LABORATORY", equalities.LABORATORY[:3])
     monkeypatch.setattr(assumptions, "what_breaks_it", lambda world, seed: [])
     steps = ["--steps", "1"]
     shorter = {"check": ["--cases", "1"], "pretrain": steps, "sft": steps, "dpo": steps, "judge": ["--replies", "5"]}
     shorter["frontier"] = ["--worlds", "1"]
-    for _, _, _, *arguments in commands:
+    for arguments in commands:
         with contextlib.redirect_stdout(io.StringIO()):
             assert main([*arguments, *shorter.get(arguments[0], [])]) == 0, arguments
 

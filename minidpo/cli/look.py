@@ -1,144 +1,233 @@
-"""The commands that look into a model: one pair, many pairs, and what a loss does not see."""
+"""The commands that look into a model: many pairs, one pair, its samples, and what a loss does not see."""
 
-import argparse
 import functools
-import json
+import math
+import sys
+from collections.abc import Callable
 from dataclasses import asdict
+from json import dumps
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from .. import explain, losses, optim
+from .. import losses, optim, training
 from ..data import preferences
-from ..data.preferences import Row
-from ..explain import displacement, page
-from ..run.checkpoint import CheckpointError
+from ..data.preferences import PAIRS, Encoded, Row
+from ..explain import displacement as first_order
+from ..explain import double, four_ways, page, pair
+from ..explain import graph as graph_of
+from ..generation import generate
+from ..run.checkpoint import Checkpoint, CheckpointError
 from ..run.files import write_whole
 from ..run.folder import run_description
-from ..scoring import shared_logprobs
-from ..theory import invariances
-from ..tokenizer import TURN, Tokenizer
-from .train import load, same_vocabulary, scored_rows
+from ..scoring import Pair, collate, shared_logprobs
+from ..streams import stream
+from ..tokenizer import END_OF_TEXT, TURN, Tokenizer, printable
+from . import options as o
+from .options import Default, announce
+from .parser import command
+from .train import load, same_vocabulary, usable_rows
 
-BETA = 0.2  # where neither an option nor a run gives one
+BETA = 0.1  # where neither an option nor a run gives one
 RATE = 1e-6
-PLAIN = {"loss": "dpo", "nll-weight": "0.0", "label-smoothing": "0.0"}  # what `dpo` minimises at least
+PLAIN = {"loss": "dpo", "nll-weight": "0.0", "label-smoothing": "0.0"}  # the DPO loss and nothing else
 NLL_WEIGHTS = (0.0, 0.02, 0.05, 0.1, 0.5)
 
+OwnReference = Annotated[o.Reference | None, Default("that of the dpo run, or the policy itself")]
+OwnBeta = Annotated[o.Beta | None, Default(f"that of the dpo run, or {BETA:g}")]
 
-def settle(options: argparse.Namespace) -> None:
-    """Fill in --reference and --beta: those of the run of `dpo` that made the checkpoint, else itself and 0.2.
 
-    What else that run minimised is in `note`.
+def scored_rows(
+    checkpoint: Path, reference: Path | None, data: Path, truncation: str, strict: bool, device: str = "cpu"
+) -> tuple[Checkpoint, Checkpoint, Encoded, int]:
+    """Policy, reference, the rows of a file that both can score, and how many rows were set aside."""
+    policy = load(checkpoint, device=device)
+    ref = load(reference, device=device) if reference else policy
+    same_vocabulary(checkpoint, policy, reference or checkpoint, ref)
+    n_positions = min(policy.config.n_positions, ref.config.n_positions)
+    ids, faults, _ = usable_rows(data, PAIRS, policy.tokenizer, n_positions, truncation, strict)
+    for fault in faults:
+        print(f"{data}, line {fault.line}: set aside, {fault.reason}", file=sys.stderr)
+    return policy, ref, ids, len(faults)
+
+
+@command("look")
+def evaluate(
+    *, checkpoint: o.Checkpoint, reference: o.Reference, data: o.Pairs, beta: o.Beta = BETA, strict: o.Strict = False,
+    truncation: o.Truncation = "none", device: o.Device = "cpu", json: o.Json = False,
+) -> dict[str, Any]:  # fmt: skip
+    """Measure a policy against its reference on pairs.
+
+    Print the DPO loss alone, implicit rewards, accuracy (ties are counted beside it, not in it), log-probabilities,
+    and the rise of the chosen responses' loss against the reference in nats a token.
     """
-    run: dict[str, str] = {}
-    folders = (options.checkpoint, options.checkpoint.parent)  # RUN/model stands in its run
+    policy, ref, rows, faults = scored_rows(checkpoint, reference, data, truncation, strict, device)
+    pairs: list[Any] = rows.ids
+    ref_logp_w, ref_logp_l = training.reference_logprobs(ref.params, ref.config, pairs)
+    batch = collate(pairs, ref_logp_w, ref_logp_l)
+    metrics: dict[str, Any] = {"pairs": len(pairs), "set_aside": faults, "truncated": len(rows.truncated)}
+    metrics |= training.preference_evaluation(policy.params, policy.config, batch, beta)
+    metrics |= {"ref_logps/chosen": ref_logp_w.mean().item(), "ref_logps/rejected": ref_logp_l.mean().item()}
+    if json:
+        print(dumps(metrics, allow_nan=False))
+    else:
+        for name, value in metrics.items():
+            print(f"{name:<20} {value:>12}" if isinstance(value, int) else f"{name:<20} {value:>12.4f}")
+    return metrics
+
+
+@command("look")
+def score(
+    *, checkpoint: o.Checkpoint, data: o.Pairs,
+    reference: Annotated[o.Reference | None, Default("no reference, no rewards")] = None, beta: o.Beta = BETA,
+    strict: o.Strict = False, truncation: o.Truncation = "none", device: o.Device = "cpu",
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Print the log-probabilities of each pair.
+
+    Print one JSON object per line, one for each pair of a file: its line number, log pi of both responses and, with
+    --reference, the same under the reference, the implicit rewards and the DPO loss.
+    """
+    policy, ref, rows, _ = scored_rows(checkpoint, reference, data, truncation, strict, device)
+    pairs: list[Any] = rows.ids
+    table = []
+    for row, ids in zip(rows.rows, pairs):
+        logp_w, logp_l = training.reference_logprobs(policy.params, policy.config, [ids])
+        scores: dict[str, Any] = {"line": row.line, "truncated": row.line in rows.truncated}
+        scores |= {"logps/chosen": logp_w.item(), "logps/rejected": logp_l.item()}
+        if reference:
+            ref_logp_w, ref_logp_l = training.reference_logprobs(ref.params, ref.config, [ids])
+            out = losses.dpo_loss(logp_w, logp_l, ref_logp_w, ref_logp_l, beta)
+            scores |= {"ref_logps/chosen": ref_logp_w.item(), "ref_logps/rejected": ref_logp_l.item()}
+            scores |= {"rewards/chosen": out.reward_w.item(), "rewards/rejected": out.reward_l.item()}
+            scores |= {"loss": out.loss.item()}
+        if not all(map(math.isfinite, scores.values())):
+            raise FloatingPointError(f"{data}, line {row.line}: a score is not finite")
+        print(dumps(scores), flush=True)
+        table.append(scores)
+    return table
+
+
+@command("look")
+def sample(
+    *, checkpoint: o.Checkpoint, prompt: o.Prompt = "", newline: o.Newline = False, samples: o.Samples = 5,
+    seed: o.Seed = 0, max_new_tokens: o.MaxNewTokens = None, temperature: o.Temperature = 1.0, top_k: o.TopK = None,
+    top_p: o.TopP = None, device: o.Device = "cpu",
+) -> list[str]:  # fmt: skip
+    """Sample texts from a model.
+
+    Print texts that the model continues from the prompt, one a line; with --newline, its responses alone.
+    """
+    loaded = load(checkpoint, device=device)
+    ids = [END_OF_TEXT, *loaded.tokenizer.encode(prompt + (TURN if newline else ""))]
+    most, rng = max_new_tokens or loaded.config.n_positions, stream(seed, "samples")
+    generation = generate(loaded.params, loaded.config, [ids] * samples, rng, most, temperature, top_k, top_p)
+    texts = [("" if newline else prompt) + loaded.tokenizer.decode(response) for response in generation.responses]
+    print("\n".join(map(printable, texts)))
+    return texts
+
+
+def run_settings(checkpoint: Path, reference: Path | None, beta: float | None) -> tuple[Path, float, str]:
+    """Reference and beta of a checkpoint, from its run of `dpo` where none are given, and what else the run minimised.
+
+    Without such a run they are the policy itself and `BETA`.
+    """
+    settings: dict[str, str] = {}
+    folders = (checkpoint, checkpoint.parent)  # RUN/model belongs to RUN
     folder = next((folder for folder in folders if (folder / "run.json").exists()), None)
     if folder:
-        command, *given = run_description(folder)["arguments"]
-        run = dict(option.removeprefix("--").partition("=")[::2] for option in given) if command == "dpo" else {}
-    trained = run.get("reference", run.get("init"))
-    if trained and not options.reference and not Path(trained).exists():
-        raise ValueError(f"{trained}: was the reference of this run and is not there: give --reference")
-    options.reference = options.reference or Path(trained or options.checkpoint)
+        name, *words = run_description(folder)["arguments"]
+        settings = dict(word.removeprefix("--").partition("=")[::2] for word in words) if name == "dpo" else {}
+    trained = settings.get("reference", settings.get("init"))
+    if trained and not reference and not Path(trained).exists():
+        raise ValueError(f"{trained}: the reference of this run is not there; give --reference")
     try:
-        options.beta = options.beta or float(run.get("beta", BETA))
+        beta = beta or float(settings.get("beta", BETA))
     except ValueError as error:
-        raise CheckpointError(f"{options.checkpoint}: its run.json has no number for --beta ({error})") from error
-    more = [f"--{name} {run[name]}" for name, plain in PLAIN.items() if run.get(name, plain) != plain]
-    options.note = f"the run was made with {' '.join(more)}; this is about the DPO loss alone" if more else ""
+        raise CheckpointError(f"{checkpoint}: its run.json has no number for --beta ({error})") from error
+    terms = [f"--{name} {settings[name]}" for name, plain in PLAIN.items() if settings.get(name, plain) != plain]
+    note = f"the run was made with {' '.join(terms)}; this shows the DPO loss alone" if terms else ""
+    return reference or Path(trained or checkpoint), beta, note
 
 
-def checked_outputs(*paths: Path | None) -> None:
-    """Refuse a file that cannot be written before anything is computed."""
-    given = [path for path in paths if path is not None]
-    for path in given:
-        if not path.absolute().parent.is_dir() or (path.exists() and not path.is_file()) or path.is_symlink():
-            raise ValueError(f"{path}: is no file that can be written: its folder must exist, and it be a plain file")
-    if len({path.absolute() for path in given}) < len(given):
-        raise ValueError(f"{given[0]}: two outputs cannot be one file")
-
-
-def pair_of_ids(options: argparse.Namespace, tokenizer: Tokenizer, n_positions: int) -> Any:
-    """The ids of --prompt, --chosen and --rejected."""
-    prompt = options.prompt + (TURN if options.newline else "")
-    responses = ("chosen", "rejected")
-    rows = [Row(i, prompt, (getattr(options, name),), "") for i, name in enumerate(responses)]
+def pair_of_ids(prompt: str, chosen: str, rejected: str, tokenizer: Tokenizer, n_positions: int) -> Pair:
+    """The ids of a prompt and its two responses."""
+    rows = [Row(number, prompt, (response,), "") for number, response in enumerate((chosen, rejected))]
     encoded = preferences.encode(rows, tokenizer, n_positions)
     for fault in encoded.faults:
-        raise ValueError(f"the prompt with the {responses[fault.line]} response: {fault.reason}")
+        raise ValueError(f"the prompt with the {('chosen', 'rejected')[fault.line]} response: {fault.reason}")
     (x, w), (_, l) = encoded.ids
     return x, w, l
 
 
-def explain_pair(options: argparse.Namespace) -> int:
-    """Show every gradient of one pair."""
-    checked_outputs(options.html, options.graph)
-    if options.graph and not options.graph.name.endswith((".dot", ".mmd")):
-        raise ValueError(f"{options.graph}: a graph is written as .dot (Graphviz) or .mmd (Mermaid)")
-    settle(options)
-    loaded, reference = load(options.checkpoint), load(options.reference)
-    same_vocabulary(options.checkpoint, loaded, options.reference, reference)
+@command("look")
+def explain(
+    *, checkpoint: o.Checkpoint, prompt: o.Prompt, chosen: o.Chosen, rejected: o.Rejected, newline: o.Newline = False,
+    reference: OwnReference = None, beta: OwnBeta = None, learning_rate: o.StepRate = RATE, json: o.Json = False,
+    html: o.Html = None, graph: o.Graph = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Show every gradient of one preference pair.
+
+    Show the DPO loss of one pair: each token's log-probability, the implicit reward up to it, the coefficient and the
+    logits that are pushed; the gradient by formula, per logit, by autograd and by finite difference; and what a step
+    will do to both log-probabilities, beside what it does.
+    """
+    if graph and not graph.name.endswith((".dot", ".mmd")):
+        raise ValueError(f"{graph}: a graph is written as .dot (Graphviz) or .mmd (Mermaid)")
+    announce(html, graph)
+    reference, beta, note = run_settings(checkpoint, reference, beta)
+    loaded, ref = load(checkpoint), load(reference)
+    same_vocabulary(checkpoint, loaded, reference, ref)
     policy, config, tokenizer = loaded.params, loaded.config, loaded.tokenizer
-    x, w, l = pair_of_ids(options, tokenizer, min(config.n_positions, reference.config.n_positions))
-    view = explain.pair(policy, reference.params, config, x, w, l, options.beta, tokenizer, reference.config)
-    ways = explain.four_ways(policy, config, view)
-    optimizers = (optim.SGD, functools.partial(optim.AdamW, weight_decay=0.0))
-    plain, adam = (
-        displacement.step(policy, config, view, options.learning_rate or RATE, optimizer) for optimizer in optimizers
-    )
-    if options.json:
-        told = {
-            "reference": str(options.reference),
-            "note": options.note,
-            **view.as_dict(),
-            "four_ways": [way._asdict() for way in ways],
-        }
-        print(json.dumps({**told, "step": asdict(plain), "step_adamw": asdict(adam)}, allow_nan=False))
+    n_positions = min(config.n_positions, ref.config.n_positions)
+    ids = pair_of_ids(prompt + (TURN if newline else ""), chosen, rejected, tokenizer, n_positions)
+    view = pair(policy, ref.params, config, *ids, beta, tokenizer, ref.config)
+    ways = four_ways(policy, config, view)
+    optimizers: list[Callable[..., optim.Optimizer]] = [optim.SGD, functools.partial(optim.AdamW, weight_decay=0.0)]
+    plain, adam = (first_order.step(policy, config, view, learning_rate, each) for each in optimizers)
+    facts = {"reference": str(reference), "note": note, **view.as_dict()}
+    facts |= {"four_ways": [way._asdict() for way in ways], "step": asdict(plain), "step_adamw": asdict(adam)}
+    if json:
+        print(dumps(facts, allow_nan=False))
     else:
-        itself = ", the policy itself" if options.reference == options.checkpoint else ""
-        print(f"reference {options.reference}{itself}; beta {options.beta:g}\n{options.note}\n".rstrip() + "\n")
+        itself = ", the policy itself" if reference == checkpoint else ""
+        print(f"reference {reference}{itself}; beta {beta:g}\n{note}\n".rstrip() + "\n")
         print("\n\n".join([page.aligned(view), page.tokens_as_text(view), page.summary(view)]))
         print(f"\nThe gradient, four ways\n{page.ways_as_text(ways)}")
         print(f"\nWhat a step will do\n{page.step_as_text(plain, adam)}")
-    if options.html:
-        write_whole(options.html, page.page(view).encode())
-    if options.graph:
-        params = explain.double(policy)
+    if html:
+        write_whole(html, page.page(view).encode())
+    if graph:
+        params = double(policy)
         logp_w, logp_l = shared_logprobs(params, config, [view.ids])
-        graph = explain.graph(
-            losses.dpo_loss(logp_w, logp_l, [view.ref_logp_w], [view.ref_logp_l], options.beta).loss, params
-        )
-        text = graph.dot() if options.graph.name.endswith(".dot") else graph.mermaid()
-        write_whole(options.graph, text.encode())
-    return 0
+        picture = graph_of(losses.dpo_loss(logp_w, logp_l, [view.ref_logp_w], [view.ref_logp_l], beta).loss, params)
+        write_whole(graph, (picture.dot() if graph.name.endswith(".dot") else picture.mermaid()).encode())
+    return facts
 
 
-def displaced(options: argparse.Namespace) -> int:
-    """Show how preferring a response can make it less likely: on three words, or counted over a file of pairs."""
-    if options.data is None or options.checkpoint is None:
-        given = ("data", "checkpoint", "reference", "beta", "learning_rate")
-        if any(getattr(options, name) is not None for name in given):
-            raise ValueError("--checkpoint and --data belong together, and the other options to both")
-        print(displacement.words_as_text([displacement.three_words(weight) for weight in NLL_WEIGHTS]))
-        return 0
-    settle(options)
-    policy, reference, rows, _ = scored_rows(options)
-    pairs: list[Any] = rows.ids
-    steps = displacement.meter(
-        policy.params,
-        reference.params,
-        policy.config,
-        pairs,
-        options.beta,
-        options.learning_rate or RATE,
-        reference.config,
-    )
-    print(f"reference {options.reference}; beta {options.beta:g}\n{options.note}".rstrip())
-    print(displacement.meter_as_text(steps))
-    return 0
+@command("look")
+def displacement(
+    *, checkpoint: Annotated[o.Checkpoint | None, Default("a model of three words")] = None,
+    data: Annotated[o.Pairs | None, Default("one pair of words")] = None, reference: OwnReference = None,
+    beta: OwnBeta = None, learning_rate: Annotated[o.StepRate | None, Default(f"{RATE:g}")] = None,
+    strict: o.Strict = False, truncation: o.Truncation = "none",
+) -> str:  # fmt: skip
+    """Show how being preferred can make a response less likely.
 
-
-def unmoved(options: argparse.Namespace) -> int:
-    """Print what leaves the loss and its gradient alone, and what does not."""
-    print(invariances.as_text(invariances.measured(options.seed)))
-    return 0
+    Train a model of three words on one pair, with and without a likelihood term. With --checkpoint and --data: take a
+    small step on each pair alone, and count the pairs that lower their own chosen log-probability, as predicted to
+    first order and as measured.
+    """
+    if data is None or checkpoint is None:
+        others = (data, checkpoint, reference, beta, learning_rate, strict or None)
+        if any(value is not None for value in others) or truncation != "none":
+            raise ValueError("--checkpoint and --data belong together, and the other options need both")
+        table = first_order.words_as_text([first_order.three_words(weight) for weight in NLL_WEIGHTS])
+    else:
+        reference, beta, note = run_settings(checkpoint, reference, beta)
+        policy, ref, rows, _ = scored_rows(checkpoint, reference, data, truncation, strict)
+        pairs: list[Any] = rows.ids
+        models, rate = (policy.params, ref.params, policy.config), learning_rate or RATE
+        steps = first_order.meter(*models, pairs, beta, rate, ref.config)
+        print(f"reference {reference}; beta {beta:g}\n{note}".rstrip())
+        table = first_order.meter_as_text(steps)
+    print(table)
+    return table

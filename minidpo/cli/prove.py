@@ -1,8 +1,8 @@
-"""The commands that put the mathematics to the test: every derivative, the scores, the theory, the frontier."""
+"""The commands that check the mathematics: every derivative, the scores, the theory, the frontier, the invariances."""
 
-import argparse
 import json
 import sys
+from pathlib import Path
 
 import numpy
 
@@ -10,33 +10,42 @@ from .. import model, plots
 from ..gradcheck import TOLERANCE, GradientError, check_vjp
 from ..model import Config
 from ..ops import OPS
-from ..run import report
 from ..run.files import write_whole
-from ..theory import assumptions, dynamics, equalities, frontier, mutants
+from ..theory import assumptions, dynamics, equalities, mutants
+from ..theory import frontier as methods
+from ..theory import invariances as changes
+from . import options as o
 from .cases import CASES, RandomDraw
+from .options import NO_MATPLOTLIB, announce
+from .parser import command
 
 VERDICTS = {True: "holds", False: "FAILS", None: "shown"}
 
 
-def check(options: argparse.Namespace) -> int:
-    """Print one row per op with its worst error by each method; return 1 if an op failed."""
+@command("prove")
+def check(*, cases: o.Cases = 100, seed: o.Seed = 0) -> int:
+    """Check every derivative against finite differences and the complex step.
+
+    Check the vector-Jacobian product of every op on random arguments, against central differences and the complex
+    step. Print the worst error of each op. The exit status is 1 if one is too large.
+    """
     print(f"{'op':<18}{'central':>10}{'complex':>10}{'cases':>8}", flush=True)
     failures = []
     for name in OPS:
         row = ""
         for method in TOLERANCE:
-            rng = numpy.random.default_rng(options.seed)
+            rng = numpy.random.default_rng(seed)
             draw = RandomDraw(rng)
             try:
                 worst = 0.0
-                for _ in range(options.cases):
+                for _ in range(cases):
                     arguments, keywords = CASES[name](draw)
                     worst = max(worst, check_vjp(OPS[name], *arguments, rng=rng, method=method, **keywords))
                 row += f"{worst:>10.1e}"
             except GradientError as error:
                 failures.append(str(error))
                 row += f"{'FAILED':>10}"
-        print(f"{name:<18}{row}{options.cases:>8}", flush=True)
+        print(f"{name:<18}{row}{cases:>8}", flush=True)
     bounds = ", ".join(f"{method} {bound:.0e}" for method, bound in TOLERANCE.items())
     print(f"\n{len(OPS)} ops, all within: {bounds}" if not failures else "")
     for failure in failures:
@@ -44,51 +53,85 @@ def check(options: argparse.Namespace) -> int:
     return 1 if failures else 0
 
 
-def oracles(options: argparse.Namespace) -> int:
-    """Print what the normalisation oracle and the chain rule say of the right score and of eleven wrong ones."""
-    rng = numpy.random.default_rng(options.seed)
+@command("prove")
+def oracles(*, seed: o.Seed = 0) -> str:
+    """Show how two oracles find eleven wrong ways to score a response.
+
+    Score every response of a small world, correctly and in eleven wrong ways. The probabilities of a distribution sum
+    to 1; a wrong score that still sums to 1 differs from the chain rule, one forward per prefix.
+    """
+    rng = numpy.random.default_rng(seed)
     config = Config(vocab_size=4, n_positions=8, n_embd=8, n_layer=2, n_head=2)
     params = model.init(config, rng, dtype="float64")
     for p in params.values():
         p.data = p.data + 0.5 * rng.normal(size=p.shape)  # far from uniform, so that every mistake shows
-    print(mutants.as_text(mutants.verdicts(params, config, [2, 1, 3], cap=3)))
-    return 0
+    table = mutants.as_text(mutants.verdicts(params, config, [2, 1, 3], cap=3))
+    print(table)
+    return table
 
 
-def exactly(options: argparse.Namespace) -> int:
-    """Run the laboratory; return 1 if a claim does not hold."""
-    world = equalities.small_world(options.seed)
+@command("prove")
+def exact(*, plot: o.Plot = None, seed: o.Seed = 0) -> int:
+    """Show the theory of DPO as equalities on a small world.
+
+    Enumerate all responses of a small world and print, for each claim of the theory, the number that bears it out:
+    Bradley-Terry, the KL-constrained objective, its optimum, the implicit reward, the optimum of DPO, RLHF, what beta
+    does, and which assumptions matter. It takes about two minutes. The exit status is 1 if a claim fails.
+    """
+    if plot and not plots.installed():
+        raise ValueError(f"--plot: {NO_MATPLOTLIB}")
+    announce(plot)
+    world = equalities.small_world(seed)
     print(f"{len(world.prompts)} prompts, {len(world.responses)} responses to each", flush=True)
     claims = []
     for part in (*equalities.LABORATORY, assumptions.finite_margins, dynamics.beta_early_and_late):
         print(f"\n{(part.__doc__ or '').splitlines()[0]}", flush=True)
-        for claim in part(world, options.seed):
+        for claim in part(world, seed):
             claims.append(claim)
             print(f"  {VERDICTS[claim.holds]} {claim.number:>10.2e}  {claim.text}", flush=True)
     print("\nWhat breaks it, at beta 0.5: total variation to pi*, true reward, KL to the reference in nats")
-    for row in assumptions.what_breaks_it(world, options.seed):
+    for row in assumptions.what_breaks_it(world, seed):
         print(f"  {row.tv:7.4f} {row.reward:7.3f} {row.kl:8.3f}  {row.name}", flush=True)
-    judged = [claim.holds for claim in claims if claim.holds is not None]
-    failed = judged.count(False)
-    print(f"\n{len(judged) - failed} of {len(judged)} claims hold")
-    if options.plot:
-        drawn = plots.picture(options.plot, dynamics.gap_panels())
-        print(f"the gaps over time are in {options.plot}" if drawn else report.NO_CURVES)
-    return 1 if failed else 0
+    verdicts = [claim.holds for claim in claims if claim.holds is not None]
+    failures = verdicts.count(False)
+    print(f"\n{len(verdicts) - failures} of {len(verdicts)} claims hold")
+    if plot:
+        write_whole(plot, plots.png(dynamics.gap_panels()))
+        print(f"the gaps over time are in {plot}")
+    return 1 if failures else 0
 
 
-def frontier_runs(options: argparse.Namespace) -> int:
-    """Run every method in several worlds, print the table, write points and picture."""
-    options.out.mkdir(parents=True, exist_ok=True)
-    points: list[frontier.Point] = []
-    for seed in range(options.seed, options.seed + options.worlds):
-        points += frontier.run([seed])
-        print(f"world {seed}: {len(points)} runs so far", flush=True)
-    print(frontier.as_text(points))
-    content = json.dumps([point._asdict() for point in points], indent=1) + "\n"
-    write_whole(options.out / "frontier.json", content.encode())
-    drawn = plots.picture(options.out / "frontier.png", frontier.panels(points))
-    print(
-        f"{options.out / 'frontier.json'}" + (f", {options.out / 'frontier.png'}" if drawn else f"; {report.NO_CURVES}")
-    )
-    return 0
+@command("prove")
+def frontier(*, out: o.Folder = Path("frontier"), worlds: o.Worlds = 5, seed: o.Seed = 0) -> list[methods.Point]:
+    """Measure how much true reward each method buys with how much KL.
+
+    Run DPO, IPO, policy gradients, preferred fine-tuning, unlikelihood and best-of-N in small worlds, with exact true
+    reward and exact KL to the reference, and print how far each ends below the best that its KL could buy. It takes
+    about seven seconds a world.
+    """
+    table, picture = out / "frontier.json", out / "frontier.png"
+    out.mkdir(parents=True, exist_ok=True)
+    announce(table, picture if plots.installed() else None)
+    if not plots.installed():
+        print(f"{picture} will not be written: {NO_MATPLOTLIB}", file=sys.stderr, flush=True)
+    points: list[methods.Point] = []
+    for world in range(seed, seed + worlds):
+        points += methods.run([world])
+        print(f"world {world}: {len(points)} runs so far", flush=True)
+    print(methods.as_text(points))
+    write_whole(table, (json.dumps([point._asdict() for point in points], indent=1) + "\n").encode())
+    if plots.installed():
+        write_whole(picture, plots.png(methods.panels(points)))
+    print(f"{table}, {picture}" if plots.installed() else table)
+    return points
+
+
+@command("prove")
+def invariances(*, seed: o.Seed = 0) -> str:
+    """Show what leaves the DPO loss alone, and what looks alike and does not.
+
+    Measure on a random model how much the loss and its gradient change where they must not, and where they must.
+    """
+    table = changes.as_text(changes.measured(seed))
+    print(table)
+    return table

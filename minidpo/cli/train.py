@@ -1,37 +1,71 @@
-"""The commands that train and measure: files in, a run's folder or a table out."""
+"""The commands that train: files in, a run's folder out."""
 
-import argparse
 import hashlib
-import json
-import math
 import sys
 from collections.abc import Callable, Sequence
+from inspect import signature
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
-from .. import losses, model, optim, training
+from .. import model, optim, training
 from ..backend import to_host
 from ..data import preferences
 from ..data.preferences import PAIRS, Encoded
 from ..generation import generate
-from ..model import Config, Params
+from ..losses import Choice
+from ..model import Config
+from ..plots import installed
 from ..run import checkpoint, report
 from ..run.checkpoint import Checkpoint, CheckpointError
-from ..run.folder import create, environment_changes
+from ..run.folder import create, environment_changes, json_lines, run_description
 from ..run.loop import Settings, Task, run_loop
 from ..run.reference import cached_reference_logprobs, fingerprint
-from ..run.workers import Workers, keep_memory, worker_count
+from ..run.workers import Workers, worker_count
 from ..scoring import collate
 from ..streams import stream
-from ..tokenizer import END_OF_TEXT, TURN, Tokenizer, printable
-from ..training import Loss
+from ..tokenizer import END_OF_TEXT, TURN, Tokenizer
+from ..training import Example, Loss
+from . import options as o
+from .options import NO_MATPLOTLIB, Default
+from .parser import COMMANDS, arguments, command, flagged, parse
 
-LOSSES = ("dpo", "ipo", "reference-free")
-NEW_MODEL = {"n_positions": 512, "n_embd": 64, "n_layer": 2, "n_head": 4}
-MODEL = (*NEW_MODEL, "replacement")  # options of a new model
+CHOSEN_LOSS_WARNING = 0.5  # nats a token that the chosen responses may lose before a run of `dpo` says so
 
 
-class Data(NamedTuple):
+class Training(NamedTuple):
+    """The options that every training command has."""
+
+    seed: o.Seed = 0
+    held_out_share: o.HeldOutShare = 0.1
+    held_out_data: o.HeldOutData = None
+    steps: o.Steps = 0
+    batch_size: o.BatchSize = 32
+    micro_batch_size: o.MicroBatchSize = None
+    learning_rate: o.LearningRate = 4e-3
+    warmup_steps: o.WarmupSteps = 50
+    evaluate_every: o.EvaluateEvery = 100
+    patience: o.Patience = None
+    device: o.Device = "cpu"
+    resuming: bool = False
+
+    def hashes(self, data: Path) -> dict[str, str]:
+        """SHA-256 of each file, by the name under which a run keeps it."""
+        files = {"data_sha256": data, "held_out_data_sha256": self.held_out_data}
+        return {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in files.items() if path}
+
+
+class Beginning(NamedTuple):
+    """The options of the model that a run starts from."""
+
+    init: Annotated[o.Init | None, Default("a new model")] = None
+    n_embd: Annotated[o.Channels, Default("64")] = None
+    n_layer: Annotated[o.Layers, Default("2, or 3 in pretrain")] = None
+    n_head: Annotated[o.Heads, Default("4")] = None
+    n_positions: Annotated[o.Context, Default("512, or the longest text's in pretrain")] = None
+    replacement: o.Replacement = False
+
+
+class Rows(NamedTuple):
     """Rows to train on and rows held out, and what a run's folder keeps about them."""
 
     train: Encoded
@@ -39,89 +73,64 @@ class Data(NamedTuple):
     set_aside: str  # JSON Lines
     description: dict[str, str]  # hashes of the files, and how many rows were used
 
+    def prompts(self, most: int = 5) -> list[list[int]]:
+        """The first few different prompts that are held out."""
+        return [list(x) for x in dict.fromkeys(tuple(x) for x, *_ in self.held_out.ids)][:most]
 
-def file_hash(path: Path) -> str:
-    """SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    def files(self, tokenizer: Tokenizer) -> dict[str, str]:
+        """The files of the run's folder that are known before the first step."""
+        return {"tokenizer.json": tokenizer.to_json(), "set_aside.jsonl": self.set_aside}
 
 
-def data_files(options: argparse.Namespace) -> list[tuple[str, Path]]:
-    """The files that a run is made from, by the name under which their hashes are kept."""
-    files = [("data_sha256", options.data), ("held_out_data_sha256", options.held_out_data)]
-    return [(name, path) for name, path in files if path is not None]
+PRETRAIN = Training(steps=2000, batch_size=128, evaluate_every=250)
+SFT = Training(steps=800)
+DPO = Training(steps=100, learning_rate=2e-5, warmup_steps=10, evaluate_every=10)
+NEW_MODEL = {"n_positions": 512, "n_embd": 64, "n_layer": 2, "n_head": 4}
+BEGINNING = Beginning()
 
 
 def load(folder: Path, requires_grad: bool = False, device: str = "cpu") -> Checkpoint:
-    """A checkpoint, its parameters on a device; says so where nothing vouches for its weights."""
+    """Load a checkpoint onto a device; warn if its weights carry no checksum."""
     loaded = checkpoint.load(folder, requires_grad)
     loaded = loaded._replace(params=model.placed(loaded.params, device))
     if not loaded.verified:
-        print(f"{folder}: no checksum in the weights, taken as they are", file=sys.stderr)
+        print(f"{folder}: the weights carry no checksum and are used unchecked", file=sys.stderr)
     return loaded
 
 
-def begin(options: argparse.Namespace, description: dict[str, Any], files: dict[str, str]) -> None:
-    """Make the run's folder, or make sure that the one to go on with was begun with the same."""
-    if options.resume:
-        for change in environment_changes(options.out, description):
-            print(f"{options.out}: {change}; the last bits of the result may differ", file=sys.stderr)
+def same_vocabulary(folder: Path, loaded: Checkpoint, other_folder: Path, other: Checkpoint) -> None:
+    """Refuse a policy and a reference that read texts differently."""
+    if loaded.tokenizer.characters != other.tokenizer.characters:
+        raise CheckpointError(
+            f"{folder} and {other_folder} have vocabularies of {loaded.tokenizer.vocab_size} and "
+            f"{other.tokenizer.vocab_size} ids that differ: a policy and its reference must share one"
+        )
+
+
+def begin(out: Path, words: list[str], run: Training, hashes: dict[str, str], files: dict[str, str]) -> None:
+    """Make the run's folder, or check that the existing one was made from the same files and models."""
+    if run.resuming:
+        for change in environment_changes(out, hashes):
+            print(f"{out}: {change}; the last bits of the result may differ", file=sys.stderr)
     else:
-        create(options.out, {"arguments": arguments(options), **description}, files)
+        create(out, {"arguments": words, **hashes}, files)
+    print(f"{out} will hold the run and its report, with {'curves' if installed() else f'no curves: {NO_MATPLOTLIB}'}")
 
 
-def arguments(options: argparse.Namespace) -> list[str]:
-    """The command line that gives these options, with absolute paths."""
-    given = [options.command]
-    for name, value in vars(options).items():
-        if name not in ("command", "run", "resume", "out") and value is not None and value is not False:
-            text = str(value.resolve()) if isinstance(value, Path) else str(value)
-            given.append(f"--{name.replace('_', '-')}" + ("" if value is True else f"={text}"))
-    return given
-
-
-def settings(options: argparse.Namespace) -> Settings:
-    """The part of the options that the loop reads."""
-    return Settings(
-        options.seed,
-        options.steps,
-        options.batch_size,
-        options.learning_rate,
-        options.warmup_steps,
-        options.evaluate_every,
-        options.patience,
-    )
-
-
-def samples(
-    params: Params, config: Config, tokenizer: Tokenizer, prompts: Sequence[list[int]], seed: int
-) -> list[dict[str, str]]:
-    """What the model answers to the prompts, with the same random numbers each time."""
-    drawn = generate(params, config, prompts, stream(seed, "samples"), max_new_tokens=config.n_positions)
-    return [{"prompt": tokenizer.decode(x), "response": tokenizer.decode(y)} for x, y in zip(prompts, drawn.responses)]
-
-
-class Beginning(NamedTuple):
-    """The model that a run begins from."""
-
-    params: Params
-    config: Config
-    tokenizer: Tokenizer
-    hashes: dict[str, str]
-
-
-def beginning(options: argparse.Namespace, text: str, sizes: dict[str, int]) -> Beginning:
-    """The model of --init, or a new one with the characters of a text, of `sizes` where the options give none."""
+def starting_model(
+    options: Beginning, text: str, sizes: dict[str, int], run: Training
+) -> tuple[Checkpoint, dict[str, str]]:
+    """The model of --init and its hash, or a new model that reads the characters of a text."""
     if options.init:
-        given = [name for name in MODEL if getattr(options, name) not in (None, False)]
-        if given:
-            raise ValueError(f"--{given[0].replace('_', '-')} is for a new model, and --init names one that is there")
-        loaded = load(options.init, requires_grad=True, device=options.device)
-        return Beginning(*loaded[:3], {"init_sha256": fingerprint(loaded.params)})
+        for name, value in options._asdict().items():
+            if name != "init" and value not in (None, False):
+                raise ValueError(f"{flagged(name)} is for a new model, but --init names an existing one")
+        start = load(options.init, requires_grad=True, device=run.device)
+        return start, {"init_sha256": fingerprint(start.params)}
     tokenizer = Tokenizer.from_text(text + TURN, replacement=options.replacement)
-    config = Config(tokenizer.vocab_size, *(getattr(options, name) or size for name, size in sizes.items()))
-    params = model.placed(model.init(config, stream(options.seed, "init")), options.device)
-    return Beginning(params, config, tokenizer, {})
+    config = Config(tokenizer.vocab_size, **{name: getattr(options, name) or size for name, size in sizes.items()})
+    params = model.placed(model.init(config, stream(run.seed, "init")), run.device)
+    return Checkpoint(params, config, tokenizer, True), {}
 
 
 def read_texts(path: Path, blocks: bool) -> list[str]:
@@ -137,277 +146,223 @@ def read_texts(path: Path, blocks: bool) -> list[str]:
     return texts
 
 
-def pretrain(options: argparse.Namespace) -> int:
-    """Train a model on the lines of a file."""
-    texts = read_texts(options.data, options.blocks)
-    if options.held_out_data:
-        train, held_out = texts, read_texts(options.held_out_data, options.blocks)
-    else:
-        train, held_out = preferences.split(texts, options.held_out_share, stream(options.seed, "split"))
-    longest = max(map(len, train + held_out)) + 1
-    begun = beginning(options, "".join(texts), {**NEW_MODEL, "n_positions": longest, "n_layer": 3})
-    params, config, tokenizer = begun.params, begun.config, begun.tokenizer
-    examples, measured = (training.line_examples(part, tokenizer) for part in (train, held_out))
-    longest = max(len(y) for _, y in examples + measured)
-    if longest > config.n_positions:
-        raise ValueError(f"a text has {longest - 1} characters, {config.n_positions - 1} fit into the context")
-    size = sum(p.data.size for p in params.values())
-    met = len(set(train) & set(held_out))
-    print(f"{len(train)} texts to train on, {len(held_out)} held out, {tokenizer.vocab_size} ids, {size} parameters")
-    if met:
-        print(f"{met} of the held-out texts are also trained on")
-    hashes = {name: file_hash(path) for name, path in data_files(options)}
-    begin(options, {**begun.hashes, **hashes}, {"tokenizer.json": tokenizer.to_json()})
-    prompts = [[END_OF_TEXT]] * 5
-    return likelihood_run(
-        options, params, config, tokenizer, examples, measured, prompts,
-        lambda indices: f"texts {', '.join(ascii(train[i][:40]) for i in indices[:8])}",
-    )  # fmt: skip
+def usable_rows(
+    data: Path, fields: Sequence[str], tokenizer: Tokenizer, n_positions: int, truncation: str, strict: bool
+) -> tuple[Encoded, list[preferences.Fault], str]:
+    """The rows of a file that can be used, the others with their reasons, and those as JSON Lines to keep."""
+    rows, faults = preferences.read(data, fields)
+    ids = preferences.encode(rows, tokenizer, n_positions, truncation)
+    faults = sorted(faults + ids.faults)
+    set_aside = preferences.set_aside(data, faults, strict)
+    if not ids.rows:
+        reason = f" (line {faults[0].line}: {faults[0].reason})" if faults else ""
+        raise ValueError(f"{data}: no row can be used{reason}")
+    return ids, faults, set_aside
 
 
-def likelihood_run(
-    options: argparse.Namespace,
-    params: Params,
-    config: Config,
-    tokenizer: Tokenizer,
-    examples: Sequence[training.Example],
-    measured: Sequence[training.Example],
-    prompts: Sequence[list[int]],
-    rows: Callable[[list[int]], str],
-) -> int:
-    """Train on the likelihood of examples: what pre-training and fine-tuning share."""
-    optimizer = optim.AdamW(params, options.learning_rate, betas=(0.9, 0.99), weight_decay=0.01)
-    workers = Workers(worker_count(params))
-    task = Task(
-        len(examples),
-        lambda indices: training.sft_training_step(
-            params, config, optimizer, [examples[i] for i in indices], 1.0, options.micro_batch_size, workers.nll_sweep
-        ),
-        lambda: {"loss": training.held_out_nll(params, config, measured)},
-        lambda: samples(params, config, tokenizer, prompts, options.seed),
-        rows,
-    )
-    keep_memory()
-    with workers:
-        return finish(options, run_loop(options.out, params, config, tokenizer, optimizer, task, settings(options)))
-
-
-def finish(options: argparse.Namespace, result: Path) -> int:
-    """Write the report and say where everything is."""
-    best = report.write(options.out)
-    print(f"the lowest held-out loss was {best['eval_loss']:.4f}, at step {best['step']}")
-    print(f"its model is {result}; read {options.out / 'report.md'}")
-    return 0
-
-
-def data(options: argparse.Namespace, fields: Sequence[str], tokenizer: Tokenizer, n_positions: int) -> Data:
-    """Read, validate, encode and split the rows of a command: by their prompts, as the model sees them."""
-    told: list[str] = []
+def read_rows(
+    data: Path, run: Training, truncation: str, strict: bool, fields: Sequence[str], start: Checkpoint, n_positions: int
+) -> Rows:
+    """Read, validate, encode and split rows: by their prompts, as the model sees them."""
+    counts: list[str] = []
 
     def encoded(path: Path) -> tuple[Encoded, str]:
-        rows, faults = preferences.read(path, fields)
-        ids = preferences.encode(rows, tokenizer, n_positions, options.truncation)
-        kept = preferences.set_aside(path, sorted(faults + ids.faults), options.strict)
-        found = f"{path.name}: {len(ids.rows)} rows, {len(ids.faults) + len(faults)} set aside"
-        told.append(found + (f", {len(ids.truncated)} truncated" if ids.truncated else ""))
-        print(told[-1])
-        if not ids.rows:
-            first = sorted(faults + ids.faults)[:1]
-            why = f" (line {first[0].line}: {first[0].reason})" if first else ""
-            raise ValueError(f"{path}: no row can be used{why}")
-        return ids, kept
+        ids, faults, set_aside = usable_rows(path, fields, start.tokenizer, n_positions, truncation, strict)
+        count = f"{path.name}: {len(ids.rows)} rows, {len(faults)} set aside"
+        counts.append(count + (f", {len(ids.truncated)} truncated" if ids.truncated else ""))
+        print(counts[-1])
+        return ids, set_aside
 
-    train, kept = encoded(options.data)
-    hashes = {name: file_hash(path) for name, path in data_files(options)}
-    if options.held_out_data:
-        held_out, more = encoded(options.held_out_data)
+    train, set_aside = encoded(data)
+    if run.held_out_data:
+        held_out, more = encoded(run.held_out_data)
         prompts = {tuple(x) for x, *_ in train.ids}
         leak = next((row.line for row, (x, *_) in zip(held_out.rows, held_out.ids) if tuple(x) in prompts), None)
         if leak is not None:
-            raise ValueError(f"{options.held_out_data}, line {leak}: this prompt is in {options.data} too")
-        return Data(train, held_out, kept + more, {**hashes, "rows": "; ".join(told)})
-    both = preferences.split(
-        list(zip(train.rows, train.ids)),
-        options.held_out_share,
-        stream(options.seed, "split"),
-        lambda pair: tuple(pair[1][0]),
-    )
-    parts = [Encoded([row for row, _ in part], [ids for _, ids in part], [], []) for part in both]
-    print(f"{len(parts[0].rows)} rows to train on, {len(parts[1].rows)} held out")
-    return Data(parts[0], parts[1], kept, {**hashes, "rows": told[0]})
+            raise ValueError(f"{run.held_out_data}, line {leak}: this prompt is in {data} too")
+        return Rows(train, held_out, set_aside + more, {**run.hashes(data), "rows": "; ".join(counts)})
+    pairs, rng = list(zip(train.rows, train.ids)), stream(run.seed, "split")
+    halves = preferences.split(pairs, run.held_out_share, rng, lambda pair: tuple(pair[1][0]))
+    train, held_out = (Encoded([row for row, _ in half], [ids for _, ids in half], [], []) for half in halves)
+    print(f"{len(train.rows)} rows to train on, {len(held_out.rows)} held out")
+    return Rows(train, held_out, set_aside, {**run.hashes(data), "rows": counts[0]})
 
 
-def sft(options: argparse.Namespace) -> int:
-    """Fine-tune a model on responses, or train a new one on them."""
-    fields = preferences.fields_of(options.data)
-    rows_read = [] if options.init else preferences.read(options.data, fields)[0]
-    text = "".join(row.prompt + "".join(row.responses) for row in rows_read)
-    begun = beginning(options, text, NEW_MODEL)
-    params, config, tokenizer = begun.params, begun.config, begun.tokenizer
-    rows = data(options, fields, tokenizer, config.n_positions)
-    begin(
-        options,
-        {**begun.hashes, **rows.description},
-        {"tokenizer.json": tokenizer.to_json(), "set_aside.jsonl": rows.set_aside},
-    )
-    count = 1 if options.responses == "chosen" else 2
-    examples = [(i, (x, y)) for i, (x, *ys) in enumerate(rows.train.ids) for y in ys[:count]]
-    measured = [(x, y) for x, *ys in rows.held_out.ids for y in ys[:count]]
-    return likelihood_run(
-        options, params, config, tokenizer, [example for _, example in examples], measured,
-        sampled_prompts(rows.held_out), lambda indices: named_rows(rows.train, [examples[i][0] for i in indices]),
-    )  # fmt: skip
+def train(
+    out: Path, start: Checkpoint, optimizer: optim.Optimizer, step: Callable[[list[int]], training.Metrics],
+    evaluation: Callable[[], training.Metrics], prompts: Sequence[list[int]], kind: str, names: Sequence[str],
+    run: Training,
+) -> Path:  # fmt: skip
+    """Train on examples with these names, report, and warn if chosen responses have become much less likely."""
+    params, config, tokenizer, _ = start
+
+    def replies() -> list[dict[str, str]]:
+        responses = generate(params, config, prompts, stream(run.seed, "samples"), config.n_positions).responses
+        return [{"prompt": tokenizer.decode(x), "response": tokenizer.decode(y)} for x, y in zip(prompts, responses)]
+
+    def rows(batch: list[int]) -> str:
+        return f"{kind} {', '.join(dict.fromkeys(names[i] for i in sorted(batch)[:32]))}"
+
+    settings = Settings(**{name: getattr(run, name) for name in Settings._fields})
+    task = Task(len(names), step, evaluation, replies, rows)
+    result = run_loop(out, params, config, tokenizer, optimizer, task, settings)
+    best = report.write(out)
+    print(f"the lowest held-out loss was {best['eval_loss']:.4f}, at step {best['step']}")
+    print(f"its model is {result}; read {out / 'report.md'}")
+    last = next(line for line in reversed(json_lines(out / "metrics.jsonl")) if "eval_loss" in line)
+    rise = max(line.get("eval_nll/chosen_rise", 0.0) for line in (best, last))
+    if rise > CHOSEN_LOSS_WARNING:
+        print(
+            f"warning: the chosen responses lost {rise:.2f} nats a token against the reference, more than "
+            f"{CHOSEN_LOSS_WARNING:g}; a smaller --learning-rate, fewer --steps, a larger --beta or --nll-weight helps",
+            file=sys.stderr,
+        )
+    return result
 
 
-def sampled_prompts(rows: Encoded, most: int = 5) -> list[list[int]]:
-    """The first few different prompts."""
-    return [list(x) for x in dict.fromkeys(tuple(x) for x, *_ in rows.ids)][:most]
+def likelihood_run(
+    out: Path, start: Checkpoint, examples: Sequence[Example], held_out: Sequence[Example],
+    prompts: Sequence[list[int]], kind: str, names: Sequence[str], run: Training,
+) -> Path:  # fmt: skip
+    """Train on the likelihood of examples, which is what `pretrain` and `sft` share."""
+    params, config = start.params, start.config
+    optimizer = optim.AdamW(params, run.learning_rate, betas=(0.9, 0.99), weight_decay=0.01)
+
+    def step(indices: list[int]) -> training.Metrics:
+        batch = [examples[i] for i in indices]
+        return training.sft_training_step(
+            params, config, optimizer, batch, 1.0, run.micro_batch_size, workers.nll_sweep
+        )
+
+    def evaluation() -> training.Metrics:
+        return {"loss": training.held_out_nll(params, config, held_out)}
+
+    with Workers(worker_count(params)) as workers:
+        return train(out, start, optimizer, step, evaluation, prompts, kind, names, run)
 
 
-def named_rows(rows: Encoded, indices: Sequence[int]) -> str:
-    """The lines of rows in their file."""
-    return f"lines {', '.join(str(rows.rows[i].line) for i in sorted(set(indices)))}"
+@command("train")
+def pretrain(
+    *, data: o.Texts, out: o.NewRun, blocks: o.Blocks = False, beginning: Beginning = BEGINNING,
+    run: Training = PRETRAIN,
+) -> Path:  # fmt: skip
+    """Train a model on the lines of a text file.
 
-
-def chosen_loss(name: str, label_smoothing: float) -> Loss:
-    """The loss of a name, as a function of four log-probabilities and beta."""
-    if name == "ipo" and label_smoothing:
-        raise ValueError("--label-smoothing has no meaning for ipo")
-    return losses.Choice(name.replace("-", "_"), {"label_smoothing": label_smoothing} if label_smoothing else {})
-
-
-def dpo(options: argparse.Namespace) -> int:
-    """Prefer the chosen responses, against a frozen reference."""
-    loaded = load(options.init, requires_grad=True, device=options.device)
-    policy, config, tokenizer = loaded.params, loaded.config, loaded.tokenizer
-    if options.reference:
-        other = load(options.reference, device=options.device)
-        same_vocabulary(options.init, loaded, options.reference, other)
-        reference, reference_config = other.params, other.config
+    Train a character transformer on a file in which each line is one text. A share of the different texts is held out
+    and never trained on. The loss is in nats a token, with end-of-text counted as one token.
+    """
+    words = arguments("pretrain", locals())
+    texts = read_texts(data, blocks)
+    if run.held_out_data:
+        halves = texts, read_texts(run.held_out_data, blocks)
     else:
-        reference, reference_config = model.frozen(policy), config
-    n_positions = min(config.n_positions, reference_config.n_positions)
-    loss = chosen_loss(options.loss, options.label_smoothing)
-    rows = data(options, PAIRS, tokenizer, n_positions)
-    begin(
-        options,
-        {
-            "init_sha256": fingerprint(policy),
-            "reference_sha256": fingerprint(reference),
-            **rows.description,
-        },
-        {"tokenizer.json": tokenizer.to_json(), "set_aside.jsonl": rows.set_aside},
+        halves = preferences.split(texts, run.held_out_share, stream(run.seed, "split"))
+    longest = max(map(len, halves[0] + halves[1])) + 1
+    sizes = {**NEW_MODEL, "n_positions": longest, "n_layer": 3}
+    start, hashes = starting_model(beginning, "".join(texts), sizes, run)
+    examples, held_out = (training.line_examples(half, start.tokenizer) for half in halves)
+    longest = max(len(y) for _, y in examples + held_out)
+    if longest > start.config.n_positions:
+        raise ValueError(f"a text has {longest - 1} characters, but {start.config.n_positions - 1} fit the context")
+    size, ids = sum(p.data.size for p in start.params.values()), start.tokenizer.vocab_size
+    print(f"{len(examples)} texts to train on, {len(held_out)} held out, {ids} ids, {size} parameters")
+    if repeated := len(set(halves[0]) & set(halves[1])):
+        print(f"{repeated} of the held-out texts are also trained on")
+    begin(out, words, run, {**hashes, **run.hashes(data)}, {"tokenizer.json": start.tokenizer.to_json()})
+    names = [ascii(text[:40]) for text in halves[0]]
+    return likelihood_run(out, start, examples, held_out, [[END_OF_TEXT]] * 5, "texts", names, run)
+
+
+@command("train")
+def sft(
+    *, data: o.Examples, out: o.NewRun, responses: o.Responses = "both", strict: o.Strict = False,
+    truncation: o.Truncation = "none", beginning: Beginning = BEGINNING, run: Training = SFT,
+) -> Path:  # fmt: skip
+    """Fine-tune a model on responses, or train a new one.
+
+    Supervised fine-tuning on JSON Lines of prompt and completion, or on both responses of prompt, chosen and rejected.
+    The model reads the prompt and learns the response. Without --init a new model is trained.
+    """
+    words = arguments("sft", locals())
+    fields = preferences.fields_of(data)
+    texts = [] if beginning.init else preferences.read(data, fields)[0]
+    start, hashes = starting_model(
+        beginning, "".join(row.prompt + "".join(row.responses) for row in texts), NEW_MODEL, run
     )
+    rows = read_rows(data, run, truncation, strict, fields, start, start.config.n_positions)
+    begin(out, words, run, {**hashes, **rows.description}, rows.files(start.tokenizer))
+    count = 1 if responses == "chosen" else 2
+    names = [str(row.line) for row in rows.train.rows for _ in row.responses[:count]]
+    examples, held_out = ([(x, y) for x, *ys in half.ids for y in ys[:count]] for half in (rows.train, rows.held_out))
+    return likelihood_run(out, start, examples, held_out, rows.prompts(), "lines", names, run)
+
+
+def preference_loss(loss: str | Loss, label_smoothing: float) -> Loss:
+    """The loss of a name with its option; a function from Python is taken as it is."""
+    options = {"label_smoothing": label_smoothing} if label_smoothing else {}
+    if isinstance(loss, str):
+        return Choice(loss.replace("-", "_"), options)
+    if options:
+        raise ValueError("label_smoothing is for losses with a name")
+    return loss
+
+
+@command("train")
+def dpo(
+    *, data: o.Pairs, init: o.Init, out: o.NewRun,
+    reference: Annotated[o.Reference | None, Default("the model of --init")] = None, beta: o.Beta = 0.1,
+    loss: o.LossName = "dpo", label_smoothing: o.LabelSmoothing = 0.0, nll_weight: o.NllWeight = 0.0,
+    strict: o.Strict = False, truncation: o.Truncation = "none", run: Training = DPO,
+) -> Path:  # fmt: skip
+    """Prefer the chosen responses of pairs.
+
+    Direct preference optimisation on JSON Lines of prompt, chosen and rejected. The frozen reference is the model of
+    --init, unless --reference names another. Rewards in the metrics are implicit: beta log(pi/pi_ref), or beta log pi
+    with --loss reference-free.
+    """
+    words = arguments("dpo", locals())
+    policy, config, tokenizer, _ = start = load(init, requires_grad=True, device=run.device)
+    ref_params, ref_config = model.frozen(policy), config
+    if reference:
+        ref_params, ref_config, _, _ = other = load(reference, device=run.device)
+        same_vocabulary(init, start, reference, other)
+    objective = preference_loss(loss, label_smoothing)
+    n_positions = min(config.n_positions, ref_config.n_positions)
+    rows = read_rows(data, run, truncation, strict, PAIRS, start, n_positions)
+    hashes = {"init_sha256": fingerprint(policy), "reference_sha256": fingerprint(ref_params)}
+    begin(out, words, run, {**hashes, **rows.description}, rows.files(tokenizer))
     pairs: list[Any] = [*rows.train.ids, *rows.held_out.ids]
     print(f"the reference scores {len(pairs)} pairs", flush=True)
-    kept = options.out / "reference.safetensors"
-    scores = cached_reference_logprobs(kept, reference, reference_config, tokenizer, pairs)
+    cache = out / "reference.safetensors"
+    scores = cached_reference_logprobs(cache, ref_params, ref_config, tokenizer, pairs)
     ref_logp_w, ref_logp_l = (to_host(logp) for logp in scores)  # a step takes those of its pairs
     count = len(rows.train.ids)
     held_out = collate(pairs[count:], ref_logp_w[count:], ref_logp_l[count:])
-    optimizer = optim.AdamW(policy, options.learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
-    workers = Workers(worker_count(policy))
-    task = Task(
-        count,
-        lambda indices: training.dpo_training_step(
-            policy,
-            reference,
-            config,
-            optimizer,
-            collate([pairs[i] for i in indices], ref_logp_w[indices], ref_logp_l[indices]),
-            options.beta,
-            loss,
-            options.nll_weight,
-            1.0,
-            options.micro_batch_size,
-            workers.dpo_sweep,
-        ),
-        lambda: training.preference_evaluation(policy, config, held_out, options.beta, loss, options.nll_weight),
-        lambda: samples(policy, config, tokenizer, sampled_prompts(rows.held_out), options.seed),
-        lambda indices: named_rows(rows.train, indices),
-    )
-    keep_memory()
-    with workers:
-        return finish(options, run_loop(options.out, policy, config, tokenizer, optimizer, task, settings(options)))
+    optimizer = optim.AdamW(policy, run.learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
+
+    def step(indices: list[int]) -> training.Metrics:
+        batch = collate([pairs[i] for i in indices], ref_logp_w[indices], ref_logp_l[indices])
+        settings = beta, objective, nll_weight, 1.0, run.micro_batch_size, workers.dpo_sweep
+        return training.dpo_training_step(policy, ref_params, config, optimizer, batch, *settings)
+
+    def evaluation() -> training.Metrics:
+        return training.preference_evaluation(policy, config, held_out, beta, objective, nll_weight)
+
+    with Workers(worker_count(policy)) as workers:
+        names = [str(row.line) for row in rows.train.rows]
+        return train(out, start, optimizer, step, evaluation, rows.prompts(), "lines", names, run)
 
 
-def same_vocabulary(folder: Path, loaded: Checkpoint, other_folder: Path, other: Checkpoint) -> None:
-    """Refuse a policy and a reference that read texts differently."""
-    if loaded.tokenizer.characters != other.tokenizer.characters:
-        raise CheckpointError(
-            f"{folder} and {other_folder} have vocabularies of {loaded.tokenizer.vocab_size} and "
-            f"{other.tokenizer.vocab_size} ids that differ: a policy and its reference must share one"
-        )
+@command("train")
+def resume(folder: o.OldRun) -> Any:
+    """Continue a run that was stopped or killed.
 
-
-def scored_rows(options: argparse.Namespace, device: str = "cpu") -> tuple[Checkpoint, Checkpoint, Encoded, int]:
-    """Policy, reference, the rows of a file that both can score, and how many rows were set aside."""
-    policy = load(options.checkpoint, device=device)
-    reference = load(options.reference, device=device) if options.reference else policy
-    same_vocabulary(options.checkpoint, policy, options.reference or options.checkpoint, reference)
-    n_positions = min(policy.config.n_positions, reference.config.n_positions)
-    rows, faults = preferences.read(options.data)
-    ids = preferences.encode(rows, policy.tokenizer, n_positions, options.truncation)
-    faults = sorted(faults + ids.faults)
-    preferences.set_aside(options.data, faults, options.strict)
-    for fault in faults:
-        print(f"{options.data}, line {fault.line}: set aside, {fault.reason}", file=sys.stderr)
-    if not ids.rows:
-        raise ValueError(f"{options.data}: no row can be used")
-    return policy, reference, ids, len(faults)
-
-
-def evaluate(options: argparse.Namespace) -> int:
-    """Compare a policy with its reference on pairs."""
-    policy, reference, rows, faults = scored_rows(options, options.device)
-    pairs: list[Any] = rows.ids
-    ref_logp_w, ref_logp_l = training.reference_logprobs(reference.params, reference.config, pairs)
-    batch = collate(pairs, ref_logp_w, ref_logp_l)
-    metrics: dict[str, Any] = {"pairs": len(pairs), "set_aside": faults, "truncated": len(rows.truncated)}
-    metrics |= training.preference_evaluation(policy.params, policy.config, batch, options.beta)
-    metrics |= {"ref_logps/chosen": ref_logp_w.mean().item(), "ref_logps/rejected": ref_logp_l.mean().item()}
-    if options.json:
-        print(json.dumps(metrics, allow_nan=False))
-    else:
-        for name, value in metrics.items():
-            print(f"{name:<20} {value:>12}" if isinstance(value, int) else f"{name:<20} {value:>12.4f}")
-    return 0
-
-
-def score(options: argparse.Namespace) -> int:
-    """Print the log-probabilities of each pair."""
-    policy, reference, rows, _ = scored_rows(options, options.device)
-    pairs: list[Any] = rows.ids
-    for row, pair in zip(rows.rows, pairs):
-        logp_w, logp_l = training.reference_logprobs(policy.params, policy.config, [pair])
-        scores: dict[str, float] = {"line": row.line, "truncated": row.line in rows.truncated}
-        scores |= {"logps/chosen": logp_w.item(), "logps/rejected": logp_l.item()}
-        if options.reference:
-            ref_logp_w, ref_logp_l = training.reference_logprobs(reference.params, reference.config, [pair])
-            out = losses.dpo_loss(logp_w, logp_l, ref_logp_w, ref_logp_l, options.beta)
-            scores |= {"ref_logps/chosen": ref_logp_w.item(), "ref_logps/rejected": ref_logp_l.item()}
-            scores |= {"rewards/chosen": out.reward_w.item(), "rewards/rejected": out.reward_l.item()}
-            scores |= {"loss": out.loss.item()}
-        if not all(map(math.isfinite, scores.values())):
-            raise FloatingPointError(f"{options.data}, line {row.line}: a score is not finite")
-        print(json.dumps(scores), flush=True)
-    return 0
-
-
-def sample(options: argparse.Namespace) -> int:
-    """Print what a model answers to a prompt."""
-    loaded = load(options.checkpoint, device=options.device)
-    text = options.prompt + (TURN if options.newline else "")
-    drawn = generate(
-        loaded.params,
-        loaded.config,
-        [[END_OF_TEXT, *loaded.tokenizer.encode(text)]] * options.samples,
-        stream(options.seed, "samples"),
-        options.max_new_tokens or loaded.config.n_positions,
-        options.temperature,
-        options.top_k,
-        options.top_p,
-    )
-    for response in drawn.responses:
-        print(printable(("" if options.newline else options.prompt) + loaded.tokenizer.decode(response)))
-    return 0
+    Continue from the last checkpoint of a run, with the options that the run was started with. Its weights end bit
+    for bit as those of a run that was never stopped, on the same machine with the same number of BLAS threads.
+    """
+    command_line = run_description(folder)["arguments"]
+    name = command_line[0]
+    if name not in COMMANDS or "resuming" not in signature(COMMANDS[name].function).parameters:
+        raise CheckpointError(f"{folder / 'run.json'}: {name!a} is not a command that can be resumed")
+    _, values = parse([*command_line, f"--out={folder}"])
+    return COMMANDS[name].function(**values, resuming=True)

@@ -1,0 +1,228 @@
+"""The support desk: the demo that makes a base model, a helpful one and a preferred one, and the judge of its models.
+
+The true reward of the desk's world is known, so the gain of each stage is measured, not read off its training loss.
+"""
+
+import json
+import math
+import shlex
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ..data import preferences, world
+from ..generation import generate
+from ..run import checkpoint, report
+from ..run.checkpoint import Checkpoint
+from ..run.files import remove_leftovers, write_whole
+from ..run.folder import create, json_lines
+from ..scoring import packed_logprobs
+from ..streams import stream
+from ..tokenizer import END_OF_TEXT, TURN, printable
+from . import options as o
+from .parser import COMMANDS, command, parse
+from .train import load, read_texts, same_vocabulary
+
+STAGES = {"pretrain": "base", "sft": "SFT", "dpo": "DPO"}
+JUDGED = ("well_formed", "on_topic", "polite", "wrongly_declined", "wrongly_answered")
+COLUMNS = {"model": "model", "reward": "true reward", "reward_error": "+-"}
+COLUMNS |= {name: name.replace("_", " ") for name in JUDGED} | {"kl": "KL to SFT"}
+
+
+class Sizes(NamedTuple):
+    """How much data the demo makes, and how long it trains."""
+
+    texts: int
+    completions: int
+    pairs: int
+    held_out: int  # of each of the three kinds
+    steps: Mapping[str, int]
+    model: Sequence[str]  # options of `pretrain`
+    replies: int  # of each model, to judge
+
+
+FULL = Sizes(
+    texts=20_000, completions=8_000, pairs=6_000, held_out=500, replies=500,
+    steps={"pretrain": 1000, "sft": 500, "dpo": 300},
+    model=["--n-embd=64", "--n-layer=2", "--n-head=4", "--n-positions=128"],
+)  # fmt: skip
+
+
+def make_data(folder: Path, seed: int, sizes: Sizes) -> None:
+    """Write the world's texts and rows into a folder; the same seed gives the same files."""
+    train, held_out = world.split(seed)
+
+    def texts(count: int, part: str) -> str:
+        return "\n\n".join(world.corpus(train, count, stream(seed, "world", "texts", part))) + "\n"
+
+    def rows(make: Callable[..., list[dict[str, str]]], prompts: list[str], count: int, part: str) -> str:
+        examples = make(prompts, count, stream(seed, "world", make.__name__, part))
+        return "".join(json.dumps({**row, "prompt": row["prompt"] + TURN}) + "\n" for row in examples)
+
+    files = {
+        "texts.txt": texts(sizes.texts, "train"),
+        "texts_held_out.txt": texts(sizes.held_out, "held out"),
+        "completions.jsonl": rows(world.supervised, train, sizes.completions, "train"),
+        "completions_held_out.jsonl": rows(world.supervised, held_out, sizes.held_out, "held out"),
+        "pairs.jsonl": rows(world.preferences, train, sizes.pairs, "train"),
+        "pairs_held_out.jsonl": rows(world.preferences, held_out, sizes.held_out, "held out"),
+    }
+    folder.mkdir(exist_ok=True)
+    remove_leftovers(folder)
+    for name, content in files.items():
+        write_whole(folder / name, content.encode())
+
+
+def stage_arguments(folder: Path, stage: str, seed: int, sizes: Sizes) -> list[str]:
+    """The command line of a stage, as a user would type it."""
+    kind = {"pretrain": "texts{}.txt", "sft": "completions{}.jsonl", "dpo": "pairs{}.jsonl"}[stage]
+    own = {
+        "pretrain": ["--blocks", *sizes.model, "--batch-size=32"],
+        "sft": [f"--init={folder / 'pretrain'}", "--learning-rate=2e-3"],
+        "dpo": [f"--init={folder / 'sft'}", "--beta=0.2", "--nll-weight=2", "--learning-rate=3e-4"],
+    }[stage]
+    data, held_out = (folder / "data" / kind.format(part) for part in ("", "_held_out"))
+    steps = sizes.steps[stage]
+    words = [stage, f"--data={data}", f"--held-out-data={held_out}", *own, f"--out={folder / stage}", f"--seed={seed}"]
+    return [*words, f"--steps={steps}", f"--evaluate-every={max(1, steps // 5)}"]
+
+
+@command("learn")
+def demo(*, out: o.NewRun = Path("demo"), seed: o.Seed = 0, sizes: Sizes | None = None, resuming: bool = False) -> Path:
+    """Make a base model, a helpful one and a preferred one, and compare them.
+
+    Make a small world, a support desk whose true reward is known; pre-train a model on it, fine-tune it, and run DPO.
+    Then give all three models the same held-out prompts with the same random numbers, and print how good their replies
+    truly are. It takes one to two minutes on two cores.
+    """
+    if not resuming:
+        create(out, {"arguments": ["demo", f"--seed={seed}"]}, {})
+    sizes = sizes or FULL
+    make_data(out / "data", seed, sizes)
+    print(f"a support desk, its customers and their preferences: {out / 'data'}", flush=True)
+    for stage in STAGES:
+        words = ["resume", str(out / stage)] if (out / stage).exists() else stage_arguments(out, stage, seed, sizes)
+        print(f"\n$ minidpo {shlex.join(words)}", flush=True)
+        name, values = parse(words)
+        COMMANDS[name].function(**values)
+    conclude(out, seed, sizes)
+    return out
+
+
+def verdict(model: Checkpoint, reference: Checkpoint, prompts: Sequence[str], seed: int) -> dict[str, Any]:
+    """A model's replies to the prompts, and the mean of each part of their judgement.
+
+    The KL to the reference is estimated from the replies: the mean of log pi(y|x) - log pi_ref(y|x) over y from pi.
+    """
+    ids = [[END_OF_TEXT, *model.tokenizer.encode(x + TURN)] for x in prompts]
+    samples = generate(model.params, model.config, ids, stream(seed, "demo", "replies"), model.config.n_positions)
+    replies = [model.tokenizer.decode(y) for y in samples.responses]
+    judgements = [world.judgement(x, reply) for x, reply in zip(prompts, replies)]
+    ratios = [
+        math.fsum(logps) - packed_logprobs(reference.params, reference.config, [(x, y)]).data.sum().item()
+        for x, y, logps in zip(ids, samples.responses, samples.logprobs)
+    ]
+    return {
+        "replies": replies,
+        **{name: statistics.fmean(getattr(each, name) for each in judgements) for name in world.Judgement._fields},
+        "reward_error": statistics.stdev(each.reward for each in judgements) / math.sqrt(len(judgements)),
+        "kl": statistics.fmean(ratios),
+    }
+
+
+def as_text(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The verdicts as a table, one column a model."""
+    width = max(8, *(len(str(row["model"])) + 2 for row in rows))
+    lines = []
+    for name, title in COLUMNS.items():
+        cells = (row[name] if name == "model" else f"{round(row[name], 2) + 0.0:.2f}" for row in rows)
+        lines.append(f"{title:<17}" + "".join(f"{cell:>{width}}" for cell in cells))
+    return "\n".join(lines)
+
+
+def held_out_prompts(seed: int, count: int) -> list[str]:
+    """Prompts of customers that no model was trained on."""
+    return world.samples(world.prompt_distribution(world.split(seed)[1]), count, stream(seed, "demo", "prompts"))
+
+
+@command("learn")
+def judge(
+    *, checkpoint: o.Checkpoints, reference: o.Reference, replies: o.Replies = 500, seed: o.Seed = 0
+) -> list[dict[str, Any]]:
+    """Measure the true reward of models of the demo's world.
+
+    Give models the demo's held-out prompts and print how good their replies truly are, one column a model. The seed
+    must be that of the demo that they were trained in: it decides which prompts were held out.
+    """
+    prompts = held_out_prompts(seed, replies)
+    anchor = load(reference)
+    rows = []
+    for folder in checkpoint:
+        model = load(folder)
+        if not set("".join(prompts) + TURN) <= set(model.tokenizer.characters):
+            raise ValueError(f"{folder}: lacks characters of the demo's world, so it is not a model of it")
+        same_vocabulary(folder, model, reference, anchor)
+        rows.append({"model": printable(folder.resolve().name), **verdict(model, anchor, prompts, seed)})
+    print(as_text(rows).replace("KL to SFT", f"KL to {printable(reference.resolve().name)}"))
+    return rows
+
+
+def facts(folder: Path, seed: int, metrics: Mapping[str, Mapping[str, float]], sft: Checkpoint) -> list[str]:
+    """Compare the models' metrics with their exact counterparts, one sentence each."""
+
+    def rows(name: str, fields: Sequence[str]) -> list[tuple[str, tuple[str, ...]]]:
+        every, _ = preferences.read(folder / "data" / name, fields)
+        usable = preferences.encode(every, sft.tokenizer, sft.config.n_positions).rows
+        return [(row.prompt.removesuffix(TURN), row.responses) for row in usable]
+
+    train, held_out = world.split(seed)
+    texts = read_texts(folder / "data" / "texts_held_out.txt", blocks=True)
+    texts_nll = -math.fsum(world.corpus_logprob(text, train) for text in texts) / sum(len(text) + 1 for text in texts)
+    replies = [(x, y) for x, (y,) in rows("completions_held_out.jsonl", preferences.COMPLETIONS)]
+    replies_nats = -math.fsum(math.log(world.desk(world.PROMPTS[x])[y]) for x, y in replies)
+    replies_nll = replies_nats / sum(len(y) + 1 for _, y in replies)
+    pairs = rows("pairs_held_out.jsonl", preferences.PAIRS)
+    gaps = [world.judgement(x, w).reward - world.judgement(x, l).reward for x, (w, l) in pairs]
+    return [
+        f"base model: {metrics['pretrain']['eval_loss']:.4f} nats a token on held-out texts; the grammar itself "
+        f"{texts_nll:.4f} on these, its exact entropy {world.corpus_entropy(train):.4f}",
+        f"SFT model: {metrics['sft']['eval_loss']:.4f} nats a token on replies to held-out prompts; the desk itself "
+        f"{replies_nll:.4f} on these, its exact entropy {world.reply_entropy(held_out):.4f}",
+        f"DPO model: implicit reward ranks {metrics['dpo']['eval_rewards/accuracies']:.3f} of the held-out pairs as "
+        f"labelled; the true reward {sum(gap > 0 for gap in gaps) / len(gaps):.3f}, and has "
+        f"{sum(gap == 0 for gap in gaps) / len(gaps):.3f} ties",
+        f"the desk, whose replies the SFT model learns, has a mean true reward of {world.desk_reward(held_out):.2f}",
+    ]
+
+
+def conclude(folder: Path, seed: int, sizes: Sizes) -> None:
+    """Judge the models, print their replies side by side, and write the report."""
+    models = {stage: checkpoint.load(folder / stage) for stage in STAGES}
+    prompts = held_out_prompts(seed, sizes.replies)
+    rows = {stage: verdict(models[stage], models["sft"], prompts, seed) for stage in STAGES}
+    metrics = {stage: json_lines(folder / stage / "metrics.jsonl") for stage in STAGES}
+    dialogue: list[str] = []
+    for name in world.SLICES:
+        for i in [i for i, x in enumerate(prompts) if world.PROMPTS[x].slice == name][:2]:
+            dialogue.append(f"{prompts[i]}  ({name})")
+            for stage, model in STAGES.items():
+                reply = rows[stage]["replies"][i]
+                dialogue.append(f"  {model:<5}{world.judgement(prompts[i], reply).reward:+d}  {printable(reply)}")
+    table = [{**row, "model": STAGES[stage]} for stage, row in rows.items()]
+    sentences = facts(folder, seed, {stage: report.best(lines) for stage, lines in metrics.items()}, models["sft"])
+    print(f"\nthe three models answer {len(prompts)} prompts that are new to them; the true reward comes first\n")
+    print("\n".join([*dialogue, "", as_text(table), "", *sentences]))
+    parts = [
+        "# A support desk",
+        f"Replies to {len(prompts)} held-out prompts, sampled with the same random numbers, judged by the true reward.",
+        report.table(table, COLUMNS),
+        "\n".join(f"- {sentence}" for sentence in sentences),
+        "\n".join(f"    {line}" for line in dialogue),
+    ]
+    parts.append("![curves](curves.png)" if report.curves(folder / "curves.png", metrics) else report.NO_CURVES)
+    write_whole(folder / "report.md", ("\n\n".join(parts) + "\n").encode())
+    means = [{name: value for name, value in row.items() if name != "replies"} for row in table]
+    results = {"models": means, "dialogue": dialogue, "facts": sentences}
+    write_whole(folder / "results.json", (json.dumps(results, indent=2) + "\n").encode())
+    print(f"\neverything is in {folder}; start with {folder / 'report.md'}")

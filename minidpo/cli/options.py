@@ -1,0 +1,192 @@
+"""Every option of the command line, said once: its type, its help and the values that it accepts.
+
+A command annotates its parameters with these names, and parser.py makes the command line from them.
+"""
+
+import math
+import os
+import sys
+from argparse import ArgumentTypeError
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import numpy
+
+from .. import losses
+from ..data.preferences import TRUNCATIONS
+from ..training import Loss
+
+LOSSES = tuple(name.replace("_", "-") for name in losses.LOSSES)
+NO_MATPLOTLIB = "matplotlib is not installed (pip install 'minidpo[plot]')"
+
+
+class OptionError(ArgumentTypeError, ValueError):
+    """A value that an option does not accept. The command line and Python callers read the same sentence."""
+
+
+class Option(NamedTuple):
+    """What the help says of a parameter, and the check that turns a text or a Python value into its value."""
+
+    help: str
+    check: Callable[[Any], Any]
+    metavar: str = ""
+    several: bool = False  # it takes one value or more
+
+    def __repr__(self) -> str:
+        return repr(self.help)  # so that `help(cli.dpo)` can be read
+
+    def value(self, given: Any) -> Any:
+        """Check a value from Python."""
+        if not self.several:
+            return self.check(given)
+        return [self.check(each) for each in ([given] if isinstance(given, str | os.PathLike) else given)]
+
+
+class Default(NamedTuple):
+    """What a parameter means in one command when its value is None."""
+
+    text: str
+
+
+def at_least(low: int, most: int = 2**31 - 1) -> Callable[[Any], int]:
+    """Accept integers from `low` to `most`."""
+
+    def integer(value: Any) -> int:
+        text = str(value) if isinstance(value, int | numpy.integer) and not isinstance(value, bool) else value
+        if isinstance(text, str) and text.isascii() and text.isdecimal() and len(text) < 25:
+            if low <= int(text) <= most:
+                return int(text)
+        raise OptionError(f"{value!r} is not an integer of at least {low} and at most {most}")
+
+    return integer
+
+
+def between(low: float, high: float, closed: str = "") -> Callable[[Any], float]:
+    """Accept numbers between two others; `closed` names the ends that belong to them, "[" and "]"."""
+
+    def number(value: Any) -> float:
+        try:
+            x = math.nan if isinstance(value, bool) else float(value)
+        except (TypeError, ValueError):
+            x = math.nan
+        if low < x < high or ("[" in closed and x == low) or ("]" in closed and x == high):
+            return x
+        left, right = "[" if "[" in closed else "(", "]" if "]" in closed else ")"
+        raise OptionError(f"{value!r} is not a number in {left}{low:g}, {high:g}{right}")
+
+    return number
+
+
+def one_of(*names: str, function: bool = False) -> Callable[[Any], Any]:
+    """Accept a name out of a few; from Python also a function, if that makes sense."""
+
+    def name(value: Any) -> Any:
+        value = value.replace("_", "-") if isinstance(value, str) else value
+        if not (value in names or (function and callable(value))):
+            raise OptionError(f"{value!r} is not one of {', '.join(names)}")
+        return value
+
+    return name
+
+
+def a(what: str, *kinds: type, make: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Accept values of some types, and make one type of them."""
+
+    def thing(value: Any) -> Any:
+        if not isinstance(value, kinds):
+            raise OptionError(f"{value!r} is not {what}")
+        return make(value)
+
+    return thing
+
+
+path, text = a("a path", str, os.PathLike, make=Path), a("a text", str, make=str)
+flag = a("True or False", bool, numpy.bool, make=bool)
+positive, weight, anything = between(0, math.inf), between(0, math.inf, "["), between(-math.inf, math.inf)
+
+# Files and folders.
+Texts = Annotated[Path, Option("text file in UTF-8", path)]
+Examples = Annotated[Path, Option("JSON Lines of prompt/completion or prompt/chosen/rejected", path)]
+Pairs = Annotated[Path, Option("JSON Lines of prompt/chosen/rejected", path)]
+HeldOutData = Annotated[Path | None, Option("file to measure on, instead of a share of the data", path)]
+Init = Annotated[Path, Option("checkpoint or run to start from", path)]
+Checkpoint = Annotated[Path, Option("checkpoint or run of the model", path)]
+Checkpoints = Annotated[Sequence[Path], Option("checkpoints or runs to compare", path, several=True)]
+Reference = Annotated[Path, Option("checkpoint or run of the reference", path)]
+NewRun = Annotated[Path, Option("folder for the results; must not exist yet", path)]
+OldRun = Annotated[Path, Option("folder of the run, as --out named it", path, "RUN")]
+Folder = Annotated[Path, Option("folder for two new files, frontier.json and frontier.png", path)]
+Plot = Annotated[Path | None, Option("new PNG file for the curves of beta; needs matplotlib", path)]
+Html = Annotated[Path | None, Option("new HTML file for a page of the pair's tokens", path)]
+Graph = Annotated[Path | None, Option("new file for the loss as a graph, .dot (Graphviz) or .mmd (Mermaid)", path)]
+
+# Training.
+Seed = Annotated[int, Option("random seed", at_least(0, 2**63))]
+Device = Annotated[str, Option("device of the arrays: cpu, or cuda through CuPy", one_of("cpu", "cuda"), "NAME")]
+HeldOutShare = Annotated[float, Option("share of the data to hold out and measure on", between(0, 1))]
+Steps = Annotated[int, Option("optimizer steps in all", at_least(0))]
+BatchSize = Annotated[int, Option("examples per step", at_least(1))]
+MicroBatchSize = Annotated[
+    int | None, Option("examples per sweep; the gradient is the same", at_least(1)), Default("automatic")
+]
+LearningRate = Annotated[float, Option("peak learning rate, from which a cosine falls to 0", positive)]
+WarmupSteps = Annotated[int, Option("steps of linear warm-up", at_least(0))]
+EvaluateEvery = Annotated[int, Option("evaluate and save every N steps", at_least(1))]
+Patience = Annotated[int | None, Option("stop after N evaluations without a lower loss", at_least(1)), Default("never")]
+Strict = Annotated[bool, Option("refuse a file with a row that cannot be used", flag)]
+CUTS = "none (set the row aside), prompt (its beginning) or response (its end)"
+Truncation = Annotated[
+    str, Option(f"part to cut from rows that exceed the context: {CUTS}", one_of(*TRUNCATIONS), "NAME")
+]
+Responses = Annotated[str, Option("responses of a pair to learn: both or chosen", one_of("both", "chosen"), "NAME")]
+Blocks = Annotated[bool, Option("let empty lines separate the texts, which may have several lines", flag)]
+Channels = Annotated[int | None, Option("channels of a new model", at_least(1))]
+Layers = Annotated[int | None, Option("layers of a new model", at_least(1))]
+Heads = Annotated[int | None, Option("attention heads of a new model; they divide its channels", at_least(1))]
+Context = Annotated[int | None, Option("context of a new model in tokens", at_least(1))]
+Replacement = Annotated[bool, Option("let a new model read U+FFFD for characters that its data lacks", flag)]
+Beta = Annotated[float, Option("strength of the KL constraint: reward per nat of log-ratio", positive)]
+LossName = Annotated[
+    str | Loss, Option(f"loss to minimise: {', '.join(LOSSES)}", one_of(*LOSSES, function=True), "NAME")
+]
+LabelSmoothing = Annotated[float, Option("probability that a label is wrong", between(0, 0.5, "[]"))]
+NllWeight = Annotated[float, Option("weight of a second term, the chosen responses' nats a token", weight)]
+
+# Looking into models, and proving.
+StepRate = Annotated[float, Option("learning rate of the steps that are predicted and taken", positive)]
+Json = Annotated[bool, Option("print one JSON object instead of a text", flag)]
+Prompt = Annotated[str, Option("text of the prompt", text)]
+Chosen = Annotated[str, Option("text of the preferred response", text)]
+Rejected = Annotated[str, Option("text of the other response", text)]
+Newline = Annotated[bool, Option("end the prompt with a newline, after which a response begins", flag)]
+Samples = Annotated[int, Option("number of texts to sample", at_least(1))]
+MaxNewTokens = Annotated[int | None, Option("most tokens of a text", at_least(1)), Default("what fits the context")]
+Temperature = Annotated[float, Option("divisor of the logits; 0 takes the likeliest token", anything)]
+TopK = Annotated[int | None, Option("sample among the N likeliest tokens", at_least(1)), Default("all")]
+TopP = Annotated[
+    float | None, Option("sample among the fewest tokens that have probability X", anything), Default("all")
+]
+Replies = Annotated[int, Option("number of held-out prompts, each answered once", at_least(2))]
+Cases = Annotated[int, Option("random cases per op", at_least(1))]
+Worlds = Annotated[int, Option("number of small worlds, each with its own seed", at_least(1))]
+
+
+def check_output(output: Path) -> None:
+    """Refuse a file that cannot be written, or that exists: nothing is overwritten."""
+    folder = output.absolute().parent
+    if os.path.lexists(output):
+        raise ValueError(f"{output}: exists already; delete it or choose another name")
+    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        raise ValueError(f"{output}: cannot be written, its folder is missing or read-only")
+
+
+def announce(*outputs: Path | None) -> None:
+    """Check the files that a command will write, and name them, before it computes."""
+    paths = [output for output in outputs if output is not None]
+    for output in paths:
+        check_output(output)
+    if len({output.absolute() for output in paths}) < len(paths):
+        raise ValueError(f"{paths[0]}: two outputs cannot be one file")
+    for output in paths:
+        print(f"{output} will be written at the end", file=sys.stderr, flush=True)
