@@ -140,5 +140,5 @@ def displaced(options: argparse.Namespace) -> int:
 
 def unmoved(options: argparse.Namespace) -> int:
     """Print what leaves the loss and its gradient alone, and what does not."""
-    print(invariances.as_text(invariances.measured(options.seed)))
+    print(invariances.as_text(invariances.table(options.seed)))
     return 0
