@@ -74,9 +74,9 @@ def test_every_mutant_breaks_what_it_must(vocab_size, cap, prompt):
     params, config = model(vocab_size, cap, prompt)
     table = {verdict.name: verdict for verdict in mutants.verdicts(params, config, prompt, cap)}
     assert len(table) == 12
-    right = table.pop("right")
+    right = table.pop("correct")
     assert abs(right.total_probability - 1) < 1e-10 and right.chain_rule_gap < 1e-10
-    for mutant in mutants.NO_DISTRIBUTION:
+    for mutant in mutants.NOT_A_DISTRIBUTION:
         verdict = table.pop(mutant.__name__)
         assert abs(verdict.total_probability - 1) > 1e-3 and verdict.chain_rule_gap > 1e-3, verdict
     for mutant in mutants.WRONG_DISTRIBUTION:
@@ -98,5 +98,5 @@ def test_the_table_shows_both_oracles():
     """Otherwise a reader sees that a mutant is wrong, and not which oracle says so."""
     params, config = model(3, 2, [2, 1])
     lines = mutants.as_text(mutants.verdicts(params, config, [2, 1], 2)).splitlines()
-    assert len(lines) == 13 and lines[1].split() == ["right", "1.0000000000", lines[1].split()[2]]
+    assert len(lines) == 13 and lines[1].split() == ["correct", "1.0000000000", lines[1].split()[2]]
     assert np.isfinite([float(cell) for line in lines[1:] for cell in line.split()[1:]]).all()

@@ -56,11 +56,11 @@ def oracles(options: argparse.Namespace) -> int:
 
 
 def exactly(options: argparse.Namespace) -> int:
-    """Run the laboratory; return 1 if a claim does not hold."""
+    """Run every equality; return 1 if a claim does not hold."""
     world = equalities.small_world(options.seed)
     print(f"{len(world.prompts)} prompts, {len(world.responses)} responses to each", flush=True)
     claims = []
-    for part in (*equalities.LABORATORY, assumptions.finite_margins, dynamics.beta_early_and_late):
+    for part in (*equalities.EQUALITIES, assumptions.finite_margins, dynamics.beta_early_and_late):
         print(f"\n{(part.__doc__ or '').splitlines()[0]}", flush=True)
         for claim in part(world, options.seed):
             claims.append(claim)

@@ -198,7 +198,7 @@ def test_the_command_prints_claim_number_and_verdict(broken, capsys, monkeypatch
         yield equalities.at_most("two is less than three", 4.0 if broken else 2.0, 3.0)
         yield equalities.Claim("by the way", 7.0, None)
 
-    monkeypatch.setattr(equalities, "LABORATORY", [part])
+    monkeypatch.setattr(equalities, "EQUALITIES", [part])
     monkeypatch.setattr(equalities, "small_world", lambda seed: world)
     monkeypatch.setattr(assumptions, "what_breaks_it", lambda world, seed: [assumptions.Outcome("name", 0.1, 0.2, 0.3)])
     assert cli.main(["exact"]) == int(broken)
