@@ -11,9 +11,9 @@ SOURCE = Path(minidpo.__file__).parent
 FLOORS = """
     backend tensor ops gradcheck cli.cases optim streams tokenizer plots model scoring losses generation theory.exact
     theory.mutants data.world data.preferences run.safetensors run.files run.checkpoint run.workers training run.folder
-    run.loop run.report explain.graphs explain.tokens explain explain.displacement explain.page theory.invariances
-    theory.equalities theory.assumptions theory.dynamics theory.frontier cli.train cli.look cli.prove cli.demo __init__
-    cli.parser cli __main__ run theory data
+    run.loop run.report explain.graphs explain.tokens explain.ways explain explain.displacement explain.tables
+    explain.page theory.invariances theory.equalities theory.assumptions theory.dynamics theory.frontier cli.train
+    cli.look cli.prove cli.demo __init__ cli.parser cli __main__ run theory data
 """.split()
 PATHS = sorted(SOURCE.rglob("*.py"))
 

@@ -10,7 +10,7 @@ from typing import Any
 from .. import explain, losses, optim
 from ..data import preferences
 from ..data.preferences import Row
-from ..explain import displacement, page
+from ..explain import displacement, page, tables
 from ..run.checkpoint import CheckpointError
 from ..run.files import write_whole
 from ..run.folder import described
@@ -97,9 +97,9 @@ def explain_pair(options: argparse.Namespace) -> int:
     else:
         itself = ", the policy itself" if options.reference == options.checkpoint else ""
         print(f"reference {options.reference}{itself}; beta {options.beta:g}\n{options.note}\n".rstrip() + "\n")
-        print("\n\n".join([page.aligned(view), page.tokens_as_text(view), page.summary(view)]))
-        print(f"\nThe gradient, four ways\n{page.ways_as_text(ways)}")
-        print(f"\nWhat a step will do\n{page.step_as_text(plain, adam)}")
+        print("\n\n".join([tables.aligned(view), tables.tokens_as_text(view), tables.summary(view)]))
+        print(f"\nThe gradient, four ways\n{tables.ways_as_text(ways)}")
+        print(f"\nWhat a step will do\n{tables.step_as_text(plain, adam)}")
     if options.html:
         write_whole(options.html, page.page(view).encode())
     if options.graph:

@@ -13,18 +13,8 @@ from .. import losses, ops
 from ..backend import Array
 from ..streams import stream
 from ..tensor import Tensor
-from . import exact
-from .equalities import (
-    Claim,
-    World,
-    all_pairs,
-    at_most,
-    fitted_table,
-    fitted_transformer,
-    pair_loss,
-    sampled_wins,
-    square_loss,
-)
+from . import equalities, exact
+from .equalities import Claim, World, at_most
 
 
 class Outcome(NamedTuple):
@@ -46,39 +36,37 @@ def outcome(name: str, world: World, logp: Array, beta: float) -> Outcome:
 
 def what_breaks_it(world: World, seed: int, steps: int = 1500) -> list[Outcome]:
     """pi* at beta 0.5, and the policies that DPO, conservative DPO and IPO reach when one assumption fails."""
-    beta = 0.5
-    probabilities = all_pairs(world)
-    pairs = sampled_wins(world, stream(seed, "pairs"), 300)
+    beta, dpo, ipo = 0.5, equalities.pair_loss, equalities.square_loss
+    probabilities = equalities.all_pairs(world)
+    pairs = equalities.sampled_wins(world, stream(seed, "pairs"), 300)
     certain = (world.reward[:, :, None] > world.reward[:, None, :]).astype("float64")
-    flip = 0.3
-    flipped = (1 - flip) * probabilities + flip * probabilities.transpose(0, 2, 1)
+
+    def flipped(wins: Array) -> Array:
+        return 0.7 * wins + 0.3 * wins.transpose(0, 2, 1)  # also how cDPO at e = 0.3 smooths labels
 
     def table(loss: Callable[..., Tensor], wins: Array, ref_logp: Array = world.ref_logp) -> Array:
         loss = partial(loss, ref_logp=ref_logp, wins=wins, beta=beta)
-        return fitted_table(world._replace(ref_logp=ref_logp), loss, steps, 0.3)
+        return equalities.fitted_table(world._replace(ref_logp=ref_logp), loss, steps, 0.3)
 
-    star, _ = exact.optimum(world.ref_logp, world.reward, beta)
     narrow = world.ref_logp.copy()  # gives almost no probability to the ten best responses
     numpy.put_along_axis(narrow, world.reward.argsort(axis=-1)[:, -10:], -300.0, axis=-1)
     narrow = ops.log_softmax.raw(narrow)[0]
-    small = fitted_transformer(world, probabilities, beta, seed, 4, 1, 300)
-    smoothed = (1 - flip) * flipped + flip * flipped.transpose(0, 2, 1)
-    return [
-        outcome("pi*", world, star, beta),
-        outcome("the reference", world, world.ref_logp, beta),
-        outcome("DPO, nothing broken", world, table(pair_loss, probabilities), beta),
-        outcome("DPO, 300 sampled pairs a prompt", world, table(pair_loss, pairs), beta),
-        outcome("IPO, 300 sampled pairs a prompt", world, table(square_loss, pairs), beta),
-        outcome("DPO, labels without noise", world, table(pair_loss, certain), beta),
-        outcome("IPO, labels without noise", world, table(square_loss, certain), beta),
-        outcome(f"DPO, {flip:.0%} of labels flipped", world, table(pair_loss, flipped), beta),
-        outcome(f"cDPO at e = {flip:g}, {flip:.0%} of labels flipped", world, table(pair_loss, smoothed), beta),
-        outcome(f"IPO, {flip:.0%} of labels flipped", world, table(square_loss, flipped), beta),
-        outcome(
-            "DPO, a reference without support for the ten best", world, table(pair_loss, probabilities, narrow), beta
-        ),
-        outcome("DPO, a transformer too small (1 layer of width 4)", world, small, beta),
-    ]
+    small = equalities.fitted_transformer(world, probabilities, beta, seed, 4, 1, 300)
+    policies = {
+        "pi*": exact.optimum(world.ref_logp, world.reward, beta)[0],
+        "the reference": world.ref_logp,
+        "DPO, nothing broken": table(dpo, probabilities),
+        "DPO, 300 sampled pairs a prompt": table(dpo, pairs),
+        "IPO, 300 sampled pairs a prompt": table(ipo, pairs),
+        "DPO, labels without noise": table(dpo, certain),
+        "IPO, labels without noise": table(ipo, certain),
+        "DPO, 30% of labels flipped": table(dpo, flipped(probabilities)),
+        "cDPO at e = 0.3, 30% of labels flipped": table(dpo, flipped(flipped(probabilities))),
+        "IPO, 30% of labels flipped": table(ipo, flipped(probabilities)),
+        "DPO, a reference without support for the ten best": table(dpo, probabilities, narrow),
+        "DPO, a transformer too small (1 layer of width 4)": small,
+    }
+    return [outcome(name, world, logp, beta) for name, logp in policies.items()]
 
 
 def finite_margins(world: World, seed: int) -> Iterator[Claim]:

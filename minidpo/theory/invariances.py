@@ -58,42 +58,42 @@ def dpo(w: Tensor, l: Tensor, ref_w: Tensor, ref_l: Tensor) -> Tensor:
     return losses.dpo_loss(w, l, ref_w, ref_l, BETA).loss
 
 
-def each(logp: Callable[..., Tensor], pairs: Sequence[Pair]) -> tuple[Tensor, Tensor]:
-    """Every response alone: `logp(x, y, w, l)`, (1,), of its prompt x, itself, and both responses of its pair."""
-    w, l = (ops.concatenate(*[logp(*map(list, (pair[0], pair[side], *pair[1:]))) for pair in pairs]) for side in (1, 2))
-    return w, l
-
-
 def one_by_one(
     params: Params,
     config: Config,
     pairs: Sequence[Pair],
     split: Callable[..., tuple[list[int], list[int]]] = lambda x, y, w, l: (x, y),
     mean: bool = False,
+    pads: Sequence[int] = (),
+    left: bool = False,
+    masked: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Scores by one forward each; `split` says which tokens are given and which are scored, `mean` averages them."""
 
-    def logp(*lists: list[int]) -> Tensor:
-        given, scored = split(*lists)
-        return sequence_logprob(params, config, [given], [scored]) * (1 / len(scored) if mean else 1.0)
-
-    return each(logp, pairs)
-
-
-def with_pads(
-    params: Params, config: Config, pairs: Sequence[Pair], pad: int, left: bool, amount: int, masked: bool
-) -> tuple[Tensor, Tensor]:
-    """Scores by one forward each, with pads on one side of the text."""
-
-    def logp(x: list[int], y: list[int], *_: list[int]) -> Tensor:
-        text, pads = [*x, *y][:-1], [pad] * amount
-        tokens = [pads + text if left else text + pads]
-        real = [[False] * amount + [True] * len(text) if left else [True] * len(text) + [False] * amount]
+    def logp(x: list[int], y: list[int], w: list[int], l: list[int]) -> Tensor:
+        given, scored = split(x, y, w, l)
+        parts = [([*given, *scored][:-1], True), (pads, False)][:: -1 if left else 1]
+        tokens = [[token for part, _ in parts for token in part]]
+        real = [[known for part, known in parts for _ in part]]
         logps = ops.log_softmax(forward(params, config, tokens, real if masked else None))[0]  # (T, V)
-        first = (amount if left else 0) + len(x) - 1  # the row that predicts y_1
-        return ops.reshape(ops.sum(ops.gather(logps[first : first + len(y)], y)), (1,))
+        first = len(pads) * left + len(given) - 1  # the row that predicts the first scored token
+        total = ops.sum(ops.gather(logps[first : first + len(scored)], scored))
+        return ops.reshape(total * (1 / len(scored) if mean else 1.0), (1,))
 
-    return each(logp, pairs)
+    w, l = (ops.concatenate(*[logp(*map(list, (p[0], p[side], p[1], p[2]))) for p in pairs]) for side in (1, 2))
+    return w, l
+
+
+def by_sequence(params: Params, config: Config, pairs: Sequence[Pair]) -> tuple[Tensor, Tensor]:
+    """Scores by `sequence_logprob`."""
+    w, l = (ops.concatenate(*[sequence_logprob(params, config, [p[0]], [p[i]]) for p in pairs]) for i in (1, 2))
+    return w, l
+
+
+def without_prefix(x: list[int], y: list[int], w: list[int], l: list[int]) -> tuple[list[int], list[int]]:
+    """The tokens that both responses begin with are given, not scored."""
+    common = next(t for t, (a, b) in enumerate(zip(w, l)) if a != b)
+    return x + y[:common], y[common:]
 
 
 def outcome(
@@ -141,9 +141,9 @@ def comparisons(models: Models) -> Iterator[tuple[str, str, list[Comparison], st
     yield "a constant is added to log-probs", "both of a pair", [(both, plain)], "the chosen one's alone", (one, plain)
 
     # No token attends to a masked pad, and what a pad predicts is not selected.
-    kinds = [(pad, left, amount) for pad in (END_OF_TEXT, 3) for left in (False, True) for amount in (1, 5)]
-    held = [(of(partial(with_pads, pad=p, left=left, amount=n, masked=True)), alone) for p, left, n in kinds]
-    seen = of(partial(with_pads, pad=END_OF_TEXT, left=True, amount=5, masked=False))
+    kinds = [([pad] * amount, left) for pad in (END_OF_TEXT, 3) for left in (False, True) for amount in (1, 5)]
+    held = [(of(partial(one_by_one, pads=pads, left=left)), alone) for pads, left in kinds]
+    seen = of(partial(one_by_one, pads=[END_OF_TEXT] * 5, left=True, masked=False))
     yield "pads are added: id, side, amount", "masked pads", held, "pads on the left, not masked", (seen, alone)
 
     # The loss is a mean over pairs.
@@ -165,9 +165,9 @@ def comparisons(models: Models) -> Iterator[tuple[str, str, list[Comparison], st
     )
 
     # Three layouts of a pair give one number.
-    held = [(of(score), alone) for score in (shared_logprobs, padded_logprobs)]
+    held = [(of(score), alone) for score in (by_sequence, padded_logprobs, shared_logprobs)]
     row = of(partial(one_by_one, split=lambda x, y, w, l: (x, y) if y == w else (x + w, y)))
-    yield "the layout of a pair", "alone, padded, shared", held, "rejected after chosen in a row", (row, alone)
+    yield "the layout of a pair", "one by one, padded, shared", held, "rejected after chosen in a row", (row, alone)
 
     # The reference is a constant: one scoring serves every step.
     again, follows = (stepped(models, collate(PAIRS), follow=follow) for follow in (False, True))
@@ -179,12 +179,6 @@ def comparisons(models: Models) -> Iterator[tuple[str, str, list[Comparison], st
     z = of(loss=lambda w, l, ref_w, ref_l: ops.mean(BETA * ((w - ref_w) - (l - ref_l))))
     held = [(flipped - z, plain)]
     yield "chosen and rejected are swapped", "the loss minus mean z", held, "the loss alone", (flipped, plain)
-
-
-def without_prefix(x: list[int], y: list[int], w: list[int], l: list[int]) -> tuple[list[int], list[int]]:
-    """The tokens that both responses begin with are given, not scored."""
-    common = next(t for t, (a, b) in enumerate(zip(w, l)) if a != b)
-    return x + y[:common], y[common:]
 
 
 def change(after: Array, before: Array) -> float:
@@ -202,6 +196,6 @@ def table(seed: int) -> list[Invariance]:
 
 def as_text(rows: Sequence[Invariance]) -> str:
     """One invariance a line, with the size of both changes."""
-    lines = [f"{'what changes':<40}{'holds for':<26}{'by':>9}   {'breaks for':<30}{'by':>9}"]
-    lines += [f"{row.name:<40}{row.holds:<26}{row.held:>9.1e}   {row.breaks:<30}{row.broke:>9.1e}" for row in rows]
+    lines = [f"{'what changes':<40}{'holds for':<28}{'by':>9}   {'breaks for':<30}{'by':>9}"]
+    lines += [f"{row.name:<40}{row.holds:<28}{row.held:>9.1e}   {row.breaks:<30}{row.broke:>9.1e}" for row in rows]
     return "\n".join(lines)
