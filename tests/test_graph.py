@@ -35,7 +35,7 @@ def test_the_tape_is_listed_in_order_of_creation():
     assert graph.nodes[8].gradient == [-1.0] and graph.nodes[8].gradient_norm == 1
 
 
-def test_gradients_are_those_of_backward_and_grad_stays():
+def test_gradients_are_those_of_backward():
     """The gradients are those of `backward`, and looking at a graph leaves `grad` alone."""
     rng = np.random.default_rng(0)
     data = rng.normal(size=(3, 4)), rng.normal(size=(4, 2))
