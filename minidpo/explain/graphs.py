@@ -49,8 +49,9 @@ class Graph:
         for node in self.nodes:
             operands = ", ".join(map(str, node.parents))
             norm = "none" if node.gradient_norm is None else f"{node.gradient_norm:.3e}"
-            shape = shape_text(node.shape)
-            lines.append(f"{node.number:>5} {node.title:<16} {operands:<28} {shape:<16} {node.kept:>12,} {norm:>11}")
+            lines.append(
+                f"{node.number:>5} {node.title:<16} {operands:<28} {node.shape!s:<16} {node.kept:>12,} {norm:>11}"
+            )
         return "\n".join([*lines, f"{'':>5} {len(self.nodes)} nodes{'':<48}{self.kept:>21,}"])
 
     def dot(self) -> str:
@@ -78,15 +79,11 @@ def label(node: Node) -> list[str]:
     if node.value is not None and node.gradient is not None:
         return [node.title, f"data {numbers(node.value)}", f"grad {numbers(node.gradient)}"]
     norm = "no gradient" if node.gradient_norm is None else f"|grad| {node.gradient_norm:.3e}"
-    return [node.title, shape_text(node.shape), norm]
+    return [node.title, str(node.shape), norm]
 
 
 def numbers(entries: Sequence[float]) -> str:
     return ", ".join(f"{entry:.4g}" for entry in entries)
-
-
-def shape_text(shape: Sequence[int]) -> str:
-    return "(" + ", ".join(map(str, shape)) + ("," if len(shape) == 1 else "") + ")"
 
 
 def arrays_in(value: Any) -> Iterator[Any]:

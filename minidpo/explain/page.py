@@ -1,7 +1,7 @@
 """An explained pair as one HTML page; the template is page.html."""
 
 import html
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from importlib import resources
 from string import Template
 
@@ -29,11 +29,12 @@ def direction(token: TokenView) -> str:
 
 
 def figures(token: TokenView) -> list[str]:
-    """A token's numbers, in the order of the columns."""
+    """A token's sign and name, then its numbers, in the order of the columns."""
     logps = (token.logp, token.ref_logp, token.log_ratio, token.reward)
     coefficient = "cancels" if token.row == "shared" else f"{token.coefficient:.2g}"
     pushes = [f"{token.push:.2g}", f"{token.gradient_norm:.2g}"]
-    return [f"{token.probability:.5f}", *[f"{x:.4f}" for x in logps], coefficient, *pushes]
+    head = f"{SIGNS[direction(token)]} {escaped(quoted(token.token))}"
+    return [head, f"{token.probability:.5f}", *[f"{x:.4f}" for x in logps], coefficient, *pushes]
 
 
 def token_button(token: TokenView, name: str, hardest: float) -> str:
@@ -45,7 +46,7 @@ def token_button(token: TokenView, name: str, hardest: float) -> str:
         for title, part in (("up:", token.up), ("down:", token.down))
         if part
     ]
-    numbers = ", ".join(f"{title} {figure}" for title, figure in zip(COLUMNS[1:], figures(token)))
+    numbers = ", ".join(f"{title} {figure}" for title, figure in zip(COLUMNS[1:], figures(token)[1:]))
     branch = "The responses part here: one row of logits, two tokens." if token.row == "branch" else ""
     lines = [f"<b>{quote}</b> {PUSHES[push]}", numbers, branch, "; ".join(moves)]
     return (
@@ -65,13 +66,11 @@ def words(tokens: Sequence[TokenView], name: str, hardest: float) -> str:
     return "\n".join(f'<span class="word">{part}</span>' for part in parts if part)
 
 
-def row(head: str, cells: Sequence[str]) -> str:
-    return f'<tr><th scope="row">{head}</th>' + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
-
-
-def rows(tokens: Sequence[TokenView]) -> str:
-    """The numbers of a response as rows of a table."""
-    return "\n".join(row(f"{SIGNS[direction(t)]} {escaped(quoted(t.token))}", figures(t)) for t in tokens)
+def rows(table: Iterable[Sequence[str]]) -> str:
+    """The rows of a table, each a head and its cells."""
+    return "\n".join(
+        f'<tr><th scope="row">{head}</th>{"".join(f"<td>{cell}</td>" for cell in cells)}</tr>' for head, *cells in table
+    )
 
 
 def page(view: PairView) -> str:
@@ -85,9 +84,9 @@ def page(view: PairView) -> str:
         chosen=words(view.chosen, "w", hardest),
         rejected=words(view.rejected, "l", hardest),
         loss_line=loss_line(view),
-        totals="\n".join(row(name, cells) for name, *cells in totals(view)),
+        totals=rows(totals(view)),
         columns="".join(f'<th scope="col">{title}</th>' for title in COLUMNS),
-        chosen_rows=rows(view.chosen),
-        rejected_rows=rows(view.rejected),
+        chosen_rows=rows(map(figures, view.chosen)),
+        rejected_rows=rows(map(figures, view.rejected)),
         **{name: f"{getattr(view, name):.4f}" for name in ("logp_w", "logp_l", "reward_w", "reward_l")},
     )

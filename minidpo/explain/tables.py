@@ -21,15 +21,10 @@ def width(text: str) -> int:
     return sum(0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
 
 
-def branches(view: PairView) -> bool:
-    """Whether the responses part at a row of logits that they share."""
-    return any(token.row == "branch" for token in view.chosen)
-
-
 def aligned(view: PairView) -> str:
     """Prompt and responses on lines of their own, with a mark below the tokens that the responses share."""
     chosen, rejected = ([token.token for token in side] for side in (view.chosen, view.rejected))
-    marks = "=" * width(printable(text_of(chosen[: view.shared]))) + ("^" if branches(view) else "")
+    marks = "=" * width(printable(text_of(chosen[: view.shared]))) + ("^" if view.branches else "")
     parts = (("prompt", view.prompt), ("chosen", chosen), ("rejected", rejected))
     lines = [f"{name:<9} {printable(text_of(tokens))}" for name, tokens in parts]
     note = f"tokens shared: {view.shared}" + ("; the two pushes on them cancel" if view.shared else "")
@@ -53,7 +48,7 @@ def tokens_as_text(view: PairView) -> str:
                 + f"{coefficient:>10}{token.gradient_norm:>10.1e}"
                 + (f"  {up} / {down}" if token.up else "")
             )
-    if branches(view):
+    if view.branches:
         lines.append("^ one row of logits, two tokens: the softmax cancels, so one token is pushed up, the other down")
     return "\n".join([*lines, "so far: the implicit reward, beta times the sum of ratios; s: the row of logits"])
 

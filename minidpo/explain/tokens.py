@@ -56,44 +56,23 @@ class PairView:
     ref_logp_l: float
     ids: Pair
 
-    @property
-    def logps(self) -> tuple[float, float, float, float]:
-        """The arguments of a loss."""
-        return self.logp_w, self.logp_l, self.ref_logp_w, self.ref_logp_l
-
-    @property
-    def shared(self) -> int:
-        """The number of tokens that both responses begin with."""
-        return shared_rows(*self.ids[1:])[0]
-
-    @property
-    def policy_gap(self) -> float:
-        return self.logp_w - self.logp_l
-
-    @property
-    def reference_gap(self) -> float:
-        return self.ref_logp_w - self.ref_logp_l
-
-    @property
-    def margin(self) -> float:
-        return losses.dpo_loss(*self.logps, self.beta).margin.item()
-
-    @property
-    def reward_w(self) -> float:
-        return self.beta * (self.logp_w - self.ref_logp_w)
-
-    @property
-    def reward_l(self) -> float:
-        return self.beta * (self.logp_l - self.ref_logp_l)
+    shared = property(lambda self: shared_rows(*self.ids[1:])[0])  # tokens that both responses begin with
+    policy_gap = property(lambda self: self.logp_w - self.logp_l)
+    reference_gap = property(lambda self: self.ref_logp_w - self.ref_logp_l)
+    margin = property(lambda self: (self.logp_w - self.ref_logp_w) - (self.logp_l - self.ref_logp_l))
+    reward_w = property(lambda self: self.beta * (self.logp_w - self.ref_logp_w))
+    reward_l = property(lambda self: self.beta * (self.logp_l - self.ref_logp_l))
+    branches = property(lambda self: any(token.row == "branch" for token in self.chosen))  # a shared row, two tokens
 
     @property
     def weight(self) -> float:
-        """sigma(-z), z = beta margin."""
-        return -float(losses.dpo_gradient(*self.logps, self.beta)[0]) / self.beta
+        """sigma(-z), z = beta margin: the share of its full pull that the pair still has."""
+        gradient_w, _ = losses.dpo_gradient(self.logp_w, self.logp_l, self.ref_logp_w, self.ref_logp_l, self.beta)
+        return -float(gradient_w) / self.beta
 
     @property
     def loss(self) -> float:
-        return losses.dpo_loss(*self.logps, self.beta).loss.item()
+        return losses.dpo_loss(self.logp_w, self.logp_l, self.ref_logp_w, self.ref_logp_l, self.beta).loss.item()
 
     @property
     def says(self) -> str:

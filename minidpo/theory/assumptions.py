@@ -84,8 +84,5 @@ def finite_margins(world: World, seed: int) -> Iterator[Claim]:
     growth = margins[0][2] / margins[0][1]
     text = ", ".join(f"{margin:.0f}" for margin in margins[0])
     yield Claim(f"DPO, one certain pair: margin {text} at steps 100, 1000, 10000; last growth", growth, growth > 1.2)
-    yield at_most(
-        f"IPO, the same pair: distance of the margin to 1/(2 tau) = {1 / (2 * beta):g}",
-        abs(margins[1][2] - 1 / (2 * beta)),
-        1e-9,
-    )
+    text = f"IPO, the same pair: distance of the margin to 1/(2 tau) = {1 / (2 * beta):g}"
+    yield at_most(text, abs(margins[1][2] - 1 / (2 * beta)), 1e-9)

@@ -63,50 +63,37 @@ def beta_early_and_late(world: World, seed: int) -> Iterator[Claim]:
     betas, rate = (0.5, 0.1, 0.01), 0.1
     early, late = ([hard_label_gap(beta, t) for beta in betas] for t in (10, 10_000))
     text = "; ".join(f"t = {t}: {', '.join(f'{h:.1f}' for h in gaps)}" for t, gaps in ((10, early), (10_000, late)))
-    reversed_order = early == sorted(early, reverse=True) and late == sorted(late)
-    yield Claim(
-        f"certain labels, gaps at beta 0.5, 0.1, 0.01 are in reverse order late: {text}", late[2], reversed_order
-    )
+    text = f"certain labels, gaps at beta 0.5, 0.1, 0.01 are in reverse order late: {text}"
+    yield Claim(text, late[2], early == sorted(early, reverse=True) and late == sorted(late))
     path = gap_path(betas, 70_000, rate, 1.0)
     for a, b, high in ((0, 1, 1e3), (1, 2, 1e5)):
         predicted = crossing(functools.partial(lead, betas[a], betas[b]), 1.0, high)
         actual = (1 + int(numpy.argmin(path[1:, a] > path[1:, b]))) * rate
         text = (
-            f"certain labels, beta {betas[a]:g} and {betas[b]:g}: cross at t = {actual:.0f}, predicted {predicted:.0f}"
+            f"certain labels, betas {betas[a]:g} and {betas[b]:g} cross at t = {actual:.0f}, predicted {predicted:.0f}"
         )
-        yield at_most(f"{text}, relative error", abs(actual / predicted - 1), 0.01)
+        yield at_most(f"{text}: relative error", abs(actual / predicted - 1), 0.01)
     reward = 1.7
     p = 1 / (1 + math.exp(-reward))
     path = gap_path(betas, 60_000, rate, p)
-    gap = crossing(
-        lambda h: time_to_gap(betas[0], h, reward) - time_to_gap(betas[1], h, reward),
-        1e-3,
-        reward / betas[0] * (1 - 1e-6),
-    )
-    predicted = time_to_gap(betas[1], gap, reward)
+    first, second = (functools.partial(time_to_gap, beta, reward=reward) for beta in betas[:2])
+    predicted = second(crossing(lambda h: first(h) - second(h), 1e-3, reward / betas[0] * (1 - 1e-6)))
     actual = (1 + int(numpy.argmin(path[1:, 0] > path[1:, 1]))) * rate
-    text = (
-        f"Bradley-Terry labels, beta 0.5 and 0.1: cross at t = {actual:.1f}, predicted {predicted:.1f}, relative error"
-    )
-    yield at_most(text, abs(actual / predicted - 1), 0.01)
+    text = f"Bradley-Terry labels, betas 0.5 and 0.1 cross at t = {actual:.1f}, predicted {predicted:.1f}"
+    yield at_most(f"{text}: relative error", abs(actual / predicted - 1), 0.01)
     for i, beta in enumerate(betas[:2]):
-        text = f"Bradley-Terry labels, beta {beta:g}: final gap {reward}/beta = {reward / beta:.1f}, relative error"
+        text = f"Bradley-Terry labels, beta {beta:g}: final gap {reward}/beta = {reward / beta:.1f}: relative error"
         yield at_most(text, abs(path[-1, i] * beta / reward - 1), 0.01)
 
 
 def gap_panels() -> list[Panel]:
     """Diagrams of the gaps at three betas over time, for certain and for Bradley-Terry labels."""
     betas, rate, reward = (0.5, 0.1, 0.01), 0.1, 1.7
-    times = rate * numpy.arange(1, 70_001)
-    sampled = numpy.unique(numpy.geomspace(1, len(times), 300).astype(int)) - 1
+    steps = numpy.unique(numpy.geomspace(1, 70_000, 300).astype(int))  # evenly spaced on a logarithmic axis
     panels = []
-    for title, p in (
-        ("certain labels", 1.0),
-        (f"Bradley-Terry labels, reward gap {reward}", 1 / (1 + math.exp(-reward))),
-    ):
-        gaps = gap_path(betas, len(times), rate, p)[1:]
-        curves = [
-            Curve(f"beta {beta:g}", times[sampled].tolist(), gaps[sampled, i].tolist()) for i, beta in enumerate(betas)
-        ]
+    labels = {"certain labels": 1.0, f"Bradley-Terry labels, reward gap {reward}": 1 / (1 + math.exp(-reward))}
+    for title, p in labels.items():
+        gaps = gap_path(betas, 70_000, rate, p)[steps]
+        curves = [Curve(f"beta {beta:g}", (rate * steps).tolist(), gaps[:, i].tolist()) for i, beta in enumerate(betas)]
         panels.append(Panel(title, "time of gradient flow", "log-ratio gap, nats", curves, "log"))
     return panels

@@ -20,6 +20,9 @@ from ..tensor import Tensor
 from . import exact
 
 BETAS = (0.05, 0.1, 0.5, 1.0, 5.0)
+SIZES = ((16, 1, 0.1), (24, 2, 1e-2), (32, 2, 1e-5))  # of transformers: width, layers, largest distance to pi*
+Policy = tuple[Params, Callable[[], Tensor]]  # parameters, and log pi as a function of them, (P, N)
+Loss = Callable[[Tensor], Tensor]  # of log pi
 ADAM = functools.partial(optim.AdamW, weight_decay=0.0)
 
 
@@ -91,32 +94,23 @@ def bradley_terry(world: World, seed: int) -> Iterator[Claim]:
     probabilities = exact.preference_probabilities(world.reward)
     fitted = numpy.stack([exact.fitted_rewards(p)[0] for p in probabilities])
     centred = world.reward - world.reward.mean(axis=-1, keepdims=True)
-    yield at_most(
-        "rewards fitted to exact probabilities are the true ones, up to a constant", abs(fitted - centred).max(), 1e-12
-    )
+    error = abs(fitted - centred).max()
+    yield at_most("rewards fitted to exact probabilities are the true ones, up to a constant", error, 1e-12)
     rng, wins = stream(seed, "labels"), numpy.zeros((5, 5))
     while not ((wins + wins.T).sum(axis=0).all() and exact.has_maximum(wins)):
         i, j = rng.choice(5, 2, replace=False)
         wins[(i, j) if rng.random() < probabilities[0, i, j] else (j, i)] += 1
     reward = exact.fitted_rewards(wins)[0]
-    expected = ((wins + wins.T) * exact.preference_probabilities(reward)).sum(axis=1)
-    yield at_most(
-        f"{wins.sum():.0f} sampled labels on 5 responses: each response wins as often as the fit expects",
-        abs(expected - wins.sum(axis=1)).max(),
-        1e-9,
-    )
+    error = abs(((wins + wins.T) * exact.preference_probabilities(reward) - wins).sum(axis=1)).max()
+    text = f"{wins.sum():.0f} sampled labels on 5 responses: each response wins as often as the fit expects"
+    yield at_most(text, error, 1e-9)
     chain = numpy.diag([1.0, 1.0], k=1)  # 0 preferred to 1, 1 to 2
     rewards = numpy.array([80.0, 40.0, 0.0])
     loss = -(chain * ops.logsigmoid.raw(numpy.subtract.outer(rewards, rewards))[0]).sum()
-    yield Claim(
-        "a chain of labels has no best rewards: its loss falls to 0 as they move apart",
-        float(loss),
-        not exact.has_maximum(chain) and loss < 1e-15,
-    )
-    cycle = numpy.roll(numpy.eye(3), 1, axis=1)
-    yield at_most(
-        "a cycle of three labels is fitted best by equal rewards", abs(exact.fitted_rewards(cycle)[0]).max(), 1e-12
-    )
+    text = "a chain of labels has no best rewards: its loss falls to 0 as they move apart"
+    yield Claim(text, float(loss), not exact.has_maximum(chain) and loss < 1e-15)
+    cycle = exact.fitted_rewards(numpy.roll(numpy.eye(3), 1, axis=1))[0]
+    yield at_most("a cycle of three labels is fitted best by equal rewards", abs(cycle).max(), 1e-12)
     error = max(
         abs(math.exp(exact.plackett_luce(world.reward[0], [i, j])) - probabilities[0, i, j])
         for i, j in ((0, 1), (5, 3), (len(world.responses) - 1, 2))
@@ -149,9 +143,8 @@ def reparametrisation(world: World, seed: int) -> Iterator[Claim]:
     beta = 0.5
     star, log_z = exact.optimum(world.ref_logp, world.reward, beta)
     implicit = exact.implicit_reward(star, world.ref_logp, beta)
-    yield at_most(
-        "beta log(pi*/pi_ref) = r - beta log Z(x)", abs(implicit - (world.reward - beta * log_z[:, None])).max(), 1e-12
-    )
+    error = abs(implicit - (world.reward - beta * log_z[:, None])).max()
+    yield at_most("beta log(pi*/pi_ref) = r - beta log Z(x)", error, 1e-12)
     spread = (log_z.max() - log_z.min()).item()
     yield Claim("log Z(x) differs between prompts (by more than 0.01)", spread, spread > 0.01)
     differences = [r[:, :, None] - r[:, None, :] for r in (implicit, world.reward)]
@@ -160,11 +153,9 @@ def reparametrisation(world: World, seed: int) -> Iterator[Claim]:
     shifted = world.reward + array_module(world.reward).asarray(shift)
     error = abs(exact.preference_probabilities(shifted) - exact.preference_probabilities(world.reward)).max()
     yield at_most("Lemma 1: r(x, y) and r(x, y) + f(x) give the same preferences", error, 1e-12)
-    error = exact.total_variation(exact.optimum(world.ref_logp, shifted, beta)[0], star).max()
-    yield at_most("Lemma 2: they have the same optimal policy", error, 1e-12)
-    error = abs(
-        exact.implicit_reward(exact.optimum(world.ref_logp, shifted, beta)[0], world.ref_logp, beta) - implicit
-    ).max()
+    same, _ = exact.optimum(world.ref_logp, shifted, beta)
+    yield at_most("Lemma 2: they have the same optimal policy", exact.total_variation(same, star).max(), 1e-12)
+    error = abs(exact.implicit_reward(same, world.ref_logp, beta) - implicit).max()
     yield at_most("Theorem 1: they share one reward of the form beta log(pi/pi_ref)", error, 1e-12)
 
 
@@ -203,14 +194,9 @@ def newton(world: World, wins: Array, beta: float) -> tuple[Array, int]:
     return ops.log_softmax.raw(logits)[0], max(steps for _, steps in fits)
 
 
-def descent(
-    params: Params,
-    log_policy: Callable[[], Tensor],
-    loss: Callable[[Tensor], Tensor],
-    optimizer: Callable[[Params, float], optim.Optimizer],
-    rates: Sequence[float],
-) -> Array:
+def descent(policy: Policy, loss: Loss, optimizer: Callable[..., optim.Optimizer], rates: Sequence[float]) -> Array:
     """log pi before each step down a loss of log pi, and after the last.  -> (steps + 1, P, N)"""
+    params, log_policy = policy
     mover, path = optimizer(params, 0.0), []
     for rate in rates:
         logp = log_policy()
@@ -227,18 +213,18 @@ def cosine(steps: int, peak: float, warmup: int = 0) -> list[float]:
     return [optim.warmup_cosine(step, steps, peak, warmup) for step in range(steps)]
 
 
-def table_policy(world: World) -> tuple[Params, Callable[[], Tensor]]:
+def table_policy(world: World) -> Policy:
     """A table of one logit for each response, which starts at the reference."""
     params = {"logits": Tensor(world.ref_logp.copy(), requires_grad=True)}
     return params, lambda: ops.log_softmax(params["logits"])
 
 
-def fitted_table(world: World, loss: Callable[[Tensor], Tensor], steps: int, peak: float) -> Array:
+def fitted_table(world: World, loss: Loss, steps: int, peak: float) -> Array:
     """log pi of a table after Adam has minimised a loss of log pi.  -> (P, N)"""
-    return descent(*table_policy(world), loss, ADAM, cosine(steps, peak))[-1]
+    return descent(table_policy(world), loss, ADAM, cosine(steps, peak))[-1]
 
 
-def transformer_policy(world: World, seed: int, n_embd: int, n_layer: int) -> tuple[Params, Callable[[], Tensor]]:
+def transformer_policy(world: World, seed: int, n_embd: int, n_layer: int) -> Policy:
     """A new transformer with four heads, in float64. It is narrow, so its matrices are normal(0, 0.1)."""
     V = 1 + max(max(y) for y in world.responses)
     longest = max(map(len, world.prompts)) + max(map(len, world.responses))
@@ -263,7 +249,7 @@ def optimum_of_dpo(world: World, seed: int) -> Iterator[Claim]:
     loss = functools.partial(pair_loss, ref_logp=world.ref_logp, wins=wins, beta=beta)
     curvature = beta**2 / (2 * world.reward.size)  # roughly the largest of the loss
     for name, logp in (
-        ("gradient descent", descent(*table_policy(world), loss, optim.SGD, [1 / curvature] * 500)[-1]),
+        ("gradient descent", descent(table_policy(world), loss, optim.SGD, [1 / curvature] * 500)[-1]),
         ("Adam", fitted_table(world, loss, 500, 0.3)),
     ):
         text = f"DPO on a table, 500 steps of {name}, beta 0.5: TV to pi*"
@@ -271,12 +257,9 @@ def optimum_of_dpo(world: World, seed: int) -> Iterator[Claim]:
 
 
 def optimum_of_transformers(
-    world: World,
-    seed: int,
-    sizes: Sequence[tuple[int, int, float]] = ((16, 1, 0.1), (24, 2, 1e-2), (32, 2, 1e-5)),
-    steps: int = 1500,
+    world: World, seed: int, sizes: Sequence[tuple[int, int, float]] = SIZES, steps: int = 1500
 ) -> Iterator[Claim]:
-    """The same holds for transformers, as closely as their size allows: (width, layers, largest distance)."""
+    """The same holds for transformers, as closely as their size allows."""
     wins = all_pairs(world)
     runs = [(0.5, *size, steps) for size in sizes]
     runs += [(beta, *sizes[-1][:2], math.inf, 2 * steps // 3) for beta in BETAS if beta != 0.5]
@@ -293,7 +276,7 @@ def fitted_transformer(
     """log pi of a transformer after Adam with a cosine schedule has minimised `pair_loss`.  -> (P, N)"""
     loss = functools.partial(pair_loss, ref_logp=world.ref_logp, wins=wins, beta=beta)
     optimizer = functools.partial(ADAM, betas=(0.9, 0.99))
-    return descent(*transformer_policy(world, seed, n_embd, n_layer), loss, optimizer, cosine(steps, 5e-3, 50))[-1]
+    return descent(transformer_policy(world, seed, n_embd, n_layer), loss, optimizer, cosine(steps, 5e-3, 50))[-1]
 
 
 def policy_gradient(logp: Array, ref_logp: Array, reward: Array, beta: float) -> Array:
@@ -361,13 +344,9 @@ def sampling_noise(world: World, seed: int) -> Iterator[Claim]:
     beta, count = 0.5, 200_000
     exact_gradient = policy_gradient(world.ref_logp, world.ref_logp, world.reward, beta)[0]
     estimates = sampled_gradients(world, world.ref_logp, beta, stream(seed, "reinforce"), count)
-    error = numpy.linalg.norm(estimates.mean(axis=0) - exact_gradient)
     noise = math.sqrt(estimates.var(axis=0).sum())
-    yield at_most(
-        f"the mean of {count} REINFORCE samples: distance to the exact gradient in standard errors",
-        float(error) / (noise / math.sqrt(count)),
-        3,
-    )
+    error = numpy.linalg.norm(estimates.mean(axis=0) - exact_gradient) / (noise / math.sqrt(count))
+    yield at_most(f"the mean of {count} REINFORCE samples: standard errors to the exact gradient", error, 3)
     ratio = float(noise / numpy.linalg.norm(exact_gradient))
     yield Claim("the noise of one sample, in lengths of the gradient (more than 1)", ratio, ratio > 1)
 
@@ -375,7 +354,7 @@ def sampling_noise(world: World, seed: int) -> Iterator[Claim]:
 def mean_log_ratio(world: World, seed: int) -> Iterator[Claim]:
     """E_ref[log(pi/pi_ref)] = -KL(pi_ref || pi): the mean implicit reward sinks as soon as the policy moves."""
     loss = functools.partial(pair_loss, ref_logp=world.ref_logp, wins=all_pairs(world), beta=0.5)
-    path = descent(*table_policy(world), loss, ADAM, [0.1] * 100)
+    path = descent(table_policy(world), loss, ADAM, [0.1] * 100)
     for step in (0, 1, 10, 100):
         mean = (numpy.exp(world.ref_logp) * (path[step] - world.ref_logp)).sum(axis=-1)
         text = f"after {step} steps of DPO, E_ref[log(pi/pi_ref)] = {mean.mean():.4f} is -KL(pi_ref || pi): error"

@@ -18,21 +18,8 @@ from ..backend import Array
 from ..plots import Curve, Panel
 from ..streams import stream
 from ..tensor import Tensor
-from . import exact
-from .equalities import (
-    ADAM,
-    World,
-    all_pairs,
-    cosine,
-    descent,
-    fitted_table,
-    natural_policy,
-    newton,
-    pair_loss,
-    sampled_wins,
-    small_world,
-    square_loss,
-)
+from . import equalities, exact
+from .equalities import ADAM, World, cosine, descent, fitted_table, natural_policy, pair_loss, square_loss
 
 BETAS = (0.05, 0.1, 1.0, 5.0)
 ALPHAS = (0.05, 0.1, 0.5, 1.0)
@@ -74,7 +61,7 @@ def learned_reward(wins: Array, prior: float = 1e-3) -> Array:
     def loss(r: Tensor) -> Tensor:
         return pair_loss(r, zeros, wins, 1.0) + prior * ops.mean(r * r)
 
-    return descent(reward, lambda: reward["reward"] * 1.0, loss, ADAM, cosine(STEPS, 0.1))[-1]
+    return descent((reward, lambda: reward["reward"] * 1.0), loss, ADAM, cosine(STEPS, 0.1))[-1]
 
 
 def sampled_policy(world: World, beta: float, rng: numpy.random.Generator, batch: int = 64) -> Array:
@@ -104,8 +91,8 @@ def unlikelihood(world: World, alpha: float, steps: int) -> Array:
 
 def policies(world: World, seed: int) -> Iterator[tuple[str, float, Array]]:
     """Every run as its kind, its strength and log pi."""
-    exact_wins = all_pairs(world)
-    wins = sampled_wins(world, stream(seed, "frontier", "pairs"), PAIRS)
+    exact_wins = equalities.all_pairs(world)
+    wins = equalities.sampled_wins(world, stream(seed, "frontier", "pairs"), PAIRS)
     reward = learned_reward(wins)
 
     def minimiser(loss: Callable[..., Tensor], wins: Array, beta: float) -> Array:
@@ -115,7 +102,7 @@ def policies(world: World, seed: int) -> Iterator[tuple[str, float, Array]]:
         rng = stream(seed, "frontier", "samples", str(beta))
         yield "DPO, 2,000 pairs", beta, minimiser(pair_loss, wins, beta)
         yield "policy gradient, true reward", beta, natural_policy(world, world.reward, beta, 100)
-        yield "DPO, exact preferences", beta, newton(world, exact_wins, beta)[0]
+        yield "DPO, exact preferences", beta, equalities.newton(world, exact_wins, beta)[0]
         yield "policy gradient, reward from 2,000 pairs", beta, natural_policy(world, reward, beta, 100)
         yield "policy gradient, sampled", beta, sampled_policy(world, beta, rng)
     for beta in (0.1, 1.0):
@@ -143,7 +130,7 @@ def most_reward(world: World, kl: float) -> float:
     return kl_and_reward(world, exact.optimum(world.ref_logp, world.reward, low)[0])[1]
 
 
-def run(seeds: Sequence[int], make: Callable[[int], World] = small_world) -> Iterator[Point]:
+def run(seeds: Sequence[int], make: Callable[[int], World] = equalities.small_world) -> Iterator[Point]:
     """The point of every run in the world of every seed."""
     for seed in seeds:
         world = make(seed)
@@ -166,7 +153,7 @@ def as_text(points: Sequence[Point]) -> str:
     return "\n".join(rows)
 
 
-def panels(points: Sequence[Point], make: Callable[[int], World] = small_world) -> list[Panel]:
+def panels(points: Sequence[Point], make: Callable[[int], World] = equalities.small_world) -> list[Panel]:
     """A diagram of the frontier and the points of the first seed."""
     world = make(points[0].seed)
     betas = numpy.geomspace(0.02, 50, 80)
