@@ -180,8 +180,8 @@ np.testing.assert_allclose((prompt_scored[0] - prompt_scored[1]).data, (logp_w -
 # %%
 wrong = {mutant.__name__ for mutant in mutants.WRONG_DISTRIBUTION}
 for verdict in verdicts:
-    assert (abs(verdict.total_probability - 1) < 1e-12) == (verdict.name in {"right", *wrong})
-    assert (verdict.chain_rule_gap < 1e-12) == (verdict.name == "right")
+    assert (abs(verdict.total_probability - 1) < 1e-12) == (verdict.name in {"correct", *wrong})
+    assert (verdict.chain_rule_gap < 1e-12) == (verdict.name == "correct")
 print("04: probabilities of all complete responses sum to 1; seven mistakes break that, four only the chain rule sees")
 
 # %% [markdown]

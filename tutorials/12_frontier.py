@@ -195,7 +195,7 @@ print("    the assumptions moved DPO away from pi*")
 ranks = equalities.World([[0]], [[1]] * 1000, np.arange(1000.0)[None, :], np.full((1, 1000), -np.log(1000)))
 best_of_two = frontier.best_of(ranks, 2)
 np.testing.assert_allclose(np.exp(best_of_two[0]), 2 / 1000 * (np.arange(1000) + 0.5) / 1000, rtol=1e-9)
-np.testing.assert_allclose(frontier.measured(ranks, best_of_two)[0], np.log(2) - 0.5, rtol=0, atol=1e-4)
+np.testing.assert_allclose(frontier.kl_and_reward(ranks, best_of_two)[0], np.log(2) - 0.5, rtol=0, atol=1e-4)
 
 sample_logp = log_softmax(start[10_000:])  # on the frontier, if the axis is right
 exchanged = (pi_ref * (ref_logp - sample_logp)).sum(axis=-1)

@@ -524,7 +524,7 @@ def e18():
         "To concatenate, slice, gather and sum is a robust scorer.",
         {},
         {
-            "sum over all responses of exp(score): one text, every token scored": total(mutants.right),
+            "sum over all responses of exp(score): one text, every token scored": total(mutants.correct),
             "a pad scored": total(mutants.pads_scored),
             "end-of-text not scored": total(mutants.end_of_text_masked),
             "two prompt lengths, sliced at one: row 1 off by (nats)": float(naive[0] - right[0]),

@@ -13,7 +13,7 @@ from .. import losses, optim, training
 from ..data import preferences
 from ..data.preferences import PAIRS, Encoded, Row
 from ..explain import displacement as first_order
-from ..explain import double, four_ways, page, pair
+from ..explain import double, four_ways, page, pair, tables
 from ..explain import graph as graph_of
 from ..generation import generate
 from ..run.checkpoint import Checkpoint, CheckpointError
@@ -190,9 +190,9 @@ def explain(
     else:
         itself = ", the policy itself" if reference == checkpoint else ""
         print(f"reference {reference}{itself}; beta {beta:g}\n{note}\n".rstrip() + "\n")
-        print("\n\n".join([page.aligned(view), page.tokens_as_text(view), page.summary(view)]))
-        print(f"\nThe gradient, four ways\n{page.ways_as_text(ways)}")
-        print(f"\nWhat a step will do\n{page.step_as_text(plain, adam)}")
+        print("\n\n".join([tables.aligned(view), tables.tokens_as_text(view), tables.summary(view)]))
+        print(f"\nThe gradient, four ways\n{tables.ways_as_text(ways)}")
+        print(f"\nWhat a step will do\n{tables.step_as_text(plain, adam)}")
     if html:
         write_whole(html, page.page(view).encode())
     if graph:
