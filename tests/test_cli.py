@@ -319,7 +319,7 @@ def test_a_closed_pipe_is_not_a_traceback(capsys, monkeypatch):
 @pytest.fixture
 def quick(monkeypatch):
     """The theory in no time."""
-    monkeypatch.setattr(equalities, "LABORATORY", [])
+    monkeypatch.setattr(equalities, "EQUALITIES", [])
 
     def nothing(world, seed):
         """Claim nothing."""

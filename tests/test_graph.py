@@ -24,7 +24,7 @@ def test_the_tape_is_listed_in_order_of_creation():
     loss, names = worked_example()
     graph = explain.graph(loss, names)
     assert [node.title for node in graph.nodes] == [
-        *names, "sub", "sub", "sub", "mul", "logsigmoid", "neg", "mean",
+        *names, "sub", "sub", "sub", "mul", "logsigmoid", "mean", "neg",
     ]  # fmt: skip
     assert [node.parents for node in graph.nodes[4:]] == [[0, 2], [1, 3], [4, 5], [6], [7], [8], [9]]
     assert all(parent < node.number for node in graph.nodes for parent in node.parents)
@@ -107,7 +107,7 @@ def test_small_graphs_show_values_and_gradients():
     graph = explain.graph(*worked_example())
     assert 'n0 [label="logp_w\\ndata -10\\ngrad -0.04256", style=rounded]' in graph.dot()
     assert 'n0(["logp_w<br/>data -10<br/>grad -0.04256"])' in graph.mermaid()
-    assert 'n10["mean<br/>data 0.5544<br/>grad 1"]' in graph.mermaid()
+    assert 'n10["neg<br/>data 0.5544<br/>grad 1"]' in graph.mermaid()
 
 
 def test_names_stay_text():

@@ -59,7 +59,7 @@ def test_the_commands_exist(tmp_path, monkeypatch):
         (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(desk, "FULL", SIZES)
-    monkeypatch.setattr(equalities, "LABORATORY", equalities.LABORATORY[:3])
+    monkeypatch.setattr(equalities, "EQUALITIES", equalities.EQUALITIES[:3])
     monkeypatch.setattr(assumptions, "what_breaks_it", lambda world, seed: [])
     steps = ["--steps", "1"]
     shorter = {"check": ["--cases", "1"], "pretrain": steps, "sft": steps, "dpo": steps, "judge": ["--replies", "5"]}
