@@ -197,8 +197,8 @@ for line in train[::200]:
 # %% [markdown]
 # ## What was shown
 # Ten steps lead from tokens to the same logits as the library's. Pre-training and fine-tuning minimise one loss on two
-# kinds of data. The base model continues a text in the way of its training texts, and in half of those the customer asks
-# again. The SFT model replies.
+# kinds of data. The base model continues a text in the way of its training texts, and in half of those the customer
+# asks again. The SFT model replies.
 #
 # ## Exercises
 # 1. Count the parameters in terms of V, C, n_positions and n_layer. Why does the output matrix wte^T add none?
