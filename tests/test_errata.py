@@ -1,6 +1,6 @@
-"""The numbers that correct common claims are right: otherwise who came with a wrong one leaves with another.
+"""The numbers that correct common claims are correct themselves.
 
-The numbers stand here as they are documented, to the digits that are documented; the script computes them.
+They are written here to the digits that we document. The script computes them.
 """
 
 import importlib.util
@@ -14,7 +14,7 @@ IDS = [f"E{n}" for n in range(1, 26)]
 ZERO, ONE = (-1e-10, 1e-10), (1 - 1e-10, 1 + 1e-10)
 POSITIVE, NEGATIVE = (1e-3, math.inf), (-math.inf, -1e-3)
 
-# A text is a number to be met in all its digits; a tuple is what the number must lie between.
+# A string is a number that must agree in all its digits; a tuple is a pair of bounds.
 EXPECTED = {
     "E1": {
         "gap at the optimum, beta 0.01": "170",
@@ -109,7 +109,7 @@ EXPECTED = {
     },
     "E15": {
         "distance (TV) of the DPO minimiser from the RLHF optimum, exact Bradley-Terry labels, beta 1": ZERO,
-        # v + e^v = 1 + 2 beta^2 t of the gradient flow, v = beta margin, gives 5.3, 7.6, 9.9 and 29, 53: ever larger
+        # gradient flow, z + e^z = 1 + 2 beta^2 t with z = beta * margin, gives 5.3, 7.6, 9.9 and 29, 53: ever larger
         "certain label, beta 1: margin after 100 steps": (5.0, 5.6),
         "certain label, beta 1: margin after 1000 steps": (7.4, 7.8),
         "certain label, beta 1: margin after 10000 steps": (9.7, 10.1),
@@ -189,8 +189,8 @@ def agrees(number, expected):
 
 
 @pytest.mark.parametrize("id", IDS)
-def test_the_computed_numbers_are_the_right_ones(errata, id):
-    """Otherwise a correction is itself in need of one."""
+def test_the_computed_numbers_are_correct(errata, id):
+    """Each item computes the documented numbers, all of them and no others."""
     erratum = getattr(errata, id.lower())()
     assert erratum.id == id and erratum.claim and erratum.why
     assert erratum.computed.keys() == EXPECTED[id].keys()
@@ -199,7 +199,7 @@ def test_the_computed_numbers_are_the_right_ones(errata, id):
 
 
 @pytest.mark.parametrize(
-    "id, name, given",
+    "id, name, number",
     [
         ("E2", "ratio", 77),
         ("E4", "p1", 0.819),
@@ -210,14 +210,14 @@ def test_the_computed_numbers_are_the_right_ones(errata, id):
         ("E20", "sum", -0.735),
     ],
 )
-def test_the_given_numbers_are_those_that_are_in_use(errata, id, name, given):
-    """Otherwise a reader does not recognise the claim that they met."""
-    assert getattr(errata, id.lower())().given[name] == given
+def test_a_claim_has_the_number_that_people_quote(errata, id, name, number):
+    """A reader recognises a claim by its number."""
+    assert getattr(errata, id.lower())().given[name] == number
 
 
-def test_numbers_that_differ_from_what_is_given_do_differ(errata):
-    """Otherwise the script calls something wrong that is right."""
-    same = {"E21": {"reward_w", "reward_l"}, "E19": {"accuracy"}}  # true numbers, wrongly read
+def test_a_computed_number_differs_from_the_claim(errata):
+    """A number that the script corrects is wrong by more than rounding."""
+    same = {"E21": {"reward_w", "reward_l"}, "E19": {"accuracy"}}  # correct numbers, misread
     for id in IDS:
         erratum = getattr(errata, id.lower())()
         for name in (erratum.given.keys() & erratum.computed.keys()) - same.get(id, set()):
@@ -225,7 +225,7 @@ def test_numbers_that_differ_from_what_is_given_do_differ(errata):
 
 
 def test_each_item_is_there_once_and_printed(errata, capsys):
-    """Otherwise a reader looks for a claim in vain."""
+    """Every item is in the list once, and is printed in order under its id."""
     assert len(errata.ERRATA) == len(set(errata.ERRATA)) == len(IDS)
     errata.main()
     printed = capsys.readouterr().out
