@@ -11,8 +11,8 @@ import models
 from minidpo import Tensor, explain, model, optim, scoring
 from minidpo.explain import displacement
 from minidpo.model import Config
-from minidpo.theory import words
-from minidpo.theory.words import VECTORS, three_words
+from minidpo.theory import no_never_yes
+from minidpo.theory.no_never_yes import VECTORS, three_words
 from models import CONFIG, small
 
 close = np.testing.assert_allclose
@@ -159,7 +159,7 @@ def test_with_likelihood_the_chosen_word_ends_likely():
         run = three_words(weight)
         assert run.path[-1, 0] > -0.1 and run.loss < 0.02
     runs = [three_words(0.0, steps=3), three_words(0.5, steps=3)]
-    first, _, *rows = words.as_text(runs).splitlines()
+    first, _, *rows = no_never_yes.as_text(runs).splitlines()
     assert first.startswith('One pair, "no" over "never"') and "beta 0.5, 3 steps of rate 0.1" in first
     for row, run in zip(rows, runs, strict=True):
         weight, slope, *logps, loss = map(float, row.split())

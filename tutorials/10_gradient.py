@@ -24,6 +24,7 @@ import numpy as np
 
 from minidpo import Config, Tensor, explain, gradcheck, losses, model, scoring
 from minidpo.explain import displacement
+from minidpo.theory import no_never_yes
 
 # %% [markdown]
 # ## From NumPy alone: the four log-probabilities
@@ -200,7 +201,7 @@ for row in zip(words, predicted, change):
 # fall.
 
 # %%
-np.testing.assert_allclose(displacement.slope(0.0, beta), beta * half * (K[0, 0] - K[0, 1]), rtol=1e-12)
+np.testing.assert_allclose(no_never_yes.slope(0.0, beta), beta * half * (K[0, 0] - K[0, 1]), rtol=1e-12)
 assert change[1] < change[0] < 0 < change[2]
 steps = []
 print("\na transformer, one step on one pair: the change of logp_w, predicted and measured, and of logp_l, measured")

@@ -24,7 +24,7 @@ import pathlib
 import numpy as np
 
 from minidpo import Tensor, exact, losses, ops, plots
-from minidpo.explain import displacement
+from minidpo.theory import no_never_yes
 
 
 def sigma(z):
@@ -208,13 +208,13 @@ show("5. Probability of a refusal", ("prompt", "reference", "trained on 1st", "o
 # %% [markdown]
 # ## The library's version
 #
-# `displacement.three_words` is failure 1. For the others `losses.dpo_loss` gives the gradients that we used above. The
+# `no_never_yes.three_words` is failure 1. For the others `losses.dpo_loss` gives the gradients that we used above. The
 # probability of a wrong label is its `label_smoothing`. A bonus of alpha per word is a reference whose
 # log-probabilities are lower by alpha |y|/beta.
 
 # %%
 for nll_weight, by_hand in ((0.0, plain), (1.0, with_nll)):
-    np.testing.assert_allclose(displacement.three_words(nll_weight).path, by_hand, rtol=0, atol=1e-9)
+    np.testing.assert_allclose(no_never_yes.three_words(nll_weight).path, by_hand, rtol=0, atol=1e-9)
 
 
 def words_logp(k, theta):

@@ -21,8 +21,7 @@ import numpy as np
 
 from minidpo import Config, Tensor, exact, losses, model, ops, optim, scoring, training
 from minidpo.data.preferences import collate
-from minidpo.explain import displacement
-from minidpo.theory import mutants
+from minidpo.theory import mutants, no_never_yes
 
 
 class Erratum(NamedTuple):
@@ -455,8 +454,8 @@ def e16():
     rng = np.random.default_rng(0)
     ref_logp, logp = (ops.log_softmax(rng.normal(size=8)).data for _ in range(2))
     mean_ratio = float((np.exp(ref_logp) * (logp - ref_logp)).sum())
-    words = displacement.three_words(steps=200)  # a model of two numbers, trained on "no" over "never"
-    change = words.path[-1] - words.path[0]
+    run = no_never_yes.three_words(steps=200)  # a model of two numbers, trained on "no" over "never"
+    change = run.path[-1] - run.path[0]
     gradient_w, gradient_l = losses.dpo_gradient(-10.0, -15.0, -12.0, -14.0, BETA)
     return Erratum(
         "E16",
@@ -465,9 +464,9 @@ def e16():
         {
             "dL/dlogp_w": float(gradient_w),
             "dL/dlogp_l": float(gradient_l),
-            "three words: change of logp(chosen)": float(change[displacement.CHOSEN]),
-            "of logp(rejected)": float(change[displacement.REJECTED]),
-            "of the margin": float(change[displacement.CHOSEN] - change[displacement.REJECTED]),
+            "three words: change of logp(chosen)": float(change[no_never_yes.CHOSEN]),
+            "of logp(rejected)": float(change[no_never_yes.REJECTED]),
+            "of the margin": float(change[no_never_yes.CHOSEN] - change[no_never_yes.REJECTED]),
             "mean of log(pi/pi_ref) over pi_ref, a random policy": mean_ratio,
             "the same plus KL(pi_ref || pi)": mean_ratio + float(exact.kl(ref_logp, logp)),
         },

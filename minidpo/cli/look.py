@@ -21,7 +21,7 @@ from ..run.files import write_whole
 from ..run.folder import run_description
 from ..scoring import Pair, collate, shared_logprobs
 from ..streams import stream
-from ..theory import words
+from ..theory import no_never_yes
 from ..tokenizer import END_OF_TEXT, TURN, Tokenizer, printable
 from . import options as o
 from .options import Default, announce
@@ -221,7 +221,7 @@ def displacement(
         others = (data, checkpoint, reference, beta, learning_rate, strict or None)
         if any(value is not None for value in others) or truncation != "none":
             raise ValueError("--checkpoint and --data belong together, and the other options need both")
-        table = words.as_text([words.three_words(weight) for weight in NLL_WEIGHTS])
+        table = no_never_yes.as_text([no_never_yes.three_words(weight) for weight in NLL_WEIGHTS])
     else:
         reference, beta, note = run_settings(checkpoint, reference, beta)
         policy, ref, rows, _ = scored_rows(checkpoint, reference, data, truncation, strict)

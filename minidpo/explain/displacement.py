@@ -1,8 +1,8 @@
 """Displacement: training on a preference can make the preferred response less likely.
 
 The DPO loss rewards a margin, not a likely chosen response. To first order a step makes the chosen response less likely
-if K_wl > K_ww (`step`). This file predicts it for a pair and counts it over many; theory/words.py proves it for three
-words.
+if K_wl > K_ww (`step`). This file predicts it for a pair and counts it over many;
+theory/no_never_yes.py proves it for three words.
 """
 
 import math
