@@ -1,6 +1,7 @@
 """The pages do what they show: every command, figure and count on them is held true."""
 
 import contextlib
+import inspect
 import io
 import itertools
 import json
@@ -17,7 +18,7 @@ import minidpo
 from benchmarks import speed
 from benchmarks.workload import SIZES as SIZES_OF_SPEED
 from minidpo import Tensor, cli, explain, losses
-from minidpo.cli import desk
+from minidpo.cli import desk, train
 from minidpo.theory import assumptions, equalities, frontier
 from test_demo import SIZES
 
@@ -142,6 +143,46 @@ def test_the_figures_of_the_demo_are_those_that_its_benchmark_wrote():
     assert f"The demo took {min(seconds):.0f} to {max(seconds):.0f} seconds" in prose
     assert statistics.fmean(run["collapse"]["well_formed"] for run in RUNS) < 0.5  # "more than half ... gibberish"
     assert accuracies["collapse"] > accuracies["dpo"] - 0.05  # "as good as the good model's"
+
+
+def test_the_default_of_dpo_is_the_best_setting_that_is_always_healthy():
+    """No default falls below SFT: rate and steps are chosen on the desk, by rule, over three seeds."""
+    results = json.loads((RESULTS / "defaults.json").read_text())
+    settings = {}
+    for run in results["runs"]:
+        settings.setdefault((run["learning_rate"], run["steps"]), []).append(run)
+    assert len(settings) == 10 and all(len(runs) == 3 for runs in settings.values())
+
+    def healthy(run):
+        models = (run["best"], run["last"])
+        sft = results["sft"][str(run["seed"])]["reward"]
+        return all(model["well_formed"] >= 0.9 and model["reward"] >= sft for model in models)
+
+    def mean(runs, model, name):
+        return statistics.fmean(run[model][name] for run in runs)
+
+    always = [key for key, runs in settings.items() if all(map(healthy, runs))]
+    best = max(always, key=lambda key: mean(settings[key], "best", "reward"))
+    default = {name: p.default for name, p in inspect.signature(cli.dpo).parameters.items()}
+    assert (default["learning_rate"], default["steps"]) == best
+    assert (default["beta"], default["nll_weight"], default["label_smoothing"]) == (0.1, 0.0, 0.0)
+    rises = {
+        good: [run["last"]["chosen_rise"] for run in results["runs"] if healthy(run) is good] for good in (False, True)
+    }
+    assert max(rises[True]) < 0.0095 and sum(rise <= train.CHOSEN_LOSS_WARNING for rise in rises[False]) == 1
+    rows = re.findall(
+        r"^\| (\S+) \| (\d+) \| (.*?) \| (.*?) \| (.*?) \| (.*?) \| (\d) of 3 \|$", BENCHMARKS, re.MULTILINE
+    )
+    assert len(rows) == len(settings)
+    for rate, steps, *cells, count in rows:
+        runs = settings[float(rate), int(steps)]
+        columns = [("best", "reward"), ("last", "reward"), ("last", "well_formed"), ("last", "chosen_rise")]
+        for cell, (model, name) in zip(cells, columns, strict=True):
+            number, spread = map(float, cell.split(" ± "))
+            assert number == pytest.approx(mean(runs, model, name), abs=0.0051)
+            assert spread == pytest.approx(statistics.stdev(run[model][name] for run in runs), abs=0.0051)
+        assert int(count) == sum(map(healthy, runs))
+    assert all(0.63 < run["last"]["accuracy"] < 0.73 for run in results["runs"])  # "about 0.68 in all of them"
 
 
 def test_each_stage_is_better_than_the_one_before_in_every_seed():
