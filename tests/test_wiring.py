@@ -75,9 +75,9 @@ BASE = {
 
 def test_every_option_has_a_case():
     """A new option of a training or measuring command needs a case here."""
-    assert {name for name, known in cli.COMMANDS.items() if known.group in ("train", "look")} <= {*CASES, "resume"}
+    assert {name for name, known in parser.COMMANDS.items() if known.group in ("train", "look")} <= {*CASES, "resume"}
     for name, cases in CASES.items():
-        assert set(cases) == set(cli.COMMANDS[name].options), name
+        assert set(cases) == set(parser.COMMANDS[name].options), name
 
 
 # ---- what a command gives -------------------------------------------------------------------------------------------
@@ -113,7 +113,7 @@ def result_of(root, out, name, values):
             words += [flag if value is True else f"{flag}={value}"]
     _, arguments = parser.parse(words)
     try:
-        return cli.COMMANDS[name].function(**arguments)
+        return parser.COMMANDS[name].function(**arguments)
     except ValueError as error:
         if "without --strict" not in str(error):
             raise

@@ -131,7 +131,7 @@ def overview() -> argparse.ArgumentParser:
     for group, title in GROUPS.items():
         text += f"{group}: {title}\n"
         for name, known in COMMANDS.items():
-            summary = (inspect.getdoc(known.function) or "").partition(".\n")[0]
+            summary = (inspect.getdoc(known.function) or "").partition(".\n")[0].removesuffix(".")
             text += f"  {name:<14}{summary[0].lower()}{summary[1:]}\n" if known.group == group else ""
         text += "\n"
     text += "minidpo COMMAND --help explains the options of a command."
