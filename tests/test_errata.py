@@ -1,6 +1,6 @@
-"""The numbers that correct common claims are right: otherwise who came with a wrong one leaves with another.
+"""The script of errata computes the numbers that correct common claims, to every documented digit.
 
-The numbers stand here as they are documented, to the digits that are documented; the script computes them.
+Each number is written here as it is documented, and the script must compute it.
 """
 
 import importlib.util
@@ -14,7 +14,7 @@ IDS = [f"E{n}" for n in range(1, 26)]
 ZERO, ONE = (-1e-10, 1e-10), (1 - 1e-10, 1 + 1e-10)
 POSITIVE, NEGATIVE = (1e-3, math.inf), (-math.inf, -1e-3)
 
-# A text is a number to be met in all its digits; a tuple is what the number must lie between.
+# The computed number must agree with a text in all its digits, or lie within a tuple.
 EXPECTED = {
     "E1": {
         "gap at the optimum, beta 0.01": "170",
@@ -189,8 +189,8 @@ def agrees(number, expected):
 
 
 @pytest.mark.parametrize("id", IDS)
-def test_the_computed_numbers_are_the_right_ones(errata, id):
-    """Otherwise a correction is itself in need of one."""
+def test_the_computed_numbers_are_the_documented_ones(errata, id):
+    """Each erratum computes exactly the documented numbers, so that no correction needs one itself."""
     erratum = getattr(errata, id.lower())()
     assert erratum.id == id and erratum.claim and erratum.why
     assert erratum.computed.keys() == EXPECTED[id].keys()
@@ -199,7 +199,7 @@ def test_the_computed_numbers_are_the_right_ones(errata, id):
 
 
 @pytest.mark.parametrize(
-    "id, name, given",
+    "id, name, claimed",
     [
         ("E2", "ratio", 77),
         ("E4", "p1", 0.819),
@@ -210,14 +210,14 @@ def test_the_computed_numbers_are_the_right_ones(errata, id):
         ("E20", "sum", -0.735),
     ],
 )
-def test_the_given_numbers_are_those_that_are_in_use(errata, id, name, given):
-    """Otherwise a reader does not recognise the claim that they met."""
-    assert getattr(errata, id.lower())().given[name] == given
+def test_the_claimed_numbers_are_those_in_circulation(errata, id, name, claimed):
+    """A claim is quoted with the numbers that a reader has met, so that they recognise it."""
+    assert getattr(errata, id.lower())().given[name] == claimed
 
 
-def test_numbers_that_differ_from_what_is_given_do_differ(errata):
-    """Otherwise the script calls something wrong that is right."""
-    same = {"E21": {"reward_w", "reward_l"}, "E19": {"accuracy"}}  # true numbers, wrongly read
+def test_computed_numbers_differ_from_the_claims(errata):
+    """A computed number differs from the claim that it corrects; otherwise the claim would be correct."""
+    same = {"E21": {"reward_w", "reward_l"}, "E19": {"accuracy"}}  # correct numbers, misread
     for id in IDS:
         erratum = getattr(errata, id.lower())()
         for name in (erratum.given.keys() & erratum.computed.keys()) - same.get(id, set()):
@@ -225,7 +225,7 @@ def test_numbers_that_differ_from_what_is_given_do_differ(errata):
 
 
 def test_each_item_is_there_once_and_printed(errata, capsys):
-    """Otherwise a reader looks for a claim in vain."""
+    """Every erratum is in the list once, and the script prints them all in order."""
     assert len(errata.ERRATA) == len(set(errata.ERRATA)) == len(IDS)
     errata.main()
     printed = capsys.readouterr().out
