@@ -479,7 +479,7 @@ def layer_norm(x, w, b, eps=1e-5):
     c = x - row_mean(x)
     r = (row_mean(c * c) + float(eps)) ** -0.5  # (..., C) -> (..., 1)
     if on_host(r) and not r.all():
-        raise ValueError(f"layer_norm: the variance of a row overflows {x.dtype}")
+        raise FloatingPointError(f"layer_norm: the variance of a row overflows {x.dtype}")
     n = c * r
     y = n * w + b
 

@@ -1,10 +1,10 @@
-"""Hypothesis strategies: the cases of `minidpo.cli.cases`, with arrays in every memory layout."""
+"""Hypothesis strategies: the cases of `minidpo.verify.cases`, with arrays in every memory layout."""
 
 import numpy as np
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from minidpo.cli.cases import CASES
+from minidpo.verify.cases import CASES
 
 LAYOUTS = ("C", "F", "every other", "backwards")
 seeds = st.integers(0, 2**32 - 1)
@@ -20,7 +20,7 @@ def with_layout(values, layout):
 
 
 class HypothesisDraw:
-    """A `minidpo.cli.cases.Draw` that lets hypothesis choose."""
+    """A `minidpo.verify.cases.Draw` that lets hypothesis choose."""
 
     def __init__(self, draw):
         self.draw = draw

@@ -61,7 +61,7 @@ def test_oracles_prints_both_columns(capsys):
     """Oracles prints both numbers of every score."""
     assert cli.main(["oracles"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 13 and lines[1].split()[:2] == ["right", "1.0000000000"]
+    assert len(lines) == 13 and lines[1].split()[:2] == ["correct", "1.0000000000"]
 
 
 @pytest.fixture(scope="module")
@@ -319,7 +319,7 @@ def test_a_closed_pipe_is_not_a_traceback(capsys, monkeypatch):
 @pytest.fixture
 def quick(monkeypatch):
     """The theory in no time."""
-    monkeypatch.setattr(equalities, "LABORATORY", [])
+    monkeypatch.setattr(equalities, "EQUALITIES", [])
 
     def nothing(world, seed):
         """Claim nothing."""

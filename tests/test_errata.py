@@ -1,6 +1,6 @@
-"""The script of errata computes the numbers that correct common claims, to every documented digit.
+"""The numbers that correct common claims are correct themselves.
 
-Each number is written here as it is documented, and the script must compute it.
+They are written here to the digits that we document. The script computes them.
 """
 
 import importlib.util
@@ -14,7 +14,7 @@ IDS = [f"E{n}" for n in range(1, 26)]
 ZERO, ONE = (-1e-10, 1e-10), (1 - 1e-10, 1 + 1e-10)
 POSITIVE, NEGATIVE = (1e-3, math.inf), (-math.inf, -1e-3)
 
-# The computed number must agree with a text in all its digits, or lie within a tuple.
+# A string is a number that must agree in all its digits; a tuple is a pair of bounds.
 EXPECTED = {
     "E1": {
         "gap at the optimum, beta 0.01": "170",
@@ -109,7 +109,7 @@ EXPECTED = {
     },
     "E15": {
         "distance (TV) of the DPO minimiser from the RLHF optimum, exact Bradley-Terry labels, beta 1": ZERO,
-        # v + e^v = 1 + 2 beta^2 t of the gradient flow, v = beta margin, gives 5.3, 7.6, 9.9 and 29, 53: ever larger
+        # gradient flow, z + e^z = 1 + 2 beta^2 t with z = beta * margin, gives 5.3, 7.6, 9.9 and 29, 53: ever larger
         "certain label, beta 1: margin after 100 steps": (5.0, 5.6),
         "certain label, beta 1: margin after 1000 steps": (7.4, 7.8),
         "certain label, beta 1: margin after 10000 steps": (9.7, 10.1),
@@ -189,8 +189,8 @@ def agrees(number, expected):
 
 
 @pytest.mark.parametrize("id", IDS)
-def test_the_computed_numbers_are_the_documented_ones(errata, id):
-    """Each erratum computes exactly the documented numbers, so that no correction needs one itself."""
+def test_the_computed_numbers_are_correct(errata, id):
+    """Each item computes the documented numbers, all of them and no others."""
     erratum = getattr(errata, id.lower())()
     assert erratum.id == id and erratum.claim and erratum.why
     assert erratum.computed.keys() == EXPECTED[id].keys()
@@ -199,7 +199,7 @@ def test_the_computed_numbers_are_the_documented_ones(errata, id):
 
 
 @pytest.mark.parametrize(
-    "id, name, claimed",
+    "id, name, number",
     [
         ("E2", "ratio", 77),
         ("E4", "p1", 0.819),
@@ -210,13 +210,13 @@ def test_the_computed_numbers_are_the_documented_ones(errata, id):
         ("E20", "sum", -0.735),
     ],
 )
-def test_the_claimed_numbers_are_those_in_circulation(errata, id, name, claimed):
-    """A claim is quoted with the numbers that a reader has met, so that they recognise it."""
-    assert getattr(errata, id.lower())().given[name] == claimed
+def test_a_claim_has_the_number_that_people_quote(errata, id, name, number):
+    """A reader recognises a claim by its number."""
+    assert getattr(errata, id.lower())().given[name] == number
 
 
-def test_computed_numbers_differ_from_the_claims(errata):
-    """A computed number differs from the claim that it corrects; otherwise the claim would be correct."""
+def test_a_computed_number_differs_from_the_claim(errata):
+    """A number that the script corrects is wrong by more than rounding."""
     same = {"E21": {"reward_w", "reward_l"}, "E19": {"accuracy"}}  # correct numbers, misread
     for id in IDS:
         erratum = getattr(errata, id.lower())()
@@ -225,7 +225,7 @@ def test_computed_numbers_differ_from_the_claims(errata):
 
 
 def test_each_item_is_there_once_and_printed(errata, capsys):
-    """Every erratum is in the list once, and the script prints them all in order."""
+    """Every item is in the list once, and is printed in order under its id."""
     assert len(errata.ERRATA) == len(set(errata.ERRATA)) == len(IDS)
     errata.main()
     printed = capsys.readouterr().out

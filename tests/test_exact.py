@@ -1,4 +1,4 @@
-"""Enumeration, and the two oracles that tell a score from a mistake."""
+"""Enumeration, and the two oracles that find a wrong score."""
 
 import math
 
@@ -21,7 +21,7 @@ def model(vocab_size, cap, prompt):
 
 @worlds
 def test_complete_responses(vocab_size, cap, prompt):
-    """Otherwise a sum over all responses is a sum over some."""
+    """Every complete response is listed once, shortest first."""
     responses = [tuple(y) for y in exact.complete_responses(vocab_size, cap)]
     n = vocab_size - 1
     assert len(set(responses)) == len(responses) == sum(n**k for k in range(cap + 1))
@@ -30,8 +30,8 @@ def test_complete_responses(vocab_size, cap, prompt):
         assert 0 not in y[:-1] and (y[-1] == 0 or len(y) == cap) and 1 <= len(y) <= cap
 
 
-def test_a_world_too_large_is_refused():
-    """Otherwise a laptop enumerates until it stops answering."""
+def test_a_world_that_is_too_large_is_refused():
+    """An empty world, or one of more responses than `most`, raises an error that gives the number."""
     for vocab_size, cap in ((1, 2), (3, 0)):
         with pytest.raises(ValueError, match="nothing to enumerate"):
             exact.complete_responses(vocab_size, cap)
@@ -44,7 +44,7 @@ def test_a_world_too_large_is_refused():
 
 @worlds
 def test_probabilities_sum_to_one(vocab_size, cap, prompt):
-    """The normalisation oracle, on all three routes: otherwise the score is no log-probability."""
+    """Probabilities of all responses sum to 1 on all three routes: the normalisation oracle."""
     params, config = model(vocab_size, cap, prompt)
 
     def first(y):
@@ -61,22 +61,22 @@ def test_probabilities_sum_to_one(vocab_size, cap, prompt):
 
 
 @worlds
-def test_the_chain_rule_is_a_distribution_too(vocab_size, cap, prompt):
-    """Otherwise the judge of the judges is wrong."""
+def test_the_chain_rule_is_a_distribution(vocab_size, cap, prompt):
+    """The reference for the other scores sums to 1 itself."""
     params, config = model(vocab_size, cap, prompt)
     total = exact.total_probability(lambda y: exact.chain_rule_logprob(params, config, prompt, y), vocab_size, cap)
     assert abs(total - 1) < 1e-10
 
 
 @pytest.mark.parametrize(("vocab_size", "cap", "prompt"), [(3, 3, [2, 1]), (4, 3, [2, 1, 3]), (5, 2, [1, 4, 4, 1])])
-def test_every_mutant_breaks_what_it_must(vocab_size, cap, prompt):
-    """Otherwise one of these mistakes could be ours."""
+def test_an_oracle_finds_every_mutant(vocab_size, cap, prompt):
+    """Seven mutants do not sum to 1, four do; the chain rule finds all eleven and passes the correct score."""
     params, config = model(vocab_size, cap, prompt)
     table = {verdict.name: verdict for verdict in mutants.verdicts(params, config, prompt, cap)}
     assert len(table) == 12
-    right = table.pop("right")
-    assert abs(right.total_probability - 1) < 1e-10 and right.chain_rule_gap < 1e-10
-    for mutant in mutants.NO_DISTRIBUTION:
+    correct = table.pop("correct")
+    assert abs(correct.total_probability - 1) < 1e-10 and correct.chain_rule_gap < 1e-10
+    for mutant in mutants.NOT_A_DISTRIBUTION:
         verdict = table.pop(mutant.__name__)
         assert abs(verdict.total_probability - 1) > 1e-3 and verdict.chain_rule_gap > 1e-3, verdict
     for mutant in mutants.WRONG_DISTRIBUTION:
@@ -85,8 +85,8 @@ def test_every_mutant_breaks_what_it_must(vocab_size, cap, prompt):
     assert not table
 
 
-def test_some_mistakes_can_be_counted():
-    """Dropping a factor from a distribution leaves as many as it has values: the table's numbers mean something."""
+def test_some_sums_are_known():
+    """Without its first factor a distribution sums to the number of first tokens; with one more, to that factor."""
     params, config = model(4, 3, [2, 1, 3])
     table = {verdict.name: verdict for verdict in mutants.verdicts(params, config, [2, 1, 3], 3)}
     assert table["first_token_masked"].total_probability == pytest.approx(4)
@@ -95,8 +95,8 @@ def test_some_mistakes_can_be_counted():
 
 
 def test_the_table_shows_both_oracles():
-    """Otherwise a reader sees that a mutant is wrong, and not which oracle says so."""
+    """A line of the table has a name and the numbers of both oracles."""
     params, config = model(3, 2, [2, 1])
     lines = mutants.as_text(mutants.verdicts(params, config, [2, 1], 2)).splitlines()
-    assert len(lines) == 13 and lines[1].split() == ["right", "1.0000000000", lines[1].split()[2]]
+    assert len(lines) == 13 and lines[1].split() == ["correct", "1.0000000000", lines[1].split()[2]]
     assert np.isfinite([float(cell) for line in lines[1:] for cell in line.split()[1:]]).all()

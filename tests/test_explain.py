@@ -1,4 +1,4 @@
-"""What is shown of a pair is what the loss computes: by the chain rule, by differences, by taking the step."""
+"""The view of a pair agrees with the chain rule, with finite differences and with a step."""
 
 import json
 import math
@@ -25,33 +25,33 @@ def view_of(ids, seed=0, beta=0.3, **options):
 
 @given(ids=models.pairs(), seed=seeds)
 def test_each_token_has_the_probability_of_the_chain_rule(ids, seed):
-    """Otherwise the numbers below a token are another token's."""
+    """Each token's log-probability is a difference of two chain-rule sums."""
     view = view_of(ids, seed)
     for response, tokens in zip(ids[1:], (view.chosen, view.rejected), strict=True):
-        for t, told in enumerate(tokens):
-            assert told.id == response[t]
-            for params, logp in ((small(seed), told.logp), (small(seed + 1), told.ref_logp)):
+        for t, token in enumerate(tokens):
+            assert token.id == response[t]
+            for params, logp in ((small(seed), token.logp), (small(seed + 1), token.ref_logp)):
                 whole, before = (chain_rule_logprob(params, CONFIG, ids[0], response[:n]) for n in (t + 1, t))
                 close(logp, whole - before, atol=1e-11)
-            close(told.probability, math.exp(told.logp), rtol=1e-12)
-            close(told.log_ratio, told.logp - told.ref_logp, atol=1e-12)
-            close(told.reward, 0.3 * sum(other.log_ratio for other in tokens[: t + 1]), atol=1e-12)
+            close(token.probability, math.exp(token.logp), rtol=1e-12)
+            close(token.log_ratio, token.logp - token.ref_logp, atol=1e-12)
+            close(token.reward, 0.3 * sum(other.log_ratio for other in tokens[: t + 1]), atol=1e-12)
 
 
 @given(ids=models.pairs(), seed=seeds)
 def test_the_footer_is_the_sum_of_the_tokens(ids, seed):
-    """Otherwise the four log-probabilities and what is made of them belong to another pair."""
+    """The log-probabilities are sums over tokens; gaps, rewards, weight and loss follow from them."""
     view = view_of(ids, seed)
     for name in ("logp", "ref_logp"):
         for side, tokens in (("w", view.chosen), ("l", view.rejected)):
-            close(getattr(view, f"{name}_{side}"), sum(getattr(told, name) for told in tokens), atol=1e-12)
+            close(getattr(view, f"{name}_{side}"), sum(getattr(token, name) for token in tokens), atol=1e-12)
     close(view.policy_gap, view.logp_w - view.logp_l, atol=1e-12)
     close(view.margin, view.policy_gap - view.reference_gap, atol=1e-12)
     close([view.reward_w, view.reward_l], [view.chosen[-1].reward, view.rejected[-1].reward], atol=1e-12)
     z = 0.3 * view.margin
     close([view.weight, view.loss], [1 / (1 + math.exp(z)), math.log(1 + math.exp(-z))], rtol=1e-10)
-    assert {told.coefficient for told in view.chosen} == {-0.3 * view.weight}
-    assert {told.coefficient for told in view.rejected} == {0.3 * view.weight}
+    assert {token.coefficient for token in view.chosen} == {-0.3 * view.weight}
+    assert {token.coefficient for token in view.rejected} == {0.3 * view.weight}
 
 
 def loss_of_rows(logits, ids, ref_gap, beta):
@@ -67,7 +67,7 @@ def loss_of_rows(logits, ids, ref_gap, beta):
 
 @given(ids=models.pairs(), seed=seeds)
 def test_pushes_are_the_derivative_in_the_logits(ids, seed):
-    """Otherwise the arrows point where no step goes. (Complex step; rows are contexts, each once.)"""
+    """The pushes are minus the complex-step derivative of the loss in the logits of each context."""
     view = view_of(ids, seed)
     logits = explain.context_logits(explain.double(small(seed)), CONFIG, view.ids).data
     _, contexts = loss_of_rows(logits, ids, view.reference_gap, view.beta)
@@ -78,38 +78,38 @@ def test_pushes_are_the_derivative_in_the_logits(ids, seed):
         moved[entry] += 1e-20j
         gradient[entry] = loss_of_rows(moved, ids, view.reference_gap, view.beta)[0].imag / 1e-20
     for side, tokens in enumerate((view.chosen, view.rejected)):
-        for told, row in zip(tokens, explain.context_rows(view.ids)[side], strict=True):
+        for token, row in zip(tokens, explain.context_rows(view.ids)[side], strict=True):
             push = -gradient[row]
-            close(told.push, push[told.id], atol=1e-14)
-            close(told.gradient_norm, np.sqrt((push**2).sum()), atol=1e-14)
-            if told.row != "shared":
+            close(token.push, push[token.id], atol=1e-14)
+            close(token.gradient_norm, np.sqrt((push**2).sum()), atol=1e-14)
+            if token.row != "shared":
                 ups, downs = np.sort(push[push > 1e-14])[::-1][:3], np.sort(push[push < -1e-14])[:3]
-                close([x for _, x in told.up][: len(ups)], ups, atol=1e-14)
-                close([x for _, x in told.down][: len(downs)], downs, atol=1e-14)
-                for name, x in told.up + told.down:
+                close([x for _, x in token.up][: len(ups)], ups, atol=1e-14)
+                close([x for _, x in token.down][: len(downs)], downs, atol=1e-14)
+                for name, x in token.up + token.down:
                     close(push[int(name.replace("<|endoftext|>", "#0")[1:])], x, atol=1e-14)
 
 
 @given(ids=models.pairs(), seed=seeds)
-def test_what_is_shared_cancels_exactly(ids, seed):
-    """Otherwise "cancels" is a rounding error; and where the responses part, two logits move and no other."""
+def test_shared_tokens_cancel_exactly(ids, seed):
+    """The pushes on shared tokens are exactly 0; where the responses part exactly two logits move."""
     view = view_of(ids, seed)
-    alike = [a == b for a, b in zip(ids[1], ids[2])]
-    assert view.shared == (alike.index(False) if False in alike else len(alike))
+    equal = [a == b for a, b in zip(ids[1], ids[2])]
+    assert view.shared == (equal.index(False) if False in equal else len(equal))
     for tokens in (view.chosen, view.rejected):
-        for t, told in enumerate(tokens):
-            assert (told.row == "shared") == (t < view.shared)
-            if told.row == "shared":
-                assert told.push == told.gradient_norm == 0 and told.up == told.down == []
-            if told.row == "branch":
-                assert t == view.shared and [len(told.up), len(told.down)] == [1, 1]
-                close(told.up[0][1], 0.3 * view.weight, rtol=1e-12)
+        for t, token in enumerate(tokens):
+            assert (token.row == "shared") == (t < view.shared)
+            if token.row == "shared":
+                assert token.push == token.gradient_norm == 0 and token.up == token.down == []
+            if token.row == "branch":
+                assert t == view.shared and [len(token.up), len(token.down)] == [1, 1]
+                close(token.up[0][1], 0.3 * view.weight, rtol=1e-12)
     assert ("identical" in view.says) == (ids[1] == ids[2])
 
 
 @given(ids=models.pairs(), seed=seeds)
-def test_what_it_says_is_what_happened(ids, seed):
-    """Otherwise the sentence contradicts the numbers above it: a margin grows also where the chosen response falls."""
+def test_its_sentences_are_true(ids, seed):
+    """The sentences state both moves, the change of the gap, sigma(z) and the weight."""
     view = view_of(ids, seed)
     if ids[1] == ids[2]:
         assert "identical" in view.says
@@ -118,33 +118,35 @@ def test_what_it_says_is_what_happened(ids, seed):
     assert f"log pi(rejected) by {view.logp_l - view.ref_logp_l:+.3f}:" in view.says
     word = "larger" if view.policy_gap > view.reference_gap else "smaller"
     assert f"{abs(view.policy_gap - view.reference_gap):.3f} nats {word} than under the reference" in view.says
-    assert f"sigma(z) = {1 - view.weight:.3f}" in view.says and f"to 1, {view.weight:.3g}." in view.says
+    assert f"sigma(z) = {1 - view.weight:.3f}" in view.says and f"sigma(-z) = {view.weight:.3g}." in view.says
 
 
-def test_at_the_reference_the_gap_is_the_reference_s():
-    """Otherwise a policy that has not moved is said to have."""
+def test_at_the_reference_nothing_has_moved():
+    """A policy equal to its reference has margin 0 and loss log 2."""
     same = explain.pair(small(0), small(0), CONFIG, [0, 1], [2, 0], [3, 0], 0.3)
     assert "is as under the reference" in same.says and same.margin == 0 and same.loss == math.log(2)
 
 
 def test_beta_is_a_tenth_unless_given():
-    """Otherwise `explain` and `dpo_training_step` speak of two losses."""
+    """The default beta is that of `dpo_training_step`."""
     ids = ([0, 1], [2, 0], [3, 0])
     assert explain.pair(small(0), small(1), CONFIG, *ids) == view_of(ids, beta=0.1)
 
 
 def test_it_is_json_and_names_its_tokens():
-    """Otherwise the data are only to be looked at."""
+    """A view converts to JSON with fields and properties; without a tokenizer tokens are named by their ids."""
     view = view_of(([0, 1], [2, 0], [3, 0]), tokenizer=Tokenizer("\n ab"))
-    told = json.loads(json.dumps(view.as_dict(), allow_nan=False))
-    assert told["prompt"] == ["<|endoftext|>", "\n"] and told["weight"] == view.weight
-    assert [token["token"] for token in told["chosen"]] == [" ", "<|endoftext|>"]
-    assert told["chosen"][0]["up"] == [[" ", view.chosen[0].push]]
+    content = json.loads(json.dumps(view.as_dict(), allow_nan=False))
+    assert content["prompt"] == ["<|endoftext|>", "\n"] and content["weight"] == view.weight
+    assert [token["token"] for token in content["chosen"]] == [" ", "<|endoftext|>"]
+    assert content["chosen"][0]["up"] == [[" ", view.chosen[0].push]]
+    assert content.keys() >= {*explain.tokens.DERIVED, "beta", "logp_w", "ids"}
+    assert all(content[name] == getattr(view, name) for name in explain.tokens.DERIVED)
     assert view_of(([0, 1], [2, 0], [3, 0])).prompt == ["<|endoftext|>", "#1"]
 
 
 def test_weights_in_float32_and_a_reference_of_another_shape():
-    """Otherwise only the tests' own models can be explained."""
+    """float32 weights are explained in float64, and the reference may have another shape."""
     config = Config(CONFIG.vocab_size, 12, 4, 1, 1)
     policy = {name: Tensor(p.data.astype("float32")) for name, p in small().items()}
     reference = model.init(config, np.random.default_rng(0))
@@ -156,8 +158,8 @@ def test_weights_in_float32_and_a_reference_of_another_shape():
     assert explain.largest_differences(explain.four_ways(policy, CONFIG, view))[0] < 1e-12
 
 
-def test_what_cannot_be_explained_is_refused():
-    """Otherwise nan is shown in a table of truths."""
+def test_a_pair_that_cannot_be_explained_is_refused():
+    """An empty response and a log-probability that is not finite raise an error."""
     with pytest.raises(ValueError, match="rejected has no token"):
         view_of(([0], [1], []))
     broken = small()
@@ -170,7 +172,7 @@ def test_what_cannot_be_explained_is_refused():
 
 @given(ids=models.pairs(), seed=seeds)
 def test_the_four_ways_agree(ids, seed):
-    """Otherwise one of formula, formula per logit, autograd and difference is wrong."""
+    """Formula, formula per logit and autograd agree to 1e-12, and the finite difference to 1e-6."""
     view = view_of(ids, seed)
     rows = explain.four_ways(small(seed), CONFIG, view)
     exact, finite = explain.largest_differences(rows)
@@ -199,7 +201,7 @@ def test_the_four_ways_agree(ids, seed):
 
 
 def test_the_difference_is_as_fine_as_beta_asks():
-    """Otherwise at a large beta, where the loss bends within 1/beta, the fourth way disagrees with all others."""
+    """The step of the difference shrinks with 1/beta, so that the fourth way agrees at a large beta too."""
     policy = small(0)
     view = explain.pair(policy, policy, CONFIG, [0, 1], [2, 0], [3, 0], 1e4)
     rows = explain.four_ways(policy, CONFIG, view)
@@ -209,13 +211,13 @@ def test_the_difference_is_as_fine_as_beta_asks():
 
 @pytest.mark.parametrize("broken", ["dpo_gradient", "context_gradient", "vjp"])
 def test_four_ways_see_what_is_wrong(broken, monkeypatch):
-    """Otherwise the table agrees with itself whatever is written in it."""
+    """A wrong gradient, a wrong formula per logit or a wrong vjp makes the ways disagree."""
     view = view_of(([0, 1], [2, 3, 0], [2, 1, 0]))
     if broken == "dpo_gradient":
-        right = losses.dpo_gradient
-        monkeypatch.setattr(losses, "dpo_gradient", lambda *args: tuple(1.01 * g for g in right(*args)))
+        correct = losses.dpo_gradient
+        monkeypatch.setattr(losses, "dpo_gradient", lambda *args: tuple(1.01 * g for g in correct(*args)))
     elif broken == "context_gradient":
-        monkeypatch.setattr(explain.tokens, "context_gradient", lambda logits, *rest: 0.01 * np.ones(logits.shape))
+        monkeypatch.setattr(explain.ways, "context_gradient", lambda logits, *rest: 0.01 * np.ones(logits.shape))
     else:
         loss = losses.dpo_loss
 
@@ -229,7 +231,7 @@ def test_four_ways_see_what_is_wrong(broken, monkeypatch):
 
 
 def test_a_device_is_brought_to_the_host(cupy):
-    """Otherwise a model on a GPU cannot be explained."""
+    """A model on a device has the same view."""
     policy = {name: Tensor(cupy.asarray(p.data)) for name, p in small(0).items()}
     ids = ([0, 1], [2, 3, 0], [2, 0])
     assert explain.pair(policy, policy, CONFIG, *ids) == explain.pair(small(0), small(0), CONFIG, *ids)

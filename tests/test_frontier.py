@@ -1,4 +1,4 @@
-"""The frontier: nothing lies above it, and every point is where its method ends."""
+"""No policy lies above the frontier, and every point is the end of its method."""
 
 import json
 
@@ -22,13 +22,13 @@ def points():
 
 
 def test_nothing_lies_above_the_frontier(points):
-    """Otherwise the frontier, or a reward, or a KL is wrong. Thirty-five runs in every world."""
+    """None of the thirty-five runs of a world has more reward than the frontier at its KL."""
     assert len(points) == 2 * 35 and min(point.shortfall for point in points) > -1e-9
     assert all(np.isfinite([point.kl, point.reward]).all() and point.kl >= -1e-12 for point in points)
 
 
-def test_what_is_exact_is_on_it(points):
-    """DPO with exact preferences and the exact policy gradient; what learns from a finite set falls short of it."""
+def test_exact_methods_reach_the_frontier(points):
+    """DPO with exact preferences and the exact policy gradient reach it; methods that learn from samples do not."""
     for point in points:
         if point.kind in ("DPO, exact preferences", "policy gradient, true reward"):
             assert abs(point.shortfall) < 1e-6, point
@@ -37,29 +37,27 @@ def test_what_is_exact_is_on_it(points):
 
 
 def test_most_reward_is_that_of_the_best_policy():
-    """Against random policies of the same KL, and at both ends: otherwise the curve is not the upper edge."""
+    """No random policy of the same KL has more reward; pi* has exactly that, and so has the reference at KL 0."""
     world = make(3)
     reference = (np.exp(world.ref_logp) * world.reward).sum(axis=-1).mean()
     close(frontier.most_reward(world, 0.0), reference, atol=1e-5)
     for logp in equalities.random_policies(world, 0):
-        kl, reward = frontier.measured(world, logp)
-        star = exact.optimum(world.ref_logp, world.reward, 0.3)[0]
+        kl, reward = frontier.kl_and_reward(world, logp)
         assert frontier.most_reward(world, kl) >= reward - 1e-9
-        close(
-            frontier.most_reward(world, frontier.measured(world, star)[0]), frontier.measured(world, star)[1], atol=1e-6
-        )
+    kl, reward = frontier.kl_and_reward(world, exact.optimum(world.ref_logp, world.reward, 0.3)[0])
+    close(frontier.most_reward(world, kl), reward, atol=1e-6)
 
 
 @pytest.mark.parametrize("count", [1, 2, 5])
 def test_best_of_n_is_its_distribution(count):
-    """By enumerating all draws: otherwise best-of-N is the best of another number."""
+    """Best of N agrees with an enumeration of all draws, and for N = 5 with samples."""
     world = make(0)
     p = np.exp(world.ref_logp[0])
     best = np.zeros(len(p))
     if count == 5:  # by sampling
         rng = np.random.default_rng(0)
-        drawn = rng.choice(len(p), size=(200_000, 5), p=p / p.sum())
-        winners = np.take_along_axis(drawn, world.reward[0][drawn].argmax(axis=1)[:, None], axis=1)[:, 0]
+        samples = rng.choice(len(p), size=(200_000, 5), p=p / p.sum())
+        winners = np.take_along_axis(samples, world.reward[0][samples].argmax(axis=1)[:, None], axis=1)[:, 0]
         best = np.bincount(winners, minlength=len(p)) / len(winners)
         close(np.exp(frontier.best_of(world, 5)[0]), best, atol=5e-3)
         return
@@ -73,7 +71,7 @@ def test_best_of_n_is_its_distribution(count):
 
 
 def test_sampled_pairs_follow_bradley_terry():
-    """Within four standard errors, and never a response with itself: otherwise 2,000 pairs are of another people."""
+    """Sampled labels follow sigma of the reward difference within five standard errors; no response meets itself."""
     world = make(0)
     wins = equalities.sampled_wins(world, np.random.default_rng(0), 50_000)
     assert wins.sum(axis=(1, 2)).tolist() == [50_000] * len(wins)
@@ -85,26 +83,25 @@ def test_sampled_pairs_follow_bradley_terry():
 
 
 def test_a_learned_reward_is_close_to_the_true_one():
-    """From many pairs, up to a constant: otherwise the second line of policy gradients shows a broken fit."""
+    """Rewards fitted to many pairs are the true ones, up to a constant and within 0.3."""
     world = make(0)
     learned = frontier.learned_reward(equalities.sampled_wins(world, np.random.default_rng(0), 50_000), prior=0.0)
     difference = learned - world.reward
     assert abs(difference - difference.mean(axis=-1, keepdims=True)).max() < 0.3
 
 
-def test_preferred_fine_tuning_ends_at_the_chosen():
-    """The distribution of winners: otherwise the point is of another objective. Unlikelihood has no end."""
+def test_preferred_fine_tuning_ends_at_the_winners():
+    """Preferred fine-tuning ends at the distribution of winners; unlikelihood moves further for as long as it runs."""
     world = make(0)
     p = np.exp(world.ref_logp)
     wins = p[:, :, None] * p[:, None, :] * exact.preference_probabilities(world.reward)
-    chosen = 2 * wins.sum(axis=2)
-    close(np.exp(frontier.unlikelihood(world, 0.0, 1000)), chosen, atol=1e-3)
-    far = [exact.kl(frontier.unlikelihood(world, 1.0, steps), world.ref_logp).mean() for steps in (50, 150, 450)]
-    assert far[0] < far[1] < far[2]
+    close(np.exp(frontier.unlikelihood(world, 0.0, 1000)), 2 * wins.sum(axis=2), atol=1e-3)
+    distances = [exact.kl(frontier.unlikelihood(world, 1.0, steps), world.ref_logp).mean() for steps in (50, 150, 450)]
+    assert distances[0] < distances[1] < distances[2]
 
 
 def test_the_command_writes_table_points_and_picture(tmp_path, capsys, monkeypatch):
-    """Otherwise the figures cannot be read again. The spread is over the worlds."""
+    """The command prints means and spreads over the worlds, and writes every point as JSON."""
     points = [Point("a kind", 0.1, seed, 1.0 + seed, 2.0, 0.5) for seed in range(2)]
     monkeypatch.setattr(frontier, "run", lambda seeds: [points[seed] for seed in seeds])
     assert cli.main(["frontier", f"--out={tmp_path / 'f'}", "--worlds=2"]) == 0
@@ -116,6 +113,6 @@ def test_the_command_writes_table_points_and_picture(tmp_path, capsys, monkeypat
 
 
 def test_the_picture_is_drawn(points):
-    """Needs the `plot` extra."""
+    """The picture of the frontier is a PNG."""
     pytest.importorskip("matplotlib")
     assert plots.png(frontier.panels(points, make)).startswith(b"\x89PNG")

@@ -1,4 +1,4 @@
-"""The graph as it is shown is the graph that is swept."""
+"""The table and pictures of a graph show the graph that `backward` sweeps."""
 
 import gc
 import re
@@ -20,11 +20,11 @@ def worked_example():
 
 
 def test_the_tape_is_listed_in_order_of_creation():
-    """Otherwise the list is not the one that the sweep goes back along."""
+    """Nodes are listed in the order of their creation, with the values and gradients of the README's example."""
     loss, names = worked_example()
     graph = explain.graph(loss, names)
     assert [node.title for node in graph.nodes] == [
-        *names, "sub", "sub", "sub", "mul", "logsigmoid", "neg", "mean",
+        *names, "sub", "sub", "sub", "mul", "logsigmoid", "mean", "neg",
     ]  # fmt: skip
     assert [node.parents for node in graph.nodes[4:]] == [[0, 2], [1, 3], [4, 5], [6], [7], [8], [9]]
     assert all(parent < node.number for node in graph.nodes for parent in node.parents)
@@ -35,8 +35,8 @@ def test_the_tape_is_listed_in_order_of_creation():
     assert graph.nodes[8].gradient == [-1.0] and graph.nodes[8].gradient_norm == 1
 
 
-def test_gradients_are_those_of_backward_and_grad_stays():
-    """Otherwise what is shown is not what trains, or looking trains."""
+def test_gradients_are_those_of_backward():
+    """The gradients are those of `backward`, and looking at a graph leaves `grad` alone."""
     rng = np.random.default_rng(0)
     data = rng.normal(size=(3, 4)), rng.normal(size=(4, 2))
 
@@ -57,11 +57,11 @@ def test_gradients_are_those_of_backward_and_grad_stays():
     shapes = {node.title: node.shape for node in graph.nodes}
     assert shapes["matmul"] == (3, 2) and shapes["x"] == (3, 4)
     values = {node.title: (node.value, node.gradient) for node in graph.nodes}
-    assert values["matmul"] == (None, None)  # six entries are too many to show
+    assert values["matmul"] == (None, None)  # six entries are more than SMALL
 
 
 def test_bytes_kept_are_bytes_of_memory():
-    """Otherwise the ledger is a guess. (Python counts what NumPy has allocated; only the loss holds the tape.)"""
+    """The bytes kept agree with those that Python says NumPy has allocated. (Only the loss holds the tape.)"""
     config = Config(vocab_size=200, n_positions=256, n_embd=64, n_layer=2, n_head=4)
     params = model.init(config, np.random.default_rng(0), dtype="float32")
     pairs = [([1] * 90, [2] * 90, [3] * 60)] * 4
@@ -70,14 +70,14 @@ def test_bytes_kept_are_bytes_of_memory():
     tracemalloc.start()
     logp_w, logp_l = scoring.shared_logprobs(params, config, pairs)
     loss = losses.dpo_loss(logp_w, logp_l, np.zeros(4, "float32"), np.zeros(4, "float32")).loss
-    held = tracemalloc.get_traced_memory()[0]
+    allocated = tracemalloc.get_traced_memory()[0]
     tracemalloc.stop()
     kept = explain.graph(loss, params).kept
-    assert kept > 5_000_000 and abs(kept - held) < 0.02 * held
+    assert kept > 5_000_000 and abs(kept - allocated) < 0.02 * allocated
 
 
 def test_an_array_is_counted_once_and_leaves_are_not():
-    """Otherwise what two nodes share is paid twice, and parameters, which stay, look like the price of a sweep."""
+    """An array that two nodes share counts once; leaves, which stay, do not count."""
     x = Tensor(np.ones((100, 10)), requires_grad=True)
     y = ops.exp(x)  # keeps its own result: 8,000 bytes, once
     z = ops.reshape(y, (10, 100))  # a view
@@ -88,7 +88,7 @@ def test_an_array_is_counted_once_and_leaves_are_not():
 
 
 def test_a_whole_step_can_be_drawn():
-    """Otherwise only toys can; every edge of the tape is in both pictures, and large nodes show shapes."""
+    """Both pictures of a DPO loss have every edge of the tape, and large nodes show their shapes."""
     policy, pairs = small(), [([0, 1], [2, 0], [2, 3, 0])]
     refs = training.reference_logprobs(small(1), CONFIG, pairs)
     graph = explain.graph(losses.dpo_loss(*scoring.shared_logprobs(policy, CONFIG, pairs), *refs).loss, policy)
@@ -103,15 +103,15 @@ def test_a_whole_step_can_be_drawn():
 
 
 def test_small_graphs_show_values_and_gradients():
-    """As micrograd's picture does: otherwise the picture of the loss shows everything but the loss."""
+    """A node of few entries shows its value and its gradient, as in micrograd's pictures."""
     graph = explain.graph(*worked_example())
     assert 'n0 [label="logp_w\\ndata -10\\ngrad -0.04256", style=rounded]' in graph.dot()
     assert 'n0(["logp_w<br/>data -10<br/>grad -0.04256"])' in graph.mermaid()
-    assert 'n10["mean<br/>data 0.5544<br/>grad 1"]' in graph.mermaid()
+    assert 'n10["neg<br/>data 0.5544<br/>grad 1"]' in graph.mermaid()
 
 
 def test_names_stay_text():
-    """Otherwise a parameter's name can end its label and write on."""
+    """Quotes, brackets and markup in a name stay inside its label."""
     x = Tensor(np.ones(9), requires_grad=True)
     graph = explain.graph(ops.sum(x), {'a"] -> \\ <script>': x})
     assert r'n0 [label="a\"] -> \\ <script>\n(9,)' in graph.dot()
@@ -119,7 +119,7 @@ def test_names_stay_text():
 
 
 def test_only_an_unswept_graph_is_swept():
-    """Otherwise a wrong picture is drawn of what is gone."""
+    """A graph that was swept already, or that does not exist, is refused."""
     loss, names = worked_example()
     explain.graph(loss, names)
     with pytest.raises(RuntimeError, match="freed by an earlier"):
@@ -129,7 +129,7 @@ def test_only_an_unswept_graph_is_swept():
 
 
 def test_a_node_without_a_gradient_says_so():
-    """Otherwise an op that gives none looks as if its gradient were 0."""
+    """A node that receives no gradient says so; it does not show 0."""
     x = Tensor(np.ones(3), requires_grad=True)
     nothing = Tensor(np.ones(3), requires_grad=True, parents=(x,), vjp=lambda g: (None,), op="nothing")
     graph = explain.graph(ops.sum(nothing))

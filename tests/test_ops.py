@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 
 from drawing import cases, is_varied, seeds
 from minidpo import Tensor, ops
-from minidpo.cli.cases import CASES
 from minidpo.gradcheck import STEP, check_vjp
 from minidpo.ops import OPS
 from minidpo.tensor import sweep, tape
+from minidpo.verify.cases import CASES
 
 every_op = pytest.mark.parametrize("name", OPS)
 

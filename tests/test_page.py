@@ -1,4 +1,4 @@
-"""What a person sees of a pair: nothing is lost, nothing is markup, nothing is fetched."""
+"""The page and the tables of a pair: nothing is lost, nothing turns into markup, nothing is fetched."""
 
 import html
 import re
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from minidpo import Tensor, explain, model, optim
-from minidpo.explain import displacement, page
+from minidpo.explain import displacement, page, tables
 from minidpo.model import Config
 from minidpo.tokenizer import Tokenizer
 
@@ -48,7 +48,7 @@ class Reader(HTMLParser):
 
 
 def test_a_response_stays_text():
-    """Otherwise a response that holds a script runs it in the reader's browser."""
+    """A response that holds a script or a tag is shown as text."""
     _, shown = view("<script>alert(1)</script>", "\"'&</span><b>", "<i>\x07\n")
     read = Reader(page.page(shown))
     assert {tag for tag, _ in read.tags} <= set(
@@ -61,7 +61,7 @@ def test_a_response_stays_text():
 
 
 def test_nothing_external_is_referenced():
-    """Otherwise opening a page tells a stranger of it, and it is empty without a network."""
+    """The page refers to nothing outside itself, and its content policy forbids it."""
     text = page.page(view()[1])
     assert not re.search(r"https?:|//|url\(|@import|src=|href=[^\"]|href=\"[^#]|<script|<link|<img|<iframe", text)
     policy = "default-src 'none'; style-src 'unsafe-inline'"
@@ -69,7 +69,7 @@ def test_nothing_external_is_referenced():
 
 
 def test_the_page_has_every_token_and_number():
-    """Otherwise a reader without a mouse, or without colours, sees less."""
+    """Every token and every number is on the page, for readers without a mouse or without colours too."""
     _, shown = view("abc", "abd no")
     text = page.page(shown)
     read = Reader(text)
@@ -90,7 +90,7 @@ def test_the_page_has_every_token_and_number():
     ]
     cells = [text for tag, text in read.texts if tag == "td"]
     for token in tokens:
-        assert all(figure in cells for figure in page.figures(token))
+        assert all(figure in cells for figure in page.figures(token)[1:])
     for number in (shown.logp_w, shown.ref_logp_l, shown.policy_gap, shown.margin, shown.reward_w):
         assert f"{number:.4f}" in cells
     assert f"weight sigma(-z) {shown.weight:.4g}, loss -log sigma(z) {shown.loss:.4g}" in text
@@ -100,12 +100,12 @@ def test_the_page_has_every_token_and_number():
         f"Chosen: log pi {shown.logp_w:.4f}, implicit reward {shown.reward_w:.4f}",
         f"Rejected: log pi {shown.logp_l:.4f}, implicit reward {shown.reward_l:.4f}",
     ]
-    assert "button:hover + [role=tooltip], button:focus + [role=tooltip]" in page.STYLE
+    assert "button:hover + [role=tooltip], button:focus + [role=tooltip]" in text
     assert ("html", {"lang": "en"}) in read.tags and any(a.get("name") == "viewport" for _, a in read.tags)
 
 
 def test_the_details_of_a_token_are_its_own():
-    """Otherwise what appears on hover and on focus is another token's, or its sign is turned."""
+    """The tip of a token holds its own numbers, its own direction and its own logits."""
     _, shown = view("ab c", "ab d\n")
     text = page.page(shown)
     tips = dict(re.findall(r'<span role="tooltip" id="([wl]-\d+)">(.*?)</span>', text))
@@ -116,11 +116,11 @@ def test_the_details_of_a_token_are_its_own():
         for t, token in enumerate(tokens):
             tip = tips[f"{side}-{t}"]
             head, numbers, *rest = tip.split("<br>")
-            said = "shared, the two" if token.row == "shared" else "pushed up" if side == "w" else "pushed down"
-            assert said in head and said in (names.get(f"{side}-{t}") or said)
+            push = "shared, the two" if token.row == "shared" else "pushed up" if side == "w" else "pushed down"
+            assert push in head and push in (names.get(f"{side}-{t}") or push)
             assert f"p {token.probability:.5f}, log pi {token.logp:.4f}, log pi_ref {token.ref_logp:.4f}" in numbers
             assert f"log-ratio {token.log_ratio:.4f}, reward so far {token.reward:.4f}" in numbers
-            assert ("Here the responses part" in tip) == (token.row == "branch")
+            assert ("The responses part here" in tip) == (token.row == "branch")
             if token.row != "shared":
                 assert f"push {token.push:.2g}, |dL/ds| {token.gradient_norm:.2g}" in numbers
                 assert (
@@ -134,7 +134,7 @@ def test_the_details_of_a_token_are_its_own():
 
 
 def test_a_token_that_is_not_pushed_has_no_arrow():
-    """Otherwise, where sigma(-z) has underflowed, a chosen token is shown as pushed down by 0."""
+    """Where sigma(-z) has underflowed, a token has a dot and not an arrow."""
     _, shown = view("abc", "bcd", beta=1e9)
     ahead = shown if shown.margin > 0 else view("bcd", "abc", beta=1e9)[1]
     assert ahead.weight == 0 and {page.direction(token) for token in ahead.chosen + ahead.rejected} == {"none"}
@@ -148,8 +148,8 @@ def luminance(colour):
 
 
 def test_text_can_be_read_on_every_tint_in_both_schemes():
-    """Otherwise the hardest pushed token is the one that cannot be read. (WCAG 2.2, 1.4.3: at least 4.5 to 1.)"""
-    style = page.STYLE.replace("#fff;", "#ffffff;")
+    """Every text has a contrast of at least 4.5 to 1 on every tint, light and dark (WCAG 2.2, 1.4.3)."""
+    style = page.page(view()[1]).replace("#fff;", "#ffffff;")
     schemes = [dict(re.findall(r"--(\w+): (#\w{6})", part)) for part in style.split("@media", 1)]
     assert all(scheme.keys() >= {"fg", "bg", "dim", "up", "down"} for scheme in schemes)
     for scheme in schemes:
@@ -159,9 +159,9 @@ def test_text_can_be_read_on_every_tint_in_both_schemes():
 
 
 def test_the_table_in_a_terminal_has_every_token():
-    """Otherwise the page and the terminal tell of two pairs; a space or a bell must be seen and not heard."""
+    """The table has every token once, with its numbers; a space or a bell is visible and not heard."""
     _, shown = view("ab c\x07", "ab e'")
-    lines = page.tokens_as_text(shown).splitlines()
+    lines = tables.tokens_as_text(shown).splitlines()
     titles = [line for line in lines if line in ("shared", "chosen", "rejected")]
     assert titles == ["shared", "chosen", "rejected"]
     first = [line[7:].rsplit("  ")[0] for line in lines]
@@ -180,19 +180,19 @@ def test_the_table_in_a_terminal_has_every_token():
                 [float(cell) for cell in cells[5:7]], [token.coefficient, token.gradient_norm], rtol=0.06
             )
     assert [int(line[2:6]) for line in numbered] == [*range(len(shown.chosen)), *range(3, len(shown.rejected))]
-    assert "\x07" not in page.tokens_as_text(shown) + page.aligned(shown)
-    prompt, chosen, rejected, marks = page.aligned(shown).splitlines()
+    assert "\x07" not in tables.tokens_as_text(shown) + tables.aligned(shown)
+    prompt, chosen, rejected, marks = tables.aligned(shown).splitlines()
     assert [prompt, chosen, rejected] == ["prompt    <i>\\n", "chosen    ab c\\x07", "rejected  ab e'"]
-    assert marks == "          ===^ tokens shared: 3; what they are pushed by cancels"
-    assert page.width("a\u65e5\u05d0\u05b0") == 4
-    for chosen, rejected, expected in (("a", "b", "^ tokens shared: 0"), ("a", "a", "= tokens shared: 2; what")):
-        assert page.aligned(view(chosen, rejected)[1]).splitlines()[-1].strip().startswith(expected)
+    assert marks == "          ===^ tokens shared: 3; the two pushes on them cancel"
+    assert tables.width("a\u65e5\u05d0\u05b0") == 4
+    for chosen, rejected, expected in (("a", "b", "^ tokens shared: 0"), ("a", "a", "= tokens shared: 2; the two")):
+        assert tables.aligned(view(chosen, rejected)[1]).splitlines()[-1].strip().startswith(expected)
 
 
 def test_the_summaries_show_the_numbers():
-    """Otherwise the footer rounds away what the loss is made of."""
+    """The summaries show the log-probabilities, the loss, the four ways and the step, to the digits printed."""
     policy, shown = view("abc", "abd")
-    text = page.summary(shown)
+    text = tables.summary(shown)
     w, l, gap = (list(map(float, line.split()[-4:])) for line in text.splitlines()[1:4])
     assert np.allclose(w, [shown.logp_w, shown.ref_logp_w, shown.logp_w - shown.ref_logp_w, shown.reward_w], atol=1e-4)
     assert np.allclose(l, [shown.logp_l, shown.ref_logp_l, shown.logp_l - shown.ref_logp_l, shown.reward_l], atol=1e-4)
@@ -201,7 +201,7 @@ def test_the_summaries_show_the_numbers():
     assert f"{shown.weight:.4g}, loss -log sigma(z) {shown.loss:.4g}" in text
     assert text.splitlines()[-1] == shown.says
     ways = explain.four_ways(policy, CONFIG, shown)
-    table = page.ways_as_text(ways).splitlines()
+    table = tables.ways_as_text(ways).splitlines()
     assert len(table) == len(ways) + 2
     for line, way in zip(table[1:-1], ways, strict=True):
         assert np.allclose(
@@ -210,7 +210,7 @@ def test_the_summaries_show_the_numbers():
     exact, finite = explain.largest_differences(ways)
     assert f"{exact:.0e} among the first three, {finite:.0e} to the fourth" in table[-1]
     plain, adam = (displacement.step(policy, CONFIG, shown, 1e-6, make) for make in (optim.SGD, optim.AdamW))
-    rows = page.step_as_text(plain, adam).splitlines()
+    rows = tables.step_as_text(plain, adam).splitlines()
     assert f"K_ww {plain.K_ww:.4g}, K_wl {plain.K_wl:.4g}, K_ll {plain.K_ll:.4g}; rate 1e-06" == rows[0]
     for row, name in ((rows[2], "chosen"), (rows[3], "rejected")):
         change, other = getattr(plain, name), getattr(adam, name)
@@ -218,22 +218,22 @@ def test_the_summaries_show_the_numbers():
         assert np.allclose([float(cell) for cell in row.split()[2:]], [*expected, other.measured], rtol=1e-3)
     same = explain.pair(policy, policy, CONFIG, [0], [1, 2], [1, 2], 0.2)
     still = displacement.step(policy, CONFIG, same)
-    assert "rounding" in page.step_as_text(still, still)
+    assert "rounding" in tables.step_as_text(still, still)
 
 
 def test_pairs_without_a_branch_or_a_push_are_shown_too():
-    """Otherwise identical responses, or one that begins the other, divide by 0 on the page."""
+    """Identical responses, and one that begins the other, have a page and a table."""
     for chosen, rejected in (("abc", "abc"), ("a", "b")):
         _, shown = view(chosen, rejected)
         Reader(page.page(shown))
-        assert page.tokens_as_text(shown).count("\n") >= 4
+        assert tables.tokens_as_text(shown).count("\n") >= 4
     params = {name: Tensor(p.data) for name, p in model.init(CONFIG, np.random.default_rng(0)).items()}
     prefix = explain.pair(params, params, CONFIG, [0], [1, 2], [1], 0.2, TOKENIZER)
-    assert "one row of logits" not in page.tokens_as_text(prefix)
+    assert "one row of logits" not in tables.tokens_as_text(prefix)
     Reader(page.page(prefix))
 
 
 @pytest.mark.parametrize("token", ["a", " ", "\n", "'"])
-def test_a_token_can_be_told_from_another(token):
-    """Otherwise a space looks like nothing."""
+def test_a_token_is_quoted(token):
+    """A character is in quotes and escaped, so that a space is visible."""
     assert explain.quoted(token) == repr(token) and len(explain.quoted(token)) >= 3

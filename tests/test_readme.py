@@ -1,6 +1,7 @@
-"""The README does what it shows: otherwise a reader's first contact is with something false."""
+"""The pages do what they show: every command, figure and count on them is held true."""
 
 import contextlib
+import inspect
 import io
 import itertools
 import json
@@ -10,96 +11,193 @@ import shlex
 import statistics
 from pathlib import Path
 
+import pytest
 from hypothesis import settings
 
 import minidpo
 from benchmarks import speed
 from benchmarks.workload import SIZES as SIZES_OF_SPEED
-from minidpo.cli import desk, main
+from minidpo import Tensor, cli, explain, losses
+from minidpo.cli import desk, train
 from minidpo.theory import assumptions, equalities, frontier
 from test_demo import SIZES
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
+ROOT = Path(__file__).parents[1]
 SOURCE = Path(minidpo.__file__).parent
+README, HOUSE = (ROOT / "README.md").read_text(), (SOURCE / "README.md").read_text()
+BENCHMARKS, COURSE = (ROOT / "benchmarks" / "README.md").read_text(), (ROOT / "tutorials" / "README.md").read_text()
+PAGES = {"README.md": README, "minidpo": HOUSE, "benchmarks": BENCHMARKS, "tutorials": COURSE}
+RESULTS = ROOT / "benchmarks" / "results"
+RUNS = json.loads((RESULTS / "demo.json").read_text())
 
 
-def test_each_example_prints_what_stands_below_it():
-    """Otherwise the numbers on the first screen are decoration."""
-    examples = re.findall(r"```python\n(.*?)```\n+```\n(.*?)```", README, re.DOTALL)
-    assert len(examples) == README.count("```python") == 3
+def test_the_front_door_is_short():
+    """A newcomer reads the README in a quarter of an hour."""
+    assert len(README.split()) <= 1700
+
+
+@pytest.mark.parametrize(("page", "count"), [("README.md", 1), ("minidpo", 2)])
+def test_each_example_prints_what_is_below_it(page, count):
+    """Numbers beside code are its output."""
+    examples = re.findall(r"```python\n(.*?)```\n+```\n(.*?)```", PAGES[page], re.DOTALL)
+    assert len(examples) == PAGES[page].count("```python") == count
     for code, output in examples:
         printed = io.StringIO()
         with contextlib.redirect_stdout(printed):
-            exec(compile(code, "README.md", "exec"), {})
+            exec(compile(code, page, "exec"), {})
         assert printed.getvalue() == output
 
 
 def test_the_three_columns_are_equal():
-    """Otherwise the first thing that the project shows is a disagreement."""
-    for row in re.findall(r"^dL/d\w+ +(.*)$", README, re.MULTILINE):
+    """Autograd, closed form and finite difference agree to the last printed digit."""
+    rows = re.findall(r"^dL/d\w+ +(.*)$", README, re.MULTILINE)
+    assert len(rows) == 2
+    for row in rows:
         assert len(set(row.split())) == 1 and len(row.split()) == 3
 
 
+def test_the_figure_is_the_graph_of_equation_7():
+    """The Mermaid figure is what `explain.graph` makes of the pair below it."""
+    names = ("logp_w", "logp_l", "ref_logp_w", "ref_logp_l")
+    logps = [Tensor(logp, requires_grad=True) for logp in (-10.0, -15.0, -12.0, -14.0)]
+    graph = explain.graph(losses.dpo_loss(*logps, beta=0.1).loss, dict(zip(names, logps)))
+    assert f"```mermaid\n{graph.mermaid()}```" in README
+
+
 def test_line_counts_are_true():
-    """Otherwise the evening is longer than promised."""
-    rows = re.findall(r"\[`minidpo/([\w/]+\.py)`\]\(minidpo/([\w/]+\.py)\) \| (\d+) \|", README)
-    for name, link, lines in rows:
-        assert name == link and int(lines) == len((SOURCE / name).read_text().splitlines()), name
-    listed = {name for name, _, _ in rows}
+    """The evening is as long as promised, and every file is on the house's list."""
+    spine = re.findall(r"^\| \d \| \[`(\w+\.py)`\]\(minidpo/(\w+\.py)\) \| (\d+) \|", README, re.MULTILINE)
+    assert len(spine) == 8
+    rows = re.findall(r"\[`(\w+\.py)`\]\(([\w/]+\.py)\) \| (\d+) \|", HOUSE)
+    for name, link, lines in [*spine, *rows]:
+        assert name == Path(link).name and int(lines) == len((SOURCE / link).read_text().splitlines()), link
+    listed = {link for _, link, _ in rows}
     assert listed == {str(path.relative_to(SOURCE)) for path in SOURCE.rglob("*.py") if not path.name.startswith("__")}
+    sizes = {name: str(len((SOURCE / f"{name}.py").read_text().splitlines())) for name in ("tensor", "ops")}
+    assert f"The engine is {sizes['tensor']} lines, the derivatives {sizes['ops']}" in " ".join(README.split())
 
 
 def test_the_commands_exist(tmp_path, monkeypatch):
-    """Otherwise the first command that a newcomer types fails. (The others are run as they stand by CI.)"""
-    commands = [shlex.split(line) for line in re.findall(r"^(?:python -m )?minidpo (.*)", README, re.MULTILINE)]
-    assert len(commands) == 17
-    (tmp_path / "names.txt").write_text("emma\nmia\nava\n")
-    rows = [{"prompt": f"my order is late.{i}\n", "chosen": f"sorry{i}", "rejected": f"no{i}"} for i in range(6)]
+    """Every command on a page runs, shortened where it is long. (CI runs those of "Run it" as they are.)"""
+    lines = [line for page in PAGES.values() for line in page.splitlines() if line.startswith("minidpo ")]
+    commands = list(dict.fromkeys(tuple(shlex.split(line)[1:]) for line in lines))
+    assert {name for name, *_ in commands} >= {"demo", "check", "explain", "sft", "dpo", "evaluate", "sample", "judge"}
+    row = '{{"prompt": "my order is late.{0}\\n", "chosen": "sorry{0}", "rejected": "no{0}"}}\n'
     for name in ("pairs.jsonl", "more.jsonl"):
-        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (tmp_path / name).write_text("".join(row.format(i) for i in range(6)))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(desk, "FULL", SIZES)
-    monkeypatch.setattr(equalities, "LABORATORY", equalities.LABORATORY[:3])
+    monkeypatch.setattr(equalities, "EQUALITIES", equalities.EQUALITIES[:3])
     monkeypatch.setattr(assumptions, "what_breaks_it", lambda world, seed: [])
     steps = ["--steps", "1"]
-    shorter = {"check": ["--cases", "1"], "pretrain": steps, "sft": steps, "dpo": steps, "judge": ["--replies", "5"]}
-    shorter["frontier"] = ["--worlds", "1"]
-    for arguments in commands:
+    shorter = {"check": ["--cases", "1"], "sft": steps, "dpo": steps, "judge": ["--replies", "5"]}
+    for command in commands:
         with contextlib.redirect_stdout(io.StringIO()):
-            assert main([*arguments, *shorter.get(arguments[0], [])]) == 0, arguments
+            assert cli.main([*command, *shorter.get(command[0], [])]) == 0, command
+
+
+def test_what_a_page_names_exists():
+    """Links lead somewhere; commands in prose are commands."""
+    folders = {"README.md": ROOT, "minidpo": SOURCE, "benchmarks": ROOT / "benchmarks", "tutorials": ROOT / "tutorials"}
+    for page, text in PAGES.items():
+        for target in re.findall(r"\]\(([\w./-]+)(?:#[\w-]*)?\)", text) + re.findall(r'(?:src|srcset)="([^"]+)"', text):
+            inside = folders[page] / target
+            installed = SOURCE / target.removeprefix("minidpo/") if target.startswith("minidpo/") else inside
+            assert inside.exists() or installed.exists(), f"{page}: {target}"
+        for name in re.findall(r"`minidpo (\w+)", text):
+            assert name in cli.COMMANDS, f"{page}: {name}"
+        for name in re.findall(r"tests/(\w+\.py)", text):
+            assert (ROOT / "tests" / name).exists(), name
+
+
+def test_pictures_are_small():
+    """A page loads on a phone."""
+    for picture in [*RESULTS.glob("*.png"), *(ROOT / "tutorials" / "pictures").glob("*.png")]:
+        assert picture.stat().st_size < 150_000, picture
 
 
 def test_the_figures_of_the_demo_are_those_that_its_benchmark_wrote():
-    """Otherwise the table on the front door is of another day. What the models say is that of the first seed."""
-    runs = json.loads((Path(__file__).parents[1] / "benchmarks" / "results" / "demo.json").read_text())
-    assert [run["seed"] for run in runs] == [0, 1, 2]
-    for line in runs[0]["dialogue"]:
-        assert f"\n{line}\n" in README
+    """Table and dialogue are of the committed runs; the replies are those of the first seed."""
+    assert [run["seed"] for run in RUNS] == [0, 1, 2]
+    block = re.search(r"```\n(.*\(ordinary\)\n.*?)```", README, re.DOTALL)[1].splitlines()
+    assert len(block) == 16 and set(block) <= set(RUNS[0]["dialogue"])
     names = {"true reward": "reward", "well formed": "well_formed", "on topic": "on_topic", "KL to SFT, nats": "kl"}
     names |= {name: name.replace(" ", "_") for name in ("polite", "wrongly declined", "wrongly answered")}
-    shown = re.findall(r"^\| ([\w ,]+) \| (.*? ± .*) \|$", README, re.MULTILINE)
-    assert [name for name, _ in shown] and {name for name, _ in shown} == set(names)
-    for name, cells in shown:
-        columns = [[run["models"][i][names[name]] for run in runs] for i in range(3)]
-        columns.append([run["collapse"][names[name]] for run in runs])
+    section = BENCHMARKS[BENCHMARKS.index("## The demo") : BENCHMARKS.index("## The default")]
+    rows = re.findall(r"^\| ([\w ,]+) \| (.*? ± .*) \|$", section, re.MULTILINE)
+    assert {name for name, _ in rows} == set(names)
+    for name, cells in rows:
+        columns = [[run["models"][i][names[name]] for run in RUNS] for i in range(3)]
+        columns.append([run["collapse"][names[name]] for run in RUNS])
         for cell, values in zip(cells.split(" | "), columns, strict=True):
             mean, spread = (float(number) for number in cell.split(" ± "))
             assert abs(mean - statistics.fmean(values)) < 0.00501 and abs(spread - statistics.stdev(values)) < 0.00501
     accuracies = {
-        stage: statistics.fmean(run["measured"][stage]["eval_rewards/accuracies"] for run in runs)
+        stage: statistics.fmean(run["measured"][stage]["eval_rewards/accuracies"] for run in RUNS)
         for stage in ("collapse", "dpo")
     }
-    prose = " ".join(README.split())
+    prose = " ".join(section.split())
     assert f"ranks {accuracies['collapse']:.2f} of the held-out pairs as labelled" in prose
     assert f"DPO model's {accuracies['dpo']:.2f}" in prose
-    seconds = [run["seconds"] for run in runs]
+    seconds = [run["seconds"] for run in RUNS]
     assert f"The demo took {min(seconds):.0f} to {max(seconds):.0f} seconds" in prose
+    assert statistics.fmean(run["collapse"]["well_formed"] for run in RUNS) < 0.5  # "more than half ... gibberish"
+    assert accuracies["collapse"] > accuracies["dpo"] - 0.05  # "as good as the good model's"
+
+
+def test_the_default_of_dpo_is_the_best_setting_that_is_always_healthy():
+    """No default falls below SFT: rate and steps are chosen on the desk, by rule, over three seeds."""
+    results = json.loads((RESULTS / "defaults.json").read_text())
+    settings = {}
+    for run in results["runs"]:
+        settings.setdefault((run["learning_rate"], run["steps"]), []).append(run)
+    assert len(settings) == 10 and all(len(runs) == 3 for runs in settings.values())
+
+    def healthy(run):
+        models = (run["best"], run["last"])
+        sft = results["sft"][str(run["seed"])]["reward"]
+        return all(model["well_formed"] >= 0.9 and model["reward"] >= sft for model in models)
+
+    def mean(runs, model, name):
+        return statistics.fmean(run[model][name] for run in runs)
+
+    always = [key for key, runs in settings.items() if all(map(healthy, runs))]
+    best = max(always, key=lambda key: mean(settings[key], "best", "reward"))
+    default = {name: p.default for name, p in inspect.signature(cli.dpo).parameters.items()}
+    assert (default["learning_rate"], default["steps"]) == best
+    assert (default["beta"], default["nll_weight"], default["label_smoothing"]) == (0.1, 0.0, 0.0)
+    rises = {
+        good: [run["last"]["chosen_rise"] for run in results["runs"] if healthy(run) is good] for good in (False, True)
+    }
+    assert max(rises[True]) < 0.0095 and sum(rise <= train.CHOSEN_LOSS_WARNING for rise in rises[False]) == 1
+    rows = re.findall(
+        r"^\| (\S+) \| (\d+) \| (.*?) \| (.*?) \| (.*?) \| (.*?) \| (\d) of 3 \|$", BENCHMARKS, re.MULTILINE
+    )
+    assert len(rows) == len(settings)
+    for rate, steps, *cells, count in rows:
+        runs = settings[float(rate), int(steps)]
+        columns = [("best", "reward"), ("last", "reward"), ("last", "well_formed"), ("last", "chosen_rise")]
+        for cell, (model, name) in zip(cells, columns, strict=True):
+            number, spread = map(float, cell.split(" ± "))
+            assert number == pytest.approx(mean(runs, model, name), abs=0.0051)
+            assert spread == pytest.approx(statistics.stdev(run[model][name] for run in runs), abs=0.0051)
+        assert int(count) == sum(map(healthy, runs))
+    assert all(0.63 < run["last"]["accuracy"] < 0.73 for run in results["runs"])  # "about 0.68 in all of them"
+
+
+def test_each_stage_is_better_than_the_one_before_in_every_seed():
+    """Base, SFT, DPO: each gains more than twice the standard error."""
+    for run in RUNS:
+        for before, after in itertools.pairwise(run["models"]):
+            gain = after["reward"] - before["reward"]
+            assert gain > 2 * math.hypot(before["reward_error"], after["reward_error"])
 
 
 def test_the_figures_of_speed_are_those_that_the_benchmark_wrote():
-    """Otherwise the table of speed is of another day, or of other contenders."""
-    told = json.loads((Path(__file__).parents[1] / "benchmarks" / "results" / "speed.json").read_text())
-    rows = {name: cells.split(" | ") for name, cells in re.findall(r"^\| ([^|]+) \| (\d.*) \|$", README, re.MULTILINE)}
+    """The table of speed is of the committed run, every turn of it quiet."""
+    results = json.loads((RESULTS / "speed.json").read_text())
+    rows = dict(re.findall(r"^\| ([^|]+) \| (\d.*) \|$", BENCHMARKS, re.MULTILINE))
+    rows = {name: cells.split(" | ") for name, cells in rows.items()}
     eager, recipe = "PyTorch eager, padded", "PyTorch eager, our recipe"
     expected = {
         "time, the same algorithm": ("step", "minidpo, padded", eager, "seconds"),
@@ -111,51 +209,36 @@ def test_the_figures_of_speed_are_those_that_the_benchmark_wrote():
         "time a token, sampling one text with a cache": ("sampling", "minidpo", "PyTorch eager", "seconds"),
     }
     for name, (suite, ours, theirs, key) in expected.items():
-        ratios = [speed.ratio(told[suite][size], ours, theirs, key) for size in SIZES_OF_SPEED]
+        ratios = [speed.ratio(results[suite][size], ours, theirs, key) for size in SIZES_OF_SPEED]
         assert rows[name] == [f"{ratio:.2f}" for ratio in ratios], name
     assert rows["a step of our recipe, ms"] == [
-        f"{1e3 * told['step'][size]['minidpo']['median']:.0f}" for size in SIZES_OF_SPEED
+        f"{1e3 * results['step'][size]['minidpo']['median']:.0f}" for size in SIZES_OF_SPEED
     ]
-    measured = [result for suite in ("step", "sampling") for size in SIZES_OF_SPEED for name, result
-                in told[suite][size].items() if name.startswith(("minidpo", "PyTorch"))]  # fmt: skip
-    assert all(len(result["seconds"]) == 15 for result in measured)
-    grown = [result for points in told["growth"].values() for point in points for result in point["results"].values()]
-    assert all(all(result["quiet"]) for result in measured + grown)
-    assert told["rounds"] == 15 and all(
+    medians = [result for suite in ("step", "sampling") for size in SIZES_OF_SPEED for name, result
+               in results[suite][size].items() if name.startswith(("minidpo", "PyTorch"))]  # fmt: skip
+    assert all(len(result["seconds"]) == 15 for result in medians)
+    growth = [
+        result for points in results["growth"].values() for point in points for result in point["results"].values()
+    ]
+    assert all(all(result["quiet"]) for result in medians + growth)
+    assert results["rounds"] == 15 and all(
         result["error"] < speed.TOLERANCE
         for size in SIZES_OF_SPEED
-        for name, result in told["step"][size].items()
+        for name, result in results["step"][size].items()
         if name != "minidpo, products alone"
     )
 
 
-def test_each_stage_is_better_than_the_one_before_in_every_seed():
-    """By more than twice the standard error: otherwise "watch it become a preferred one" shows noise."""
-    for run in json.loads((Path(__file__).parents[1] / "benchmarks" / "results" / "demo.json").read_text()):
-        for before, after in itertools.pairwise(run["models"]):
-            gained = after["reward"] - before["reward"]
-            assert gained > 2 * math.hypot(before["reward_error"], after["reward_error"])
-
-
 def test_the_number_of_runs_is_true():
-    """Otherwise the reading list promises another picture, or the theory is executed on another world."""
+    """The house's page counts responses, prompts and runs as the laboratory does."""
     world = equalities.small_world(0)
-    assert f"all {len(world.responses)} responses of a small world to three prompts" in README
+    assert f"all {len(world.responses)} responses of a small world to three prompts" in HOUSE
     assert len(world.prompts) == 3
-    assert f"{len(list(frontier.policies(equalities.small_world(0, 2, 2), 0)))} runs a world" in README.replace(
-        "thirty-five", "35"
-    )
+    count = len(list(frontier.policies(equalities.small_world(0, 2, 2), 0)))
+    assert f"{count} runs a world" in HOUSE.replace("thirty-five", "35")
 
 
 def test_thorough_draws_a_hundred_times_as_many():
-    """Otherwise `thorough` is another name for the same."""
-    assert "a hundred\ntimes as many" in README
+    """`--hypothesis-profile=thorough` is a hundred times `dev`."""
     thorough, dev = settings.get_profile("thorough"), settings.get_profile("dev")
     assert thorough.max_examples == 100 * dev.max_examples and dev.derandomize and not thorough.derandomize
-
-
-def test_the_files_it_names_exist():
-    """Otherwise a link leads nowhere."""
-    here = Path(__file__).parent
-    for name in re.findall(r"tests/(\w+\.py)", README):
-        assert (here / name).exists(), name

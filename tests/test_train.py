@@ -428,7 +428,7 @@ def test_a_run_resumes_with_its_own_arguments(folder, tmp_path, monkeypatch):
     words = json.loads((tmp_path / "run" / "run.json").read_text())["arguments"]
     name, again = parser.parse([*words, "--out=o"])
     expected = {**values, "data": folder / "pairs.jsonl", "init": folder / "init", "reference": folder / "other"}
-    expected |= {"loss": "reference-free", "seed": 0, "learning_rate": 2e-5, "held_out_data": None}
+    expected |= {"loss": "reference-free", "seed": 0, "learning_rate": 5e-5, "held_out_data": None}
     assert name == "dpo" and {option: again[option] for option in expected} == expected
     assert all(word.startswith("--") for word in words[1:]) and "--strict" in words
     calls = []

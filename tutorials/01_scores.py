@@ -3,23 +3,27 @@
 #
 # **Question.** People say which of two responses they prefer. What loss turns such judgements into scores?
 #
-# It is often easier to judge which of two answers is better than to create a good one, so judgements are collected.
-# But a judgement says only *which*, not *by how much*; the amounts have to be inferred from many of them.
+# Judging which of two answers is better is often easier than writing a good one, so people collect judgements. But a
+# judgement says only *which* is better, not *by how much*. The amounts have to be inferred from many judgements.
 #
 # **Afterwards you can say**
-# - what the Bradley-Terry model assumes, and why only differences of scores count in it;
-# - what -log P is, and its slope in the margin;
+# - what the Bradley-Terry model assumes, and why only differences of scores matter in it;
+# - what -log P is, and its slope with respect to the margin;
 # - two reasons for -log P instead of 1 - P; "it explodes" is not one of them.
 #
-# **Predict first.** To the judgement that was made, a model gives the probability P = .01: it is confidently wrong.
-# Compare the slopes of -log P and of 1 - P in the margin. Which is larger there, and how many times: 2, 10, 100?
+# **Predict first.** A model gave probability P = .01 to the answer that people actually chose: it was sure, and wrong.
+# Compare the slopes of -log P and of 1 - P with respect to the margin. Which is larger there, and by what factor: 2,
+# 10, 100?
 #
 # **The formula.** x is a prompt, w the chosen response, l the rejected one.
 #
-#     margin = score_w - score_l                          z = beta * margin, and beta = 1 in this script
+#     margin = score_w - score_l                          z = beta * margin
 #     P(w preferred to l) = e^(beta score_w) / (e^(beta score_w) + e^(beta score_l)) = sigma(z)
 #     sigma(z) = 1/(1 + e^-z), the logistic function
 #     loss = -log P = -log sigma(z)
+#
+# beta > 0 sets the unit of the scores: the larger it is, the more a given margin counts. In this script beta = 1, so z
+# is the margin itself. Tutorial 11 is about its choice.
 
 # %%
 import math
@@ -34,27 +38,29 @@ def sigma(z):
     return 1 / (1 + np.exp(-z))
 
 
-def preferred(score_w, score_l):
+def bradley_terry(score_w, score_l):
     return np.exp(score_w) / (np.exp(score_w) + np.exp(score_l))
 
 
 # %% [markdown]
 # ## From NumPy alone
-# Bradley-Terry: each response has one score, and the odds of being preferred are e^score_w : e^score_l. Divide by
-# e^score_w above and below the line, and P = 1/(1 + e^-(score_w - score_l)): a constant added to both changes nothing.
+# Bradley-Terry gives each response one score; the odds that w is preferred to l are e^score_w : e^score_l. Divide
+# numerator and denominator by e^score_w to get P = 1/(1 + e^-(score_w - score_l)). So adding a constant to both scores
+# changes nothing.
 #
-# Independent judgements have the product of their P. Minus its logarithm is a sum, the negative log-likelihood: where
-# it is smallest, the judgements are most probable. The sum does not underflow; .5^2000 is 0 in float64.
+# The probability of several independent judgements is the product of their P. Minus its logarithm is a sum, called the
+# negative log-likelihood. Where this sum is smallest, the judgements are most probable. The product underflows (.5^2000
+# is 0 in float64); the sum does not.
 
 # %%
-np.testing.assert_allclose([preferred(2.0, 0.3), preferred(12.0, 10.3)], sigma(1.7), rtol=1e-12)
+np.testing.assert_allclose([bradley_terry(2.0, 0.3), bradley_terry(12.0, 10.3)], sigma(1.7), rtol=1e-12)
 np.testing.assert_allclose(sigma(-1.7), 1 - sigma(1.7), rtol=1e-12)  # one of the two is preferred
 assert 0.5**2000 == 0 and np.isfinite(-np.log(np.full(2000, 0.5)).sum())
 print(f"sigma(1.7) = {sigma(1.7):.4f}   sigma(-1.7) = {sigma(-1.7):.4f}   sigma(0) = {sigma(0.0):.4f}")
 
 # %% [markdown]
-# ## The slope in the margin
-#     dP/dz = sigma(z) (1 - sigma(z)) = P (1 - P)
+# ## The slope with respect to the margin
+#     dP/dz = e^-z/(1 + e^-z)^2 = sigma(z) sigma(-z) = P (1 - P)
 #     d(-log P)/dz = -(1/P) P (1 - P) = -(1 - P) = -sigma(-z)
 #     d(1 - P)/dz  = -P (1 - P)
 
@@ -72,17 +78,18 @@ P, h = np.array([0.0001, 0.01, 0.5, 0.99, 0.9999]), 1e-6
 z = np.log(P / (1 - P))  # the inverse of sigma
 np.testing.assert_allclose(slope_of_log(z), (-np.log(sigma(z + h)) + np.log(sigma(z - h))) / (2 * h), atol=1e-8)
 np.testing.assert_allclose(slope_of_linear(z), (-sigma(z + h) + sigma(z - h)) / (2 * h), atol=1e-8)
-print("\nTwo losses and their slopes in the margin\n      P        z   -log P    slope    1 - P    slope")
+print("\nTwo losses and their slopes with respect to the margin\n      P        z   -log P    slope    1 - P    slope")
 for row in zip(P, z, -np.log(P), slope_of_log(z), 1 - P, slope_of_linear(z)):
     print("{:7.4f} {:8.3f} {:8.4f} {:8.4f} {:8.4f} {:8.4f}".format(*row))
 
 # %% [markdown]
 # ## The answer to the prediction
-# At P = .01 the slope of -log P is -.99, that of 1 - P is -.0099: 100 times, in general 1/P times. 1 - P hardly moves
-# the pair on which the model is most wrong. That is the first reason.
+# At P = .01 the slope of -log P is -.99 and that of 1 - P is -.0099. The first is 100 times as steep; in general it is
+# 1/P times as steep. The loss 1 - P hardly moves the pair on which the model is most wrong. That is the first reason.
 #
-# "-log P explodes" is none. It and its slope *in P*, -1/P, do grow without bound as P goes to 0. But what parameters
-# move is the margin, and the slope in the margin is never steeper than -1 (in DPO: -beta).
+# "-log P explodes" is not a reason. Its value, and its slope with respect to *P*, which is -1/P, do grow without bound
+# as P goes to 0. But parameters act on the loss only through the margin, and there the slope is never steeper than 1
+# (in DPO: beta).
 
 # %%
 np.testing.assert_allclose([slope_of_log(z)[1], slope_of_linear(z)[1]], [-0.99, -0.0099], rtol=1e-12)
@@ -90,22 +97,23 @@ np.testing.assert_allclose(slope_of_log(z) / slope_of_linear(z), 1 / P, rtol=1e-
 assert (np.abs(slope_of_log(np.linspace(-500, 500, 1001))) <= 1).all()
 
 grid = np.linspace(-8, 8, 201)
-drawn = {"loss": (-np.log(sigma(grid)), 1 - sigma(grid)), "slope": (slope_of_log(grid), slope_of_linear(grid))}
+curves = {"loss": (-np.log(sigma(grid)), 1 - sigma(grid)), "slope": (slope_of_log(grid), slope_of_linear(grid))}
 panels = [
     plots.Panel(f"{name} of one pair", "z", name, [plots.Curve("-log P", grid, a), plots.Curve("1 - P", grid, b)])
-    for name, (a, b) in drawn.items()
+    for name, (a, b) in curves.items()
 ]
 path = pathlib.Path("01_scores.png")
 print(f"picture: {path.name}" if plots.picture(path, panels) else "no picture: it needs matplotlib (the `plot` extra)")
 
 # %% [markdown]
-# The second reason: people disagree. If w is preferred with probability p, the expected losses are
+# The second reason is that people disagree. If w is preferred with probability p, the expected losses and their slopes
+# are
 #
 #     -p log sigma(z) - (1 - p) log sigma(-z):     slope -p sigma(-z) + (1 - p) sigma(z) = sigma(z) - p
 #     p (1 - sigma(z)) + (1 - p) sigma(z):         slope (1 - 2p) sigma(z) sigma(-z)
 #
-# The first slope is 0 where sigma(z) = p: the loss asks for the true probability. The second is negative for every z
-# if p > 1/2: that loss asks for an infinite margin, whether p is .6 or .9, and the amounts are lost.
+# The first slope is 0 where sigma(z) = p, so -log P asks for the true probability. For p > 1/2 the second slope is
+# negative at every z, so 1 - P asks for an infinite margin. It does so whether p is .6 or .9: the amounts are lost.
 
 # %%
 p, z = sigma(1.7), np.linspace(-30, 30, 6001)
@@ -116,17 +124,17 @@ np.testing.assert_allclose([best_of_log, best_of_linear], [1.7, 30], rtol=1e-9)
 
 # %% [markdown]
 # ## Scores from judgements
-# Three responses with hidden scores; 6000 judgements drawn from Bradley-Terry; gradient descent on the mean of -log P.
-# A judgement pushes score_w up by sigma(-z) and score_l down by as much, so the sum of the scores stays as it was at
-# the start, here 0: no judgement can say what it is.
+# Three responses have hidden scores. We sample 6000 judgements from Bradley-Terry and run gradient descent on the mean
+# of -log P. A judgement pushes score_w up and score_l down by the same amount, in proportion to sigma(-z). So the sum
+# of the scores keeps its starting value, here 0; judgements cannot say what it is.
 
 # %%
 rng = np.random.default_rng(0)
 true_score = np.array([1.5, -0.2, -1.3])
 first = rng.integers(3, size=6000)
 second = (first + rng.integers(1, 3, size=6000)) % 3  # one of the other two
-first_preferred = rng.random(6000) < sigma(true_score[first] - true_score[second])
-w, l = np.where(first_preferred, first, second), np.where(first_preferred, second, first)
+first_wins = rng.random(6000) < sigma(true_score[first] - true_score[second])
+w, l = np.where(first_wins, first, second), np.where(first_wins, second, first)
 
 
 def loss_and_gradient(score, w, l):
@@ -140,15 +148,15 @@ def loss_and_gradient(score, w, l):
 score = np.zeros(3)
 for _ in range(300):
     score -= 4.0 * loss_and_gradient(score, w, l)[1]
-print("\nScores from 6000 judgements\ntrue  " + "{:6.2f} {:6.2f} {:6.2f}".format(*true_score))
-print("found " + "{:6.2f} {:6.2f} {:6.2f}".format(*score))
+print("\nScores from 6000 judgements\ntrue    " + "{:6.2f} {:6.2f} {:6.2f}".format(*true_score))
+print("fitted  " + "{:6.2f} {:6.2f} {:6.2f}".format(*score))
 
 # %% [markdown]
 # ## The library's version
-# `ops.logsigmoid` is log sigma in a form that survives large |z| (tutorial 03); `backward` finds the gradient (02). In
-# DPO the score of a response is logp - ref_logp, by how much the policy, the model that is trained, finds it likelier
-# than a reference model does (04, 07). The margin is the difference of two scores, before beta; beta * score is called
-# the reward, and the loss is this one.
+# `ops.logsigmoid` computes log sigma in a form that survives large |z| (tutorial 03), and `backward` computes the
+# gradient (02). In DPO two models read each response: the policy, which is trained, and a fixed reference model. The
+# score of a response is logp - ref_logp: how much likelier the policy finds it than the reference does (04, 07).
+# beta * score is called the reward, and the loss is again -log sigma(beta * margin).
 
 # %%
 scores = Tensor(true_score, requires_grad=True)
@@ -159,27 +167,29 @@ np.testing.assert_allclose(scores.grad, loss_and_gradient(true_score, w, l)[1], 
 
 # %% [markdown]
 # ## What was shown
-# Bradley-Terry makes a probability of a difference of scores, and -log P a loss of that. Its slope in the margin is
-# -sigma(-z): close to -1 where the model is confidently wrong, and on average 0 where sigma(z) is the true probability.
+# Bradley-Terry turns a difference of scores into a probability P, and -log P turns that into a loss. The slope of the
+# loss with respect to the margin is -sigma(-z). It is close to -1 where the model is sure and wrong. Its average over
+# judgements is 0 where sigma(z) is the true probability.
 #
 # ## Exercises
-# 1. One pair at P = .01; gradient descent on z with learning rate 1. About how many steps does each of the two losses
-#    take to P > 1/2? Hint: for -log P, dz/dt = 1/(1 + e^z); separate the variables.
-# 2. Three judgements: a over b, b over c, c over a. Which scores make the sum of -log P smallest, and how small is it?
-#    And without the third judgement?
+# 1. Take one pair at P = .01 and run gradient descent on z with learning rate 1. About how many steps does each of the
+#    two losses need to reach P > 1/2? Hint: for -log P, dz/dt = 1/(1 + e^z); separate the variables.
+# 2. Three judgements form a cycle: a over b, b over c, c over a. Which scores make the sum of -log P smallest, and how
+#    small is it? What changes without the third judgement?
 
 # %%
 np.testing.assert_allclose(sigma(1.7), 0.8455, atol=5e-5)
 np.testing.assert_allclose(score, true_score, atol=0.15)
 np.testing.assert_allclose(score.sum(), 0, atol=1e-9)
-print("\n01: at P = .01 the slopes are -.99 and -.0099; -log P finds p at z = 1.7, and three scores within .15")
+print("\n01: at P = .01 the slopes are -.99 and -.0099; -log P recovers p at z = 1.7, and three scores within .15")
 
 # %% [markdown]
 # ## Solutions
-# 1. (1 + e^z) dz = dt, so t = z + e^z taken from z0 = log(.01/.99) to 0: 5.6. For 1 - P, dz/dt = sigma(z) sigma(-z) =
-#    1/(2 + e^z + e^-z), so t = 2z + e^z - e^-z taken between the same bounds: 108.2. Counted: 6 and 110.
-# 2. Equal scores, 3 log 2: there the gradient is 0, and the sum is convex. Without the third judgement there is no
-#    minimum: with the scores s, 0, -s the sum falls towards 0 as s grows, and never gets there.
+# 1. For -log P, (1 + e^z) dz = dt, so t is the change of z + e^z from z0 = log(.01/.99) to 0: 5.6. For 1 - P,
+#    dz/dt = sigma(z) sigma(-z) = 1/(2 + e^z + e^-z), so t is the change of 2z + e^z - e^-z over the same interval:
+#    108.2. Counting real steps gives 6 and 110.
+# 2. Equal scores, with the sum 3 log 2: there the gradient is 0, and the sum is convex. Without the third judgement
+#    there is no minimum: with the scores s, 0, -s the sum falls towards 0 as s grows, and never gets there.
 
 # %%
 z0 = math.log(0.01 / 0.99)

@@ -3,19 +3,22 @@
 #
 # **Question.** Three functions lead from a model's logits to the DPO loss. Why does the obvious way to write each fail?
 #
+# A language model reads a text one token at a time; here a token is one character. After each token it gives V numbers,
+# the logits: one for each of the V tokens that may come next. The larger the logit, the likelier the token.
+#
 # **Afterwards you can say**
-# - for which inputs each formula fails, and with what: nan, -inf or a silent 0;
-# - why subtracting the row's maximum repairs log_softmax, and -expm1 the slope of logsigmoid;
-# - the vjp of each, derived.
+# - for which inputs each formula fails, and what it then returns: nan, -inf or a silent 0;
+# - why subtracting the row's maximum repairs log_softmax, and why -expm1 repairs the slope of logsigmoid;
+# - how the vjp of each is derived.
 #
-# **Predict first.** In float32, at z = 17, what does 1 - sigma(z) give, computed as `1 - 1 / (1 + exp(-z))`, and what
-# is the right value, to one digit?
+# **Predict first.** In float32, at z = 17, what is 1 - sigma(z) when it is computed as `1 - 1 / (1 + exp(-z))`? And
+# what is the exact value, to one digit?
 #
-# **The formula.** V logits x_j a row; g = dL/dy comes in, gx = dL/dx goes out.
+# **The formula.** A row x holds V logits x_j. As in tutorial 02, g = dL/dy goes into a vjp and gx = dL/dx comes out.
 #
-#     log_softmax   y_j = log(e^x_j / sum_k e^x_k)      (..., V) -> (..., V)   log-probabilities of the next token
-#     gather        y_i = x[i, index_i]                 (..., V), integers (...) -> (...)   of the token that came
-#     logsigmoid    y = log(1/(1 + e^-z))               (...) -> (...)         the loss is minus this
+#     log_softmax   y_j = log(e^x_j / sum_k e^x_k)      (..., V) -> (..., V)   log-probability of each next token
+#     gather        y_i = x[i, index_i]                 (..., V), integers (...) -> (...)   that of the actual token
+#     logsigmoid    y = log(1/(1 + e^-z))               (...) -> (...)         minus this is the loss
 
 # %%
 import math
@@ -42,16 +45,21 @@ with np.errstate(all="ignore"):
     assert (np.exp([-745.0, -746.0]) == 0).tolist() == [False, True]
 
 # %% [markdown]
-# e^1000 is too large for float64 (e^709 is not, e^710 is): inf/inf is nan. e^-800 is too small (e^-745 is not, e^-746
-# is): log 0 is -inf, where -800 is right. The cure: a constant c added to all logits of a row multiplies numerator and
-# denominator by e^c and changes nothing, so choose c = -max. Then every exponential is at most 1 and one of them is 1:
-# the sum lies between 1 and V; it does not overflow, and its log is finite. And log(e^a/s) = a - log s.
+# e^1000 is too large for float64 (e^709 still fits, e^710 does not). It becomes inf. Then 1/inf is 0 with log -inf,
+# where -1000 is correct, and inf/inf is nan. e^-800 is too small (e^-745 still fits, e^-746 does not). It becomes 0,
+# with log -inf, where -800 is correct.
 #
-# The derivative, with [i = j] = 1 if i = j, else 0, and p_j = e^y_j:
+# The cure: adding one constant to a whole row multiplies numerator and denominator by the same factor, so it changes
+# nothing. Choose minus the row's maximum as the constant. Then every exponential is at most 1, and one of them is 1. So
+# their sum lies between 1 and V: it cannot overflow, and its log is finite. What remains is log(e^a/s) = a - log s,
+# which needs no exponential of a.
 #
-#     dy_i/dx_j = [i = j] - p_j,     gx_j = sum_i g_i dy_i/dx_j = g_j - p_j sum_i g_i
+# The derivative, with s = sum_k e^x_k and p_j = e^x_j/s = e^y_j; [i = j] is 1 if i = j, else 0:
 #
-# gx sums to 0 over j, for every g: a row's logits can be moved by a constant for nothing.
+#     y_i = x_i - log s,     ds/dx_j = e^x_j,     dy_i/dx_j = [i = j] - (1/s) e^x_j = [i = j] - p_j
+#     gx_j = sum_i g_i dy_i/dx_j = g_j - p_j sum_i g_i
+#
+# For every g, gx sums to 0 over j, because adding one constant to a whole row changes nothing.
 
 
 # %%
@@ -75,8 +83,8 @@ np.testing.assert_array_equal(log_softmax(np.array([0.0, -800.0]))[0], [0, -800]
 
 # %% [markdown]
 # ## The library's version
-# The check, for this vjp and those that follow: with random g and u, <g, J u> = <vjp(g), u>, J u a central difference
-# (tutorial 02). Then the library's op must return the same values and the same gradient.
+# `check` serves this vjp and those that follow. With random g and u it tests <g, J u> = <vjp(g), u>, where J u is a
+# central difference (tutorial 02). Then the library's op must return the same values and the same gradient.
 
 
 # %%
@@ -97,11 +105,12 @@ np.testing.assert_allclose(gx.sum(axis=-1), 0, atol=1e-12)
 
 # %% [markdown]
 # ## gather: two naive attempts
-# `x[:, index]` takes the columns that `index` names from *every* row: (B, V) -> (B, B), without an error. A product
-# with a one-hot row picks the right entry, but a token that cannot occur has log-probability -inf, and 0 * -inf is nan.
-# `x[arange(B), index]` pairs rows with columns. Its derivative moves g to where y came from:
+# `x[:, index]` takes the columns that `index` names from *every* row: (B, V) -> (B, B), without an error. Multiplying
+# by a one-hot row and summing picks the correct entry, until a token cannot occur: its log-probability is -inf, and
+# 0 * -inf is nan. `x[arange(B), index]` pairs each row with its column. Only one entry of a row reaches y_i, so the vjp
+# puts g_i back into that place:
 #
-#     dy_i/dx_ij = [j = index_i],     gx_ij = g_i [j = index_i]
+#     y_i = sum_j [j = index_i] x_ij,     dy_i/dx_ij = [j = index_i],     gx_ij = g_i [j = index_i]
 
 
 # %%
@@ -111,7 +120,7 @@ def gather(x, index):  # (B, V), integers (B) -> (B)
 
     def vjp(g):  # keeps rows, index
         gx = np.zeros(shape)
-        gx[rows, index] = g  # each place is named once
+        gx[rows, index] = g  # no place is named twice, so nothing has to be added
         return (gx, None)  # an integer has no derivative
 
     return y, vjp
@@ -129,7 +138,8 @@ np.testing.assert_allclose(gather(impossible, np.array([0]))[0], -math.log(2), r
 check(gather, ops.gather, rng.normal(size=(4, 5)), np.array([0, 4, 2, 2]))
 
 # %% [markdown]
-# Together they are the loss of pre-training: the gradient of -log p_index in the logits is p - onehot(index).
+# Together they are the loss of pre-training, in which a model learns to predict the next token of a text (tutorial 05).
+# The gradient of -log p_index with respect to the logits is p - onehot(index).
 
 # %%
 x = Tensor(logits, requires_grad=True)
@@ -138,19 +148,19 @@ np.testing.assert_allclose(x.grad, np.exp(log_softmax(logits)[0]) - np.eye(3)[to
 
 # %% [markdown]
 # ## logsigmoid: three ways to break
-# - z = -800: e^800 is inf, 1/inf is 0, log 0 is -inf; -800 is right. The chain rule through exp, division and log is
-#   worse: it gives nan, in the pair on which the model is most wrong.
-# - z = 40: 1 + e^-40 rounds to 1, so the value is 0 instead of -e^-40.
-# - the slope 1 - sigma(z), for the same reason: where sigma(z) rounds to 1, it is 0.
+# - At z = -800, e^800 is inf, 1/inf is 0 and log 0 is -inf, where -800 is correct. The chain rule through exp, division
+#   and log does worse: it gives nan, on the very pair on which the model is most wrong.
+# - At z = 40, 1 + e^-40 rounds to 1, so the value is 0 instead of -e^-40.
+# - The slope 1 - sigma(z) breaks for the same reason: it is 0 wherever sigma(z) rounds to 1.
 #
-# The cure for the value: let the exponential be of -|z|, so that it is at most 1, and add it to 1 inside `log1p`, which
-# returns log(1 + a) without rounding 1 + a:
+# The cure for the value: take the exponential of -|z|, which is at most 1. Then let `log1p` add it to 1; `log1p(a)`
+# returns log(1 + a) without rounding 1 + a.
 #
 #     z >= 0:  log sigma(z) =   - log(1 + e^-z)
 #     z <  0:  log sigma(z) = z - log(1 + e^z)       (multiply numerator and denominator of 1/(1 + e^-z) by e^z)
 #
-# For the slope: dy/dz = sigma'(z)/sigma(z) = 1 - sigma(z) = 1 - e^y = -expm1(y); `expm1` returns e^y - 1 without
-# rounding e^y.
+# The cure for the slope: dy/dz = sigma'(z)/sigma(z) = 1 - sigma(z) = 1 - e^y = -expm1(y); `expm1(y)` returns e^y - 1
+# without rounding e^y.
 
 
 # %%
@@ -183,19 +193,19 @@ check(logsigmoid, ops.logsigmoid, rng.normal(size=(4, 5)))
 np.testing.assert_allclose(y, log_softmax(np.stack([z, 0 * z], axis=-1))[0][:, 0], rtol=1e-12, atol=1e-16)
 
 # %% [markdown]
-# The last line: e^z/(e^z + e^0) = sigma(z), so logsigmoid is the first entry of log_softmax on the logits z and 0.
-# Only the tail differs: log_softmax takes log, not log1p, and returns 0 at z = 40; hence `atol`.
+# The last line uses e^z/(e^z + e^0) = sigma(z): logsigmoid is the first entry of log_softmax on the two logits z and 0.
+# They differ in the tail only. There log_softmax takes log, not log1p, and returns 0 at z = 40; hence `atol`.
 #
 # ## The answer to the prediction
-# 1 - sigma(17) is 0 in float32; the right value is 4e-8. In float32 1 + e^-z rounds to 1 once e^-z <= 2^-24, that is
-# from z = 24 log 2 = 16.64 on; in float64 from z = 53 log 2 = 36.74 on.
+# In float32 it is 0; the exact value is about 4e-8. In float32, 1 + e^-z rounds to 1 once e^-z <= 2^-24, that is from
+# z = 24 log 2 = 16.64 on. In float64 this happens from z = 53 log 2 = 36.74 on.
 
 # %%
 seventeen = np.float32(17)
 slope = logsigmoid(seventeen)[1](np.float32(1))[0]
-lost = 1 - 1 / (1 + np.exp(-seventeen))
-print(f"\nfloat32, z = 17: 1 - sigma gives {lost:.1f}, -expm1(y) gives {slope:.1e}")
-assert lost == 0 and slope.dtype == lost.dtype == np.float32
+naive_slope = 1 - 1 / (1 + np.exp(-seventeen))
+print(f"\nfloat32, z = 17: 1 - sigma gives {naive_slope:.1f}, -expm1(y) gives {slope:.1e}")
+assert naive_slope == 0 and slope.dtype == naive_slope.dtype == np.float32
 np.testing.assert_allclose(slope, 1 / (1 + math.exp(17)), rtol=1e-5)
 for dtype, bits in ((np.float32, 24), (np.float64, 53)):
     edge = bits * math.log(2)
@@ -205,13 +215,14 @@ for dtype, bits in ((np.float32, 24), (np.float64, 53)):
 
 # %% [markdown]
 # ## What was shown
-# The obvious forms are right on paper and fail in floating point: exponentials leave the range, 1 + a loses a small
-# a, 0 * -inf is nan. Subtract the maximum; use log1p and expm1; select, do not multiply. The vjps need only y, or the
-# index.
+# The obvious forms are correct on paper and fail in floating point: exponentials leave the range, 1 + a loses a small
+# a, 0 * -inf is nan. So subtract the maximum; use log1p and expm1; select, do not multiply by 0 and 1. The vjps keep
+# only y, or only the index.
 #
 # ## Exercises
-# 1. A chosen and a rejected response differ in the token after the same prompt, so both read the same row of logits x.
-#    Derive the gradient of -(y_w - y_l) in x, with y = log_softmax(x). What has become of p?
+# 1. A chosen and a rejected response follow the same prompt and differ in their first token, w or l. So both tokens are
+#    read from the same row of logits x. Derive the gradient of -(y_w - y_l) with respect to x, where
+#    y = log_softmax(x). What has become of p?
 # 2. Find the bug: `x.max()` is subtracted instead of `x.max(axis=-1, keepdims=True)`. For which rows does that fail?
 
 # %%
@@ -225,10 +236,10 @@ print("03: the stable forms are finite where the formulas fail, and agree with f
 
 # %% [markdown]
 # ## Solutions
-# 1. g = onehot(l) - onehot(w) sums to 0, so gx = g - p * 0 = onehot(l) - onehot(w): p has cancelled. No other
-#    logit of the row is pushed. (DPO multiplies this by beta sigma(-z), z being that of the two whole responses.)
-# 2. For a row that lies more than about 708 below the largest entry of the array: its exponentials lose digits, and
-#    from about 745 on all become 0, and minus log 0 is inf. Two logits of one row may differ by as much without harm.
+# 1. g = onehot(l) - onehot(w) sums to 0, so gx = g - p * 0 = onehot(l) - onehot(w): p has cancelled, and no other logit
+#    of the row is pushed. (DPO multiplies this by beta sigma(-z), where z = beta * margin of the two whole responses.)
+# 2. It fails for a row that lies more than about 708 below the largest entry of the array. There its exponentials lose
+#    digits. From about 745 on all of them are 0, and minus log 0 is inf. Within one row such a distance does no harm.
 
 # %%
 x = Tensor(rng.normal(size=5), requires_grad=True)

@@ -4,7 +4,7 @@
 # **Question.** Which number is log pi(y|x), and how do you know that a piece of code computes it?
 #
 # **Afterwards you can say**
-# - which row of the logits predicts which token, and what becomes of prompt, pads and end-of-text;
+# - which row of the logits predicts which token, and what happens to prompt, pads and end-of-text;
 # - what the probabilities of all complete responses add up to, derived and computed;
 # - which mistakes that sum finds, and which only the chain rule finds.
 #
@@ -12,9 +12,14 @@
 # the token before it. Add up the probabilities that it gives to all complete responses. Is the sum less than 1,
 # exactly 1, or more than 1?
 #
-# **The formula.** log pi(y|x) = sum_t log pi(y_t | x, y_1 ... y_(t-1)), in nats (natural logarithms), by the chain
-# rule of probability, which is not that of 02: a sum over the response's tokens, the last of which is end-of-text (id
-# 0) unless the response was cut. A sum, not a mean: DPO is defined with the sum.
+# **The formula.** x is a prompt and y a response, both lists of token ids. pi is the model: pi(token | tokens before)
+# is the probability that it gives to the next token.
+#
+#     log pi(y|x) = sum_t log pi(y_t | x, y_1 ... y_(t-1))
+#
+# This is the chain rule of probability (not the one for derivatives), with one term per response token. Unless the
+# response was cut off, its last token is end-of-text, id 0. Logarithms are natural: the unit is nats. DPO is defined
+# with this sum, not with a mean.
 
 # %%
 import itertools
@@ -52,39 +57,44 @@ def token_logprobs(logits_of, x, y, shift=1):
 
 x, y = [2, 3, 1], [1, 3, END_OF_TEXT]
 logp = log_softmax(toy_logits(x + y))
-print("row  reads  predicts  log-probability")
+print("row  reads  predicts  log-probability  a token of")
 for row, (read, following) in enumerate(itertools.pairwise(x + y)):
-    print(f"{row:>3}{read:>7}{following:>10}{logp[row, following]:>17.3f}  {'of x' if row < len(x) - 1 else 'of y'}")
+    print(f"{row:>3}{read:>7}{following:>10}{logp[row, following]:>17.3f}  {'x' if row < len(x) - 1 else 'y'}")
 total = token_logprobs(toy_logits, x, y).sum()
-print(f"log pi(y|x) = {total:.3f}, the sum of those of y")
+print(f"log pi(y|x) = {total:.3f}, the sum over the tokens of y")
 
 # %% [markdown]
 # ## Shift by one, prompt, end-of-text
-# Row i has read token i, so it predicts token i + 1. The first token of y has index len(x); the row that predicts it
-# is row len(x) - 1, the prompt's last. Rows before that predict the prompt, which is given: they are not scored. The
-# last token of y is predicted; the model need not read it. If it is end-of-text it is scored like any other: stopping
-# is a choice.
+# Row i has read tokens 0 to i, so it predicts token i + 1. The first token of y has index len(x). The row that predicts
+# it is row len(x) - 1, the prompt's last. Earlier rows predict the prompt. The prompt is given, so they are not scored.
+# The last token of y must be predicted, but the model need not read it. If it is end-of-text it is scored like any
+# other token: stopping is a choice.
 #
 # ## Why the sum over all complete responses is 1
-# A response is complete when it ends in end-of-text or has CAP tokens. Let S(p) be the probability, given a prefix p,
-# of all complete responses that begin with p. S(p) = 1 for a complete p; for any other, from the longest to the empty
-# one, S(p) = sum_c pi(c | x, p) S(p c) = sum_c pi(c | x, p) = 1, c over all V ids. This uses one thing only: the
-# factors are, after each prefix, a distribution over the next id. It need not be the right one.
+# A response is complete when it ends in end-of-text or has CAP tokens. Suppose that a response begins with `start`. Let
+# S(start) be the sum, over all complete responses that begin so, of the probability of their remaining tokens. If
+# `start` is complete, nothing remains and S(start) = 1. For the others, work from the longest start to the empty one;
+# `next` runs over all V ids:
+#
+#     S(start) = sum_next pi(next | x, start) S(start + next) = sum_next pi(next | x, start) * 1 = 1
+#
+# The proof uses one property only: after each start, the factors are a distribution over the next id. It need not be
+# the model's distribution.
 #
 # ## From NumPy alone: two oracles and six mistakes
 
 
 # %%
 def chain_rule(logits_of, x, y):
-    """One run of the model for each prefix, of which the last row is read: no shift, no slice of logits, no mask."""
+    """Run the model once for each prefix and read its last row: no shift, no slice of logits, no mask."""
     return sum(log_softmax(logits_of([*x, *y[:t]]))[-1, token] for t, token in enumerate(y))
 
 
 characters = range(1, V)
-responses = [[*p, END_OF_TEXT] for t in range(CAP) for p in itertools.product(characters, repeat=t)]
-responses += [list(p) for p in itertools.product(characters, repeat=CAP)]
+responses = [[*start, END_OF_TEXT] for t in range(CAP) for start in itertools.product(characters, repeat=t)]
+responses += [list(start) for start in itertools.product(characters, repeat=CAP)]
 ways = {
-    "right": lambda f, x, y: token_logprobs(f, x, y).sum(),
+    "correct": lambda f, x, y: token_logprobs(f, x, y).sum(),
     "no shift": lambda f, x, y: token_logprobs(f, x, y, shift=0).sum(),
     "first token not scored": lambda f, x, y: token_logprobs(f, x, y)[1:].sum(),
     "end-of-text not scored": lambda f, x, y: token_logprobs(f, x, y)[np.array(y) != END_OF_TEXT].sum(),
@@ -99,33 +109,36 @@ for name, way in ways.items():
     gaps[name] = max(abs(way(toy_logits, x, y) - chain_rule(toy_logits, x, y)) for y in responses)
     print(f"{name:<24}{sums[name]:>12.6f}{gaps[name]:>15.6f}")
 assert len(responses) == sum(3**t for t in range(CAP + 1)) == 40
-assert abs(sums["right"] - 1) < 1e-12 and gaps["right"] < 1e-12
+assert abs(sums["correct"] - 1) < 1e-12 and gaps["correct"] < 1e-12
 
 # %% [markdown]
 # ## The answer to the prediction
-# Exactly 1. The row two places before a token has read less than it may, but what it has read are earlier tokens:
-# after each prefix it still gives one distribution over the next id, and the proof above asks for no more. Without a
-# shift, the row has read the very token that it scores: that is no distribution over what comes next. So the sum
-# finds some mistakes, and for the others there is the chain rule, which slices no logits. (A prompt of one token has
-# no row two places before: the sum is 1 for two or more.)
+# Exactly 1. The row two places before a token has read less than it may, but it has read earlier tokens only. So after
+# each start it still gives one distribution over the next id, and the proof asks for no more. (This needs a prompt of
+# two tokens or more, or the first token of y has no row two places before it.)
+#
+# Without a shift, a row has already read the token that it scores. That is not a distribution over what comes next.
+# Where a factor below 1 is left out, the sum rises above 1; where one too many is included, it falls below 1. So the
+# sum finds five of the six mistakes. The sixth needs the chain rule, which slices no logits.
 
 # %%
 assert abs(sums["shift by two"] - 1) < 1e-12 < 0.01 < gaps["shift by two"]
-assert all(abs(sums[name] - 1) > 0.01 for name in ways if name not in ("right", "shift by two"))
+assert all(abs(sums[name] - 1) > 0.01 for name in ways if name not in ("correct", "shift by two"))
+assert all(sums[name] > 1 for name in ("first token not scored", "end-of-text not scored")) and sums["a pad scored"] < 1
 
 # %% [markdown]
 # ## The library's version
-# `scoring.sequence_logprob` is the same slice on the transformer, `exact` has both oracles, `mutants` eleven mistakes.
-# The last four are distributions, but not the model's.
+# `scoring.sequence_logprob` takes the same slice of the transformer's logits. `exact` has both oracles, and `mutants`
+# has eleven mistakes. The last four are distributions, but not the model's.
 
 # %%
 config = model.Config(vocab_size=V, n_positions=8, n_embd=8, n_layer=1, n_head=2)
 params = model.init(config, rng, dtype="float64")
-for p in params.values():
-    p.data = p.data + 0.5 * rng.normal(size=p.shape)  # so that every mistake shows
+for parameter in params.values():
+    parameter.data = parameter.data + 0.5 * rng.normal(size=parameter.shape)  # so that every mistake shows
 assert exact.complete_responses(V, CAP) == responses
 for y in responses:
-    mine = ways["right"](lambda tokens: model.forward(params, config, [tokens]).data[0], x, y)
+    mine = ways["correct"](lambda tokens: model.forward(params, config, [tokens]).data[0], x, y)
     np.testing.assert_allclose(mine, scoring.sequence_logprob(params, config, [x], [y]).item(), rtol=0, atol=1e-12)
     np.testing.assert_allclose(mine, exact.chain_rule_logprob(params, config, x, y), rtol=0, atol=1e-12)
 verdicts = mutants.verdicts(params, config, x, CAP)
@@ -133,11 +146,15 @@ print("\n" + mutants.as_text(verdicts))
 
 # %% [markdown]
 # ## Padding
-# Texts of unequal length fill one array with pads. A pad has no id of its own (here it is 0, end-of-text): length tells
-# it from the end-of-text that is scored. What a pad predicts is left out by selection. Multiplying by a mask of 0 and 1
-# is not the same: 0 times -inf is nan. The shared route needs no pads: a pair's prompt is computed once, and both
-# responses follow it. Three routes, one number, and one gradient, for a random cotangent. Last, what the prompt's mask
-# is worth to a pair: nothing, with sums. Scoring the prompt adds the same to both responses; their difference stays.
+# Texts of unequal length fit into one array when the shorter ones are filled up with pads. A pad has no id of its own:
+# it is 0, like end-of-text. The text's length tells it from the end-of-text that is scored. The log-probability of a
+# pad must be left out of the sum, by selection. Multiplying by a mask of 0 and 1 is not the same: 0 times -inf is nan.
+#
+# The shared route needs no pads: it computes a pair's prompt once and lets both responses follow it. All three routes,
+# one by one, padded and shared, give one number, and one gradient for a random cotangent.
+#
+# Does it matter to a pair whether the prompt is masked? With sums, no: scoring the prompt adds the same term to both
+# responses, and it cancels in their difference.
 
 # %%
 with np.errstate(invalid="ignore"):
@@ -153,49 +170,52 @@ def one_by_one(params, config, pairs):
     return ops.concatenate(*(w for w, _ in logp)), ops.concatenate(*(l for _, l in logp))
 
 
-found = {}
+results = {}
 for route in (one_by_one, scoring.padded_logprobs, scoring.shared_logprobs):
-    for p in params.values():
-        p.grad = None
+    for parameter in params.values():
+        parameter.grad = None
     logp_w, logp_l = route(params, config, pairs)
     ops.sum(g_w * logp_w + g_l * logp_l).backward()
-    found[route.__name__] = [logp_w.data, logp_l.data, *(p.grad for p in params.values())]
-for result in found.values():
-    for value, expected in zip(result, found["one_by_one"]):
+    results[route.__name__] = [logp_w.data, logp_l.data, *(parameter.grad for parameter in params.values())]
+for result in results.values():
+    for value, expected in zip(result, results["one_by_one"]):
         np.testing.assert_allclose(value, expected, rtol=1e-10, atol=1e-10)
 prompt_scored = one_by_one(params, config, [(x[:1], x[1:] + w, x[1:] + l) for x, w, l in pairs])
 np.testing.assert_allclose((prompt_scored[0] - prompt_scored[1]).data, (logp_w - logp_l).data, rtol=0, atol=1e-12)
 
 # %% [markdown]
 # ## What was shown
-# Row len(x) - 1 predicts the response's first token; end-of-text is scored, prompt and pads are not. The sum over
-# complete responses finds what is no distribution, the chain rule also what is a wrong one.
+# Row len(x) - 1 predicts the response's first token. End-of-text is scored; prompt and pads are not. The sum over
+# complete responses finds scores that are not a distribution. The chain rule also finds those that are a wrong one.
 #
 # ## Exercises
-# 1. Derive: if the first token is not scored, the sum is exactly V. If end-of-text is not scored, it is 1 plus the mean
-#    number of characters (tokens but end-of-text) of a response. Check both against the table.
-# 2. Find the bug: `logp = log_softmax(logits_of([*x, *y][:-1]))[len(x) - 1 : -1]`, and of these rows those of `y[:-1]`
-#    are summed. Which token is lost? Is the sum over complete responses above 1, or below, or does it depend?
+# 1. Derive two entries of the table. If the first token is not scored, the sum is exactly V. If end-of-text is not
+#    scored, the sum is 1 plus the mean number of characters (tokens other than end-of-text) of a response.
+# 2. Find the bug: `logp = log_softmax(logits_of([*x, *y][:-1]))[len(x) - 1 : -1]`, then the tokens of `y[:-1]` are
+#    gathered from these rows and summed. Which token is lost? Is the sum over complete responses above 1 or below 1, or
+#    does it depend on the model?
 
 # %%
 wrong = {mutant.__name__ for mutant in mutants.WRONG_DISTRIBUTION}
 for verdict in verdicts:
-    assert (abs(verdict.total_probability - 1) < 1e-12) == (verdict.name in {"right", *wrong})
-    assert (verdict.chain_rule_gap < 1e-12) == (verdict.name == "right")
+    assert (abs(verdict.total_probability - 1) < 1e-12) == (verdict.name in {"correct", *wrong})
+    assert (verdict.chain_rule_gap < 1e-12) == (verdict.name == "correct")
 print("04: probabilities of all complete responses sum to 1; seven mistakes break that, four only the chain rule sees")
 
 # %% [markdown]
 # ## Solutions
-# 1. Without the first factor, a response has the probability of its rest given the first token. For each of the V first
-#    tokens these add up to 1 (S = 1; for end-of-text the rest is empty): V in all. Without the factor of end-of-text,
-#    p followed by it counts as P(prefix p is reached). Summed over the prefixes of t characters that is
-#    P(at least t characters), and over t = 0 ... CAP it is 1 + (mean number of characters).
-# 2. The rows are cut twice: the last token is never scored. A factor below 1 is missing from every probability, so each
-#    rises, and the sum is above 1 for every model.
+# 1. Without the first factor, a response counts as the probability of its rest, given its first token. For each of the
+#    V first tokens these add up to S(first token) = 1; after end-of-text the rest is empty. That makes V in all.
+#    Without the factor of end-of-text, a response counts as the probability that its characters are reached. Summed
+#    over all strings of t characters, that is P(a response has at least t characters). Summed over t = 0 ... CAP, it is
+#    1 + (mean number of characters).
+# 2. `[:-1]` drops the row that predicts nothing in y, and `: -1` drops one more. So the last token is never scored. A
+#    factor below 1 is missing from every probability. Each rises, so the sum is above 1 for every model.
 
 # %%
 probabilities = [math.exp(chain_rule(toy_logits, x, y)) for y in responses]
-mean_characters = sum(p * sum(token != END_OF_TEXT for token in y) for p, y in zip(probabilities, responses))
+lengths = [sum(token != END_OF_TEXT for token in y) for y in responses]
+mean_characters = np.dot(probabilities, lengths)
 np.testing.assert_allclose(sums["first token not scored"], V, rtol=0, atol=1e-12)
 np.testing.assert_allclose(sums["end-of-text not scored"], 1 + mean_characters, rtol=0, atol=1e-12)
 assert math.fsum(math.exp(token_logprobs(toy_logits, x, y)[:-1].sum()) for y in responses) > 1

@@ -4,21 +4,26 @@
 # **Question.** Take log pi(y|x) itself as the reward, without a reference. What goes wrong, and what does not?
 #
 # **Afterwards you can say**
-# - which way, and how hard, the naive loss pushes both responses of a pair;
-# - what lengths do to the weight of a pair, and what they never do;
-# - what the reference changes and what it cannot, and where shared filler really goes.
+# - in which direction, and how hard, the naive loss pushes the two responses of a pair;
+# - how length changes a pair's weight, and what it never changes;
+# - what a reference changes, what it cannot change, and where the filler that both responses share really cancels.
 #
-# **Predict first.** The chosen response is long, logp_w = -.735, the rejected one short, logp_l = -.210. It is often
-# said that this loss teaches "shorter is better". Does its gradient push the long chosen response up or down? And
-# harder or more softly than in a pair whose two log-probabilities are equal?
+# **Predict first.** The chosen response is long, logp_w = -.735; the rejected one is short, logp_l = -.210. It is often
+# said that this loss teaches "shorter is better". Does a step down its gradient push the long chosen response up or
+# down? And does it push harder or more gently than for a pair whose two log-probabilities are equal?
 #
-# **The formula.** margin = logp_w - logp_l, L = -log sigma(margin), and so
+# **The formula.** The naive reward of a response is its log-probability. Then margin = logp_w - logp_l,
+# L = -log sigma(margin), and so
 #
 #     dL/dlogp_w = -sigma(-margin),   dL/dlogp_l = +sigma(-margin).
 #
-# DPO: margin = (logp_w - ref_logp_w) - (logp_l - ref_logp_l), z = beta * margin, L = -log sigma(z). The policy is the
-# model that is trained, the reference a frozen copy of it from before. The slope's size, sigma(-margin) above and
-# sigma(-z) in DPO, is called the pair's weight.
+# DPO measures each log-probability from a reference. The policy is the model that we train; the reference is a frozen
+# copy of it from before training.
+#
+#     margin = (logp_w - ref_logp_w) - (logp_l - ref_logp_l),   z = beta * margin,   L = -log sigma(z).
+#
+# DPO's reward of a response is beta (logp - ref_logp); 08 shows where that comes from. The size of the slope dL/dz is
+# called the pair's weight: sigma(-z) in DPO, and sigma(-margin) for the naive loss, where z = margin.
 
 # %%
 import math
@@ -47,7 +52,7 @@ print(f"{'equal log-probabilities':<29}{0:>+8.3f}" + "{:>8.3f}{:>13.3f}{:>13.3f}
 
 # %% [markdown]
 # ## The library's version
-# `losses.reference_free_loss` with beta = 1, by its sweep and in closed form, and a finite difference.
+# `losses.reference_free_loss` at beta = 1: by its sweep, in closed form, and against a finite difference.
 
 # %%
 w, l = Tensor(long_chosen, requires_grad=True), Tensor(short_rejected, requires_grad=True)
@@ -61,12 +66,14 @@ np.testing.assert_allclose([closed_w, closed_l, finite_w], [slope_w, slope_l, sl
 # %% [markdown]
 # ## The answer to the prediction
 # Up, and harder. The slope on logp_w is -.628, so descent pushes the long chosen response up; at margin 0 the slope is
-# -.5. The label decides the direction, at every margin. (The push is on the two log-probabilities. What a step on
-# shared parameters makes of it is another matter, with or without a reference.) The naive *score* does rank the short
-# response first; but the loss sees labelled pairs, and never scores a sample of the model's own.
+# only -.5. The label decides the direction, at every margin. (This is the push on the two log-probabilities. In a model
+# they share parameters, and what a step then does to them is another question, with or without a reference.) The naive
+# *reward* does rank the short response first. But the loss sees labelled pairs only, and never scores one of the
+# model's own samples.
 #
-# The figures are the usual example: 7 tokens against 2, each of probability .9. Unrounded they are 7 log .9 = -.7375
-# and 2 log .9 = -.2107. As probabilities, .480 + .811 > 1: no model gives both to two complete responses to one prompt.
+# The figures come from an example that you may meet in explanations of DPO: 7 tokens against 2, each with
+# probability .9. Unrounded they are 7 log .9 = -.7375 and 2 log .9 = -.2107. The probabilities are .480 and .811.
+# Together they exceed 1, so no model gives both to two complete responses to one prompt.
 
 # %%
 assert round(out.margin.item(), 3) == -0.525 and round(loss, 3) == 0.990 and round(slope_w, 3) == -0.628
@@ -75,20 +82,20 @@ assert round(7 * math.log(0.9), 4) == -0.7375 and round(2 * math.log(0.9), 4) ==
 assert round(math.exp(long_chosen), 3) == 0.480 and round(math.exp(short_rejected), 3) == 0.811
 
 # %% [markdown]
-# ## What lengths do: the weights
-# At -1.5 nats a token, 20 tokens more are a margin of -30 or +30 before anything is learned. The pair whose chosen
-# response is long has a weight of nearly 1; the pair whose chosen response is short has a weight of nearly 0 and
-# teaches nothing. (That is at beta = 1, as in the formula; at beta = 0.1 the weights would be sigma(3) = .953 and
-# sigma(-3) = .047, still 20 to 1.) DPO starts both at sigma(0) = 1/2. Gradient steps on the two log-probabilities show
-# what is learned: the change of logp_w - logp_l.
+# ## What lengths do: they set the weights
+# Say that every token costs 1.5 nats. Then 20 extra tokens make the margin -30 or +30 before anything is learned. If
+# the chosen response is the long one, the pair has a weight of nearly 1. If it is the short one, the weight is nearly 0
+# and the pair teaches nothing. (That is at beta = 1, as in the formula. At beta = 0.1 the weights would be
+# sigma(3) = .953 and sigma(-3) = .047, still 20 to 1.) DPO starts both pairs at sigma(0) = 1/2. Below we take gradient
+# steps on the two log-probabilities themselves and look at what is learned: the growth of logp_w - logp_l.
 
 # %%
 PER_TOKEN, LONG, SHORT, RATE, STEPS = -1.5, 30, 10, 0.1, 100
 starts = {"long chosen": (LONG * PER_TOKEN, SHORT * PER_TOKEN), "short chosen": (SHORT * PER_TOKEN, LONG * PER_TOKEN)}
 
 
-def learned(logp_w, logp_l, ref_logp_w, ref_logp_l, beta):
-    """By how much logp_w - logp_l grows; the naive reward has ref_logp 0 and beta 1."""
+def growth(logp_w, logp_l, ref_logp_w, ref_logp_l, beta):
+    """The growth of logp_w - logp_l. The naive reward is the case ref_logp = 0, beta = 1."""
     start = logp_w - logp_l
     for _ in range(STEPS):
         weight = sigma(-beta * (logp_w - ref_logp_w - logp_l + ref_logp_l))
@@ -96,38 +103,43 @@ def learned(logp_w, logp_l, ref_logp_w, ref_logp_l, beta):
     return logp_w - logp_l - start
 
 
-gained = {name: (learned(*pair, 0, 0, 1), learned(*pair, *pair, 1)) for name, pair in starts.items()}
+growths = {name: (growth(*pair, 0, 0, 1), growth(*pair, *pair, 1)) for name, pair in starts.items()}
 print(f"\nafter {STEPS} steps     first weight    learned, nats")
 print("pair              naive    DPO     naive     DPO   (beta 1)")
 for name, (logp_w, logp_l) in starts.items():
-    print(f"{name:<15}{-naive(logp_w, logp_l)[1]:>8.1e}{0.5:>7}{gained[name][0]:>10.3f}{gained[name][1]:>8.3f}")
-assert gained["long chosen"][0] > 19.9 and gained["short chosen"][0] < 1e-11
-np.testing.assert_allclose(gained["long chosen"][1], gained["short chosen"][1], rtol=1e-9)
+    print(f"{name:<15}{-naive(logp_w, logp_l)[1]:>8.1e}{0.5:>7}{growths[name][0]:>10.3f}{growths[name][1]:>8.3f}")
+assert [round(sigma(z), 3) for z in (3, -3)] == [0.953, 0.047]
+assert growths["long chosen"][0] > 19.9 and growths["short chosen"][0] < 1e-11
+np.testing.assert_allclose(growths["long chosen"][1], growths["short chosen"][1], rtol=1e-9)
 
 # %% [markdown]
 # ## What the reference changes: the weight, never the direction
-# ref_logp_w and ref_logp_l are constants: whatever they are, the gradient is beta sigma(-z) times (-1, +1).
+# ref_logp_w and ref_logp_l are constants. Whatever they are, the gradient is beta sigma(-z) times (-1, +1).
 #
-# It is also said that the reference takes the gain from common words: let "Paris" go from .20 to .45, "the" from .95 to
-# .96; at beta .1 the rewards are a tenth of .811 and of .0105, 77 to 1. But without a reference the log-probabilities
-# rise by .811 and .0105, 77 to 1 again. And if "the" has 50 000 places and "Paris" 10, "the" gains more in sum, with a
-# reference too. Shared filler goes by the subtraction *within a pair*: where both responses have read the same and go
-# on alike, the push on the logits, onehot - softmax, comes once with + and once with -. Where they part, and in every
-# row after that, a push is left.
+# Here is another claim that you may meet: the reference stops common words from being rewarded. Let training raise
+# "Paris" from .20 to .45 and "the" from .95 to .96. At beta = .1 the rewards for that are a tenth of .811 and of .0105,
+# a ratio of 77 to 1. But without a reference the log-probabilities also rise by .811 and .0105: 77 to 1 again. And if
+# "the" occurs 50 000 times and "Paris" 10 times, "the" gains more in total, with a reference too.
+#
+# What removes shared filler is the subtraction *within a pair*. Where both responses have the same tokens so far and
+# the same token next, the push on the logits, onehot - softmax, comes once with + and once with -, and cancels. Where
+# they part, and in every row after that, a push is left.
 
 # %%
 gain = {"Paris": math.log(0.45 / 0.20), "the": math.log(0.96 / 0.95)}
 assert round(gain["Paris"], 3) == 0.811 and round(gain["the"], 4) == 0.0105
 assert round(gain["Paris"] / gain["the"]) == 77
-in_sum = 0.1 * 50_000 * gain["the"], 0.1 * 10 * gain["Paris"]
-print(f"\nrewards in sum: the {in_sum[0]:.1f}, Paris {in_sum[1]:.3f}")
-assert in_sum[0] > 50 * in_sum[1]
+totals = 0.1 * 50_000 * gain["the"], 0.1 * 10 * gain["Paris"]
+print(f"\nrewards in total: the {totals[0]:.1f}, Paris {totals[1]:.3f}")
+assert totals[0] > 50 * totals[1]
 
 rng = np.random.default_rng(0)
 words = {"the": 0, "is": 1, "Paris": 2, "Rome": 3, "yes": 4}
 chosen, rejected = (["the", "is", city, "yes"] for city in ("Paris", "Rome"))
-prefixes = sorted({tuple(y[:t]) for y in (chosen, rejected) for t in range(4)}, key=lambda p: (len(p), p))
-logits = Tensor(rng.normal(size=(len(prefixes), len(words))), requires_grad=True)  # a row for each prefix
+prefixes = sorted(
+    {tuple(y[:t]) for y in (chosen, rejected) for t in range(4)}, key=lambda prefix: (len(prefix), prefix)
+)
+logits = Tensor(rng.normal(size=(len(prefixes), len(words))), requires_grad=True)  # one row per prefix
 
 
 def logprob(y):
@@ -144,10 +156,12 @@ assert abs(logits.grad[shared]).max() < 1e-15 and abs(logits.grad[~np.array(shar
 
 # %% [markdown]
 # ## What DPO does not solve
-# Its log-ratios are sums as well: a response whose every token is d nats likelier than under the reference has the
-# reward beta d |y|, three times as much for three times the length. And small numbers prove nothing: rewards of +.0015
-# and -.0010 are P(chosen preferred) = .5006 and a loss of .6919, where log 2 = .6931 is no preference; at DPO's true
-# start, policy = reference, both rewards are 0.
+# DPO's log-ratios are sums too. If every token of a response is d nats likelier than under the reference, its reward is
+# beta d |y|, where |y| counts its tokens: three times the length earns three times the reward.
+#
+# And small rewards prove nothing. Suppose that you see rewards of +.0015 and -.0010. Then P(chosen preferred) is
+# sigma(.0025) = .5006 and the loss is .6919, where no preference at all gives .5 and log 2 = .6931. DPO starts with
+# policy = reference, and there both rewards are exactly 0.
 
 # %%
 out = losses.dpo_loss(*(np.array([y]) for y in (LONG * -1.4, SHORT * -1.4, LONG * -1.5, SHORT * -1.5)), beta=0.1)
@@ -161,31 +175,32 @@ assert start.reward_w.item() == start.reward_l.item() == 0 and abs(start.loss.it
 
 # %% [markdown]
 # ## What was shown
-# The naive loss pushes the response that the label names, long or short. What is wrong are its weights: a difference
-# in length sets them, and at beta = 1 saturates them. The reference re-weights pairs and turns no direction; shared
-# filler cancels within a pair.
+# The naive loss pushes up the response that the label names, long or short. Its weights are what is wrong: a difference
+# in length sets them, and at beta = 1 saturates them. A reference changes the weight of a pair, never the direction of
+# its push. Shared filler cancels within a pair, with or without a reference.
 #
 # ## Exercises
 # 1. Derive: at what margin is the naive weight 1/100? How many tokens of -1.5 nats is that?
-# 2. Find the bug: "the naive reward made fair", a *mean* over the tokens in place of the sum. Responses of 4 and of 8
-#    tokens share their first 3. With which factor does a shared token's log-probability enter the margin?
+# 2. Find the bug: someone makes the naive reward "fair" and takes the *mean* over a response's tokens instead of the
+#    sum. Responses of 4 and of 8 tokens share their first 3. With what factor does a shared token's log-probability
+#    enter the margin?
 
 # %%
 for ref in rng.normal(scale=5.0, size=(20, 2)):
     g_w, g_l = losses.dpo_gradient(long_chosen, short_rejected, *ref, beta=0.1)
     assert g_w < 0 and g_l == -g_w
     np.testing.assert_allclose(g_w, -0.1 * sigma(-0.1 * (long_chosen - ref[0] - short_rejected + ref[1])), rtol=1e-12)
-print("06: the long chosen response is pushed up, harder than at margin 0; a reference changes the weight alone")
+print("06: the long chosen response is pushed up, harder than at margin 0; a reference changes only the weight")
 
 # %% [markdown]
 # ## Solutions
 # 1. sigma(-m) = 1/100 at m = log 99 = 4.6 nats: about three tokens.
-# 2. 1/4 - 1/8 = 1/8 in place of 1 - 1 = 0: the shared prefix no longer cancels, and text on which the two do not differ
-#    is trained. It is another objective, with another bias.
+# 2. With 1/4 - 1/8 = 1/8, where the sum gives 1 - 1 = 0. The shared prefix no longer cancels, so training also moves
+#    text on which the two responses agree. That is another objective, with another bias.
 
 # %%
 np.testing.assert_allclose(sigma(-math.log(99)), 1 / 100, rtol=1e-12)
 assert round(math.log(99), 1) == 4.6 and round(math.log(99) / 1.5) == 3
-tokens = Tensor(np.full(3, -1.5), requires_grad=True)  # the shared ones' log-probabilities
+tokens = Tensor(np.full(3, -1.5), requires_grad=True)  # log-probabilities of the shared tokens
 ((ops.sum(tokens) - 1.5 * 1) / 4 - (ops.sum(tokens) - 1.5 * 5) / 8).backward()
 np.testing.assert_allclose(tokens.grad, 1 / 8, rtol=1e-12)

@@ -4,13 +4,14 @@
 # **Question.** What does the reference model change in the gradient of a preference pair, and what does it leave alone?
 #
 # **Afterwards you can say**
-# - what the loss compares: how far each log-probability has moved from the reference's, not where it stands
+# - what the loss compares: how far each log-probability has moved away from the reference's, not its value
 # - that the reference sets a pair's weight sigma(-beta * margin), and never the direction of the pair's gradient
-# - why at the start the loss is log 2, the accuracy 0 and the gradient not 0
+# - why at the start the loss is log 2, the accuracy is 0 and the gradient is not 0
 #
-# **Predict first.** A policy gives a pair logp_w = -4 and logp_l = -5, and beta is 0.1. Reference A gives the pair
-# -4 and -5 as well, reference B gives it -20 and -3. Under which of the two is the pair's gradient in the policy's
-# parameters longer, how many times, and does it point elsewhere?
+# **Predict first.** A policy gives a pair logp_w = -4 and logp_l = -5, and beta is 0.1. Reference A gives the same two
+# values, -4 and -5; reference B gives -20 and -3. Take the gradient of the pair's loss with respect to the policy's
+# parameters. Under which reference is it longer, how many times, and do the two gradients point in different
+# directions?
 #
 # **The formula.**
 #
@@ -18,7 +19,8 @@
 #     dL/dtheta = -beta sigma(-z) (dlogp_w/dtheta - dlogp_l/dtheta)
 #
 # The second line is the chain rule: dL/dz = -sigma(-z), and dz/dtheta = beta (dlogp_w/dtheta - dlogp_l/dtheta), since
-# ref_logp_w and ref_logp_l do not depend on theta. The reference occurs in z alone, so in sigma(-z) alone.
+# ref_logp_w and ref_logp_l do not depend on theta. So the reference enters the gradient only through z, and z occurs
+# only in sigma(-z).
 
 # %%
 import math
@@ -32,38 +34,38 @@ rng = np.random.default_rng(0)
 
 # %% [markdown]
 # ## From NumPy alone
-# A policy of two layers over five replies: logits = V tanh(U f), where f are the features of the prompt. The gradient
-# is written by hand. Both replies are scored by one row of logits, so logp_w - logp_l = logits_w - logits_l: the
-# normaliser cancels, and dL/dlogits = -beta sigma(-z) (onehot(w) - onehot(l)).
+# A policy of two layers chooses among five replies: logits = W_out tanh(W_in f), where f holds the features of the
+# prompt. The gradient is written by hand. One row of logits scores both replies, so the normaliser cancels:
+# logp_w - logp_l = logits_w - logits_l. Hence dL/dlogits = -beta sigma(-z) (onehot(w) - onehot(l)).
 
 # %%
-f, U, V = rng.normal(size=3), rng.normal(size=(4, 3)), rng.normal(size=(5, 4))
+f, W_in, W_out = rng.normal(size=3), rng.normal(size=(4, 3)), rng.normal(size=(5, 4))
 w, l = 1, 3
 
 
-def reply_logprobs(U, V):
-    logits = V @ np.tanh(U @ f)  # (3,) -> (4,) -> (5,)
+def reply_logprobs(W_in, W_out):
+    logits = W_out @ np.tanh(W_in @ f)  # (3,) -> (4,) -> (5,)
     return logits - np.log(np.exp(logits).sum())
 
 
-def loss_and_gradient(U, V, ref_logp_w, ref_logp_l):
-    logp, h = reply_logprobs(U, V), np.tanh(U @ f)
+def loss_and_gradient(W_in, W_out, ref_logp_w, ref_logp_l):
+    logp, hidden = reply_logprobs(W_in, W_out), np.tanh(W_in @ f)
     z = beta * ((logp[w] - ref_logp_w) - (logp[l] - ref_logp_l))
-    g = -beta / (1 + math.exp(z)) * (np.eye(5)[w] - np.eye(5)[l])  # dL/dlogits, since sigma(-z) = 1/(1 + exp(z))
-    flat = np.concatenate([np.outer((V.T @ g) * (1 - h**2), f).ravel(), np.outer(g, h).ravel()])  # dL/dU, dL/dV
-    return math.log1p(math.exp(-z)), flat  # -log sigma(z) = log(1 + exp(-z))
+    dlogits = -beta / (1 + math.exp(z)) * (np.eye(5)[w] - np.eye(5)[l])  # since sigma(-z) = 1/(1 + exp(z))
+    dW_in, dW_out = np.outer((W_out.T @ dlogits) * (1 - hidden**2), f), np.outer(dlogits, hidden)
+    return math.log1p(math.exp(-z)), np.concatenate([dW_in.ravel(), dW_out.ravel()])  # -log sigma(z) = log(1 + exp(-z))
 
 
-logp, lengths, units = reply_logprobs(U, V), [], []
+logp, lengths, units = reply_logprobs(W_in, W_out), [], []
 print("One pair under three references (NumPy)")
 print("reference          margin    loss  length of gradient / A's  cosine to A's")
 for name, up_w, up_l in (("A, as the policy", 0, 0), ("B, -16 and +2", -16, 2), ("C, +9 and -9", 9, -9)):
     ref = (logp[w] + up_w, logp[l] + up_l)
-    loss, gradient = loss_and_gradient(U, V, *ref)
-    uU, uV, h = rng.normal(size=U.shape), rng.normal(size=V.shape), 1e-5  # a random direction, a central difference
-    ends = [loss_and_gradient(U + s * uU, V + s * uV, *ref)[0] for s in (h, -h)]
-    along = gradient @ np.concatenate([uU.ravel(), uV.ravel()])
-    np.testing.assert_allclose(along, (ends[0] - ends[1]) / (2 * h), rtol=1e-6, atol=1e-9)
+    loss, gradient = loss_and_gradient(W_in, W_out, *ref)
+    u_in, u_out, eps = rng.normal(size=W_in.shape), rng.normal(size=W_out.shape), 1e-5  # a random direction
+    ends = [loss_and_gradient(W_in + s * u_in, W_out + s * u_out, *ref)[0] for s in (eps, -eps)]
+    along = gradient @ np.concatenate([u_in.ravel(), u_out.ravel()])
+    np.testing.assert_allclose(along, (ends[0] - ends[1]) / (2 * eps), rtol=1e-6, atol=1e-9)
     lengths.append(np.linalg.norm(gradient))
     units.append(gradient / lengths[-1])
     np.testing.assert_allclose(units[-1], units[0], rtol=0, atol=1e-14)
@@ -72,15 +74,15 @@ for name, up_w, up_l in (("A, as the policy", 0, 0), ("B, -16 and +2", -16, 2), 
 # %% [markdown]
 # ## The answer to the prediction
 # The margin is 0 under A and (-4 + 20) - (-5 + 3) = 18 under B, so the weights are sigma(0) = 0.5 and
-# sigma(-1.8) = 0.1419. The gradient under A is 3.52 times as long, and both point the same way: rows A and B above.
-# Row C is a reference that found the chosen reply likelier than the policy does: the pair weighs more.
+# sigma(-1.8) = 0.1419. The gradient under A is 3.52 times as long, and both point the same way: see rows A and B above.
+# In row C the reference favours the chosen reply by 18 nats more than the policy does, so the pair weighs more.
 
 # %%
 np.testing.assert_allclose([1 / (1 + math.exp(1.8)), lengths[0] / lengths[1]], [0.14185, 3.5248], rtol=1e-4)
 
 # %% [markdown]
 # ## The library's version
-# `model.frozen` copies the parameters as constants. No graph is built through them, no optimizer moves them.
+# `model.frozen` copies the parameters as constants. They build no graph, and no optimizer moves them.
 
 # %%
 config = Config(vocab_size=7, n_positions=12, n_embd=16, n_layer=2, n_head=2)
@@ -112,25 +114,25 @@ def gradients(output):
 
 assert not pair_logprobs(reference, pairs[0])[0].requires_grad  # a constant: there is nothing to sweep
 difference = pair_logprobs(policy, pairs[0])
-direction = gradients(difference[0] - difference[1])  # dlogp_w/dtheta - dlogp_l/dtheta, and no reference in sight
+direction = gradients(difference[0] - difference[1])  # dlogp_w/dtheta - dlogp_l/dtheta: no reference in it
 print("\nOne pair under three references (a transformer of 2 layers)")
-print("reference                margin    loss  weight  g = -beta weight (dlogp_w - dlogp_l), each parameter")
-others = {"its frozen copy": reference, "another transformer": random_transformer(), "a third": random_transformer()}
-for name, other in others.items():
+print("reference                margin    loss  weight  gradient = -beta weight (dlogp_w - dlogp_l), arrays")
+second, third = random_transformer(), random_transformer()
+for name, other in (("its frozen copy", reference), ("another transformer", second), ("a third", third)):
     out = losses.dpo_loss(*pair_logprobs(policy, pairs[0]), *pair_logprobs(other, pairs[0]), beta=beta)
     g, margin = gradients(out.loss), out.margin.item()
     weight = 1 / (1 + math.exp(beta * margin))
     for key in policy:
         expected = -beta * weight * direction[key]
         np.testing.assert_allclose(g[key], expected, rtol=0, atol=1e-12 * abs(expected).max())
-    print(f"{name:<20} {margin:10.3f} {out.loss.item():7.4f} {weight:7.4f}  to 12 digits, {len(g)} of {len(policy)}")
+    print(f"{name:<20} {margin:10.3f} {out.loss.item():7.4f} {weight:7.4f}  to 12 digits in {len(g)} of {len(policy)}")
 
 # %% [markdown]
 # ## At the start
-# DPO starts with policy = reference. Each margin is 0, so the loss is -log sigma(0) = log 2 and the weight 1/2: the
-# gradient is -(beta/2) (dlogp_w/dtheta - dlogp_l/dtheta), the first row above. Both rewards are 0, a tie. A tie is not
-# counted as a success, so the accuracy, the share of pairs with reward_w > reward_l, is 0; `rewards/ties` says why.
-# `rewards/margins` is the mean of z: beta times the margin.
+# DPO starts with policy = reference. Every margin is 0, so the loss is -log sigma(0) = log 2 and the weight is 1/2. The
+# gradient is -(beta/2) (dlogp_w/dtheta - dlogp_l/dtheta), as in the first row above. Both rewards are 0: a tie. The
+# accuracy is the share of pairs with reward_w > reward_l. A tie does not count, so the accuracy is 0; `rewards/ties`
+# says why. `rewards/margins` is the mean of reward_w - reward_l, which is z: beta times what we call the margin.
 
 # %%
 batch = preferences.collate(pairs, *training.reference_logprobs(reference, config, pairs))
@@ -149,8 +151,8 @@ assert all(np.array_equal(reference[name].data, before[name]) for name in before
 
 # %% [markdown]
 # ## What the loss cannot see
-# Add c to both log-probabilities of the policy: the margin, and with it the loss, stays. So the reference does not keep
-# both from falling. The loss without a reference has the same blind spot.
+# Add c to both of the policy's log-probabilities. The margin stays the same, and so does the loss. So the reference
+# does not keep both from falling together. Without a reference the loss has the same blind spot.
 
 # %%
 print("\nBoth log-probabilities moved by c, from -10 and -15, against -12 and -14")
@@ -163,41 +165,42 @@ for c in (-8.0, 0.0, 8.0):
 # %% [markdown]
 # ## What was shown
 # The reference enters a pair's gradient as one number, sigma(-z). The further the policy has moved towards the label,
-# compared with the reference, the less the pair weighs; the further the other way, the more, up to a weight of 1,
-# where the gradient is as long as beta (dlogp_w/dtheta - dlogp_l/dtheta). The direction is the policy's own.
+# compared with the reference, the less the pair weighs. The further it has moved the other way, the more the pair
+# weighs. The weight stays below 1, so the gradient is never longer than beta (dlogp_w/dtheta - dlogp_l/dtheta). The
+# direction is the policy's alone.
 #
 # ## Exercises
 # 1. Find the bug: somebody writes `reference = policy` instead of `model.frozen(policy)` and computes all four
-#    log-probabilities with a graph. What are the loss and the gradient, at every step? And if the reference is computed
-#    from the policy of the moment, but as constants?
-# 2. Each pair keeps its direction. Does the gradient of a *batch* keep its direction when the reference changes?
+#    log-probabilities with a graph. What are the loss and the gradient, at every step? And what if the reference's
+#    log-probabilities are recomputed from the current policy at every step, but as constants?
+# 2. Each pair's gradient keeps its direction when the reference changes. Does the gradient of a *batch*?
 
 # %%
 np.testing.assert_allclose([start["loss"], start["rewards/margins"]], [math.log(2), 0], rtol=1e-12, atol=1e-12)
-print("\n07: the reference changes a pair's weight, sigma(-z), and not the direction of its gradient.")
+print("\n07: the reference changes a pair's weight, sigma(-z), never the direction of its gradient.")
 
 # %% [markdown]
 # ## Solutions
-# 1. The margin is 0 whatever the parameters are: the loss stays log 2, and its gradient is 0. Nothing is learnt. With
-#    constants the loss shown is log 2 as well, but the gradient is that of the start, at every step: the weight stays
-#    1/2, and nothing ever slows the policy down.
-# 2. No. It is a sum of the pairs' gradients: each has its direction, but their weights change in different ratios.
-#    Below, one reference gives the two pairs margins 0 and 0, another -20 and 20.
+# 1. The margin is 0 whatever the parameters are: the loss stays log 2 and its gradient is 0. Nothing is learned. With
+#    constants the reported loss is log 2 as well, but at every step the gradient is that of a first step: the weight
+#    stays 1/2, and nothing ever slows the policy down.
+# 2. No. It is a sum over the pairs. Each term keeps its direction, but the weights change by different factors. Below,
+#    one reference gives the two pairs the margins 0 and 0, another gives -20 and 20.
 
 # %%
 out = losses.dpo_loss(*pair_logprobs(policy, pairs[0]), *pair_logprobs(policy, pairs[0]), beta=beta)
 g = gradients(out.loss)
 np.testing.assert_allclose(out.loss.item(), math.log(2), rtol=1e-12)
-assert max(abs(x).max() for x in g.values()) < 1e-12
+assert max(abs(array).max() for array in g.values()) < 1e-12
 logps = pair_logprobs(policy, pairs[0])
 g = gradients(losses.dpo_loss(*logps, *[logp.detach() for logp in logps], beta=beta).loss)
-before_step = gradients(ops.sub(*pair_logprobs(policy, pairs[0])))
-assert all(np.allclose(g[name], -beta / 2 * before_step[name], rtol=1e-12, atol=1e-14) for name in g)
+at_start = gradients(ops.sub(*pair_logprobs(policy, pairs[0])))
+assert all(np.allclose(g[name], -beta / 2 * at_start[name], rtol=1e-12, atol=1e-14) for name in g)
 
-each = []
+directions = []  # of each pair, as one vector
 for pair in pairs:
     logp_w, logp_l = pair_logprobs(policy, pair)
-    each.append(np.concatenate([x.ravel() for x in gradients(ops.sub(logp_w, logp_l)).values()]))
+    directions.append(np.concatenate([array.ravel() for array in gradients(ops.sub(logp_w, logp_l)).values()]))
 weights = [1 / (1 + np.exp(beta * np.array(margins))) for margins in ((0, 0), (-20, 20))]  # two references, two pairs
-even, uneven = (a * each[0] + b * each[1] for a, b in weights)  # but for the factor -beta/2
+even, uneven = (a * directions[0] + b * directions[1] for a, b in weights)  # up to the factor -beta/2
 assert even @ uneven / (np.linalg.norm(even) * np.linalg.norm(uneven)) < 0.99

@@ -5,13 +5,13 @@
 #
 # **Afterwards you can say**
 # - how to get margin, rewards, loss and both gradients from four log-probabilities, on paper
-# - what `dpo_training_step` does: score, loss, sweep, step; and that its metrics are from before the step
+# - what `dpo_training_step` does (score, loss, sweep, step), and that its metrics are from before the step
 # - how the push on a response spreads over its tokens, and why tokens that both responses begin with get none
 #
-# **Predict first.** A policy is trained with DPO from a frozen copy of itself. Which loss and which rewards does the
-# first step report, and does the first step move the policy?
+# **Predict first.** DPO training begins with a policy and, as its reference, a frozen copy of that policy. Which loss
+# and which rewards does the first step report, and does the first step move the policy?
 #
-# **The formula.** logp_w = sum_t log pi(y_w,t | x, y_w,<t), a sum over the tokens of the response and no mean.
+# **The formula.** logp_w = sum_t log pi(y_w,t | x, y_w,<t): a sum over the tokens of the response, not a mean.
 #
 #     margin   = (logp_w - ref_logp_w) - (logp_l - ref_logp_l)         before beta
 #     reward_w = beta (logp_w - ref_logp_w),   reward_l likewise,   z = beta * margin = reward_w - reward_l
@@ -27,7 +27,8 @@ from minidpo.tokenizer import END_OF_TEXT, Tokenizer
 
 # %% [markdown]
 # ## From NumPy alone
-# The worked example: the policy gives the chosen response -10 and the rejected one -15, the reference -12 and -14.
+# The worked example: the policy gives the chosen response -10 and the rejected one -15; the reference gives -12
+# and -14.
 #
 #     reward_w = 0.1 (-10 + 12) = 0.2,   reward_l = 0.1 (-15 + 14) = -0.1,   margin = 2 - (-1) = 3,   z = 0.3
 #     L = log(1 + exp(-0.3)) = 0.5544,   sigma(-0.3) = 0.42556,   gradients -0.042556 and +0.042556
@@ -56,17 +57,18 @@ np.testing.assert_allclose([hand_w, hand_l], [-0.042556, 0.042556], rtol=0, atol
 
 # %% [markdown]
 # ## The library's version
-# `losses.dpo_loss` builds a graph, `losses.dpo_gradient` is the closed form, autograd sweeps the graph.
+# `losses.dpo_loss` builds a graph, and autograd sweeps it. `losses.dpo_gradient` is the closed form.
 
 # %%
 closed_w, closed_l = losses.dpo_gradient(*example, beta=beta)
 leaf_w, leaf_l = Tensor(logp_w, requires_grad=True), Tensor(logp_l, requires_grad=True)
 out = losses.dpo_loss(leaf_w, leaf_l, ref_logp_w, ref_logp_l, beta=beta)
 out.loss.backward()
-h = 1e-5
-finite_w = (loss_by_hand(logp_w + h, *example[1:], beta) - loss_by_hand(logp_w - h, *example[1:], beta)) / (2 * h)
-up, down = ((logp_w, logp_l + s, ref_logp_w, ref_logp_l) for s in (h, -h))
-finite_l = (loss_by_hand(*up, beta) - loss_by_hand(*down, beta)) / (2 * h)
+eps = 1e-5
+up, down = ((logp_w + s, *example[1:]) for s in (eps, -eps))
+finite_w = (loss_by_hand(*up, beta) - loss_by_hand(*down, beta)) / (2 * eps)
+up, down = ((logp_w, logp_l + s, ref_logp_w, ref_logp_l) for s in (eps, -eps))
+finite_l = (loss_by_hand(*up, beta) - loss_by_hand(*down, beta)) / (2 * eps)
 print("The worked example")
 print(f"reward_w {out.reward_w.item():.4f}   reward_l {out.reward_l.item():.4f}   margin {out.margin.item():.4f}")
 print(f"loss {out.loss.item():.4f}   (log 2 = {math.log(2):.4f})")
@@ -80,8 +82,8 @@ np.testing.assert_allclose(out.loss.item(), loss_by_hand(*example, beta), rtol=1
 
 # %% [markdown]
 # ## A transformer to train
-# Characters, one layer, float64. For a moment it learns both responses of three pairs, so that it gives them a
-# probability worth comparing. Then it becomes the policy, and a frozen copy of it the reference.
+# Characters, one layer, float64. We fine-tune it briefly on both responses of three pairs, so that their probabilities
+# are worth comparing. Then it becomes the policy, and a frozen copy of it becomes the reference.
 
 # %%
 texts = [
@@ -99,15 +101,15 @@ policy = model.init(config, np.random.default_rng(0), dtype="float64")
 optimizer = optim.AdamW(policy, learning_rate=1e-2)
 examples = [(x, y) for x, w, l in pairs for y in (w, l)]
 for step in range(60):
-    told = training.sft_training_step(policy, config, optimizer, examples)
+    metrics = training.sft_training_step(policy, config, optimizer, examples)
     if step in (0, 59):
-        print(f"{'' if step else chr(10)}fine-tuning, step {step + 1:2}: {told['loss']:.2f} nats a token")
+        print(f"{'' if step else chr(10)}fine-tuning, step {step + 1:2}: {metrics['loss']:.2f} nats a token")
 reference = model.frozen(policy)
 
 # %% [markdown]
 # ## One step
 # `training.dpo_training_step` scores the pairs under both models, computes the loss, sweeps, and lets the optimizer
-# step. With plain gradient descent the step can be predicted from the formula, for every parameter:
+# step. With plain gradient descent the formula predicts the step, for every parameter:
 #
 #     theta <- theta - learning_rate * mean over the pairs of -beta sigma(-z) (dlogp_w/dtheta - dlogp_l/dtheta)
 
@@ -120,18 +122,18 @@ def pair_logprobs(params, pair):
 
 
 def step_by_hand(learning_rate):
-    """What one step of gradient descent makes of each parameter, by the formula."""
-    moved = {name: p.data.copy() for name, p in policy.items()}
+    """Each parameter after one step of gradient descent, by the formula."""
+    arrays = {name: p.data.copy() for name, p in policy.items()}
     for pair in pairs:
         logp_w, logp_l = pair_logprobs(policy, pair)
         ref_logp_w, ref_logp_l = pair_logprobs(reference, pair)
-        weight, _ = gradient_by_hand(logp_w.item(), logp_l.item(), ref_logp_w.item(), ref_logp_l.item(), beta)
+        slope, _ = gradient_by_hand(logp_w.item(), logp_l.item(), ref_logp_w.item(), ref_logp_l.item(), beta)
         for p in policy.values():
             p.grad = None
         (logp_w - logp_l).backward()
         for name, p in policy.items():
-            moved[name] -= learning_rate * weight * p.grad / len(pairs)
-    return moved
+            arrays[name] -= learning_rate * slope * p.grad / len(pairs)
+    return arrays
 
 
 optimizer, batch, reports = optim.SGD(policy, learning_rate=0.05), preferences.collate(pairs), []
@@ -143,16 +145,16 @@ for _ in range(4):
 
 print("\nFour steps of DPO on three pairs, as reported")
 print("step      loss  rewards/chosen  rewards/rejected  logps/chosen  logps/rejected  grad_norm")
-for step, told in enumerate(reports, 1):
-    chosen, rejected = (round(told[name], 4) + 0.0 for name in ("rewards/chosen", "rewards/rejected"))  # no -0
-    print(f"{step:4} {told['loss']:9.4f} {chosen:15.4f} {rejected:17.4f}", end="")
-    print(f" {told['logps/chosen']:13.3f} {told['logps/rejected']:15.3f} {told['grad_norm']:10.3f}")
+for step, metrics in enumerate(reports, 1):
+    chosen, rejected = (round(metrics[name], 4) + 0.0 for name in ("rewards/chosen", "rewards/rejected"))  # no -0
+    print(f"{step:4} {metrics['loss']:9.4f} {chosen:15.4f} {rejected:17.4f}", end="")
+    print(f" {metrics['logps/chosen']:13.3f} {metrics['logps/rejected']:15.3f} {metrics['grad_norm']:10.3f}")
 
 # %% [markdown]
 # ## The answer to the prediction
-# Loss log 2 and rewards 0, up to rounding: the metrics are of the policy that the step started from, which equals the
-# reference. The gradient is not 0 there, -(beta/2) (dlogp_w/dtheta - dlogp_l/dtheta) for a pair, so the first step
-# moves the policy; the second step's report shows it.
+# The loss is log 2 and the rewards are 0, up to rounding. The metrics describe the policy from which the step started,
+# and it equals the reference. There a pair's gradient is -(beta/2) (dlogp_w/dtheta - dlogp_l/dtheta), which is not 0.
+# So the first step moves the policy, and the second step's report shows it.
 
 # %%
 np.testing.assert_allclose(reports[0]["loss"], math.log(2), rtol=1e-9)
@@ -161,12 +163,14 @@ assert reports[0]["grad_norm"] > 0.01 and reports[1]["loss"] < reports[0]["loss"
 
 # %% [markdown]
 # ## One pair, token by token
-# `explain.pair` splits the numbers of a pair among its tokens. A response's reward is beta times the sum of its
-# tokens' log-ratios. The gradient in the logits s that predict a token is c (softmax(s) - onehot(token)) with c =
-# beta sigma(-z) in the chosen response and -beta sigma(-z) in the rejected one. As long as both responses have the
-# same tokens they share s, and the two gradients cancel. In the row where they part they still share s: there
-# softmax(s) cancels, the chosen token is pushed by beta sigma(-z), the rejected one by as much the other way. The
-# push on a token is -dL/ds at its own logit.
+# `explain.pair` splits the numbers of a pair among its tokens. A response's reward is beta times the sum of its tokens'
+# log-ratios. Let s be the row of logits that predicts a token. Then the token's part of the gradient is
+#
+#     dL/ds = -c beta sigma(-z) (onehot(token) - softmax(s)),   c = +1 in the chosen response, -1 in the rejected one.
+#
+# While both responses have the same tokens, they share s, and the two gradients cancel. In the row where they part they
+# still share s. There only softmax(s) cancels: the chosen token is pushed up by beta sigma(-z), and the rejected token
+# is pushed down equally hard. The push in the table is -dL/ds at the token's own logit.
 
 # %%
 view = explain.pair(policy, reference, config, *pairs[0], beta=beta, tokenizer=tokenizer)
@@ -185,17 +189,17 @@ for side, reward, logp in ((view.chosen, view.reward_w, view.logp_w), (view.reje
         if token.row == "own":
             np.testing.assert_allclose(token.push, -token.coefficient * (1 - token.probability), rtol=1e-9)
 assert view.shared == 4 and all(token.gradient_norm < 1e-15 for token in view.chosen[:4])
-exactly, finite = explain.largest_differences(explain.four_ways(policy, config, view))
-assert exactly < 1e-12 and finite < 1e-7
-print("the pair's gradient by formula, per logit and by autograd: equal to 1e-12; by finite difference: to 1e-7")
+exact_gap, finite_gap = explain.largest_differences(explain.four_ways(policy, config, view))
+assert exact_gap < 1e-12 and finite_gap < 1e-7
+print("the pair's gradient by formula, by logits and by autograd is equal to 1e-12; by finite difference, to 1e-7")
 
 # %% [markdown]
 # ## What was shown
-# Four log-probabilities give the loss and its gradient; the gradient in the parameters follows by the chain rule. One
-# step of `dpo_training_step` moved every parameter where the formula says.
+# Four log-probabilities give the loss and its gradient; the chain rule gives the gradient of every parameter. One step
+# of `dpo_training_step` moved every parameter to where the formula says.
 #
 # ## Exercises
-# 1. Compute on paper: the worked example at beta = 0.5. Rewards, loss, gradients?
+# 1. Compute on paper: the worked example at beta = 0.5. What are the rewards, the loss and the gradients?
 # 2. Find the bug: a scorer returns the mean log-probability of a response's tokens. What do the four shared tokens of
 #    the pair above then contribute to the margin?
 
@@ -205,8 +209,10 @@ print("\n09: by hand, closed form, autograd and training step agree on -beta sig
 
 # %% [markdown]
 # ## Solutions
-# 1. Rewards 1 and -0.5, z = 1.5, loss log(1 + exp(-1.5)) = 0.2014, gradients -+0.5 sigma(-1.5) = -+0.09121.
-# 2. Their log-ratios are divided by two different lengths, 23 and 10, and no longer cancel; in sums they do.
+# 1. The rewards are 1 and -0.5, z = 1.5, and the loss is log(1 + exp(-1.5)) = 0.2014. The gradients are
+#    -0.5 sigma(-1.5) = -0.09121 and +0.09121.
+# 2. Something other than 0. Their log-ratios are divided by two different lengths, 23 and 10, and no longer cancel. In
+#    sums they do.
 
 # %%
 np.testing.assert_allclose(loss_by_hand(*example, 0.5), 0.2014, rtol=0, atol=5e-5)

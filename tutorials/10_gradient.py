@@ -1,14 +1,14 @@
 # %% [markdown]
-# # 10. The gradient, three ways
+# # 10. The gradient, and what a step does
 #
 # **Question.** What does the DPO loss ask of a pair, of each logit and of each parameter, and does the policy obey?
 #
 # **Afterwards you can say**
-# - the gradient of the loss in the log-probabilities, in the logits and in the parameters, and derive each;
+# - what the gradient of the loss is with respect to log-probabilities, logits and parameters, and how to derive each;
 # - what a pair's weight and a logit's push are;
 # - why the chosen response can become less likely while the margin grows, and when it does.
 #
-# **Predict first.** One small gradient step on one pair. Can log pi(y_w|x) fall? Can the margin fall?
+# **Predict first.** Take one small gradient step on one pair. Can log pi(y_w|x) fall? Can the margin fall?
 #
 # **The formula.** For B pairs, margin = (logp_w - ref_logp_w) - (logp_l - ref_logp_l) and z = beta * margin:
 #
@@ -16,16 +16,21 @@
 #     dL/dlogp_w  = -(beta/B) sigma(-z),   dL/dlogp_l = -dL/dlogp_w
 #     dL/dlogits_t = -(c beta/B) sigma(-z) (onehot(y_t) - softmax(logits_t)),   c = +1 chosen, -1 rejected
 #
-# Where both responses are predicted from the same row of logits, the two terms add.
+# The row logits_t predicts token y_t. Where one row predicts a token of both responses, the two terms add. The
+# pair's weight is sigma(-z).
 
 # %%
 import numpy as np
 
 from minidpo import Config, Tensor, explain, gradcheck, losses, model, scoring
 from minidpo.explain import displacement
+from minidpo.theory import no_never_yes
 
 # %% [markdown]
 # ## From NumPy alone: the four log-probabilities
+#
+# The derivation is three factors: d(-log sigma(z))/dz = -sigma(-z), dz/dlogp_w = beta, and the mean divides by B. For
+# logp_l the middle factor is -beta.
 
 
 # %%
@@ -34,12 +39,12 @@ def dpo_loss_value(logp_w, logp_l, ref_logp_w, ref_logp_l, beta):
     return np.logaddexp(0.0, -z).mean()  # -log sigma(z) = log(1 + e^-z)
 
 
-def numerical_gradient(f, x, h=1e-6):
-    gradient = np.zeros_like(x)
-    for i in np.ndindex(x.shape):
-        step = np.zeros_like(x)
-        step[i] = h
-        gradient[i] = (f(x + step) - f(x - step)) / (2 * h)
+def numerical_gradient(f, at, eps=1e-6):
+    gradient = np.zeros_like(at)
+    for i in np.ndindex(at.shape):
+        bump = np.zeros_like(at)
+        bump[i] = eps
+        gradient[i] = (f(at + bump) - f(at - bump)) / (2 * eps)
     return gradient
 
 
@@ -51,19 +56,19 @@ beta = 0.1
 logp_w, logp_l = np.array([-12.0, -10.0, -20.0]), np.array([-14.0, -15.0, -8.0])  # three pairs
 ref_logp_w, ref_logp_l = np.array([-12.0, -12.0, -12.0]), np.array([-14.0, -14.0, -14.0])
 margin = (logp_w - ref_logp_w) - (logp_l - ref_logp_l)
-weight = sigma(-beta * margin)  # how sure the policy's implicit rewards are of the wrong order
+weight = sigma(-beta * margin)  # the probability that the rewards give to the wrong order
 closed_w = -beta / len(margin) * weight
-numerical_w = numerical_gradient(lambda w: dpo_loss_value(w, logp_l, ref_logp_w, ref_logp_l, beta), logp_w)
-numerical_l = numerical_gradient(lambda l: dpo_loss_value(logp_w, l, ref_logp_w, ref_logp_l, beta), logp_l)
+numerical_w = numerical_gradient(lambda lp: dpo_loss_value(lp, logp_l, ref_logp_w, ref_logp_l, beta), logp_w)
+numerical_l = numerical_gradient(lambda lp: dpo_loss_value(logp_w, lp, ref_logp_w, ref_logp_l, beta), logp_l)
 np.testing.assert_allclose(numerical_w, closed_w, rtol=0, atol=1e-9)
 np.testing.assert_allclose(numerical_l, -closed_w, rtol=0, atol=1e-9)
 
 # %% [markdown]
 # ## The library's version: the four log-probabilities
 #
-# d(-log sigma(z))/dz = -sigma(-z), dz/dlogp_w = beta, and the mean divides by B: that is the whole derivation.
-# The first pair stands where training starts, policy = reference: its weight is 1/2, not 0. The second is ordered
-# more firmly than by the reference and weighs less, the third is ordered the wrong way and weighs more.
+# In the first pair policy = reference, as at the start of training: its weight is 1/2, not 0. The second pair is
+# ordered more firmly by the policy than by the reference, and weighs less. The third is ordered the wrong way and
+# weighs more.
 
 # %%
 leaf_w, leaf_l = Tensor(logp_w, requires_grad=True), Tensor(logp_l, requires_grad=True)
@@ -79,9 +84,9 @@ for row in zip(margin, weight, closed_w, leaf_w.grad, numerical_w):
 # %% [markdown]
 # ## From NumPy alone: the logits
 #
-# log pi(y_t) = logits_t[y_t] - logsumexp(logits_t), so its gradient in that row is onehot(y_t) - softmax(logits_t).
-# Below, chosen and rejected begin with the same token 1, then part. A row of logits belongs to a context, so rows 0
-# and 1 predict a token of each response; the later rows belong to one response.
+# log pi(y_t) = logits_t[y_t] - logsumexp(logits_t), so its gradient with respect to that row is
+# onehot(y_t) - softmax(logits_t). Below, chosen and rejected begin with the same token 1, then part. A row of logits
+# belongs to a context, so rows 0 and 1 predict a token of each response; each later row belongs to one response only.
 
 # %%
 w, l = [1, 2, 0], [1, 3, 3, 0]
@@ -113,16 +118,16 @@ closed = logits_gradient(logits)  # (5, V)
 numerical = numerical_gradient(lambda s: dpo_loss_value(*response_logps(s), ref_w, ref_l, beta), logits)
 np.testing.assert_allclose(numerical, closed, rtol=0, atol=1e-9)
 np.testing.assert_allclose(closed.sum(axis=1), 0, atol=1e-15)  # a push up is paid by the row's other tokens
-assert np.abs(closed[0]).max() < 1e-15  # the same token in both: nothing is asked
-assert np.abs(closed[1, [0, 1]]).max() < 1e-15  # where they part the softmax cancels, two tokens are pushed
+assert np.abs(closed[0]).max() < 1e-15  # the same token in both: no push
+assert np.abs(closed[1, [0, 1]]).max() < 1e-15  # where they part the softmax cancels: two tokens are pushed
 
 # %% [markdown]
 # ## The library's version: logits, then parameters
 #
-# The push on a logit is -dL/dlogits: the direction of a step down the gradient. The library's `explain` computes it
-# for a transformer. For the parameters there is no new formula, only the chain rule from the log-probabilities or
-# from the logits. `four_ways` puts both beside autograd and the central difference; of each parameter array it
-# shows the entry with the largest gradient.
+# The push on a logit is -dL/dlogits: the direction of a step down the gradient. The library's `explain` computes it for
+# a transformer. For the parameters there is no new formula, only the chain rule, which can start from the
+# log-probabilities or from the logits. `four_ways` puts these two beside autograd and the central difference. Of each
+# parameter array it shows the entry with the largest gradient.
 
 # %%
 leaf = Tensor(logits, requires_grad=True)
@@ -139,7 +144,7 @@ for p in policy.values():
 x, w, l = [0, 1], [1, 2, 0], [1, 3, 3, 0]
 view = explain.pair(policy, reference, config, x, w, l, beta)
 ways = explain.four_ways(policy, config, view)
-print("\none pair, one transformer, four ways (a dash: not reached through the logits)")
+print("\none pair, one transformer: two formulas, autograd, numerical (a dash: not reached from the logits)")
 print(f"{'d loss / d':<26}{'by logps':>12}{'by logits':>12}{'autograd':>12}{'numerical':>12}")
 for row in [*ways[:2], *ways[4:7], *ways[-4:-1]]:
     cells = [f"{'-':>12}" if way is None else f"{way:12.7f}" for way in row[1:]]
@@ -159,42 +164,45 @@ print(f"20 random directions agree to 1e-6: {worst < 1e-6}")
 # %% [markdown]
 # ## From NumPy alone: what a step does to the two log-probabilities
 #
-# With g_a = grad log pi(y_a|x) over the parameters and K_ab = <g_a, g_b>, a step of size rate against the gradient is
+# Let g_a = grad log pi(y_a|x) over all parameters theta, and K_ab = <g_a, g_b>. A step of size rate against the
+# gradient does this:
 #
 #     theta <- theta + rate beta sigma(-z) (g_w - g_l)
 #     change of log pi(y_w|x) = rate beta sigma(-z) (K_ww - K_wl)             + O(rate^2)
 #     change of log pi(y_l|x) = rate beta sigma(-z) (K_wl - K_ll)             + O(rate^2)
 #     change of the margin    = rate beta sigma(-z) (K_ww - 2 K_wl + K_ll)    + O(rate^2)
 #
-# A small model that shows it: three words with fixed vectors, log pi = log_softmax(vectors @ h), and a single
-# pair, "no" preferred to "never". Then g_a = vector_a - (mean vector under pi).
+# A small model shows it: three words with fixed vectors, log pi = log_softmax(vectors @ theta), and one pair, "no"
+# preferred to "never". Then g_a = vector_a - (mean vector under pi).
 
 # %%
 words, vectors = ("no", "never", "yes"), np.array([[1.0, 1.0], [0.0, 0.0], [5.0, 0.0]])
-h, rate, half = np.zeros(2), 1e-3, 0.5  # policy = reference: z = 0, sigma(-z) = 1/2
-before = log_softmax(vectors @ h)
-g = vectors - np.exp(before) @ vectors  # (3, 2), a row for each word
+theta, rate, half = np.zeros(2), 1e-3, 0.5  # policy = reference: z = 0, sigma(-z) = 1/2
+before = log_softmax(vectors @ theta)
+g = vectors - np.exp(before) @ vectors  # (3, 2), one row per word
 K = g @ g.T  # (3, 3)
-predicted = rate * beta * half * (K[:, 0] - K[:, 1])
-measured = log_softmax(vectors @ (h + rate * beta * half * (g[0] - g[1]))) - before
-np.testing.assert_allclose(measured, predicted, rtol=1e-3, atol=0)
+predicted = rate * beta * half * (K[:, 0] - K[:, 1])  # the change of each word's log pi
+change = log_softmax(vectors @ (theta + rate * beta * half * (g[0] - g[1]))) - before
+np.testing.assert_allclose(change, predicted, rtol=1e-3, atol=0)
 print(f"\none step on 'no' over 'never': K_ww {K[0, 0]:.3f} < K_wl {K[0, 1]:.3f}")
 print(f"{'word':<8}{'predicted change':>20}{'measured':>14}")
-for row in zip(words, predicted, measured):
+for row in zip(words, predicted, change):
     print("{:<8}{:+20.3e}{:+14.3e}".format(*row))
 
 # %% [markdown]
 # ## The answer to the prediction
 #
-# Log pi(y_w|x) can fall: for small enough steps it does where K_wl > K_ww, and rises where K_wl < K_ww. Here it falls,
-# "never" falls further, and the probability goes to "yes", of which the pair says nothing. The margin cannot fall to
-# first order, since K_ww - 2 K_wl + K_ll = |g_w - g_l|^2. A transformer obeys the same rule; `displacement.step`
-# predicts, takes the step on a copy and measures: below, two responses labelled one way, then the other. Labelled the
-# first way both rise, the second way both fall.
+# Yes, log pi(y_w|x) can fall: for small enough steps it falls where K_wl > K_ww, and rises where K_wl < K_ww. Here it
+# falls, "never" falls further, and the probability goes to "yes", a word that the pair does not mention. To first order
+# the margin cannot fall, because K_ww - 2 K_wl + K_ll = |g_w - g_l|^2.
+#
+# A transformer obeys the same rule. `displacement.step` predicts the change, takes the step on a copy, and measures.
+# Below are two responses, labelled one way and then the other. With the first label both rise, with the second both
+# fall.
 
 # %%
-np.testing.assert_allclose(displacement.slope(0.0, beta), beta * half * (K[0, 0] - K[0, 1]), rtol=1e-12)
-assert measured[1] < measured[0] < 0 < measured[2]
+np.testing.assert_allclose(no_never_yes.slope(0.0, beta), beta * half * (K[0, 0] - K[0, 1]), rtol=1e-12)
+assert change[1] < change[0] < 0 < change[2]
 steps = []
 print("\na transformer, one step on one pair: the change of logp_w, predicted and measured, and of logp_l, measured")
 print(f"{'chosen':<14}{'rejected':<14}{'K_ww':>8}{'K_wl':>8}{'predicted':>12}{'logp_w':>12}{'logp_l':>12}")
@@ -208,13 +216,13 @@ for w, l in (([1, 3, 3, 0], [2, 3, 0]), ([2, 3, 0], [1, 3, 3, 0])):
 # ## What was shown
 #
 # Formula, autograd and finite differences give one gradient: for log-probabilities, logits and parameters. The loss
-# pushes logp_w up and logp_l down; since parameters are shared, what happens to logp_w is the sign of K_ww - K_wl.
+# pushes logp_w up and logp_l down. But the two share parameters, so the sign of K_ww - K_wl decides where logp_w goes.
 #
 # ## Exercises
 #
 # 1. Derive dL/dbeta. When is it positive? Check it on the three pairs above.
 # 2. Find the bug: someone writes sigma(z) for the weight, tests the gradient at policy = reference, and it passes. Why,
-#    and which of the three pairs shows the bug?
+#    and which of the three pairs show the bug?
 
 # %%
 rise, fall = steps

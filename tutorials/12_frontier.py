@@ -5,18 +5,18 @@
 #
 # **Afterwards you can say**
 # - why no policy lies above the curve of pi* = pi_ref exp(r/beta)/Z, and what its slope is;
-# - where DPO, the policy gradient, fine-tuning on preferred responses and unlikelihood end;
+# - where DPO, the policy gradient, fine-tuning on preferred responses and unlikelihood lead;
 # - what "DPO is equivalent to RLHF" means, and what breaks it.
 #
-# **Predict first.** Draw endless pairs of responses from the reference, label them by the Bradley-Terry law,
-# fine-tune a policy that can represent anything on the preferred ones, to the optimum. Rewards may be as extreme as
-# you like. Can KL(pi || pi_ref) reach 1 nat?
+# **Predict first.** Draw endless pairs of responses from the reference and label them by the Bradley-Terry law. Take a
+# policy that can represent anything, and fine-tune it on the preferred responses until its likelihood is at the
+# optimum. Rewards may be as extreme as you like. Can KL(pi || pi_ref) reach 1 nat?
 #
 # **The formula.** J(pi) = E_pi[r] - beta KL(pi || pi_ref). For every policy pi and every beta > 0
 #
-#     beta log Z - J(pi) = beta KL(pi || pi*) >= 0,   so   E_pi[r] <= beta (KL(pi || pi_ref) + log Z(beta)),
+#     beta log Z - J(pi) = beta KL(pi || pi*) >= 0,   so   E_pi[r] <= beta (KL(pi || pi_ref) + log Z(beta)).
 #
-# a straight line over the (KL, reward) plane, of slope beta, which pi*(beta) alone touches.
+# The bound is a straight line of slope beta in the (KL, reward) plane. Only pi*(beta) touches it.
 
 # %%
 import pathlib
@@ -24,6 +24,7 @@ import pathlib
 import numpy as np
 
 from minidpo import exact, plots
+from minidpo.streams import stream
 from minidpo.theory import assumptions, equalities, frontier
 
 ref_logp = np.log([0.40, 0.25, 0.15, 0.10, 0.06, 0.04])  # six responses to a single prompt
@@ -32,8 +33,8 @@ reward = np.array([-0.5, 0.3, -1.0, 1.2, 0.0, 2.0])
 # %% [markdown]
 # ## From NumPy alone: the curve, and 20,000 policies
 #
-# Each beta gives a line that no policy is above; the lowest of all lines is the frontier. Half of the policies are
-# random, half are pi* of a random beta, disturbed.
+# Each beta gives a line that no policy is above. At each KL, the lowest of these lines is the frontier. Half of our
+# policies are random; the other half are pi* of a random beta, with noise added to the logits.
 
 
 # %%
@@ -70,16 +71,21 @@ print(f"20,000 policies: above the frontier {(shortfall < -1e-12).sum()}, within
 # %% [markdown]
 # ## From NumPy alone: four methods, one logit per response
 #
-# DPO sees every pair as often as Bradley-Terry has it; its gradient in a logit is a sum of
-# P(i beats j) - sigma(beta (h_i - h_j)), h = log pi - log pi_ref. The policy gradient is exact: pi (A - E[A]) with
-# A = r - beta h. Fine-tuning on the preferred ends at their distribution, W. Unlikelihood, -log pi(y_w) +
-# alpha log pi(y_l), has no minimum as soon as a response wins less than alpha times as often as it loses.
+# The push on a logit is the direction in which a method moves it: minus the gradient of a loss, or the gradient of J.
+# Write h = log pi - log pi_ref for each response.
+#
+# - DPO sees every pair of responses, labelled as often as Bradley-Terry says. Its push on logit i is proportional to
+#   the sum over j of P(i beats j) - sigma(beta (h_i - h_j)).
+# - The policy gradient climbs J itself. Its push is exact here, without sampling: pi (A - E_pi[A]) with A = r - beta h.
+# - Fine-tuning on the preferred responses ends at their distribution, W.
+# - Unlikelihood also pushes the rejected responses down: its loss is -log pi(y_w) + alpha log pi(y_l). The loss has no
+#   minimum as soon as some response wins less than alpha times as often as it loses.
 
 # %%
 beta, alpha = 0.5, 0.5
 P = 1 / (1 + np.exp(reward[None, :] - reward[:, None]))  # P[i, j]: i is preferred to j
 pi_ref = np.exp(ref_logp)
-W, L = 2 * pi_ref * (P @ pi_ref), 2 * pi_ref * (P.T @ pi_ref)  # how preferred and rejected responses are distributed
+W, L = 2 * pi_ref * (P @ pi_ref), 2 * pi_ref * (P.T @ pi_ref)  # the distributions of preferred and rejected responses
 
 
 def dpo_push(h):
@@ -103,7 +109,7 @@ def policy_after(push, steps):
 
 
 star = log_softmax(ref_logp + reward / beta)
-ends = {
+policies = {
     "reference": ref_logp,
     "pi*, beta 0.5": star,
     "DPO, 500 steps": policy_after(dpo_push, 500),
@@ -112,25 +118,28 @@ ends = {
     "unlikelihood, 30 steps": policy_after(unlikelihood_push, 30),
     "unlikelihood, 3,000 steps": policy_after(unlikelihood_push, 3000),
 }
+distances = []  # below the frontier; a negative one would be above it
 print(f"\n{'six responses':<34}{'KL, nats':>10}{'reward':>10}{'below frontier':>16}")
-for name, logp in ends.items():
+for name, logp in policies.items():
     kl, value = kl_and_reward(logp)
-    print(f"{name:<34}{kl:10.3f}{value:10.3f}{abs(lowest_line(kl)[0] - value):16.3f}")
+    distances.append(lowest_line(kl)[0] - value)
+    print(f"{name:<34}{kl:10.3f}{value:10.3f}{distances[-1]:z16.3f}")  # z: no minus sign before 0.000
 
 # %% [markdown]
 # ## The answer to the prediction
 #
-# No. A preferred response is y with probability W(y) = 2 pi_ref(y) P(y beats a draw of pi_ref), at most 2 pi_ref(y),
-# so log(pi/pi_ref) is at most log 2 for every y, and the KL at most log 2 = 0.69: the method cannot be told to go
-# further. Unlikelihood goes on: here its loss falls without end.
+# No. The preferred response is y with probability W(y) = 2 pi_ref(y) P(y beats a draw from pi_ref), which is at most
+# 2 pi_ref(y). So log(W/pi_ref) is at most log 2 for every y, and the KL is at most log 2 = 0.69. No reward, however
+# extreme, can send this method further. Unlikelihood does not stop: here its loss falls without end.
 #
 # ## The library's version
 #
-# The same six responses as a `World`; then one of 121 responses and three prompts. Equivalent means: at the optimum,
-# with Bradley-Terry labels, enough pairs, full support and a policy class that can represent pi*, DPO and the policy
-# gradient of J end at one policy. `assumptions` drops these one at a time; distances are to pi* and to the reference of
-# the world before anything was dropped. (cDPO, which is told how many labels are flipped, is left out below. IPO is
-# another loss, the mean of (margin - 1/(2 tau))^2, tau in beta's place.)
+# First the same six responses as a `World`, then a world of 121 responses and three prompts. "Equivalent" means: at
+# the optimum, with Bradley-Terry labels, enough pairs, full support and a policy class that can represent pi*, DPO and
+# the policy gradient of J end at the same policy. `assumptions` drops these conditions one at a time, and trains the
+# tables for 500 steps each. TV is the total variation distance to pi*, half the sum of |pi - pi*|: 0 if they are equal,
+# 1 if they share nothing. pi* and the reference are those of the unbroken world in every row. IPO is another loss: the
+# mean of (margin - 1/(2 tau))^2, with tau in the place of beta. A row for DPO with smoothed labels (cDPO) is left out.
 
 # %%
 six = equalities.World([[0]], [[1]] * 6, reward[None, :], ref_logp[None, :])
@@ -143,59 +152,67 @@ world = equalities.small_world(0)
 outcomes = {outcome.name: outcome for outcome in assumptions.what_breaks_it(world, 0, 500)}
 print(f"\n{'121 responses, beta 0.5':<54}{'TV to pi*':>10}{'KL':>8}{'reward':>9}{'below':>8}")
 for name, outcome in outcomes.items():
-    below = abs(frontier.most_reward(world, outcome.kl) - outcome.reward)
+    distances.append(frontier.most_reward(world, outcome.kl) - outcome.reward)
     if "cDPO" not in name:
-        print(f"{name:<54}{outcome.tv:10.3f}{outcome.kl:8.2f}{outcome.reward:9.3f}{below:8.3f}")
+        print(f"{name:<54}{outcome.tv:10.3f}{outcome.kl:8.2f}{outcome.reward:9.3f}{distances[-1]:z8.3f}")
 
 # %%
-lines = [plots.Curve("2,000 of the policies", sample_kl[::10], sample_reward[::10], ".", True, False)]
-lines += [plots.Curve("the frontier, pi*(beta)", curve_kl, curve_reward)]
-for name, marker in zip(ends, "oPsD^vX"):
-    kl, value = kl_and_reward(ends[name])
-    lines.append(plots.Curve(name, [kl], [value], marker, joined=False))
+curves = [plots.Curve("2,000 of the policies", sample_kl[::10], sample_reward[::10], ".", True, False)]
+curves += [plots.Curve("the frontier, pi*(beta)", curve_kl, curve_reward)]
+for name, marker in zip(policies, "oPsD^vX"):
+    kl, value = kl_and_reward(policies[name])
+    curves.append(plots.Curve(name, [kl], [value], marker, joined=False))
 picture = pathlib.Path("12_frontier.png")
-drawn = plots.picture(picture, [plots.Panel("reward and KL", "KL(pi || pi_ref), nats", "expected reward", lines)])
-print(f"\npicture: {picture.name}" if drawn else "\nthe picture needs matplotlib (the `plot` extra)")
+if plots.picture(picture, [plots.Panel("reward and KL", "KL(pi || pi_ref), nats", "expected reward", curves)]):
+    print(f"\npicture: {picture.name}")
+else:
+    print("\nthe picture needs matplotlib (the `plot` extra)")
 
 # %% [markdown]
 # ## What was shown
 #
 # The frontier is the curve of pi*(beta), its slope is beta, and no policy is above it. With exact preferences DPO and
-# the policy gradient of J reach it at one point. With few pairs, certain or flipped labels, missing support or a
-# small policy DPO ends elsewhere; with certain labels and distinct rewards no finite minimiser exists, and DPO goes
-# on for as long as one trains.
+# the policy gradient of J reach it at the same point. Five breaches move DPO away from pi*: few pairs, certain labels,
+# flipped labels, missing support, and a transformer that is too small (and trained for only 300 steps). The first two
+# rows are snapshots after 500 steps. There DPO has no finite minimiser, because some response loses every comparison
+# that it is in, so the logit of that response falls for as long as one trains.
 #
 # ## Exercises
 #
-# 1. Preferred fine-tuning when the better response always wins, 1,000 equally likely responses, distinct rewards: show
-#    that the optimum is the best of two draws. What is its KL? (Sum, or integrate.)
+# 1. Take 1,000 equally likely responses with distinct rewards, and let the better response always win. Show that
+#    preferred fine-tuning then has the best of two draws as its optimum. What is its KL? (Sum, or integrate.)
 # 2. Find the bug: a plot has policies above the frontier. Its x axis is (pi_ref * (ref_logp - logp)).sum().
 
 # %%
 for name in ("DPO, 500 steps", "policy gradient, 5,000 steps"):
-    np.testing.assert_allclose(ends[name], star, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(policies[name], star, rtol=0, atol=1e-6)
+assert min(distances) > -1e-9  # neither table has a policy above the frontier
 assert np.all(W < 2 * pi_ref) and np.isclose(W.sum(), 1)
-falling = [-((W - alpha * L) * ends[f"unlikelihood, {n} steps"]).sum() for n in ("30", "3,000")]
-later = -((W - alpha * L) * policy_after(unlikelihood_push, 6000)).sum()
-assert (W < alpha * L).any() and falling[0] > falling[1] > later
+unlikelihood_losses = [-((W - alpha * L) * policies[f"unlikelihood, {n} steps"]).sum() for n in ("30", "3,000")]
+unlikelihood_losses.append(-((W - alpha * L) * policy_after(unlikelihood_push, 6000)).sum())
+assert (W < alpha * L).any() and sorted(unlikelihood_losses)[::-1] == unlikelihood_losses
 assert outcomes["DPO, nothing broken"].tv < 0.01
-broken = [name for name, outcome in outcomes.items() if name.startswith("DPO") and outcome.tv > 0.03]
-assert len(broken) == 5 and not exact.has_maximum((reward[:, None] > reward[None, :]).astype(float))
+breaches = [name for name, outcome in outcomes.items() if name.startswith("DPO") and outcome.tv > 0.03]
+few = equalities.sampled_wins(world, stream(0, "pairs"), 300)  # (prompts, winners, losers): counts
+certain = (world.reward[:, :, None] > world.reward[:, None, :]).astype(float)
+for wins in (few, certain):
+    assert ((wins.sum(axis=1) > 0) & (wins.sum(axis=2) == 0)).any(axis=1).all()  # some response only ever loses
+assert len(breaches) == 5 and not exact.has_maximum((reward[:, None] > reward[None, :]).astype(float))
 print("12: no policy of 20,000 lay above the curve of pi*; DPO and the policy gradient met on it, and five breaches of")
 print("    the assumptions moved DPO away from pi*")
 
 # %% [markdown]
 # ## Solutions
 #
-# 1. W(y) = 2 pi_ref(y) P(y beats a draw), ties half: the best of two. Its density at rank u in [0, 1] is 2u, so the KL
-#    tends to the integral of 2u log 2u = log 2 - 1/2 = 0.193.
+# 1. W(y) = 2 pi_ref(y) P(y beats a draw), where a tie counts half. That is the best of two draws. Its density at rank u
+#    in [0, 1] is 2u, so the KL tends to the integral of 2u log 2u = log 2 - 1/2 = 0.193.
 # 2. The arguments are exchanged: that is KL(pi_ref || pi). The bound holds for KL(pi || pi_ref).
 
 # %%
 ranks = equalities.World([[0]], [[1]] * 1000, np.arange(1000.0)[None, :], np.full((1, 1000), -np.log(1000)))
 best_of_two = frontier.best_of(ranks, 2)
 np.testing.assert_allclose(np.exp(best_of_two[0]), 2 / 1000 * (np.arange(1000) + 0.5) / 1000, rtol=1e-9)
-np.testing.assert_allclose(frontier.measured(ranks, best_of_two)[0], np.log(2) - 0.5, rtol=0, atol=1e-4)
+np.testing.assert_allclose(frontier.kl_and_reward(ranks, best_of_two)[0], np.log(2) - 0.5, rtol=0, atol=1e-4)
 
 sample_logp = log_softmax(start[10_000:])  # on the frontier, if the axis is right
 exchanged = (pi_ref * (ref_logp - sample_logp)).sum(axis=-1)

@@ -5,13 +5,14 @@
 #
 # **Afterwards you can say**
 # - why a chosen reply can become less likely while its margin grows, and what holds it up;
-# - why sums of log-ratios can pay for length, and to which margin noisy labels lead;
+# - why sums of log-ratios can reward length, and which margin noisy labels lead to;
 # - how the implicit reward can rise while the true reward falls;
-# - why to learn to refuse one prompt is to learn to refuse others, and by how much.
+# - why learning to refuse one prompt means refusing others too, and by how much.
 #
-# **Predict first.** A reference goes on with probability 0.8 before each word: its replies have 4 words on average. Of
-# two replies that differ by 5 words, judges prefer the longer in 6 of 10 cases. DPO at beta = 0.1 trains a policy that
-# can change nothing but this probability, until the expected loss falls no more. How long are its replies then?
+# **Predict first.** Before each word a reference continues with probability 0.8, so its replies have 4 words on
+# average. If two replies differ by 5 words, judges prefer the longer one in 6 of 10 cases. DPO at beta = 0.1 trains a
+# policy that can change this probability and nothing else, for as long as the expected loss falls. How long do its
+# replies become?
 #
 # **The formula.** With z = beta * margin and labels that are wrong with probability e, the expected loss of a pair is
 # L(z) = -(1 - e) log sigma(z) - e log sigma(-z), and dL/dz = -(sigma(-z) - e).
@@ -23,7 +24,7 @@ import pathlib
 import numpy as np
 
 from minidpo import Tensor, exact, losses, ops, plots
-from minidpo.explain import displacement
+from minidpo.theory import no_never_yes
 
 
 def sigma(z):
@@ -48,10 +49,11 @@ def show(title, columns, rows):
 # %% [markdown]
 # ## From NumPy alone: 1. A chosen reply becomes less likely
 #
-# Setup: three replies of one word, log pi = log_softmax(u . h), h = 0 at the reference, and one pair, "no" over
-# "never". The loss sees nothing but margin = <u_no - u_never, h>, so it moves h along d = u_no - u_never = (1, 1). On
-# that way log pi(no) changes at the rate <u_no - E[u], d>, 2 - 7/3 < 0 at the start: "yes" lies further along d than
-# "no", and takes the probability of both. What helps: a likelihood term, -nll_weight * log pi(no).
+# Setup: three replies of one word each. log pi = log_softmax(u . h), with h = 0 at the reference. There is one pair,
+# "no" over "never". The loss sees only margin = <u_no - u_never, h>, so it moves h along v = u_no - u_never = (1, 1).
+# Along v, log pi(no) changes at the rate <u_no - E[u], v>, which is 2 - 7/3 < 0 at the start. The reason is "yes": it
+# lies further along v than "no", and takes probability from both. What helps: a likelihood term,
+# -nll_weight * log pi(no).
 
 # %%
 u = np.array([[1.0, 1.0], [0.0, 0.0], [5.0, 0.0]])  # no (w), never (l), yes
@@ -68,19 +70,19 @@ def three_words(nll_weight, beta=0.5, steps=2000, rate=0.1):
     return np.array(path)  # (steps + 1, 3)
 
 
-alone, held = three_words(0.0), three_words(1.0)
-rows = [("at the reference", *alone[0]), ("after DPO", *alone[-1]), ("after DPO with nll_weight 1", *held[-1])]
+plain, with_nll = three_words(0.0), three_words(1.0)
+rows = [("at the reference", *plain[0]), ("after DPO", *plain[-1]), ("after DPO with nll_weight 1", *with_nll[-1])]
 show("1. One pair, no over never", ("log pi of", "no", "never", "yes"), rows)
 
 # %% [markdown]
 # ## 2. Replies grow longer
 #
-# A log-ratio is a sum over tokens: if every token of a reply gains d nats, its reward is beta d |y|, so length is paid.
-# Setup: a reply of k words has log pi = k log q + log(1 - q), q = sigma(theta) being the probability of going on; the
-# mean number of words is q/(1 - q) = exp(theta). If the chosen reply has `more` words than the other, the ends cancel:
-# margin = more * (log q - log q_ref). What helps: a reward of alpha a word that is given for nothing, in this section
-# z = beta * margin + alpha * more (Park et al., arXiv 2403.19159). If alpha * more = log(0.6/0.4), margin 0 explains
-# the judges, and nothing is left to learn from their bias.
+# A log-ratio is a sum over tokens. If every token of a reply gains d nats, its reward is beta d |y|: length pays.
+# Setup: the policy continues with probability q = sigma(theta) before each word. A reply of k words then has
+# log pi = k log q + log(1 - q), and the mean number of words is q/(1 - q) = exp(theta). If the chosen reply has `more`
+# words than the other, the terms log(1 - q) cancel: margin = more * (log q - log q_ref). What helps: a free bonus of
+# alpha per word, so that in this section z = beta * margin + alpha * more (Park et al., arXiv 2403.19159). With
+# alpha * more = log(0.6/0.4), margin 0 already explains the judges, and their bias leaves nothing to learn.
 
 # %%
 q_ref, e_length, beta, more = 0.8, 0.4, 0.1, 5
@@ -102,21 +104,23 @@ show("2. Mean words of a reply", ("steps", "DPO", "with alpha"), rows)
 # %% [markdown]
 # ## The answer to the prediction
 #
-# Endless. The labels ask for sigma(z) = 0.6. But log q is below 0, so z is below beta * more * log(1/0.8) = 0.112, and
-# sigma(z) below 0.528: dL/dz is negative all the way, and the loss falls as long as q rises, towards 1.
+# They grow without end. The labels ask for sigma(z) = 0.6. But log q is below 0, so z is below
+# beta * more * log(1/0.8) = 0.112, and sigma(z) is below 0.528. So dL/dz is always negative, and the loss keeps falling
+# as q rises towards 1.
 #
 # ## 3. Noisy labels
 #
-# dL/dz = 0 where sigma(z) = 1 - e: at margin = log((1 - e)/e)/beta. There `label_smoothing` e leads a pair whose label
-# never varies; without it the margin grows for ever. Plain DPO leads to the same place if such a label *is* flipped
-# with probability e: the expected loss is the same. So smoothing keeps a margin finite, which helps where each pair has
-# been labelled once, but it does not undo flips: on flipped labels it shrinks the margin again. Exercise 1 undoes them.
+# dL/dz = 0 where sigma(z) = 1 - e, which is at margin = log((1 - e)/e)/beta. With `label_smoothing` e, a pair that
+# always gets the same label settles at that margin; without it, the margin grows for ever. Plain DPO settles at the
+# same margin if the label really is flipped with probability e, because the expected loss is the same. So smoothing
+# keeps a margin finite, which helps where each pair was labelled only once. It does not undo flips: on flipped labels
+# it shrinks the margin once more. Exercise 1 undoes them.
 
 # %%
-p, e = 0.9, 0.2  # the better reply is preferred with p, then the label is flipped with e
+p, e = 0.9, 0.2  # the better reply is preferred with probability p, then the label is flipped with probability e
 
 
-def flipped(p, e):
+def with_flips(p, e):
     return (1 - e) * p + e * (1 - p)
 
 
@@ -124,24 +128,24 @@ def best_margin(p):  # of the expected loss -p log sigma(z) - (1 - p) log sigma(
     return math.log(p / (1 - p)) / beta
 
 
-targets = {  # what the label says, on average; label_smoothing
-    "the label never varies, smoothing 0.2": (1.0, e),
+targets = {  # the probability that the label says w; label_smoothing
+    "always the same label, smoothing 0.2": (1.0, e),
     "preferred with 0.9": (p, 0.0),
-    "preferred with 0.9, a fifth flipped": (flipped(p, e), 0.0),
-    "preferred with 0.9, a fifth flipped, smoothing": (flipped(p, e), e),
+    "preferred with 0.9, a fifth flipped": (with_flips(p, e), 0.0),
+    "preferred with 0.9, a fifth flipped, smoothing": (with_flips(p, e), e),
 }
-margins = [best_margin(flipped(said, smoothing)) for said, smoothing in targets.values()]
+margins = [best_margin(with_flips(probability, smoothing)) for probability, smoothing in targets.values()]
 show("3. The best margin at beta 0.1", ("labels", "margin, nats"), zip(targets, margins))
 
 # %% [markdown]
 # ## 4. The implicit reward rises, the true reward falls
 #
-# Setup: one prompt, six replies, all pairs labelled without noise by a proxy that is right but for one reply, which is
-# rare, the worst, and the proxy's best. What falls: first every reward rises, for the proxy is mostly right; then the
-# policy comes to give the sixth reply, and the true reward falls. With labels that never vary the loss has no finite
-# minimiser, so nothing stops it. The policy's mean implicit reward, E_pi[beta log(pi/pi_ref)] = beta KL(pi || pi_ref),
-# rises all the while. What helps: to stop by a measure that is not the proxy; or Bradley-Terry labels and a large beta,
-# whose optimum stays near the reference (second table).
+# Setup: one prompt and six replies. A proxy labels all pairs, without noise. It is right except for one reply, which is
+# rare, the worst, and the proxy's favourite. At first every reward rises, because the proxy is mostly right. Then the
+# policy learns to give the sixth reply, and the true reward falls. Labels without noise have no finite minimiser, so
+# nothing stops it. The policy's mean implicit reward, E_pi[beta log(pi/pi_ref)] = beta KL(pi || pi_ref), rises the
+# whole time. What helps: stop by a measure other than the proxy; or use Bradley-Terry labels and a large beta, whose
+# optimum stays near the reference (second table).
 
 # %%
 proxy, true = np.arange(6.0), np.array([0.0, 1.0, 2.0, 3.0, 4.0, -5.0])
@@ -174,10 +178,10 @@ show("4. pi* of the proxy, where its Bradley-Terry labels lead", ("", "KL, nats"
 # %% [markdown]
 # ## 5. Refusals spread
 #
-# Setup: two replies, refuse and help; their log-odds are <theta, phi(x)>. A pair at prompt x, refuse over help, has
-# margin = <theta - theta_ref, phi(x)> and moves theta along phi(x); so the log-odds at x' move by a multiple of
-# <phi(x), phi(x')>, the number of features that they share: here 3, 2 and 1 with the first prompt. What helps: pairs at
-# harmless prompts, help over refuse.
+# Setup: two replies, refuse and help. The log-odds of refusing prompt x are <theta, phi(x)>. A pair at x, refuse over
+# help, has margin = <theta - theta_ref, phi(x)> and moves theta along phi(x). So the log-odds at another prompt x' move
+# in proportion to <phi(x), phi(x')>, the number of features that the two prompts share. Our three prompts share 3, 2
+# and 1 with the first one. What helps: pairs at harmless prompts, help over refuse.
 
 # %%
 features = {  # any prompt, kill, person, process, bread
@@ -189,7 +193,7 @@ phi = np.array(list(features.values()), dtype=float)  # (3, 5)
 start = np.array([-3.0, 0.0, 0.0, 0.0, 0.0])  # the reference seldom refuses
 
 
-def trained(labels, beta=0.5, steps=20, rate=2.0):  # +1 refuse over help, -1 help over refuse, 0 no pair
+def train(labels, beta=0.5, steps=20, rate=2.0):  # +1 refuse over help, -1 help over refuse, 0 no pair
     theta = start.copy()
     for _ in range(steps):
         z = beta * labels * (phi @ (theta - start))
@@ -197,19 +201,20 @@ def trained(labels, beta=0.5, steps=20, rate=2.0):  # +1 refuse over help, -1 he
     return theta
 
 
-spread, kept = trained(np.array([1, 0, 0])), trained(np.array([1, -1, 0]))
-rows = [(name, *(sigma(x @ theta) for theta in (start, spread, kept))) for name, x in zip(features, phi)]
+on_first, on_both = train(np.array([1, 0, 0])), train(np.array([1, -1, 0]))
+rows = [(name, *(sigma(x @ theta) for theta in (start, on_first, on_both))) for name, x in zip(features, phi)]
 show("5. Probability of a refusal", ("prompt", "reference", "trained on 1st", "on 1st and 2nd"), rows)
 
 # %% [markdown]
 # ## The library's version
 #
-# `displacement.three_words` is failure 1. In the others `losses.dpo_loss` has the gradients used above: the chance of a
-# wrong label is its `label_smoothing`, and alpha a word is a reference with log-probabilities lower by alpha |y|/beta.
+# `no_never_yes.three_words` is failure 1. For the others `losses.dpo_loss` gives the gradients that we used above. The
+# probability of a wrong label is its `label_smoothing`. A bonus of alpha per word is a reference whose
+# log-probabilities are lower by alpha |y|/beta.
 
 # %%
-for nll_weight, mine in ((0.0, alone), (1.0, held)):
-    np.testing.assert_allclose(displacement.three_words(nll_weight).path, mine, rtol=0, atol=1e-9)
+for nll_weight, by_hand in ((0.0, plain), (1.0, with_nll)):
+    np.testing.assert_allclose(no_never_yes.three_words(nll_weight).path, by_hand, rtol=0, atol=1e-9)
 
 
 def words_logp(k, theta):
@@ -226,10 +231,10 @@ losses.dpo_loss(words_logp(7, theta), words_logp(2, theta), ref_w, ref_l, beta, 
 z = beta * more * math.log(sigma(2.0) / q_ref) + alpha * more
 np.testing.assert_allclose(theta.grad, [slope(z, e_length) * beta * more * (1 - sigma(2.0))], rtol=1e-12)
 
-for (said, smoothing), margin in zip(targets.values(), margins):
-    right, _ = losses.dpo_gradient(margin, 0.0, 0.0, 0.0, beta, smoothing)
-    _, wrong = losses.dpo_gradient(0.0, margin, 0.0, 0.0, beta, smoothing)  # the same reply, now named rejected
-    assert abs(said * right + (1 - said) * wrong) < 1e-12
+for (probability, smoothing), margin in zip(targets.values(), margins):
+    as_chosen, _ = losses.dpo_gradient(margin, 0.0, 0.0, 0.0, beta, smoothing)
+    _, as_rejected = losses.dpo_gradient(0.0, margin, 0.0, 0.0, beta, smoothing)  # the same reply under a flipped label
+    assert abs(probability * as_chosen + (1 - probability) * as_rejected) < 1e-12
 
 leaf = Tensor(path[best], requires_grad=True)
 logp = ops.log_softmax(leaf)
@@ -239,48 +244,50 @@ np.testing.assert_allclose(leaf.grad, table_gradient(path[best]), rtol=0, atol=1
 leaf = Tensor(start, requires_grad=True)
 refuse, comply = (ops.logsigmoid(sign * ops.sum(phi * leaf, axis=-1))[:1] for sign in (1, -1))
 losses.dpo_loss(refuse, comply, refuse.data, comply.data, 0.5).loss.backward()
-np.testing.assert_allclose(start - 2.0 * leaf.grad, trained(np.array([1, 0, 0]), steps=1), rtol=1e-12)
+np.testing.assert_allclose(start - 2.0 * leaf.grad, train(np.array([1, 0, 0]), steps=1), rtol=1e-12)
 
 # %% [markdown]
 # ## What was shown
 #
 # The loss asks for a margin on the pairs and for nothing else. Likelihood, length, true reward and other prompts move
-# with it where parameters, sums or labels tie them to it. Each remedy adds something that the pairs do not say.
+# along wherever parameters, sums or labels tie them to it. Each remedy adds something that the pairs do not say.
 #
 # ## Exercises
 #
-# 1. Let f(z) = -log sigma(z). Find a and b such that a f(z) + b f(-z), averaged over labels flipped with probability e,
-#    is f(z), for e < 1/2. What is dangerous about it?
+# 1. Let f(z) = -log sigma(z), and let e < 1/2. Find a and b such that a f(z) + b f(-z), averaged over labels that are
+#    flipped with probability e, is f(z). What is dangerous about it?
 # 2. In the last table bread shares a feature with both trained prompts. Why has training on both not moved its refusal?
 
 # %%
-assert np.all(np.diff(alone[:, 0]) < 0) and np.all(np.diff(alone[:, 0] - alone[:, 1]) > 0)
-assert held[-1, 0] > held[0, 0] and abs((u[0] - u.mean(axis=0)) @ (u[0] - u[1]) - (2 - 7 / 3)) < 1e-12
+assert np.all(np.diff(plain[:, 0]) < 0) and np.all(np.diff(plain[:, 0] - plain[:, 1]) > 0)
+assert with_nll[-1, 0] > with_nll[0, 0] and abs((u[0] - u.mean(axis=0)) @ (u[0] - u[1]) - (2 - 7 / 3)) < 1e-12
 assert words(1000) > words(100) > 5 and abs(words(1000, alpha) - 4) < 1e-9
 most = beta * more * math.log(1 / q_ref)
 np.testing.assert_allclose([most, sigma(most)], [0.112, 0.528], atol=5e-4)
 np.testing.assert_allclose(margins, [13.863, 21.972, 10.460, 5.928], atol=1e-3)
 assert np.all(np.diff(loss) < 0) and np.all(np.diff(kl) > 0)
 assert 0 < best < 300 and reward[best] > reward[0] + 0.5 and reward[-1] < reward[0]
-np.testing.assert_allclose(phi @ (spread - start) / (phi[2] @ (spread - start)), [3, 2, 1], rtol=1e-12)
-assert sigma(phi[1] @ spread) > sigma(phi[1] @ start) > sigma(phi[1] @ kept)
-shown = np.r_[0:100, 100:3001:10]
-lines = [
-    plots.Curve("implicit: beta KL(pi || pi_ref)", kl[shown], 0.5 * kl[shown]),
-    plots.Curve("proxy", kl[shown], np.exp(path[shown]) @ proxy),
-    plots.Curve("true", kl[shown], reward[shown]),
+np.testing.assert_allclose(phi @ (on_first - start) / (phi[2] @ (on_first - start)), [3, 2, 1], rtol=1e-12)
+assert sigma(phi[1] @ on_first) > sigma(phi[1] @ start) > sigma(phi[1] @ on_both)
+few = np.r_[0:100, 100:3001:10]  # enough steps for a smooth curve
+curves = [
+    plots.Curve("implicit: beta KL(pi || pi_ref)", kl[few], 0.5 * kl[few]),
+    plots.Curve("proxy", kl[few], np.exp(path[few]) @ proxy),
+    plots.Curve("true", kl[few], reward[few]),
 ]
 picture = pathlib.Path("13_failures.png")
-drawn = plots.picture(picture, [plots.Panel("DPO on a proxy", "KL(pi || pi_ref), nats", "mean reward", lines)])
-print(f"\nThe picture of failure 4: {picture.name}" if drawn else "\nA picture needs matplotlib (the `plot` extra).")
+if plots.picture(picture, [plots.Panel("DPO on a proxy", "KL(pi || pi_ref), nats", "mean reward", curves)]):
+    print(f"\nThe picture of failure 4: {picture.name}")
+else:
+    print("\nThe picture needs matplotlib (the `plot` extra).")
 print("13: likelihood falls, length grows, margins shrink, true reward falls and refusals spread, as derived above.")
 
 # %% [markdown]
 # ## Solutions
 #
-# 1. (1 - e) a + e b = 1 and e a + (1 - e) b = 0, so a = (1 - e)/(1 - 2e), b = -e/(1 - 2e) (Chowdhury et al.,
-#    arXiv 2403.00409). As b < 0, a pair whose label never varies has a loss without a lower bound.
-# 2. It shares one feature with each. The two pairs stay equally fitted, so their pushes on that feature cancel.
+# 1. (1 - e) a + e b = 1 and e a + (1 - e) b = 0, so a = (1 - e)/(1 - 2e) and b = -e/(1 - 2e) (Chowdhury et al.,
+#    arXiv 2403.00409). Because b < 0, the loss of a pair that always gets the same label has no lower bound.
+# 2. It shares one feature with each. The two pairs stay equally well fitted, so their pushes on that feature cancel.
 
 # %%
 a, b, z = (1 - e) / (1 - 2 * e), -e / (1 - 2 * e), np.linspace(-5, 5, 11)
@@ -292,4 +299,4 @@ def f(z):
 
 np.testing.assert_allclose((1 - e) * (a * f(z) + b * f(-z)) + e * (a * f(-z) + b * f(z)), f(z), rtol=1e-12)
 assert a * f(1000.0) + b * f(-1000.0) < -300
-np.testing.assert_allclose(phi[2] @ kept, phi[2] @ start, rtol=1e-12)
+np.testing.assert_allclose(phi[2] @ on_both, phi[2] @ start, rtol=1e-12)

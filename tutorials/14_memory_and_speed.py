@@ -5,15 +5,18 @@
 #
 # **Afterwards you can say**
 # - what a parameter costs, trained or frozen, and what PPO and DPO need for 7 billion of them;
-# - what a small model holds, role by role, and how much the activations add to that;
-# - why a cached reference and a shared prefix leave loss and gradient as they are, and what they save.
+# - what a small model holds, role by role, and how much the activations add;
+# - why a cached reference and a shared prefix leave loss and gradient unchanged, and what they save.
 #
 # **Predict first.** A model of 7 billion parameters is trained with AdamW in mixed precision. How many gigabytes does
 # DPO need, activations not counted? How many if the reference's log-probabilities are computed beforehand?
 #
-# **The formula.** In mixed precision a trained parameter costs 16 bytes: weight 2 and gradient 2, and in float32 its
-# master copy 4, AdamW's m 4 and v 4. A frozen one costs 2. Rows of a pair (x, y_w, y_l), the last token being no input:
-# packed (|x| + |y_w| - 1) + (|x| + |y_l| - 1), prefix shared |x| + |y_w| + |y_l| - 2: the difference is |x|.
+# **The formula.** In mixed precision the model computes in 16 bits, and AdamW updates a copy in float32, the master
+# copy. A trained parameter costs 16 bytes: weight 2, gradient 2, master copy 4, AdamW's m 4 and v 4. A frozen one costs
+# 2. For a pair (x, y_w, y_l), the model computes one row per input token; the last token of a text is never an input.
+#
+#     packed:         (|x| + |y_w| - 1) + (|x| + |y_l| - 1) rows
+#     prefix shared:   |x| + |y_w| + |y_l| - 2 rows, which is |x| fewer
 
 # %%
 import gc
@@ -44,15 +47,16 @@ def rows_of(pairs):  # padded, packed, shared
 # %% [markdown]
 # ## From NumPy alone: the models
 #
-# PPO holds a policy and a critic, which are trained, a reference and a reward model, which are not. A critic that is a
-# head on the policy has few parameters of its own, counted as none here. DPO has a policy and a reference; its reward
-# is beta times their log-ratio. The reference enters the loss through two numbers a pair, which never change: compute
-# them once, keep them, and the model need not be in memory.
+# PPO is the reinforcement learning that DPO replaces. It holds four models. The policy and the critic, which predicts
+# the reward of a reply, are trained; the reference and the reward model are frozen. If the critic is only a head on the
+# policy, it adds few parameters, and we count none. DPO holds two models, a policy and a reference; its reward is beta
+# times their log-ratio. The reference enters the loss through two numbers per pair, which never change. Compute them
+# once and keep them, and the reference need not be in memory.
 
 # %%
 SIZE = 7
 plans = {  # models trained, models frozen
-    "PPO, a critic of its own": (2, 2),
+    "PPO, a separate critic": (2, 2),
     "PPO, the critic a head on the policy": (1, 2),
     "DPO": (1, 1),
     "DPO, reference cached": (1, 0),
@@ -60,19 +64,20 @@ plans = {  # models trained, models frozen
 print(f"Memory for models of {SIZE} billion parameters, GB (activations not counted)")
 print(f"{'':<40}{'trained':>9}{'frozen':>9}{'weights alone':>16}{'in training':>14}")
 for name, (trained, frozen) in plans.items():
-    weights, training_too = 2 * SIZE * (trained + frozen), gigabytes(SIZE * trained, SIZE * frozen)
-    print(f"{name:<40}{trained:>9}{frozen:>9}{weights:>16}{training_too:>14}")
+    weights, in_training = 2 * SIZE * (trained + frozen), gigabytes(SIZE * trained, SIZE * frozen)
+    print(f"{name:<40}{trained:>9}{frozen:>9}{weights:>16}{in_training:>14}")
 
 # %% [markdown]
 # ## The answer to the prediction
 #
-# 126 GB, and 112 with a cached reference. "DPO needs 28 GB, half of PPO's 56" counts weights alone. In training a
-# frozen model is cheap: to drop the reference saves 14 of the 126 GB, to drop a critic of its own 112 of PPO's 252.
+# 126 GB, and 112 with a cached reference. You may read that DPO needs 28 GB, half of PPO's 56 (E12 in `errata.py`).
+# Those figures count the weights alone. In training a frozen model is cheap: dropping the reference saves 14 of DPO's
+# 126 GB, but dropping a separate critic saves 112 of PPO's 252.
 #
 # ## The library's version: a ledger of arrays
 #
-# A small model in float32, after one step on four pairs. Here too a trained parameter costs 16 bytes, but otherwise
-# divided, 4 each for weight, gradient, m and v: no master copy. The frozen reference costs 4 a parameter.
+# We take one step with a small model in float32, on four pairs. Here too a trained parameter costs 16 bytes, but in
+# other parts: 4 each for weight, gradient, m and v, and no master copy. A parameter of the frozen reference costs 4.
 
 # %%
 config = Config(vocab_size=200, n_positions=256, n_embd=64, n_layer=2, n_head=4)
@@ -82,7 +87,7 @@ reference = model.frozen(model.init(config, rng, dtype="float32"))  # another mo
 lengths = [(90, 60, 40), (120, 30, 50), (80, 70, 20), (100, 40, 40)]  # |x|, |y_w|, |y_l|
 pairs = [tuple(rng.integers(1, config.vocab_size, n).tolist() for n in three) for three in lengths]
 B = len(pairs)
-start = {name: Tensor(p.data.copy(), requires_grad=True) for name, p in policy.items()}
+twin = {name: Tensor(p.data.copy(), requires_grad=True) for name, p in policy.items()}  # for the next section
 optimizer = optim.AdamW(policy, learning_rate=1e-3)
 training.dpo_training_step(policy, reference, config, optimizer, preferences.collate(pairs))
 P = sum(p.data.size for p in policy.values())
@@ -97,27 +102,28 @@ ledger = {
 # %% [markdown]
 # ## Cached or not, the step is the same
 #
-# The reference's log-probabilities are constants: two steps from one start, with and without them at hand, must end in
-# the same weights, bit for bit.
+# The reference's log-probabilities are constants. So two steps from the same weights, one with the reference and one
+# with only its log-probabilities, must end in the same weights, bit for bit.
 
 # %%
 ref_logp_w, ref_logp_l = training.reference_logprobs(reference, config, pairs)  # (B,), (B,)
-cached = preferences.collate(pairs, ref_logp_w, ref_logp_l)
-training.dpo_training_step(start, {}, config, optim.AdamW(start, learning_rate=1e-3), cached)  # no reference at all
-assert all(np.array_equal(start[name].data, p.data) for name, p in policy.items())
+batch = preferences.collate(pairs, ref_logp_w, ref_logp_l)
+training.dpo_training_step(twin, {}, config, optim.AdamW(twin, learning_rate=1e-3), batch)  # no reference at all
+assert all(np.array_equal(twin[name].data, p.data) for name, p in policy.items())
 
 # %% [markdown]
 # ## Three routes to the same log-probabilities
 #
-# Padded: 2B texts of one length. Packed: the texts one after another, no pads. Shared: each prompt once, two responses
-# after it. With causal attention a prompt's rows do not depend on what follows, so that both responses may use them.
+# Padded: 2B texts, filled up to the same length. Packed: the texts one after another, without pads. Shared: each prompt
+# once, with both responses after it. Causal attention makes this possible: the rows of a prompt do not depend on what
+# follows, so both responses can use them. The step takes this route.
 
 # %%
 
 
 def packed(params, config, pairs):
     examples = [(x, w) for x, w, _ in pairs] + [(x, l) for x, _, l in pairs]
-    order = sorted(range(len(examples)), key=lambda i: sum(map(len, examples[i])))  # texts stand by length
+    order = sorted(range(len(examples)), key=lambda i: sum(map(len, examples[i])))  # packing sorts texts by length
     response = [i for i in order for _ in examples[i][1]]
     sums = ops.segment_sum(scoring.packed_logprobs(params, config, examples), response, len(examples))  # (M,) -> (2B,)
     return sums[: len(pairs)], sums[len(pairs) :]
@@ -136,8 +142,10 @@ for name, route in routes.items():  # in float64, where rounding is small
 # %% [markdown]
 # ## Activations
 #
-# The sweep needs what the forward computed: values, and what each op's `vjp` keeps. They live until it has passed.
-# `explain.graph` adds up their bytes, each array once; Python's `tracemalloc` sees the same from outside.
+# The backward sweep needs what the forward computed: the values, and the arrays that each op's `vjp` keeps. They live
+# until the sweep has passed. `explain.graph` adds up their bytes and counts each array once; Python's `tracemalloc`
+# measures the same from outside. Here we hold the graph of a whole batch. The step need not: `training.dpo_sweep` cuts
+# a large batch into micro-batches, and builds and sweeps the graph of one before it begins the next.
 
 
 # %%
@@ -150,27 +158,27 @@ def activations(route):  # the graph, and the bytes that Python allocated for it
     gc.collect()
     tracemalloc.start()
     loss = loss_by(route)
-    held = tracemalloc.get_traced_memory()[0]
+    size = tracemalloc.get_traced_memory()[0]
     tracemalloc.stop()
-    return explain.graph(loss, policy), held
+    return explain.graph(loss, policy), size
 
 
-def seconds(step, repeats=5):
-    told = []
+def seconds(step, repeats=5):  # the fastest of several calls
+    durations = []
     for _ in range(repeats):
-        began = time.perf_counter()
+        start = time.perf_counter()
         step()
-        told.append(time.perf_counter() - began)
-    return min(told)
+        durations.append(time.perf_counter() - start)
+    return min(durations)
 
 
 graphs = {name: activations(route) for name, route in routes.items()}
 rows = {name: next(n.shape[0] for n in graph.nodes if n.op == "embedding") for name, (graph, _) in graphs.items()}
 shared, _ = graphs["prefix shared"]
 print(f"\nThe ledger of one step: {P:,} parameters in float32, {B} pairs")
-print(f"{'role':<40}{'bytes':>12}{'a parameter':>14}")
+print(f"{'role':<40}{'bytes':>12}{'per parameter':>15}")
 for name, size in {**ledger, "activations, prefix shared": shared.kept}.items():
-    print(f"{name:<40}{size:>12,}{size / P:>14.1f}")
+    print(f"{name:<40}{size:>12,}{size / P:>15.1f}")
 kinds = sorted({n.op for n in shared.nodes}, key=lambda op: -sum(n.kept for n in shared.nodes if n.op == op))
 print("\nThe largest of the activations, by op")
 for op in kinds[:4]:
@@ -179,14 +187,14 @@ for op in kinds[:4]:
 # %% [markdown]
 # ## What is computed
 #
-# A matrix product of the forward has two of its size in the sweep. So a step has 3 passes over its rows, and 4 if the
-# reference is scored too: the cost of the linear layers goes as rows x passes. It is not the whole cost, and times
-# differ from machine to machine. The packed and shared routes compute less than their rows say: after the last
-# attention they go on only with rows that predict a token of a response.
+# For each matrix product of the forward, the sweep computes two of the same size. So a step makes 3 passes over its
+# rows, or 4 if the reference is scored too, and the linear layers cost rows x passes. That is not the whole cost, and
+# times differ from machine to machine. The packed and shared routes compute less than their rows suggest: after the
+# last attention they continue only with the rows that predict a token of a response.
 
 # %%
-print("\nActivations and time by route (time: of the first line's, measured now)")
-print(f"{'':<34}{'rows':>7}{'kept, bytes':>14}{'tracemalloc':>14}{'rows x passes':>15}{'share':>8}{'time':>7}")
+print("\nActivations and time by route (work and time as a share of the first line's; time varies from run to run)")
+print(f"{'':<34}{'rows':>7}{'graph, bytes':>14}{'tracemalloc':>14}{'rows x passes':>15}{'work':>8}{'time':>7}")
 base, first = 4 * rows["padded"], None
 for name, route, passes in [(n, r, 4) for n, r in routes.items()] + [("prefix shared", routes["prefix shared"], 3)]:
 
@@ -195,25 +203,26 @@ for name, route, passes in [(n, r, 4) for n, r in routes.items()] + [("prefix sh
             route(reference, config, pairs)
         loss_by(route).backward()
 
-    spent = seconds(step)
-    first = first or spent
-    (graph, held), work = graphs[name], passes * rows[name]
+    duration = seconds(step)
+    first = first or duration
+    (graph, size), work = graphs[name], passes * rows[name]
     title = f"{name}, reference {'scored' if passes == 4 else 'cached'}"
-    print(f"{title:<34}{rows[name]:>7}{graph.kept:>14,}{held:>14,}{work:>15,}{work / base:>8.2f}{spent / first:>7.2f}")
+    shares = f"{work / base:>8.2f}{duration / first:>7.2f}"
+    print(f"{title:<34}{rows[name]:>7}{graph.kept:>14,}{size:>14,}{work:>15,}{shares}")
 
 # %% [markdown]
 # ## What was shown
 #
-# In mixed precision a trained parameter costs 16 bytes and a frozen one 2. Activations come on top: in a model as small
-# as this one they are the largest item. A cached reference and a shared prefix change no log-probability and no
-# gradient.
+# In mixed precision a trained parameter costs 16 bytes and a frozen one 2. Activations come on top, and in a model as
+# small as this one they are the largest item. A cached reference and a shared prefix save memory and time, and change
+# neither log-probabilities nor gradients.
 #
 # ## Exercises
 #
-# 1. An adapter of 0.02 billion parameters is trained on a frozen model of 7 billion. What does DPO need, and why is no
-#    second copy for the reference among it?
-# 2. `micro_batch_size=1` sweeps each pair before the next one is scored. Predict the bytes kept at any one time, by the
-#    rows of the largest pair; then compute them.
+# 1. An adapter of 0.02 billion parameters is trained on a frozen model of 7 billion. What does DPO need, and why does
+#    that include no second copy for the reference?
+# 2. With `micro_batch_size=1` the step sweeps each pair before it scores the next one. From the rows alone, predict
+#    what fraction of the batch's activations is in memory at the worst moment. Then compute it.
 
 # %%
 assert [gigabytes(SIZE * trained, SIZE * frozen) for trained, frozen in plans.values()] == [252, 140, 126, 112]
@@ -224,21 +233,22 @@ assert rows["packed"] - rows["prefix shared"] == sum(len(x) for x, _, _ in pairs
 for name in routes:
     np.testing.assert_allclose(values[name], values["padded"], rtol=0, atol=1e-10)
     np.testing.assert_allclose(gradients[name], gradients["padded"], rtol=0, atol=1e-10)
-    graph, held = graphs[name]
-    assert abs(graph.kept - held) < 0.03 * held
+    graph, size = graphs[name]
+    assert abs(graph.kept - size) < 0.03 * size
 assert graphs["padded"][0].kept > graphs["packed"][0].kept > shared.kept > 4 * P
-print("\n14: 252, 140, 126 and 112 GB; 16 bytes a trained parameter; three routes, one loss and one gradient.")
+print("\n14: 252, 140, 126 and 112 GB; 16 bytes per trained parameter; three routes, one loss and one gradient.")
 
 # %% [markdown]
 # ## Solutions
 #
 # 1. 16 * 0.02 + 2 * 7 = 14.32 GB. The frozen model without the adapter is the reference.
-# 2. Nearly all that is kept is kept for rows, so the share is about that of the rows.
+# 2. The worst moment is the pair with the most rows. Nearly all activations are stored row by row, so the fraction is
+#    about that pair's share of the rows.
 
 # %%
 assert abs(gigabytes(0.02, 7) - 14.32) < 1e-12
 largest = max(range(B), key=lambda b: rows_of([pairs[b]])[2])
 one = explain.graph(loss_by(scoring.shared_logprobs, slice(largest, largest + 1)), policy).kept
 share = rows_of([pairs[largest]])[2] / rows_of(pairs)[2]
-print(f"Solution 2: {one:,} bytes, {one / shared.kept:.2f} of the batch's; its rows are {share:.2f} of them.")
+print(f"Solution 2: {one:,} bytes, a fraction of {one / shared.kept:.2f}; the rows predict {share:.2f}.")
 assert abs(one / shared.kept - share) < 0.05

@@ -1,11 +1,13 @@
 # %% [markdown]
-# # Twenty-five things that are commonly said about DPO, and what a computation says
+# # Twenty-five things that people say about DPO, and what a computation says
 #
-# Each item is a function that returns the claim in our words, the numbers that are given with it, the numbers
-# computed here and now, and why they differ. Nothing is looked up: change an input, and the numbers follow.
+# Each item is a function. It returns the claim in our words, the numbers that come with the claim, the numbers
+# computed here and now, and the reason why they differ. Nothing is looked up: change an input, and the numbers follow.
+# Most items are common claims. E4 to E7, E20 and E21 check the arithmetic of one worked example.
 #
-# Letters: w the chosen response, l the rejected one; h_w = logp_w - ref_logp_w, h_l likewise,
-# margin = h_w - h_l; the gap of one model is its logp_w - logp_l, z = beta * margin, loss = -log sigma(z).
+# Letters: w is the chosen response and l the rejected one. h_w = logp_w - ref_logp_w, and h_l likewise. The margin is
+# h_w - h_l, z = beta * margin, and the loss is -log sigma(z). The gap of one model is its logp_w - logp_l; in E1 alone
+# "gap" is the margin, the gap of the policy less that of the reference.
 
 # %%
 import itertools
@@ -19,14 +21,13 @@ import numpy as np
 
 from minidpo import Config, Tensor, exact, losses, model, ops, optim, scoring, training
 from minidpo.data.preferences import collate
-from minidpo.explain import displacement
-from minidpo.theory import mutants
+from minidpo.theory import mutants, no_never_yes
 
 
 class Erratum(NamedTuple):
     id: str
     claim: str
-    given: dict[str, float]  # name -> number, as commonly given; empty where no number comes with the claim
+    given: dict[str, float]  # name -> number, as the claim has it; empty if the claim has no number
     computed: dict[str, float]  # name -> number, from the code in this file
     why: str
 
@@ -34,8 +35,8 @@ class Erratum(NamedTuple):
 # %% [markdown]
 # ## What several items share
 #
-# A transformer of random parameters, large enough that nothing is hidden in rounding, and one pair of ids. Id 0 is
-# end-of-text. The two responses begin alike and differ in length.
+# A transformer whose random parameters are large enough that no effect drowns in rounding, and one pair of ids. Id 0
+# is end-of-text. The two responses start with the same token and differ in length.
 
 # %%
 BETA = 0.1
@@ -56,7 +57,7 @@ def sequence_logp(params, response, prompt=PROMPT):
 
 
 def flat_gradient(loss, params):
-    """The gradient in all parameters, as one vector."""
+    """The gradient with respect to all parameters, as one vector."""
     for p in params.values():
         p.grad = None
     loss.backward()
@@ -68,7 +69,7 @@ def sigma(x):
 
 
 def root(f, low, high):
-    """Where f changes its sign between low and high, by bisection."""
+    """The place between low and high where f changes its sign, by bisection."""
     for _ in range(200):
         middle = (low + high) / 2
         low, high = (middle, high) if (f(middle) > 0) == (f(low) > 0) else (low, middle)
@@ -85,10 +86,10 @@ def cosine(a, b):
 
 # %%
 def e1():
-    # Gradient flow on logp_w and logp_l: each moves with speed beta sigma(-beta h), so dh/dt = 2 beta sigma(-beta h).
-    # With v = beta h: dv/dt = 2 beta^2/(1 + e^v), so (1 + e^v) dv = 2 beta^2 dt, and v + e^v = 1 + 2 beta^2 t.
+    # Gradient flow on logp_w and logp_l: each moves at speed beta sigma(-z), so the margin grows at 2 beta sigma(-z).
+    # For z = beta * margin: dz/dt = 2 beta^2/(1 + e^z), so (1 + e^z) dz = 2 beta^2 dt, and z + e^z = 1 + 2 beta^2 t.
     def gap(beta, t):
-        return root(lambda v: v + math.exp(v) - 1 - 2 * beta**2 * t, 0.0, math.log(2 + 2 * beta**2 * t)) / beta
+        return root(lambda z: z + math.exp(z) - 1 - 2 * beta**2 * t, 0.0, math.log(2 + 2 * beta**2 * t)) / beta
 
     computed = {}
     for beta in (0.01, 0.1, 0.5):
@@ -104,15 +105,14 @@ def e1():
         "A beta of 0.5 is aggressive, 0.1 conservative, and 0.01 barely changes the model.",
         {},
         computed,
-        "At the optimum the margin is (difference of rewards)/beta, here 1.7/beta: the smallest beta ends farthest "
-        "from the reference. Early in training it is the other way round, since the margin begins to grow with speed "
-        "beta; so the "
-        "curves (hard labels, gradient flow on the two log-probs) cross.",
+        "At the optimum the margin is (difference of rewards)/beta, here 1.7/beta, so the smallest beta ends farthest "
+        "from the reference. Early in training the order is reversed, because the margin starts to grow at speed beta. "
+        "So the curves cross (certain labels, gradient flow on the two log-probs).",
     )
 
 
 def e2():
-    log_gain = {"Paris": 0.811, "the": 0.0105}  # the claim's own rises in log-prob; it then multiplies by beta 0.1
+    log_gain = {"Paris": 0.811, "the": 0.0105}  # rises in log-prob, from the claim, which multiplies them by beta 0.1
     places = {"Paris": 10, "the": 50_000}
 
     def reward_gain(word, ref):
@@ -131,7 +131,7 @@ def e2():
         gradients.append(flat_gradient(out.loss, policy))
         weights.append(sigma(-BETA * out.margin.item()))
     scales = [float(np.linalg.norm(g)) / weight for g, weight in zip(gradients, weights)]
-    # token log-probs: filler that both responses share, then what only w and only l has
+    # log-probs of three tokens: filler that both responses share, a token of w alone, a token of l alone
     tokens = Tensor(np.array([-0.1, -1.0, -2.0]), requires_grad=True)
     losses.dpo_loss(tokens[0] + tokens[1], tokens[0] + tokens[2], -1.3, -1.9, BETA).loss.backward()
     return Erratum(
@@ -147,9 +147,9 @@ def e2():
             "ratio of their lengths over ratio of the weights sigma(-z)": scales[0] / scales[1],
             "dL/dlogp of a filler token that both responses share": float(tokens.grad[0]),
         },
-        "The ratio is the same without a reference, whose log-probs are constants: they set the weight sigma(-z) of a "
-        "pair's gradient and never its direction. Shared filler disappears by the subtraction within a pair. Counted "
-        'by places in the texts, 50000 against 10, "the" still wins.',
+        "The ratio is the same with and without a reference. The reference's log-probs are constants: they set the "
+        "weight sigma(-z) of a pair's gradient, never its direction. Filler that both responses share cancels within "
+        'the pair. And summed over a text, 50000 places against 10, "the" gains more.',
     )
 
 
@@ -160,7 +160,7 @@ def e3():
     out.loss.backward()
     return Erratum(
         "E3",
-        "With the raw log-prob as reward a model learns that shorter is better, and to write filler.",
+        "With the raw log-prob as reward, a model learns that shorter is better, and learns to write filler.",
         {"logp of the long chosen response": logp_w, "of the short rejected one": logp_l},
         {
             "margin": out.margin.item(),
@@ -168,8 +168,8 @@ def e3():
             "dL/dlogp_w": float(w.grad),
             "dL/dlogp_w at margin 0": float(losses.reference_free_gradient(0.0, 0.0, beta=1.0)[0]),
         },
-        "The loss is on labelled pairs: the long winner is pushed up, and harder than at margin 0. Weights are "
-        "mis-scaled, no direction is reversed, and an offline loss never scores the model's own samples.",
+        "The loss works on labelled pairs: the long winner is pushed up, and harder than at margin 0. The weights of "
+        "pairs are wrong, but no direction is reversed. And an offline loss never scores the model's own samples.",
     )
 
 
@@ -181,7 +181,7 @@ def e4():
         "The softmax of the logits 0.1, 3, 0.5, 0.2 is the row given here.",
         {f"p{i}": x for i, x in enumerate(given)},
         {**{f"p{i}": float(x) for i, x in enumerate(p)}, "sum": float(p.sum()), "sum of the given row": sum(given)},
-        "A softmax sums to 1, and the given row does not: a check that takes a line.",
+        "A softmax sums to 1. The given row does not, and one line of code finds that.",
     )
 
 
@@ -194,8 +194,8 @@ def e5():
         "The log-probs of the logits 3, 0.5, 0.2 and 0.1, 4, 1, and of token 0 followed by token 1, are these.",
         {**dict(zip(names, (-0.23, -2.73, -3.03, -4.08, -0.18, -3.18))), "total": -0.41},
         {**dict(zip(names, map(float, [*first, *second]))), "total": float(first[0] + second[1])},
-        "log_softmax subtracts the log of the sum of exponentials from every logit; in the given rows about 0.1 too "
-        "much was subtracted, which makes the total look twice as large as it is.",
+        "log_softmax subtracts the log of the sum of exponentials from every logit. In the given rows about 0.1 too "
+        "much was subtracted, so the total looks twice as large as it is.",
     )
 
 
@@ -210,7 +210,7 @@ def e6():
         "The logistic function is 0.845 at 1.7 and 0.155 at -1.7.",
         {"sigma(1.7)": 0.845, "sigma(-1.7)": 0.155},
         {f"sigma({x})": math.exp(ops.logsigmoid(x).item()) for x in (1.7, -1.7)},
-        "The value is 0.8455..., which rounds up; what is left to 1 rounds down.",
+        "The value is 0.8455..., which rounds up to 0.846. Its complement, 0.1544..., rounds down to 0.154.",
     )
 
 
@@ -218,7 +218,7 @@ def e7():
     out = losses.dpo_loss(-10.0, -15.0, -12.0, -14.0, beta=0.1)
     return Erratum(
         "E7",
-        "Log-probs -10 and -15 under the policy, -12 and -14 under the reference, at beta 0.1 give this loss.",
+        "Log-probs of -10 and -15 under the policy and -12 and -14 under the reference give this loss at beta 0.1.",
         {"loss": 0.555},
         {"z": 0.1 * out.margin.item(), "loss": out.loss.item()},
         "The loss is log(1 + e^-0.3), which rounds to 0.554.",
@@ -241,7 +241,7 @@ def e8():
     dpo_slope = abs(float(losses.dpo_gradient(-1000.0, 0.0, 0.0, 0.0, BETA)[0]))
     return Erratum(
         "E8",
-        "-log P works as a loss because it explodes when P goes to 0.",
+        "-log P works as a loss because it explodes as P goes to 0.",
         {},
         {
             "slope of -log P in z, P = 0.01": slope(cross_entropy, z),
@@ -249,8 +249,8 @@ def e8():
             "slope of -log P in z, z = -100": slope(cross_entropy, -100.0),
             "slope of the DPO loss in the margin, margin = -1000, beta 0.1": dpo_slope,
         },
-        "P = sigma(z), and in z the slope of -log P saturates at 1, in the margin at beta. What matters is that 1 - P "
-        "has a vanishing slope where the model is confidently wrong.",
+        "P = sigma(z). The size of the slope of -log P never exceeds 1 with respect to z, or beta with respect to the "
+        "margin. What matters is the comparison: the slope of 1 - P vanishes where the model is confidently wrong.",
     )
 
 
@@ -264,8 +264,8 @@ def e9():
         "DPO solves length bias.",
         {},
         {f"reward of {n} tokens, each 0.02 nats likelier than under the reference": reward(n) for n in (10, 100)},
-        "A sum of log-ratios grows with length: d nats on every token are worth beta d |y|. In practice replies do "
-        "grow longer under DPO (Park et al., arXiv 2403.19159).",
+        "A sum of log-ratios grows with length: d nats on every token are worth a reward of beta d |y|. In practice "
+        "replies do grow longer under DPO (Park et al., arXiv 2403.19159).",
     )
 
 
@@ -295,8 +295,8 @@ def e10():
             "change of the loss if both log-probs fall by 5, without a reference": without[1] - without[0],
             "the same with a reference": with_reference[1] - with_reference[0],
         },
-        "Probabilities sum to 1, so they cannot all rise or all fall. The loss sees only the policy's gap, with or "
-        "without a reference, and so the reference does not stop both responses of a pair from falling.",
+        "Probabilities sum to 1, so they cannot all rise or all fall. With or without a reference, the policy enters "
+        "the loss only through its gap. So a reference does not stop both responses of a pair from falling.",
     )
 
 
@@ -321,17 +321,17 @@ def e11():
             "loss at the start": losses.dpo_loss(reference_gap, 0.0, reference_gap, 0.0, 0.1).loss.item(),
             "loss, beta 0.5": loss(0.5),
         },
-        "beta multiplies the difference of the gaps, 1.4: at beta 0.1 that is less than a tenth of the way from log 2, "
-        "where training starts, to 0. Whether a loss is low depends on beta.",
+        "beta multiplies the difference of the gaps, 1.4. At beta 0.1 the loss has come less than a tenth of the way "
+        "from log 2, where training starts, to 0. Whether a loss is low depends on beta.",
     )
 
 
 def e12():
-    parameters = 7  # thousand million, so that bytes a parameter make GB (10^9 bytes)
+    parameters = 7  # thousand million, so bytes per parameter become GB (10^9 bytes)
     trained, frozen = 16, 2  # mixed-precision Adam: weight and gradient 2 + 2, master weight and moments 4 + 4 + 4
     return Erratum(
         "E12",
-        "For 7B parameters PPO takes 56 GB and DPO 28, half of it.",
+        "For 7B parameters PPO takes 56 GB and DPO takes 28, half as much.",
         {"PPO, GB": 56, "DPO, GB": 28},
         {
             "weights alone, four models": parameters * 2 * 4,
@@ -341,8 +341,8 @@ def e12():
             "DPO": parameters * (trained + frozen),
             "DPO, cached reference": parameters * trained,
         },
-        "The usual figures hold weights at 2 bytes and nothing else. A parameter under mixed-precision Adam takes 16 "
-        "bytes, a frozen one 2; activations come on top.",
+        "The usual figures count weights, 2 bytes each, and nothing else. Under mixed-precision Adam a trained "
+        "parameter takes 16 bytes and a frozen one 2. Activations come on top.",
     )
 
 
@@ -356,11 +356,11 @@ def e13():
     # a label that says "w with probability 0.7" is label_smoothing 0.3
     z = root(lambda z: float(losses.dpo_gradient(z / BETA, 0.0, 0.0, 0.0, BETA, label_smoothing=0.3)[0]), -5.0, 5.0)
     rankings = itertools.permutations(range(3))
-    h = Tensor(0.0, requires_grad=True)  # log-ratio of one response by itself, marked as good
+    h = Tensor(0.0, requires_grad=True)  # log-ratio of a single response, marked as good
     (-ops.logsigmoid(BETA * h)).backward()
     return Erratum(
         "E13",
-        "DPO learns from pairs only, so that arbitrary rewards need PPO.",
+        "DPO learns only from pairs, so arbitrary rewards need PPO.",
         {},
         {
             "distance (TV) of the DPO fit on pairs labelled by an arbitrary reward from the RLHF optimum": float(
@@ -372,8 +372,8 @@ def e13():
             ),
             "slope of -log sigma(beta h) for a single response marked good, h = 0": float(h.grad),
         },
-        "Any scalar reward can label pairs. Soft labels take probabilities, Plackett-Luce takes whole rankings, and "
-        "Its relatives KTO and BCO take single responses marked good or bad.",
+        "Any scalar reward can label pairs. Soft labels take probabilities, and Plackett-Luce takes whole rankings. "
+        "KTO and BCO, relatives of DPO, take single responses marked good or bad.",
     )
 
 
@@ -393,8 +393,8 @@ def e14():
             "DPO loss, reference -20 and -20": losses.dpo_loss(-10.0, -15.0, -20.0, -20.0, BETA).loss.item(),
             "distance (TV) of the two optima on six responses, beta 1": float(exact.total_variation(anchored, free)),
         },
-        "It is defined: it is DPO with a reference that finds both responses equally likely, and SimPO, ORPO and CPO "
-        "do without one too. What is lost is the anchor, and the link to the KL-constrained objective.",
+        "It is defined: it is DPO with a reference that finds both responses equally likely. SimPO, ORPO and CPO have "
+        "no reference either. What is lost is the anchor, and the link to the KL-constrained objective.",
     )
 
 
@@ -440,8 +440,8 @@ def e15():
         },
         "It holds at the population optimum, with Bradley-Terry labels, full support and a free policy class. With "
         "deterministic labels of a reward without ties the margin grows for ever, whatever beta (Azar et al., arXiv "
-        "2310.12036); a finite minimiser needs each compared response to be reachable from each other along "
-        '"was preferred to" (Ford 1957).',
+        "2310.12036). Draw an arrow from each response to those that it was preferred to: a finite minimiser exists "
+        "only if, along arrows, you can get from each response to every other one that it is linked with (Ford 1957).",
     )
 
 
@@ -454,25 +454,25 @@ def e16():
     rng = np.random.default_rng(0)
     ref_logp, logp = (ops.log_softmax(rng.normal(size=8)).data for _ in range(2))
     mean_ratio = float((np.exp(ref_logp) * (logp - ref_logp)).sum())
-    words = displacement.three_words(steps=200)  # a model of two numbers, trained on "no" over "never"
-    change = words.path[-1] - words.path[0]
+    run = no_never_yes.three_words(steps=200)  # a model of two numbers, trained on "no" over "never"
+    change = run.path[-1] - run.path[0]
     gradient_w, gradient_l = losses.dpo_gradient(-10.0, -15.0, -12.0, -14.0, BETA)
     return Erratum(
         "E16",
-        "Training makes the chosen reply likelier and the rejected one less likely.",
+        "Training makes the chosen response likelier and the rejected one less likely.",
         {},
         {
             "dL/dlogp_w": float(gradient_w),
             "dL/dlogp_l": float(gradient_l),
-            "three words: change of logp(chosen)": float(change[displacement.CHOSEN]),
-            "of logp(rejected)": float(change[displacement.REJECTED]),
-            "of the margin": float(change[displacement.CHOSEN] - change[displacement.REJECTED]),
+            "three words: change of logp(chosen)": float(change[no_never_yes.CHOSEN]),
+            "of logp(rejected)": float(change[no_never_yes.REJECTED]),
+            "of the margin": float(change[no_never_yes.CHOSEN] - change[no_never_yes.REJECTED]),
             "mean of log(pi/pi_ref) over pi_ref, a random policy": mean_ratio,
             "the same plus KL(pi_ref || pi)": mean_ratio + float(exact.kl(ref_logp, logp)),
         },
-        "The gradient in the two log-probs has those signs, but parameters are shared: both log-probs can fall while "
-        "the margin grows, and often do. Over the reference's samples the mean log-ratio is -KL(pi_ref || pi), "
-        "never above 0.",
+        "The gradient with respect to the two log-probs has those signs. But the two share parameters, so both can "
+        "fall while the margin grows, and often do. Over the reference's samples the mean log-ratio is "
+        "-KL(pi_ref || pi), which is never above 0.",
     )
 
 
@@ -481,7 +481,7 @@ def e17():
     x, w1, w2 = rng.normal(size=(3, 4)), rng.normal(size=(4, 6)), rng.normal(size=(6, 5))
     response = np.array([2, 4, 0])
 
-    def logp(mask):  # of three tokens, one a row of x; policy and reference have these same weights
+    def logp(mask):  # of three tokens, one per row of x; policy and reference have the same weights
         hidden = np.tanh(x @ w1) * mask  # (3, 4) -> (3, 6)
         return ops.gather(ops.log_softmax(hidden @ w2), response).data.sum()  # (3, 6) -> (3, 5) -> (3,) -> ()
 
@@ -489,19 +489,18 @@ def e17():
         return losses.dpo_loss(logp(mask), -5.0, logp(np.ones((3, 6))), -5.0, BETA).reward_w.item()
 
     keep = 0.9
-    drawn = np.array([reward((rng.random((3, 6)) < keep) / keep) for _ in range(500)])
-    changed = drawn[drawn != 0]
+    rewards = np.array([reward((rng.random((3, 6)) < keep) / keep) for _ in range(500)])
     return Erratum(
         "E17",
         "A frozen copy of the policy is a perfect anchor.",
         {"reward at step 0": 0},
         {
             "reward at step 0, no dropout": reward(np.ones((3, 6))),
-            "share of 500 dropout masks (rate 0.1) whose reward is not 0": len(changed) / len(drawn),
-            "mean size of the reward under them": float(abs(drawn).mean()),
+            "share of 500 dropout masks (rate 0.1) whose reward is not 0": float((rewards != 0).mean()),
+            "mean size of the reward under them": float(abs(rewards).mean()),
         },
-        "Equal parameters give equal log-probs only if the function is the same. Dropout in the policy makes another "
-        "function of it at every step, so that the rewards are not 0 at step 0.",
+        "Equal parameters give equal log-probs only if the function is the same. Dropout makes the policy a different "
+        "function at every step, so the rewards are not 0 at step 0.",
     )
 
 
@@ -511,28 +510,28 @@ def e18():
     def total(score):
         return exact.total_probability(partial(score, params, CONFIG, PROMPT), CONFIG.vocab_size, 3)
 
-    # two prompts of 3 and 2 tokens in one batch, padded with id 0, sliced at the longer prompt, no mask
+    # one batch of two prompts, 3 and 2 tokens long, padded with id 0 and sliced at the longer prompt, without a mask
     prompts, responses = ([1, 2, 3], [4, 1]), ([2, 4, 0], [3, 2, 0])
     texts = [[*x, *y] + [0] * (3 - len(x)) for x, y in zip(prompts, responses)]
     tokens = np.array(texts)  # (2, 6)
     logp = ops.log_softmax(model.forward(params, CONFIG, tokens[:, :-1])[:, 2:])  # (2, 5, V) -> (2, 3, V)
     naive = ops.sum(ops.gather(logp, tokens[:, 3:]), axis=-1).data  # (2, 3, V) -> (2, 3) -> (2,)
-    right = [sequence_logp(params, y, x).item() for x, y in zip(prompts, responses)]
-    masked, _ = scoring.padded_logprobs(params, CONFIG, [(x, y, y) for x, y in zip(prompts, responses)])
+    alone = [sequence_logp(params, y, x).item() for x, y in zip(prompts, responses)]
+    with_mask, _ = scoring.padded_logprobs(params, CONFIG, [(x, y, y) for x, y in zip(prompts, responses)])
     return Erratum(
         "E18",
-        "To concatenate, slice, gather and sum is a robust scorer.",
+        "Concatenate, slice, gather and sum: that is a robust scorer.",
         {},
         {
-            "sum over all responses of exp(score): one text, every token scored": total(mutants.right),
+            "sum over all responses of exp(score): one text, every token scored": total(mutants.correct),
             "a pad scored": total(mutants.pads_scored),
             "end-of-text not scored": total(mutants.end_of_text_masked),
-            "two prompt lengths, sliced at one: row 1 off by (nats)": float(naive[0] - right[0]),
-            "row 2 off by": float(naive[1] - right[1]),
-            "with a mask and the length of each prompt: off by": float(abs(masked.data - right).max()),
+            "two prompt lengths, sliced at one: row 1 off by (nats)": float(naive[0] - alone[0]),
+            "row 2 off by": float(naive[1] - alone[1]),
+            "with a mask and the length of each prompt: off by": float(abs(with_mask.data - alone).max()),
         },
-        "It is right for one text, or texts of one shape. A batch needs a mask for the padding and each row's own "
-        "prompt length, and an end-of-text token that is scored: without one of them the score is not log pi(y|x).",
+        "It is correct for one text, or for texts of the same shape. A batch also needs a mask for the padding and the "
+        "prompt length of each row. And the end-of-text token must be scored, or the score is not log pi(y|x).",
     )
 
 
@@ -550,7 +549,7 @@ def e19():
             "share of ties": metrics["rewards/ties"],
             "loss": metrics["loss"],
         },
-        "While policy = reference all rewards are 0 and every pair is a tie, and a strict > counts a tie as wrong.",
+        "While policy = reference all rewards are 0, so every pair is a tie, and a strict > counts a tie as wrong.",
     )
 
 
@@ -561,8 +560,8 @@ def e20():
         f'"{text}" is 7 tokens at log 0.9 = -0.105 each.',
         {"tokens": 7, "sum": -0.735},
         {"words": len(text.split()), "7 log 0.9": 7 * ops.log(0.9).item()},
-        "It has six words; how many tokens they are depends on the tokenizer. And a factor that was rounded before it "
-        "was multiplied carries its error seven times.",
+        "It has six words; how many tokens that is depends on the tokenizer. And log 0.9 was rounded before it was "
+        "multiplied by 7, so the rounding error counts seven times.",
     )
 
 
@@ -572,7 +571,7 @@ def e20():
 
 # %%
 def e21():
-    # log-ratios that make the given rewards at beta 0.1
+    # these log-ratios give the claim's rewards at beta 0.1
     out = losses.dpo_loss(0.015, -0.010, 0.0, 0.0, BETA)
     start = losses.dpo_loss(-10.0, -15.0, -10.0, -15.0, BETA)
     return Erratum(
@@ -587,8 +586,8 @@ def e21():
             "reward_w at the start": start.reward_w.item(),
             "reward_l at the start": start.reward_l.item(),
         },
-        "A reward gap of 0.0025 is a preference of 50.06 per cent, next to nothing. And where DPO starts, at policy = "
-        "reference, both rewards are exactly 0.",
+        "A difference of 0.0025 between the rewards is a preference of 50.06 per cent: next to nothing. And where DPO "
+        "starts, at policy = reference, both rewards are exactly 0.",
     )
 
 
@@ -602,8 +601,7 @@ def e22():
             "loss, policy gap 2, reference gap 42": losses.dpo_loss(-10.0, -12.0, -11.0, -53.0, BETA).loss.item(),
             "loss, policy gap 42, reference gap 2": losses.dpo_loss(-10.0, -52.0, -11.0, -13.0, BETA).loss.item(),
         },
-        "Equal gaps give log 2, the middle: the loss lies above it only where the policy's gap is smaller than the "
-        "reference's.",
+        "Equal gaps give log 2. The loss is above log 2 only if the policy's gap is smaller than the reference's.",
     )
 
 
@@ -623,18 +621,18 @@ def e23():
             "length of the gradient": float(np.linalg.norm(gradient)),
             "off from -(beta/2)(grad logp_w - grad logp_l) by": float(abs(gradient - predicted).max()),
         },
-        "The margin is 0, so the loss is -log sigma(0) = log 2, and its slope in the margin is -beta sigma(0) = "
-        "-beta/2.",
+        "The margin is 0, so the loss is -log sigma(0) = log 2, and its slope with respect to the margin is "
+        "-beta sigma(0) = -beta/2.",
     )
 
 
 def loss_and_gradient(parts, mean):
-    """DPO's loss and gradient on the pair, as one vector; `parts` tells what is given from what is scored."""
+    """DPO's loss and gradient on the pair, as one vector. `parts` splits a text into context and scored rest."""
     policy, reference = tiny_model(0), model.frozen(tiny_model(1))
 
     def logp(params, response):
-        given, scored = parts(PROMPT, response)
-        return sequence_logp(params, scored, given) * (1 / len(scored) if mean else 1.0)
+        context, rest = parts(PROMPT, response)
+        return sequence_logp(params, rest, context) * (1 / len(rest) if mean else 1.0)
 
     logps = [logp(params, y) for params in (policy, reference) for y in (CHOSEN, REJECTED)]
     loss = losses.dpo_loss(*logps, beta=BETA).loss
@@ -645,16 +643,16 @@ def response_scored(x, y):
     return x, y
 
 
-def shared_token_not_scored(x, y):  # both responses begin with the same token
+def shared_token_not_scored(x, y):  # both responses start with the same token
     return x + y[:1], y[1:]
 
 
-def prompt_scored(x, y):  # but for its first token, which nothing predicts
+def prompt_scored(x, y):  # except its first token, which nothing predicts
     return x[:1], x[1:] + y
 
 
 def change(parts, mean):
-    """The largest change in loss or gradient where `parts` stands for the scoring of the response alone."""
+    """The largest change in loss or gradient when `parts` replaces scoring the response alone."""
     return float(abs(loss_and_gradient(parts, mean) - loss_and_gradient(response_scored, mean)).max())
 
 
@@ -673,8 +671,8 @@ def e24():
             ),
             "the same, means": change(shared_token_not_scored, True),
         },
-        "DPO sums, since log pi(y|x) is a sum. Averaging is another objective, with another direction; and it divides "
-        "what the two responses share by two different lengths, so that it no longer cancels.",
+        "DPO sums, because log pi(y|x) is a sum. Averaging is another objective, and its gradient has another "
+        "direction. It also divides what the two responses share by two different lengths, so this no longer cancels.",
     )
 
 
@@ -687,8 +685,8 @@ def e25():
             "prompt scored too: change of loss and gradient, sums": change(prompt_scored, False),
             "the same, means": change(prompt_scored, True),
         },
-        "With sums the prompt's log-prob stands in both terms of the margin and cancels exactly, masked or not. With "
-        "means it is divided by two different lengths and does not.",
+        "With sums the prompt's log-prob is in both terms of the margin and cancels exactly, masked or not. With "
+        "means it is divided by two different lengths and does not cancel.",
     )
 
 
@@ -703,10 +701,10 @@ ERRATA: list[Callable[[], Erratum]] = [
 
 
 def as_text(erratum: Erratum) -> str:
-    def numbers(named: dict[str, float]) -> str:
-        # the last bits differ from machine to machine: what is 0 but for rounding is shown as 0
-        shown = {name: value if abs(value) > 1e-12 else 0 for name, value in named.items()}
-        return "; ".join(f"{name}: {value:.5g}" for name, value in shown.items()) or "no number"
+    def numbers(values: dict[str, float]) -> str:
+        # the last bits differ from machine to machine, so a number that is 0 up to rounding is printed as 0
+        rounded = {name: value if abs(value) > 1e-12 else 0 for name, value in values.items()}
+        return "; ".join(f"{name}: {value:.5g}" for name, value in rounded.items()) or "no number"
 
     fill = partial(textwrap.fill, width=110, break_on_hyphens=False)
     lines = {"given": numbers(erratum.given), "computed": numbers(erratum.computed), "why": erratum.why}

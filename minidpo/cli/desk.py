@@ -22,7 +22,7 @@ from ..streams import stream
 from ..tokenizer import END_OF_TEXT, TURN, printable
 from . import options as o
 from .parser import COMMANDS, command, parse
-from .train import load, read_texts, same_vocabulary
+from .train import load, same_vocabulary
 
 STAGES = {"pretrain": "base", "sft": "SFT", "dpo": "DPO"}
 JUDGED = ("well_formed", "on_topic", "polite", "wrongly_declined", "wrongly_answered")
@@ -177,7 +177,7 @@ def facts(folder: Path, seed: int, metrics: Mapping[str, Mapping[str, float]], s
         return [(row.prompt.removesuffix(TURN), row.responses) for row in usable]
 
     train, held_out = world.split(seed)
-    texts = read_texts(folder / "data" / "texts_held_out.txt", blocks=True)
+    texts = preferences.read_texts(folder / "data" / "texts_held_out.txt", blocks=True)
     texts_nll = -math.fsum(world.corpus_logprob(text, train) for text in texts) / sum(len(text) + 1 for text in texts)
     replies = [(x, y) for x, (y,) in rows("completions_held_out.jsonl", preferences.COMPLETIONS)]
     replies_nats = -math.fsum(math.log(world.desk(world.PROMPTS[x])[y]) for x, y in replies)

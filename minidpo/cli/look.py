@@ -13,7 +13,7 @@ from .. import losses, optim, training
 from ..data import preferences
 from ..data.preferences import PAIRS, Encoded, Row
 from ..explain import displacement as first_order
-from ..explain import double, four_ways, page, pair
+from ..explain import double, four_ways, page, pair, tables
 from ..explain import graph as graph_of
 from ..generation import generate
 from ..run.checkpoint import Checkpoint, CheckpointError
@@ -21,11 +21,12 @@ from ..run.files import write_whole
 from ..run.folder import run_description
 from ..scoring import Pair, collate, shared_logprobs
 from ..streams import stream
+from ..theory import no_never_yes
 from ..tokenizer import END_OF_TEXT, TURN, Tokenizer, printable
 from . import options as o
 from .options import Default, announce
 from .parser import command
-from .train import load, same_vocabulary, usable_rows
+from .train import load, same_vocabulary
 
 BETA = 0.1  # where neither an option nor a run gives one
 RATE = 1e-6
@@ -44,7 +45,7 @@ def scored_rows(
     ref = load(reference, device=device) if reference else policy
     same_vocabulary(checkpoint, policy, reference or checkpoint, ref)
     n_positions = min(policy.config.n_positions, ref.config.n_positions)
-    ids, faults, _ = usable_rows(data, PAIRS, policy.tokenizer, n_positions, truncation, strict)
+    ids, faults, _ = preferences.usable_rows(data, PAIRS, policy.tokenizer, n_positions, truncation, strict)
     for fault in faults:
         print(f"{data}, line {fault.line}: set aside, {fault.reason}", file=sys.stderr)
     return policy, ref, ids, len(faults)
@@ -190,9 +191,9 @@ def explain(
     else:
         itself = ", the policy itself" if reference == checkpoint else ""
         print(f"reference {reference}{itself}; beta {beta:g}\n{note}\n".rstrip() + "\n")
-        print("\n\n".join([page.aligned(view), page.tokens_as_text(view), page.summary(view)]))
-        print(f"\nThe gradient, four ways\n{page.ways_as_text(ways)}")
-        print(f"\nWhat a step will do\n{page.step_as_text(plain, adam)}")
+        print("\n\n".join([tables.aligned(view), tables.tokens_as_text(view), tables.summary(view)]))
+        print(f"\nThe gradient, four ways\n{tables.ways_as_text(ways)}")
+        print(f"\nWhat a step will do\n{tables.step_as_text(plain, adam)}")
     if html:
         write_whole(html, page.page(view).encode())
     if graph:
@@ -220,7 +221,7 @@ def displacement(
         others = (data, checkpoint, reference, beta, learning_rate, strict or None)
         if any(value is not None for value in others) or truncation != "none":
             raise ValueError("--checkpoint and --data belong together, and the other options need both")
-        table = first_order.words_as_text([first_order.three_words(weight) for weight in NLL_WEIGHTS])
+        table = no_never_yes.as_text([no_never_yes.three_words(weight) for weight in NLL_WEIGHTS])
     else:
         reference, beta, note = run_settings(checkpoint, reference, beta)
         policy, ref, rows, _ = scored_rows(checkpoint, reference, data, truncation, strict)

@@ -14,8 +14,8 @@ from ..run.files import write_whole
 from ..theory import assumptions, dynamics, equalities, mutants
 from ..theory import frontier as methods
 from ..theory import invariances as changes
+from ..verify.cases import CASES, RandomDraw
 from . import options as o
-from .cases import CASES, RandomDraw
 from .options import NO_MATPLOTLIB, announce
 from .parser import command
 
@@ -84,7 +84,7 @@ def exact(*, plot: o.Plot = None, seed: o.Seed = 0) -> int:
     world = equalities.small_world(seed)
     print(f"{len(world.prompts)} prompts, {len(world.responses)} responses to each", flush=True)
     claims = []
-    for part in (*equalities.LABORATORY, assumptions.finite_margins, dynamics.beta_early_and_late):
+    for part in (*equalities.EQUALITIES, assumptions.finite_margins, dynamics.beta_early_and_late):
         print(f"\n{(part.__doc__ or '').splitlines()[0]}", flush=True)
         for claim in part(world, seed):
             claims.append(claim)
@@ -132,6 +132,6 @@ def invariances(*, seed: o.Seed = 0) -> str:
 
     Measure on a random model how much the loss and its gradient change where they must not, and where they must.
     """
-    table = changes.as_text(changes.measured(seed))
+    table = changes.as_text(changes.table(seed))
     print(table)
     return table

@@ -29,7 +29,7 @@ from . import options as o
 from .options import NO_MATPLOTLIB, Default
 from .parser import COMMANDS, arguments, command, flagged, parse
 
-CHOSEN_LOSS_WARNING = 0.5  # nats a token that the chosen responses may lose before a run of `dpo` says so
+CHOSEN_LOSS_WARNING = 0.03  # nats a token; `dpo` says so if the chosen responses have lost more than this
 
 
 class Training(NamedTuple):
@@ -84,7 +84,7 @@ class Rows(NamedTuple):
 
 PRETRAIN = Training(steps=2000, batch_size=128, evaluate_every=250)
 SFT = Training(steps=800)
-DPO = Training(steps=100, learning_rate=2e-5, warmup_steps=10, evaluate_every=10)
+DPO = Training(steps=100, learning_rate=5e-5, warmup_steps=10, evaluate_every=10)  # chosen by benchmarks/defaults.py
 NEW_MODEL = {"n_positions": 512, "n_embd": 64, "n_layer": 2, "n_head": 4}
 BEGINNING = Beginning()
 
@@ -133,33 +133,6 @@ def starting_model(
     return Checkpoint(params, config, tokenizer, True), {}
 
 
-def read_texts(path: Path, blocks: bool) -> list[str]:
-    """The lines of a file that are not empty, or its blocks of lines."""
-    with preferences.open_regular(path) as file:
-        try:
-            content = file.read().decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path}: byte {error.start} is not UTF-8") from error
-    texts = [text.strip("\n") for text in content.split("\n\n" if blocks else "\n") if text.strip("\n")]
-    if not texts:
-        raise ValueError(f"{path}: there is no text in it")
-    return texts
-
-
-def usable_rows(
-    data: Path, fields: Sequence[str], tokenizer: Tokenizer, n_positions: int, truncation: str, strict: bool
-) -> tuple[Encoded, list[preferences.Fault], str]:
-    """The rows of a file that can be used, the others with their reasons, and those as JSON Lines to keep."""
-    rows, faults = preferences.read(data, fields)
-    ids = preferences.encode(rows, tokenizer, n_positions, truncation)
-    faults = sorted(faults + ids.faults)
-    set_aside = preferences.set_aside(data, faults, strict)
-    if not ids.rows:
-        reason = f" (line {faults[0].line}: {faults[0].reason})" if faults else ""
-        raise ValueError(f"{data}: no row can be used{reason}")
-    return ids, faults, set_aside
-
-
 def read_rows(
     data: Path, run: Training, truncation: str, strict: bool, fields: Sequence[str], start: Checkpoint, n_positions: int
 ) -> Rows:
@@ -167,7 +140,7 @@ def read_rows(
     counts: list[str] = []
 
     def encoded(path: Path) -> tuple[Encoded, str]:
-        ids, faults, set_aside = usable_rows(path, fields, start.tokenizer, n_positions, truncation, strict)
+        ids, faults, set_aside = preferences.usable_rows(path, fields, start.tokenizer, n_positions, truncation, strict)
         count = f"{path.name}: {len(ids.rows)} rows, {len(faults)} set aside"
         counts.append(count + (f", {len(ids.truncated)} truncated" if ids.truncated else ""))
         print(counts[-1])
@@ -252,9 +225,9 @@ def pretrain(
     and never trained on. The loss is in nats a token, with end-of-text counted as one token.
     """
     words = arguments("pretrain", locals())
-    texts = read_texts(data, blocks)
+    texts = preferences.read_texts(data, blocks)
     if run.held_out_data:
-        halves = texts, read_texts(run.held_out_data, blocks)
+        halves = texts, preferences.read_texts(run.held_out_data, blocks)
     else:
         halves = preferences.split(texts, run.held_out_share, stream(run.seed, "split"))
     longest = max(map(len, halves[0] + halves[1])) + 1

@@ -269,3 +269,30 @@ def set_aside(path: Path, faults: Sequence[Fault], strict: bool) -> str:
             f"{path}, line {faults[0].line}: {faults[0].reason} ({number}; without --strict they are set aside)"
         )
     return "".join(json.dumps({"file": path.name, **fault._asdict()}) + "\n" for fault in faults)
+
+
+def read_texts(path: Path, blocks: bool) -> list[str]:
+    """The lines of a file that are not empty, or its blocks of lines."""
+    with open_regular(path) as file:
+        try:
+            content = file.read().decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path}: byte {error.start} is not UTF-8") from error
+    texts = [text.strip("\n") for text in content.split("\n\n" if blocks else "\n") if text.strip("\n")]
+    if not texts:
+        raise ValueError(f"{path}: there is no text in it")
+    return texts
+
+
+def usable_rows(
+    data: Path, fields: Sequence[str], tokenizer: Tokenizer, n_positions: int, truncation: str, strict: bool
+) -> tuple[Encoded, list[Fault], str]:
+    """The rows of a file that can be used, the others with their reasons, and those as JSON Lines to keep."""
+    rows, faults = read(data, fields)
+    ids = encode(rows, tokenizer, n_positions, truncation)
+    faults = sorted(faults + ids.faults)
+    document = set_aside(data, faults, strict)
+    if not ids.rows:
+        reason = f" (line {faults[0].line}: {faults[0].reason})" if faults else ""
+        raise ValueError(f"{data}: no row can be used{reason}")
+    return ids, faults, document

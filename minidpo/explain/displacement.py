@@ -1,39 +1,38 @@
-"""Displacement: a preferred response that becomes less likely by being preferred.
+"""Displacement: training on a preference can make the preferred response less likely.
 
-The DPO loss asks for a margin, not for a likely chosen response. To first order a step makes it less likely where
-K_wl > K_ww (`step`). Here that is predicted of a pair, counted over many, and proved on three words.
+The DPO loss rewards a margin, not a likely chosen response. To first order a step makes the chosen response less likely
+if K_wl > K_ww (`step`). This file predicts it for a pair and counts it over many;
+theory/no_never_yes.py proves it for three words.
 """
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy
 
-from .. import losses, ops, optim, training
-from ..backend import Array
+from .. import optim, training
 from ..model import Config, Params
 from ..scoring import Pair, collate, sequence_logprob
-from ..tensor import Tensor
-from .tokens import PairView, double, gradients, pair
+from .tokens import PairView, double, pair
+from .ways import gradients
 
-ROUNDING = 1e-11  # nats: a smaller change of a log-probability cannot be told from rounding
+ROUNDING = 1e-11  # nats: a smaller change of a log-probability may be rounding
 
 
 @dataclass(frozen=True)
 class Change:
-    """The change of one log-probability by a step, in nats; to first order, and as it was."""
+    """The change of one log-probability by a step, in nats: to first order, and measured."""
 
-    own: float  # by what the loss asks of this response itself
-    cross: float  # by what it asks of the other one
+    own: float  # from the gradient of this response's log-probability
+    cross: float  # from that of the other response
     predicted: float  # their sum
     measured: float
 
 
 @dataclass(frozen=True)
 class Step:
-    """What one step on one pair does to the log-probabilities of its responses.
+    """The effect of one step on one pair on the log-probabilities of its responses.
 
     K_ab = <grad log pi(y_a|x), grad log pi(y_b|x)>, over all parameters.
     """
@@ -53,18 +52,15 @@ def step(
     learning_rate: float = 1e-6,
     optimizer: Callable[[Params, float], optim.Optimizer] = optim.SGD,
 ) -> Step:
-    """Predict to first order what a training step on a pair does to both log-probabilities, then take one and look.
+    """Predict to first order what a training step on a pair does to both log-probabilities, then take it and measure.
 
         theta <- theta - rate (c_w grad_w + c_l grad_l),   c_w = -beta sigma(-z) = -c_l,   grad_a = grad log pi(y_a|x)
         change of log pi(y_a|x) = -rate (c_w K_wa + c_l K_la) + O(rate^2)
                                 = rate beta sigma(-z) (K_ww - K_wl) for the chosen, (K_wl - K_ll) for the rejected
 
-    So the chosen response becomes less likely where K_wl > K_ww. The policy itself stays as it is. What is predicted
-    is plain gradient descent: another `optimizer` (AdamW, say) rescales each parameter, and breaks it.
-
-    References
-    ----------
-    Ren and Sutherland 2024 (arXiv 2407.10490) for the decomposition; Razin et al. 2024 (arXiv 2410.08847).
+    So the chosen response becomes less likely if K_wl > K_ww. The policy itself does not change. The prediction is for
+    plain gradient descent; an `optimizer` such as AdamW rescales each parameter and breaks it.
+    Sources: Ren and Sutherland 2024 (arXiv 2407.10490) for the decomposition; Razin et al. 2024 (arXiv 2410.08847).
     """
     x, w, l = view.ids
     c_w, c_l = -view.beta * view.weight, view.beta * view.weight
@@ -98,102 +94,19 @@ def meter(
     learning_rate: float = 1e-6,
     reference_config: Config | None = None,
 ) -> list[Step]:
-    """One step on each pair by itself, predicted and taken; the policy stays as it is."""
+    """One step on each pair alone, predicted and taken; the policy does not change."""
     views = (pair(policy, reference, config, *ids, beta, reference_config=reference_config) for ids in pairs)
     return [step(policy, config, view, learning_rate) for view in views]
 
 
 def meter_as_text(steps: Sequence[Step]) -> str:
-    """How many pairs push their chosen response down, and how often the prediction had the right sign."""
-    falls = sum(told.K_wl > told.K_ww for told in steps)
-    seen = [told for told in steps if abs(told.chosen.predicted) > ROUNDING]
-    fell = sum(told.chosen.measured < 0 for told in seen)
-    agree = sum((told.chosen.predicted < 0) == (told.chosen.measured < 0) for told in seen)
+    """How many pairs push their chosen response down, and how often the prediction had the correct sign."""
+    count = sum(step.K_wl > step.K_ww for step in steps)
+    moves = [step.chosen for step in steps if abs(step.chosen.predicted) > ROUNDING]
+    falls = sum(move.measured < 0 for move in moves)
+    agree = sum((move.predicted < 0) == (move.measured < 0) for move in moves)
     return (
-        f"{len(steps)} pairs: by the kernel (K_wl > K_ww) {falls} lower their own log pi(chosen). In {len(seen)} a "
-        f"step on the pair alone moves it by more than rounding ({ROUNDING:g} nats): it fell in {fell}, and the sign "
-        f"was the predicted one in {agree}"
+        f"{len(steps)} pairs: the kernel predicts that {count} lower their own log pi(chosen), because K_wl > K_ww. A "
+        f"step on the pair alone moves it by more than rounding ({ROUNDING:g} nats) in {len(moves)}: it fell in "
+        f"{falls}, and its sign was the predicted one in {agree}"
     )
-
-
-# ---- three words ---------------------------------------------------------------------------------------------
-
-WORDS = ("no", "never", "yes")
-VECTORS = numpy.array([[1.0, 1.0], [0.0, 0.0], [5.0, 0.0]])  # u, one a word
-CHOSEN, REJECTED = 0, 1
-
-
-def word_logps(h: Tensor) -> Tensor:
-    """A model of two numbers: log pi = log_softmax(u . h).  (2,) -> (3,)"""
-    return ops.log_softmax(ops.sum(VECTORS * h, axis=-1))
-
-
-def slope(nll_weight: float, beta: float) -> float:
-    """How fast log pi("no") begins to rise under gradient flow, from the reference h = 0.
-
-    With E[u] the mean word vector under the model and sigma(0) = 1/2,
-
-        dh/dt = (beta/2) (u_no - u_never) + nll_weight (u_no - E[u])
-        d log pi(no)/dt = <u_no - E[u], dh/dt>
-    """
-    mean = VECTORS.mean(axis=0)  # all words are equally likely there
-    toward = VECTORS[CHOSEN] - mean
-    force = beta / 2 * (VECTORS[CHOSEN] - VECTORS[REJECTED]) + nll_weight * toward
-    return float(toward @ force)
-
-
-class Words(NamedTuple):
-    """The three words after training on the one pair "no" over "never"."""
-
-    nll_weight: float
-    slope: float  # of log pi("no") at the beginning, nats per unit of time
-    path: Array  # (steps + 1, 3): the log-probabilities
-    loss: float  # the DPO loss at the end
-    beta: float
-    learning_rate: float
-
-
-def three_words(nll_weight: float = 0.0, beta: float = 0.5, steps: int = 2000, learning_rate: float = 0.1) -> Words:
-    """Train on "no" over "never": without the likelihood term "yes" takes all.
-
-    Why it must: h starts at 0 and every gradient of the pair points along d = u_no - u_never = u_no, so h = s d with s
-    rising for ever. There d log pi(no)/ds = <u_no, d> - E[<u, d>], which is 2 - 7/3 < 0 at s = 0; and E[<u, d>] grows
-    with s, since its derivative is the variance of <u, d>. So log pi(no) falls at every step, without bound, while
-    the margin, 2 s, grows and the loss goes to 0.
-
-    References
-    ----------
-    In the manner of Razin et al. 2024 (arXiv 2410.08847), whose models go from "no" over "never" to "yes"; for the
-    likelihood term, Pang et al. 2024 (arXiv 2404.19733).
-    """
-    h = Tensor(numpy.zeros(2), requires_grad=True)
-    reference = word_logps(h.detach()).data
-    optimizer = optim.SGD({"h": h}, learning_rate)
-    path, loss = [], 0.0
-    for at in range(steps + 1):
-        logps = word_logps(h)
-        out = losses.dpo_loss(logps[CHOSEN], logps[REJECTED], reference[CHOSEN], reference[REJECTED], beta)
-        path.append(logps.data)
-        loss = out.loss.item()
-        if at < steps:
-            optimizer.zero_grad()
-            (out.loss - nll_weight * logps[CHOSEN]).backward()
-            optimizer.step()
-    return Words(nll_weight, slope(nll_weight, beta), numpy.array(path), loss, beta, learning_rate)
-
-
-def words_as_text(runs: Sequence[Words]) -> str:
-    """One weight of the likelihood term a line."""
-    first = runs[0]
-    lines = [
-        f'One pair, "{WORDS[CHOSEN]}" over "{WORDS[REJECTED]}", in a model of three words: beta {first.beta:g}, '
-        f"{len(first.path) - 1} steps of rate {first.learning_rate:g}. At the reference each has log pi "
-        f"{first.path[0][0]:.3f}.",
-        f"{'weight of NLL':>13}{'first slope':>13}"
-        + "".join(f"{f'log pi({word})':>15}" for word in WORDS)
-        + f"{'DPO loss':>10}",
-    ]
-    for run in runs:
-        ends = "".join(f"{logp:>15.3f}" for logp in run.path[-1])
-        lines.append(f"{run.nll_weight:>13g}{run.slope:>+13.4f}{ends}{run.loss:>10.4f}")
-    return "\n".join(lines)

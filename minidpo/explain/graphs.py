@@ -1,4 +1,4 @@
-"""A graph as it is: what each op made, what it keeps, and the gradient that passes through it."""
+"""The graph of a tensor, as a table or a picture: each op's result, the bytes that it keeps, and its gradient."""
 
 import html
 import math
@@ -9,7 +9,7 @@ from typing import Any
 from ..backend import array_module, to_host
 from ..tensor import Tensor, sweep, tape
 
-SMALL = 4  # entries that are shown one by one
+SMALL = 4  # a node of at most this many entries shows them all
 
 
 @dataclass(frozen=True)
@@ -21,26 +21,26 @@ class Node:
     name: str  # if one was given
     parents: list[int]  # numbers of the operands that have a gradient
     shape: tuple[int, ...]
-    kept: int  # bytes that live until the sweep has passed: its value, and what its vjp holds and no older node does
-    gradient_norm: float | None  # None where no gradient arrives
-    value: list[float] | None  # the entries of a small one
+    kept: int  # bytes that live until the sweep has passed: its value, and the arrays that its vjp is the first to hold
+    value: list[float] | None  # the entries, if there are at most SMALL
+    gradient_norm: float | None  # None if no gradient arrives
     gradient: list[float] | None
 
     @property
     def title(self) -> str:
-        """What is written on it."""
+        """The first line of its label."""
         return self.name or self.op
 
 
 @dataclass(frozen=True)
 class Graph:
-    """All that a tensor depends on and that requires a gradient, in order of creation."""
+    """Every tensor that a result depends on and that requires a gradient, in order of creation."""
 
     nodes: list[Node]
 
     @property
     def kept(self) -> int:
-        """Bytes that live until the sweep has passed; the leaves' own are not counted, they stay."""
+        """Bytes that live until the sweep has passed. Leaves are not counted, because they stay."""
         return sum(node.kept for node in self.nodes)
 
     def __str__(self) -> str:
@@ -49,12 +49,13 @@ class Graph:
         for node in self.nodes:
             operands = ", ".join(map(str, node.parents))
             norm = "none" if node.gradient_norm is None else f"{node.gradient_norm:.3e}"
-            shape = shown_shape(node.shape)
-            lines.append(f"{node.number:>5} {node.title:<16} {operands:<28} {shape:<16} {node.kept:>12,} {norm:>11}")
+            lines.append(
+                f"{node.number:>5} {node.title:<16} {operands:<28} {node.shape!s:<16} {node.kept:>12,} {norm:>11}"
+            )
         return "\n".join([*lines, f"{'':>5} {len(self.nodes)} nodes{'':<48}{self.kept:>21,}"])
 
     def dot(self) -> str:
-        """The graph in Graphviz' language: `dot -Tsvg`."""
+        """The graph in the language of Graphviz, for `dot -Tsvg`."""
         lines = ["digraph {", "  rankdir=LR", '  node [shape=box, fontname="monospace"]']
         for node in self.nodes:
             text = "\\n".join(line.replace("\\", "\\\\").replace('"', '\\"') for line in label(node))
@@ -63,7 +64,7 @@ class Graph:
         return "\n".join([*lines, "}\n"])
 
     def mermaid(self) -> str:
-        """The graph as a Mermaid flowchart, which Markdown pages draw."""
+        """The graph as a Mermaid flowchart, which GitHub draws in Markdown."""
         lines = ["flowchart LR"]
         for node in self.nodes:
             text = "<br/>".join(html.escape(line).replace("&#x27;", "'") for line in label(node))
@@ -74,31 +75,32 @@ class Graph:
 
 
 def label(node: Node) -> list[str]:
-    """The lines in a node of a picture: values and gradients of a small one, else shape and norm."""
+    """The lines of a node's label: values and gradients if it is small, otherwise its shape and gradient norm."""
     if node.value is not None and node.gradient is not None:
         return [node.title, f"data {numbers(node.value)}", f"grad {numbers(node.gradient)}"]
     norm = "no gradient" if node.gradient_norm is None else f"|grad| {node.gradient_norm:.3e}"
-    return [node.title, shown_shape(node.shape), norm]
+    return [node.title, str(node.shape), norm]
 
 
 def numbers(entries: Sequence[float]) -> str:
     return ", ".join(f"{entry:.4g}" for entry in entries)
 
 
-def shown_shape(shape: Sequence[int]) -> str:
-    return "(" + ", ".join(map(str, shape)) + ("," if len(shape) == 1 else "") + ")"
-
-
-def arrays_in(kept: Any) -> Iterator[Any]:
-    """The arrays in what a `vjp` closes over."""
-    if isinstance(getattr(kept, "nbytes", None), int):
-        yield kept
-    elif isinstance(kept, list | tuple):
-        for part in kept:
-            yield from arrays_in(part)
+def arrays_in(value: Any) -> Iterator[Any]:
+    """The arrays that a value holds: itself, its items, or the closure of a function."""
+    if isinstance(getattr(value, "nbytes", None), int):
+        yield value
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from arrays_in(item)
     else:
-        for cell in getattr(kept, "__closure__", None) or ():
+        for cell in getattr(value, "__closure__", None) or ():
             yield from arrays_in(cell.cell_contents)
+
+
+def entries(array: Any) -> list[float] | None:
+    """The entries of a small array."""
+    return to_host(array).reshape(-1).tolist() if array.size <= SMALL else None
 
 
 def buffer(array: Any) -> Any:
@@ -109,55 +111,32 @@ def buffer(array: Any) -> Any:
 
 
 def graph(tensor: Tensor, names: Mapping[str, Tensor] | None = None) -> Graph:
-    """Sweep a graph once, which frees it, and list it in order of creation; `grad` of its leaves stays as it is.
+    """The graph of a tensor, with names for some of its nodes: a model's parameters, for example.
 
-    Parameters
-    ----------
-    tensor : Tensor
-        Where the sweep begins, with a gradient of ones.
-    names : dict of str to Tensor, optional
-        Names for some of it: a model's parameters, say.
-
-    Returns
-    -------
-    Graph
-        Print it for a table; `dot()` and `mermaid()` are pictures.
-
-    Raises
-    ------
-    ValueError
-        If nothing that the tensor depends on requires a gradient.
-    RuntimeError
-        If an earlier sweep has freed part of the graph.
+    Sweeps the graph once from a gradient of ones, which frees it; `grad` of the leaves stays as it is. Raises
+    RuntimeError if an earlier sweep has freed it.
     """
     if not tensor.requires_grad:
-        raise ValueError("nothing that this tensor depends on requires a gradient: there is no graph")
+        raise ValueError("there is no graph: nothing that this tensor depends on requires a gradient")
     nodes = tape(tensor)
     titles = {leaf: name for name, leaf in (names or {}).items()}
     number = {node: i for i, node in enumerate(nodes)}
+    parents = [[number[parent] for parent in node.parents if parent is not None] for node in nodes]
     counted = {id(buffer(node.data)) for node in nodes if node.vjp is None}
-    listed: list[dict[str, Any]] = []
+    kept = []
     for node in nodes:
-        parents = [parent for parent in node.parents if parent is not None]
-        held = [buffer(array) for array in (node.data, *arrays_in(node.vjp))] if node.vjp else []
-        new = {id(array): array.nbytes for array in held if id(array) not in counted}
+        buffers = map(buffer, (node.data, *arrays_in(node.vjp)) if node.vjp else ())
+        new = {id(array): array.nbytes for array in buffers if id(array) not in counted}
         counted |= new.keys()
-        listed.append(
-            {
-                "number": number[node],
-                "op": node.op,
-                "name": titles.get(node, ""),
-                "parents": [number[parent] for parent in parents],
-                "shape": node.shape,
-                "kept": sum(new.values()),
-                "value": to_host(node.data).reshape(-1).tolist() if node.data.size <= SMALL else None,
-                "gradient_norm": None,
-                "gradient": None,
-            }
-        )
+        kept.append(sum(new.values()))
     ones = array_module(tensor.data).ones(tensor.shape, dtype=tensor.dtype)
-    for node, g in sweep(nodes, ones):
-        told = listed[number[node]]
-        told["gradient_norm"] = math.sqrt((g.astype("float64") ** 2).sum().item())
-        told["gradient"] = to_host(g).reshape(-1).tolist() if g.size <= SMALL else None
-    return Graph([Node(**told) for told in listed])
+    gradients = {
+        node: (math.sqrt((g.astype("float64") ** 2).sum().item()), entries(g)) for node, g in sweep(nodes, ones)
+    }
+    return Graph(
+        [
+            Node(i, node.op, titles.get(node, ""), parents[i], node.shape, kept[i], entries(node.data), *gradient)
+            for node, i in number.items()  # the sweep has emptied `nodes`
+            for gradient in [gradients.get(node, (None, None))]
+        ]
+    )

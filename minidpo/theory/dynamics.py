@@ -1,7 +1,7 @@
-"""What beta does: larger moves faster early and stays closer late, for a pair under plain gradient steps.
+"""The effect of beta on one pair under plain gradient steps: a larger beta moves faster early and stays closer late.
 
-h is the log-ratio gap (log pi(y_w) - log pi_ref(y_w)) - (log pi(y_l) - log pi_ref(y_l)), from 0, t the time of the
-gradient flow on the two log-probabilities.
+h is the log-ratio gap (log pi(y_w) - log pi_ref(y_w)) - (log pi(y_l) - log pi_ref(y_l)), which starts at 0. t is the
+time of the gradient flow on the two log-probabilities.
 """
 
 import functools
@@ -16,7 +16,7 @@ from .equalities import Claim, World, at_most
 
 
 def hard_label_gap(beta: float, t: float) -> float:
-    """h = log-ratio gap after time t of gradient flow on a pair whose label is certain, dh/dt = 2 beta sigma(-beta h).
+    """The gap h after time t on a pair whose label is certain, from dh/dt = 2 beta sigma(-beta h).
 
     v + e^v = 1 + 2 beta^2 t,   v = beta h
     """
@@ -27,19 +27,19 @@ def hard_label_gap(beta: float, t: float) -> float:
 
 
 def lead(beta: float, other: float, t: float) -> float:
-    """By how much the gap of one beta is ahead of another's."""
+    """The gap at one beta less the gap at another, after time t."""
     return hard_label_gap(beta, t) - hard_label_gap(other, t)
 
 
 def time_to_gap(beta: float, h: float, reward: float) -> float:
-    """When the gap is h if the label follows Bradley-Terry: t = int_0^h dx/(2 beta (sigma(r) - sigma(beta x)))."""
+    """The time until the gap is h, for Bradley-Terry labels: t = int_0^h dx/(2 beta (sigma(r) - sigma(beta x)))."""
     x = numpy.linspace(0.0, h, 200_001)
     pull = 2 * beta * (1 / (1 + math.exp(-reward)) - 1 / (1 + numpy.exp(-beta * x)))
     return float(((1 / pull[1:] + 1 / pull[:-1]) / 2 * numpy.diff(x)).sum())
 
 
 def crossing(difference: Callable[[float], float], low: float, high: float) -> float:
-    """Where a function changes its sign between two places, by bisection."""
+    """The place between `low` and `high` at which a function changes its sign, by bisection."""
     for _ in range(100):
         middle = (low + high) / 2
         low, high = (middle, high) if (difference(middle) > 0) == (difference(low) > 0) else (low, middle)
@@ -47,7 +47,7 @@ def crossing(difference: Callable[[float], float], low: float, high: float) -> f
 
 
 def gap_path(betas: Sequence[float], steps: int, rate: float, p: float) -> Array:
-    """Gaps under plain gradient steps on the two log-probabilities, w preferred with chance p.  -> (steps + 1, B)"""
+    """Gaps under plain gradient steps; w is preferred with probability p.  (betas,) -> (steps + 1, betas)"""
     path = numpy.zeros((steps + 1, len(betas)))
     beta = numpy.array(betas)
     for step in range(steps):
@@ -59,48 +59,41 @@ def gap_path(betas: Sequence[float], steps: int, rate: float, p: float) -> Array
 
 
 def beta_early_and_late(world: World, seed: int) -> Iterator[Claim]:
-    """Larger beta moves faster early and stays closer late: the curves cross, and one can say when."""
+    """A larger beta moves faster early and stays closer late: the curves cross, at a time that can be predicted."""
     betas, rate = (0.5, 0.1, 0.01), 0.1
     early, late = ([hard_label_gap(beta, t) for beta in betas] for t in (10, 10_000))
     text = "; ".join(f"t = {t}: {', '.join(f'{h:.1f}' for h in gaps)}" for t, gaps in ((10, early), (10_000, late)))
-    reversed_order = early == sorted(early, reverse=True) and late == sorted(late)
-    yield Claim(
-        f"gaps at beta 0.5, 0.1, 0.01, certain labels, {text}: late, the order is reversed", late[2], reversed_order
-    )
+    text = f"certain labels, gaps at beta 0.5, 0.1, 0.01 are in reverse order late: {text}"
+    yield Claim(text, late[2], early == sorted(early, reverse=True) and late == sorted(late))
     path = gap_path(betas, 70_000, rate, 1.0)
     for a, b, high in ((0, 1, 1e3), (1, 2, 1e5)):
         predicted = crossing(functools.partial(lead, betas[a], betas[b]), 1.0, high)
-        measured = (1 + int(numpy.argmin(path[1:, a] > path[1:, b]))) * rate
-        text = f"certain labels, beta {betas[a]:g} and {betas[b]:g} cross at t = {predicted:.0f}"
-        yield at_most(f"{text}: measured {measured:.0f}, off by", abs(measured / predicted - 1), 0.01)
+        actual = (1 + int(numpy.argmin(path[1:, a] > path[1:, b]))) * rate
+        text = (
+            f"certain labels, betas {betas[a]:g} and {betas[b]:g} cross at t = {actual:.0f}, predicted {predicted:.0f}"
+        )
+        yield at_most(f"{text}: relative error", abs(actual / predicted - 1), 0.01)
     reward = 1.7
     p = 1 / (1 + math.exp(-reward))
     path = gap_path(betas, 60_000, rate, p)
-    meet = crossing(
-        lambda h: time_to_gap(betas[0], h, reward) - time_to_gap(betas[1], h, reward),
-        1e-3,
-        reward / betas[0] * (1 - 1e-6),
-    )
-    predicted = time_to_gap(betas[1], meet, reward)
-    measured = (1 + int(numpy.argmin(path[1:, 0] > path[1:, 1]))) * rate
-    text = f"Bradley-Terry labels, beta 0.5 and 0.1 cross at t = {predicted:.1f}: measured {measured:.1f}, off by"
-    yield at_most(text, abs(measured / predicted - 1), 0.01)
+    first, second = (functools.partial(time_to_gap, beta, reward=reward) for beta in betas[:2])
+    predicted = second(crossing(lambda h: first(h) - second(h), 1e-3, reward / betas[0] * (1 - 1e-6)))
+    actual = (1 + int(numpy.argmin(path[1:, 0] > path[1:, 1]))) * rate
+    text = f"Bradley-Terry labels, betas 0.5 and 0.1 cross at t = {actual:.1f}, predicted {predicted:.1f}"
+    yield at_most(f"{text}: relative error", abs(actual / predicted - 1), 0.01)
     for i, beta in enumerate(betas[:2]):
-        text = f"Bradley-Terry labels, beta {beta:g}: the final gap is {reward}/beta = {reward / beta:.1f}, off by"
+        text = f"Bradley-Terry labels, beta {beta:g}: final gap {reward}/beta = {reward / beta:.1f}: relative error"
         yield at_most(text, abs(path[-1, i] * beta / reward - 1), 0.01)
 
 
 def gap_panels() -> list[Panel]:
-    """The gaps of three betas over time, for certain and for Bradley-Terry labels."""
+    """Diagrams of the gaps at three betas over time, for certain and for Bradley-Terry labels."""
     betas, rate, reward = (0.5, 0.1, 0.01), 0.1, 1.7
-    times = rate * numpy.arange(1, 70_001)
-    few = numpy.unique(numpy.geomspace(1, len(times), 300).astype(int)) - 1
+    steps = numpy.unique(numpy.geomspace(1, 70_000, 300).astype(int))  # evenly spaced on a logarithmic axis
     panels = []
-    for title, p in (
-        ("certain labels", 1.0),
-        (f"Bradley-Terry labels, reward gap {reward}", 1 / (1 + math.exp(-reward))),
-    ):
-        gaps = gap_path(betas, len(times), rate, p)[1:]
-        lines = [Curve(f"beta {beta:g}", times[few].tolist(), gaps[few, i].tolist()) for i, beta in enumerate(betas)]
-        panels.append(Panel(title, "time of gradient flow", "log-ratio gap, nats", lines, "log"))
+    labels = {"certain labels": 1.0, f"Bradley-Terry labels, reward gap {reward}": 1 / (1 + math.exp(-reward))}
+    for title, p in labels.items():
+        gaps = gap_path(betas, 70_000, rate, p)[steps]
+        curves = [Curve(f"beta {beta:g}", (rate * steps).tolist(), gaps[:, i].tolist()) for i, beta in enumerate(betas)]
+        panels.append(Panel(title, "time of gradient flow", "log-ratio gap, nats", curves, "log"))
     return panels

@@ -1,11 +1,11 @@
-"""The theory of DPO as equalities on a small world: each claim a few lines, a number and a verdict.
+"""The theory of DPO as equalities on a small world: each claim is a few lines, a number and a verdict.
 
-The world: every complete response of at most four tokens over three characters (121 of them), three prompts, a
-reward drawn for each pair of the two, and a reference that is a small transformer. A policy is a table, one logit
+The world has three prompts and every complete response of at most four tokens over three characters, 121 of them. Each
+response to each prompt has a random reward, and the reference is a small transformer. A policy is a table, one logit
 for each response, or another transformer. Arrays are (P, N): prompts, responses.
 """
 
-import collections
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -14,12 +14,16 @@ import numpy
 
 from .. import model, ops, optim
 from ..backend import Array, array_module
-from ..model import Config
+from ..model import Config, Params
 from ..streams import stream
 from ..tensor import Tensor
 from . import exact
 
 BETAS = (0.05, 0.1, 0.5, 1.0, 5.0)
+SIZES = ((16, 1, 0.1), (24, 2, 1e-2), (32, 2, 1e-5))  # of transformers: width, layers, largest distance to pi*
+Policy = tuple[Params, Callable[[], Tensor]]  # parameters, and log pi as a function of them, (P, N)
+Loss = Callable[[Tensor], Tensor]  # of log pi
+ADAM = functools.partial(optim.AdamW, weight_decay=0.0)
 
 
 class World(NamedTuple):
@@ -32,7 +36,7 @@ class World(NamedTuple):
 
 
 class Claim(NamedTuple):
-    """What is claimed, the number that was found, and whether it bears the claim out; None where it is only shown."""
+    """A claim, the number that tests it, and whether the claim holds; None if the number is not judged."""
 
     text: str
     number: float
@@ -40,7 +44,7 @@ class Claim(NamedTuple):
 
 
 def at_most(text: str, number: Any, bound: float) -> Claim:
-    """A claim that a number, an error as a rule, is small; without a bound it is shown and not judged."""
+    """A claim that a number, usually an error, is at most `bound`; an infinite bound does not judge it."""
     number = number.item() if hasattr(number, "item") else number
     if bound == math.inf:
         return Claim(text, number, None)
@@ -50,13 +54,13 @@ def at_most(text: str, number: Any, bound: float) -> Claim:
 def small_world(seed: int, characters: int = 3, cap: int = 4, prompts: int = 3) -> World:
     """A world whose reference is a random transformer and whose rewards are normal(0, 1)."""
     responses = exact.complete_responses(characters + 1, cap)
-    asked = [[0, 1 + i % characters, 1 + i // characters] for i in range(prompts)]
+    prompt_ids = [[0, 1 + i % characters, 1 + i // characters] for i in range(prompts)]
     config = Config(characters + 1, 3 + cap, 8, 1, 2)
     params = model.init(config, stream(seed, "reference"), dtype="float64")
     for name, p in params.items():
         p.data = p.data + 0.5 * stream(seed, "reference", name).normal(size=p.shape)
-    ref_logp = exact.exact_logprobs(model.frozen(params), config, asked, responses).data
-    return World(asked, responses, stream(seed, "reward").normal(size=ref_logp.shape), ref_logp)
+    ref_logp = exact.exact_logprobs(model.frozen(params), config, prompt_ids, responses).data
+    return World(prompt_ids, responses, stream(seed, "reward").normal(size=ref_logp.shape), ref_logp)
 
 
 def random_policies(world: World, seed: int, count: int = 20) -> Iterator[Array]:
@@ -68,7 +72,7 @@ def random_policies(world: World, seed: int, count: int = 20) -> Iterator[Array]
 
 
 def sampled_wins(world: World, rng: numpy.random.Generator, count: int) -> Array:
-    """How often each response was preferred to each other, in pairs drawn evenly.  -> (P, N, N)"""
+    """How often i was preferred to j in `count` pairs per prompt, drawn evenly and labelled by chance.  -> (P, N, N)"""
     P, N = world.reward.shape
     wins = numpy.zeros((P, N, N))
     for x in range(P):
@@ -81,152 +85,147 @@ def sampled_wins(world: World, rng: numpy.random.Generator, count: int) -> Array
 
 
 def all_pairs(world: World) -> Array:
-    """How often each response is preferred to each other where every pair is labelled by its exact probability."""
+    """Every ordered pair of responses, weighted by the exact probability of its label.  -> (P, N, N)"""
     return exact.preference_probabilities(world.reward) * (1 - numpy.eye(world.reward.shape[-1]))
 
 
 def bradley_terry(world: World, seed: int) -> Iterator[Claim]:
-    """Preferences fix rewards up to a constant per prompt, if they fix them at all."""
+    """Preferences fix the rewards up to a constant per prompt, if they fix them at all."""
     probabilities = exact.preference_probabilities(world.reward)
     fitted = numpy.stack([exact.fitted_rewards(p)[0] for p in probabilities])
     centred = world.reward - world.reward.mean(axis=-1, keepdims=True)
-    yield at_most(
-        "rewards from exact probabilities are the true ones up to a constant", abs(fitted - centred).max(), 1e-12
-    )
-    rng, few = stream(seed, "labels"), numpy.zeros((5, 5))
-    while not ((few + few.T).sum(axis=0).all() and exact.has_maximum(few)):
+    error = abs(fitted - centred).max()
+    yield at_most("rewards fitted to exact probabilities are the true ones, up to a constant", error, 1e-12)
+    rng, wins = stream(seed, "labels"), numpy.zeros((5, 5))
+    while not ((wins + wins.T).sum(axis=0).all() and exact.has_maximum(wins)):
         i, j = rng.choice(5, 2, replace=False)
-        few[(i, j) if rng.random() < probabilities[0, i, j] else (j, i)] += 1
-    reward = exact.fitted_rewards(few)[0]
-    expected = ((few + few.T) * exact.preference_probabilities(reward)).sum(axis=1)
-    yield at_most(
-        f"{few.sum():.0f} sampled labels that connect 5 responses: wins are as expected",
-        abs(expected - few.sum(axis=1)).max(),
-        1e-9,
-    )
+        wins[(i, j) if rng.random() < probabilities[0, i, j] else (j, i)] += 1
+    reward = exact.fitted_rewards(wins)[0]
+    error = abs(((wins + wins.T) * exact.preference_probabilities(reward) - wins).sum(axis=1)).max()
+    text = f"{wins.sum():.0f} sampled labels on 5 responses: each response wins as often as the fit expects"
+    yield at_most(text, error, 1e-9)
     chain = numpy.diag([1.0, 1.0], k=1)  # 0 preferred to 1, 1 to 2
-    far = -(chain * ops.logsigmoid.raw(numpy.subtract.outer([80.0, 40.0, 0.0], [80.0, 40.0, 0.0]))[0]).sum()
-    yield Claim(
-        "a chain of labels has no maximum: its loss falls to 0 as rewards move apart",
-        float(far),
-        not exact.has_maximum(chain) and far < 1e-15,
-    )
-    cycle = numpy.roll(numpy.eye(3), 1, axis=1)
-    yield at_most("a cycle of three has one: equal rewards", abs(exact.fitted_rewards(cycle)[0]).max(), 1e-12)
+    rewards = numpy.array([80.0, 40.0, 0.0])
+    loss = -(chain * ops.logsigmoid.raw(numpy.subtract.outer(rewards, rewards))[0]).sum()
+    text = "a chain of labels has no best rewards: its loss falls to 0 as they move apart"
+    yield Claim(text, float(loss), not exact.has_maximum(chain) and loss < 1e-15)
+    cycle = exact.fitted_rewards(numpy.roll(numpy.eye(3), 1, axis=1))[0]
+    yield at_most("a cycle of three labels is fitted best by equal rewards", abs(cycle).max(), 1e-12)
     error = max(
         abs(math.exp(exact.plackett_luce(world.reward[0], [i, j])) - probabilities[0, i, j])
         for i, j in ((0, 1), (5, 3), (len(world.responses) - 1, 2))
     )
-    yield at_most("Plackett-Luce with two responses is Bradley-Terry", error, 1e-12)
+    yield at_most("Plackett-Luce for two responses is Bradley-Terry", error, 1e-12)
 
 
 def constrained_objective(world: World, seed: int) -> Iterator[Claim]:
-    """J(pi) = E[r] - beta KL(pi || pi_ref) is largest at pi* = pi_ref exp(r/beta)/Z, and we know by how much."""
+    """J(pi) = E[r] - beta KL(pi || pi_ref) is largest at pi* = pi_ref exp(r/beta)/Z, and the gap is known exactly."""
     at_optimum = gap = 0.0
     for beta in BETAS:
         star, log_z = exact.optimum(world.ref_logp, world.reward, beta)
         best = exact.objective(star, world.ref_logp, world.reward, beta)
         at_optimum = max(at_optimum, abs(best - beta * log_z).max().item())
         for logp in random_policies(world, seed):
-            lost = best - exact.objective(logp, world.ref_logp, world.reward, beta)
-            gap = max(gap, (abs(lost - beta * exact.kl(logp, star)) / (1 + abs(lost))).max().item())
+            loss = best - exact.objective(logp, world.ref_logp, world.reward, beta)
+            gap = max(gap, (abs(loss - beta * exact.kl(logp, star)) / (1 + abs(loss))).max().item())
     yield at_most("J(pi*) = beta log Z", at_optimum, 1e-12)
     yield at_most("J(pi*) - J(pi) = beta KL(pi || pi*), for any pi", gap, 1e-12)
     star, _ = exact.optimum(world.ref_logp, world.reward, 1e7)
-    yield at_most("beta to infinity: pi* is the reference", exact.total_variation(star, world.ref_logp).max(), 1e-6)
+    yield at_most("as beta grows, pi* becomes the reference", exact.total_variation(star, world.ref_logp).max(), 1e-6)
     star, _ = exact.optimum(world.ref_logp, world.reward, 1e-7)
     best_logp = ops.gather.raw(star, world.reward.argmax(axis=-1))[0]
     missing = 1 - array_module(star).exp(best_logp).min()
-    yield at_most("beta to 0: pi* is certain of the best response", missing, 1e-6)
+    yield at_most("as beta falls to 0, pi* becomes certain of the best response", missing, 1e-6)
 
 
 def reparametrisation(world: World, seed: int) -> Iterator[Claim]:
-    """The implicit reward, and what the paper proves of it."""
+    """The implicit reward, and what the paper proves about it."""
     beta = 0.5
     star, log_z = exact.optimum(world.ref_logp, world.reward, beta)
     implicit = exact.implicit_reward(star, world.ref_logp, beta)
-    yield at_most(
-        "beta log(pi*/pi_ref) = r - beta log Z(x)", abs(implicit - (world.reward - beta * log_z[:, None])).max(), 1e-12
-    )
+    error = abs(implicit - (world.reward - beta * log_z[:, None])).max()
+    yield at_most("beta log(pi*/pi_ref) = r - beta log Z(x)", error, 1e-12)
     spread = (log_z.max() - log_z.min()).item()
-    yield Claim("log Z(x) differs from prompt to prompt (by more than 0.01)", spread, spread > 0.01)
+    yield Claim("log Z(x) differs between prompts (by more than 0.01)", spread, spread > 0.01)
     differences = [r[:, :, None] - r[:, None, :] for r in (implicit, world.reward)]
-    yield at_most("and yet cancels in every pair", abs(differences[0] - differences[1]).max(), 1e-12)
+    yield at_most("but cancels in every pair", abs(differences[0] - differences[1]).max(), 1e-12)
     shift = stream(seed, "shift").normal(size=(len(world.prompts), 1))
     shifted = world.reward + array_module(world.reward).asarray(shift)
     error = abs(exact.preference_probabilities(shifted) - exact.preference_probabilities(world.reward)).max()
     yield at_most("Lemma 1: r(x, y) and r(x, y) + f(x) give the same preferences", error, 1e-12)
-    error = exact.total_variation(exact.optimum(world.ref_logp, shifted, beta)[0], star).max()
-    yield at_most("Lemma 2: and the same optimal policy", error, 1e-12)
-    error = abs(
-        exact.implicit_reward(exact.optimum(world.ref_logp, shifted, beta)[0], world.ref_logp, beta) - implicit
-    ).max()
-    yield at_most("Theorem 1: one reward of the form beta log(pi/pi_ref) in the class", error, 1e-12)
+    same, _ = exact.optimum(world.ref_logp, shifted, beta)
+    yield at_most("Lemma 2: they have the same optimal policy", exact.total_variation(same, star).max(), 1e-12)
+    error = abs(exact.implicit_reward(same, world.ref_logp, beta) - implicit).max()
+    yield at_most("Theorem 1: they share one reward of the form beta log(pi/pi_ref)", error, 1e-12)
 
 
 def margins(logp: Tensor, ref_logp: Array) -> Tensor:
-    """h_i - h_j of every ordered pair, h = log pi - log pi_ref.  (P, N), (P, N) -> (P, N, N)"""
+    """h_i - h_j for every ordered pair, h = log pi - log pi_ref.  (P, N), (P, N) -> (P, N, N)"""
     P, N = logp.shape
     h = logp - ref_logp
     return ops.reshape(h, (P, N, 1)) - ops.reshape(h, (P, 1, N))
 
 
-def shares(wins: Array) -> Array:
-    """The weight of each ordered pair in a mean over the pairs of a prompt, and over the prompts.  (P, N, N)"""
+def pair_weights(wins: Array) -> Array:
+    """Each ordered pair's weight in the mean over prompts of the mean over their pairs.  (P, N, N) -> (P, N, N)"""
     return wins / (len(wins) * wins.sum(axis=(1, 2), keepdims=True))
 
 
 def pair_loss(logp: Tensor, ref_logp: Array, wins: Array, beta: float) -> Tensor:
-    """DPO on all ordered pairs, as often as `wins` says: -mean_x sum_ij wins_ij log sigma(beta (h_i - h_j))/sum wins.
+    """DPO on all ordered pairs, weighted by `wins`: -mean_x sum_ij wins_ij log sigma(beta (h_i - h_j))/sum wins.
 
     h = log pi - log pi_ref. (P, N), (P, N), (P, N, N) -> ()
     """
-    return -ops.sum(shares(wins) * ops.logsigmoid(beta * margins(logp, ref_logp)))
+    return -ops.sum(pair_weights(wins) * ops.logsigmoid(beta * margins(logp, ref_logp)))
 
 
 def square_loss(logp: Tensor, ref_logp: Array, wins: Array, beta: float) -> Tensor:
     """IPO on all ordered pairs: mean_x sum_ij wins_ij (h_i - h_j - 1/(2 beta))^2/sum wins, h = log pi - log pi_ref."""
-    return ops.sum(shares(wins) * (margins(logp, ref_logp) - 1 / (2 * beta)) ** 2)
+    return ops.sum(pair_weights(wins) * (margins(logp, ref_logp) - 1 / (2 * beta)) ** 2)
 
 
 def newton(world: World, wins: Array, beta: float) -> tuple[Array, int]:
-    """The tabular policy that minimises `pair_loss`, by Newton's method in the logits, and its steps.
+    """log pi of the table that minimises `pair_loss`, and the number of Newton steps.  -> (P, N)
 
-    In u = beta (theta - log pi_ref) the loss is Bradley-Terry's own: convex, with one direction that it does not see.
+    In u = beta (theta - log pi_ref) the loss is Bradley-Terry's: convex, and the same for u and u + c.
     """
     fits = [exact.fitted_rewards(w) for w in wins]
     logits = world.ref_logp + numpy.stack([u for u, _ in fits]) / beta
     return ops.log_softmax.raw(logits)[0], max(steps for _, steps in fits)
 
 
-def descend(
-    params: dict[str, Tensor],
-    log_policy: Callable[[], Tensor],
-    loss: Callable[[Tensor], Tensor],
-    optimizer: optim.Optimizer,
-    rates: Sequence[float],
-) -> Iterator[Array]:
-    """Minimise a loss of log pi step by step; yields log pi before each step and after the last."""
+def descent(policy: Policy, loss: Loss, optimizer: Callable[..., optim.Optimizer], rates: Sequence[float]) -> Array:
+    """log pi before each step down a loss of log pi, and after the last.  -> (steps + 1, P, N)"""
+    params, log_policy = policy
+    mover, path = optimizer(params, 0.0), []
     for rate in rates:
         logp = log_policy()
-        yield logp.data
-        optimizer.zero_grad()
+        path.append(logp.data)
+        mover.zero_grad()
         loss(logp).backward()
-        optimizer.learning_rate = rate
-        optimizer.step()
-    yield log_policy().data
+        mover.learning_rate = rate
+        mover.step()
+    return numpy.stack([*path, log_policy().data])
 
 
-def table_policy(world: World) -> tuple[dict[str, Tensor], Callable[[], Tensor]]:
-    """One logit for each response, at the reference."""
+def cosine(steps: int, peak: float, warmup: int = 0) -> list[float]:
+    """Learning rates of a cosine schedule."""
+    return [optim.warmup_cosine(step, steps, peak, warmup) for step in range(steps)]
+
+
+def table_policy(world: World) -> Policy:
+    """A table of one logit for each response, which starts at the reference."""
     params = {"logits": Tensor(world.ref_logp.copy(), requires_grad=True)}
     return params, lambda: ops.log_softmax(params["logits"])
 
 
-def transformer_policy(
-    world: World, seed: int, n_embd: int, n_layer: int
-) -> tuple[dict[str, Tensor], Callable[[], Tensor]]:
-    """A fresh transformer with four heads in float64; its matrices are normal(0, 0.1), since it is narrow."""
+def fitted_table(world: World, loss: Loss, steps: int, peak: float) -> Array:
+    """log pi of a table after Adam has minimised a loss of log pi.  -> (P, N)"""
+    return descent(table_policy(world), loss, ADAM, cosine(steps, peak))[-1]
+
+
+def transformer_policy(world: World, seed: int, n_embd: int, n_layer: int) -> Policy:
+    """A new transformer with four heads, in float64. It is narrow, so its matrices are normal(0, 0.1)."""
     V = 1 + max(max(y) for y in world.responses)
     longest = max(map(len, world.prompts)) + max(map(len, world.responses))
     config = Config(V, longest, n_embd, n_layer, 4)
@@ -236,64 +235,52 @@ def transformer_policy(
     return params, lambda: exact.exact_logprobs(params, config, world.prompts, world.responses)
 
 
-def last(policies: Iterator[Array]) -> Array:
-    """The last of them."""
-    return collections.deque(policies, maxlen=1)[0]
-
-
 def optimum_of_dpo(world: World, seed: int) -> Iterator[Claim]:
-    """The minimiser of DPO over all pairs, labelled with their exact probabilities, is pi*: for a table of logits."""
+    """DPO over all pairs with exact label probabilities has its minimum at pi*, for a table of logits."""
     wins = all_pairs(world)
-    worst, taken = 0.0, 0
+    worst, steps = 0.0, 0
     for beta in BETAS:
         star, _ = exact.optimum(world.ref_logp, world.reward, beta)
-        logp, steps_taken = newton(world, wins, beta)
-        worst, taken = max(worst, exact.total_variation(logp, star).max()), max(taken, steps_taken)
-    yield at_most(f"DPO over a table, Newton ({taken} steps, five betas): TV to pi*", worst, 1e-12)
+        logp, count = newton(world, wins, beta)
+        worst, steps = max(worst, exact.total_variation(logp, star).max()), max(steps, count)
+    yield at_most(f"DPO on a table, at most {steps} Newton steps, five betas: TV to pi*", worst, 1e-12)
     beta = 0.5
     star, _ = exact.optimum(world.ref_logp, world.reward, beta)
-    for name, make in (
-        ("gradient descent", lambda p: optim.SGD(p, 0.0)),
-        ("Adam", lambda p: optim.AdamW(p, 0.0, weight_decay=0.0)),
+    loss = functools.partial(pair_loss, ref_logp=world.ref_logp, wins=wins, beta=beta)
+    curvature = beta**2 / (2 * world.reward.size)  # roughly the largest of the loss
+    for name, logp in (
+        ("gradient descent", descent(table_policy(world), loss, optim.SGD, [1 / curvature] * 500)[-1]),
+        ("Adam", fitted_table(world, loss, 500, 0.3)),
     ):
-        params, log_policy = table_policy(world)
-        steepest = beta**2 / (2 * world.reward.size)  # about the largest curvature of the loss
-        rates = [1 / steepest if name == "gradient descent" else optim.warmup_cosine(s, 500, 0.3) for s in range(500)]
-        logp = last(
-            descend(params, log_policy, lambda p: pair_loss(p, world.ref_logp, wins, beta), make(params), rates)
-        )
-        yield at_most(f"the same by {name}, 500 steps, beta 0.5", exact.total_variation(logp, star).max(), 1e-2)
+        text = f"DPO on a table, 500 steps of {name}, beta 0.5: TV to pi*"
+        yield at_most(text, exact.total_variation(logp, star).max(), 1e-2)
 
 
 def optimum_of_transformers(
-    world: World,
-    seed: int,
-    sizes: Sequence[tuple[int, int, float]] = ((16, 1, 0.1), (24, 2, 1e-2), (32, 2, 1e-5)),
-    steps: int = 1500,
+    world: World, seed: int, sizes: Sequence[tuple[int, int, float]] = SIZES, steps: int = 1500
 ) -> Iterator[Claim]:
-    """The same for transformers, each of a width, a number of layers and a distance that it should come within."""
+    """The same holds for transformers, as closely as their size allows."""
     wins = all_pairs(world)
     runs = [(0.5, *size, steps) for size in sizes]
     runs += [(beta, *sizes[-1][:2], math.inf, 2 * steps // 3) for beta in BETAS if beta != 0.5]
     for beta, n_embd, n_layer, bound, length in runs:
         star, _ = exact.optimum(world.ref_logp, world.reward, beta)
         logp = fitted_transformer(world, wins, beta, seed, n_embd, n_layer, length)
-        text = f"DPO, a transformer of {n_layer} layer(s), width {n_embd}, {length} steps of Adam, beta {beta:g}"
+        text = f"DPO on a transformer of width {n_embd}, {n_layer} layer(s), {length} steps of Adam, beta {beta:g}"
         yield at_most(f"{text}: TV to pi*", exact.total_variation(logp, star).max(), bound)
 
 
 def fitted_transformer(
     world: World, wins: Array, beta: float, seed: int, n_embd: int, n_layer: int, steps: int
 ) -> Array:
-    """log pi of a transformer that minimises `pair_loss`, by Adam with a cosine schedule."""
-    params, log_policy = transformer_policy(world, seed, n_embd, n_layer)
-    optimizer = optim.AdamW(params, betas=(0.9, 0.99), weight_decay=0.0)
-    rates = [optim.warmup_cosine(s, steps, 5e-3, 50) for s in range(steps)]
-    return last(descend(params, log_policy, lambda p: pair_loss(p, world.ref_logp, wins, beta), optimizer, rates))
+    """log pi of a transformer after Adam with a cosine schedule has minimised `pair_loss`.  -> (P, N)"""
+    loss = functools.partial(pair_loss, ref_logp=world.ref_logp, wins=wins, beta=beta)
+    optimizer = functools.partial(ADAM, betas=(0.9, 0.99))
+    return descent(transformer_policy(world, seed, n_embd, n_layer), loss, optimizer, cosine(steps, 5e-3, 50))[-1]
 
 
 def policy_gradient(logp: Array, ref_logp: Array, reward: Array, beta: float) -> Array:
-    """dJ/dtheta of a table of logits: pi (A - E[A]), A = r - beta log(pi/pi_ref).  (..., N) -> (..., N)"""
+    """dJ/dtheta for a table of logits: pi (A - E[A]), A = r - beta log(pi/pi_ref).  (..., N) -> (..., N)"""
     # dJ/dpi_j = r_j - beta (log(pi_j/ref_j) + 1); dpi_j/dtheta_i = pi_j ([i = j] - pi_i); sum_j: pi_i (A_i - E[A])
     p = numpy.exp(logp)
     advantage = reward - beta * (logp - ref_logp)
@@ -307,7 +294,7 @@ def natural_gradient(logp: Array, gradient: Array) -> Array:
 
 
 def natural_policy(world: World, reward: Array, beta: float, steps: int) -> Array:
-    """Where so many exact natural gradient steps of 1/(2 beta) on J lead from the reference.  -> (P, N)"""
+    """log pi after `steps` exact natural gradient steps of 1/(2 beta) up J, from the reference.  -> (P, N)"""
     logp = world.ref_logp
     for _ in range(steps):
         move = natural_gradient(logp, policy_gradient(logp, world.ref_logp, reward, beta))
@@ -316,7 +303,7 @@ def natural_policy(world: World, reward: Array, beta: float, steps: int) -> Arra
 
 
 def rlhf(world: World, seed: int) -> Iterator[Claim]:
-    """A reward model fitted to the same pairs, then the policy gradient of J: the long way to the same pi*."""
+    """RLHF reaches the same pi* the long way: fit rewards to the same pairs, then follow the policy gradient of J."""
     wins = all_pairs(world)
     learned = numpy.stack([exact.fitted_rewards(w)[0] for w in wins])
     worst = 0.0
@@ -332,54 +319,49 @@ def rlhf(world: World, seed: int) -> Iterator[Claim]:
             logits = logits + policy_gradient(logp, world.ref_logp, learned, beta) / max(beta, 0.1)
             logp = ops.log_softmax.raw(logits)[0]
         tv = exact.total_variation(logp, star).max()
-        # a response of probability p moves at a rate of p: what has to rise from far below rises late
+        # a response of probability p moves at a rate proportional to p, so an unlikely one rises late
         rise = (star - world.ref_logp).max()
-        text = f"the plain policy gradient, 2000 steps, beta {beta:g}, where pi* asks for a rise of {rise:.0f} nats"
+        text = (
+            f"plain policy gradient, 2000 steps, beta {beta:g}, where pi* is up to {rise:.0f} nats above the reference"
+        )
         yield Claim(f"{text}: TV to pi*", float(tv), None)
 
 
 def sampled_gradients(world: World, logp: Array, beta: float, rng: numpy.random.Generator, count: int) -> Array:
     """REINFORCE estimates of `policy_gradient` for the first prompt, one response each.  -> (count, N)
 
-    (A(y) - b) (onehot(y) - pi), y drawn from pi, b = E[A]: unbiased, and far from exact.
+    (A(y) - b) (onehot(y) - pi) with y ~ pi and b = E[A]: the mean is exact, a single one is mostly noise.
     """
     p = numpy.exp(logp[0])
     advantage = world.reward[0] - beta * (logp[0] - world.ref_logp[0])
-    drawn = rng.choice(len(p), size=count, p=p / p.sum())
-    weights = (advantage[drawn] - (p * advantage).sum())[:, None]
-    return weights * (numpy.eye(len(p))[drawn] - p)
+    samples = rng.choice(len(p), size=count, p=p / p.sum())
+    weights = (advantage[samples] - (p * advantage).sum())[:, None]
+    return weights * (numpy.eye(len(p))[samples] - p)
 
 
 def sampling_noise(world: World, seed: int) -> Iterator[Claim]:
-    """What a policy gradient from samples costs: its mean is exact, its noise is not small."""
+    """A policy gradient from samples is exact on average, and a single sample is mostly noise."""
     beta, count = 0.5, 200_000
     exact_gradient = policy_gradient(world.ref_logp, world.ref_logp, world.reward, beta)[0]
     estimates = sampled_gradients(world, world.ref_logp, beta, stream(seed, "reinforce"), count)
-    error = numpy.linalg.norm(estimates.mean(axis=0) - exact_gradient)
     noise = math.sqrt(estimates.var(axis=0).sum())
-    yield at_most(
-        f"REINFORCE over {count} samples is the exact gradient, in standard errors",
-        float(error) / (noise / math.sqrt(count)),
-        3,
-    )
+    error = numpy.linalg.norm(estimates.mean(axis=0) - exact_gradient) / (noise / math.sqrt(count))
+    yield at_most(f"the mean of {count} REINFORCE samples: standard errors to the exact gradient", error, 3)
     ratio = float(noise / numpy.linalg.norm(exact_gradient))
-    yield Claim("one sample's noise, in lengths of the gradient", ratio, ratio > 1)
+    yield Claim("the noise of one sample, in lengths of the gradient (more than 1)", ratio, ratio > 1)
 
 
 def mean_log_ratio(world: World, seed: int) -> Iterator[Claim]:
-    """E over pi_ref of log(pi/pi_ref) = -KL(pi_ref || pi): implicit rewards sink as soon as the policy moves."""
-    wins = all_pairs(world)
-    params, log_policy = table_policy(world)
-    optimizer = optim.AdamW(params, weight_decay=0.0)
-    policies = descend(params, log_policy, lambda p: pair_loss(p, world.ref_logp, wins, 0.5), optimizer, [0.1] * 100)
-    for step, logp in enumerate(policies):
-        if step in (0, 1, 10, 100):
-            mean = (numpy.exp(world.ref_logp) * (logp - world.ref_logp)).sum(axis=-1)
-            text = f"after {step} steps of DPO E_ref[log pi/pi_ref] is {mean.mean():.4f}, and -KL(pi_ref || pi) as much"
-            yield at_most(text, abs(mean + exact.kl(world.ref_logp, logp)).max(), 1e-10)
+    """E_ref[log(pi/pi_ref)] = -KL(pi_ref || pi): the mean implicit reward sinks as soon as the policy moves."""
+    loss = functools.partial(pair_loss, ref_logp=world.ref_logp, wins=all_pairs(world), beta=0.5)
+    path = descent(table_policy(world), loss, ADAM, [0.1] * 100)
+    for step in (0, 1, 10, 100):
+        mean = (numpy.exp(world.ref_logp) * (path[step] - world.ref_logp)).sum(axis=-1)
+        text = f"after {step} steps of DPO, E_ref[log(pi/pi_ref)] = {mean.mean():.4f} is -KL(pi_ref || pi): error"
+        yield at_most(text, abs(mean + exact.kl(world.ref_logp, path[step])).max(), 1e-10)
 
 
-LABORATORY: list[Callable[[World, int], Iterator[Claim]]] = [
+EQUALITIES: list[Callable[[World, int], Iterator[Claim]]] = [
     bradley_terry,
     constrained_objective,
     reparametrisation,

@@ -1,7 +1,7 @@
-"""What can be known exactly about a small world, by enumerating every response.
+"""Exact sums over every response of a small world: J, pi*, Z, KL, Bradley-Terry, the normalisation oracle.
 
-A response is complete when it ends in end-of-text or has reached the length cap; its other tokens range over
-every id except end-of-text.
+A response is complete when it ends in end-of-text or has reached the length cap. Its other tokens range over every
+id except end-of-text.
 """
 
 import itertools
@@ -22,12 +22,8 @@ Score = Callable[[Sequence[int]], float]  # log pi(y|x) of a response to some pr
 def complete_responses(vocab_size: int, cap: int, most: int = 100_000) -> list[list[int]]:
     """Every complete response of at most `cap` tokens, shortest first.
 
-    There are n^0 + ... + n^(cap-1) that end in end-of-text and n^cap that are cut, n = vocab_size - 1.
-
-    Raises
-    ------
-    ValueError
-        If there are none, or more than `most`, with their number.
+    With n = vocab_size - 1, n^0 + ... + n^(cap-1) of them end in end-of-text and n^cap are cut. Raises ValueError if
+    there are more than `most`.
     """
     if vocab_size < 2 or cap < 1:
         raise ValueError(f"a vocabulary of {vocab_size} and a cap of {cap} leave nothing to enumerate")
@@ -43,7 +39,7 @@ def complete_responses(vocab_size: int, cap: int, most: int = 100_000) -> list[l
 def total_probability(score: Score, vocab_size: int, cap: int) -> float:
     """The normalisation oracle: the sum of exp(score) over all complete responses, 1 for a distribution.
 
-    It is blind to whatever is another distribution; for that see `chain_rule_logprob`.
+    It cannot tell one distribution from another; `chain_rule_logprob` can.
     """
     return math.fsum(math.exp(score(y)) for y in complete_responses(vocab_size, cap))
 
@@ -51,7 +47,7 @@ def total_probability(score: Score, vocab_size: int, cap: int) -> float:
 def chain_rule_logprob(params: Params, config: Config, prompt: Sequence[int], response: Sequence[int]) -> float:
     """log pi(y|x) as a sum over prefixes: sum_t log_softmax(forward(x, y_1 ... y_(t-1)))[y_t], in nats.
 
-    One forward per prefix, of which the last row is read: no shift, no slice, no mask.
+    One forward per prefix, and only its last row is read: no shift, no slice, no mask.
     """
     total = 0.0
     for t, token in enumerate(response):
@@ -66,21 +62,15 @@ def exact_logprobs(
 ) -> Tensor:
     """log pi(y|x) of every response to every prompt, in nats, from one forward.  -> (P, N)
 
-    Responses that begin alike share rows: a prompt is followed once by each prefix that no other one continues.
-
-    Raises
-    ------
-    ValueError
-        If there is nothing to score, or a text is too long for the model.
+    Responses that begin alike share rows: each prompt is followed once by every prefix that no other one continues.
     """
     checked([(x, y) for x in prompts for y in responses])
-    heads = sorted({tuple(y[:-1]) for y in responses})
-    following = [*heads[1:], None]  # in this order a prefix stands just before what goes on from it
-    longest = [p for p, q in zip(heads, following) if q is None or q[: len(p)] != p]
+    heads = sorted({tuple(y[:-1]) for y in responses})  # a prefix comes just before what continues it
+    longest = [p for p, q in zip(heads, [*heads[1:], None]) if q is None or q[: len(p)] != p]
     home = {p[:t]: (n, t) for n, p in enumerate(longest) for t in range(len(p) + 1)}
     T = max(map(len, prompts)) + max(map(len, longest))
     texts = [[*x, *p] for x in prompts for p in longest]
-    tokens = [text + [END_OF_TEXT] * (T - len(text)) for text in texts]  # nothing sees the pads behind it
+    tokens = [text + [END_OF_TEXT] * (T - len(text)) for text in texts]  # nothing attends to the pads
     logits = forward(params, config, tokens)  # (P M, T) -> (P M, T, V)
     V = config.vocab_size
     picks, segments = [], []
@@ -110,11 +100,9 @@ def total_variation(logp: Array, logq: Array) -> Array:
 
 
 def objective(logp: Array, ref_logp: Array, reward: Array, beta: float) -> Array:
-    """What RLHF maximises: J(pi) = E_pi[r] - beta KL(pi || pi_ref).  (..., N) -> (...)
+    """The objective of RLHF: J(pi) = E_pi[r] - beta KL(pi || pi_ref).  (..., N) -> (...)
 
-    References
-    ----------
-    Rafailov et al. 2023 (arXiv 2305.18290), equation 3.
+    Source: Rafailov et al. 2023 (arXiv 2305.18290), equation 3.
     """
     return (array_module(logp).exp(logp) * reward).sum(axis=-1) - beta * kl(logp, ref_logp)
 
@@ -124,9 +112,7 @@ def optimum(ref_logp: Array, reward: Array, beta: float) -> tuple[Array, Array]:
 
         pi*(y|x) = pi_ref(y|x) exp(r(x, y)/beta)/Z(x),   Z(x) = sum_y pi_ref(y|x) exp(r(x, y)/beta)
 
-    References
-    ----------
-    Rafailov et al. 2023 (arXiv 2305.18290), equation 4 and appendix A.1.
+    Source: Rafailov et al. 2023 (arXiv 2305.18290), equation 4 and appendix A.1.
     """
     tilted = ref_logp + reward / beta
     return ops.log_softmax.raw(tilted)[0], ops.logsumexp.raw(tilted)[0]
@@ -135,9 +121,7 @@ def optimum(ref_logp: Array, reward: Array, beta: float) -> tuple[Array, Array]:
 def implicit_reward(logp: Array, ref_logp: Array, beta: float) -> Array:
     """The reward for which a policy is optimal, up to beta log Z(x): beta log(pi/pi_ref).  (..., N) -> (..., N)
 
-    References
-    ----------
-    Rafailov et al. 2023 (arXiv 2305.18290), equation 5.
+    Source: Rafailov et al. 2023 (arXiv 2305.18290), equation 5.
     """
     return beta * (logp - ref_logp)
 
@@ -151,21 +135,19 @@ def preference_probabilities(reward: Array) -> Array:
 def plackett_luce(reward: Array, ranking: Sequence[int]) -> float:
     """Log-probability of a ranking, best first: sum_k (r_(k) - log sum_(m >= k) exp r_(m)), in nats.
 
-    With two responses it is Bradley-Terry.
+    For two responses this is Bradley-Terry.
 
-    References
-    ----------
-    Rafailov et al. 2023 (arXiv 2305.18290), appendix A.3.
+    Source: Rafailov et al. 2023 (arXiv 2305.18290), appendix A.3.
     """
     ordered = reward[list(ranking)]
     return sum((ordered[k] - ops.logsumexp.raw(ordered[k:])[0]).item() for k in range(len(ranking)))
 
 
 def has_maximum(wins: Array) -> bool:
-    """Whether finite rewards exist under which the comparisons are likeliest.  (N, N) of weights -> bool
+    """Whether some finite rewards make the comparisons most likely.  (N, N) of weights -> bool
 
-    wins[i, j] is how often i was preferred to j. A maximum exists if and only if, among the responses that were
-    compared, each can be reached from each other along "was preferred to" (Ford 1957).
+    wins[i, j] is how often i was preferred to j. A maximum exists if and only if every response that was compared can
+    be reached from every other one along "was preferred to" (Ford 1957).
     """
     xp = array_module(wins)
     compared = xp.flatnonzero((wins + wins.T).sum(axis=0) > 0)
@@ -176,23 +158,20 @@ def has_maximum(wins: Array) -> bool:
 
 
 def fitted_rewards(wins: Array, tolerance: float = 1e-13, most_steps: int = 100) -> tuple[Array, int]:
-    """Rewards of mean 0 under which the comparisons are likeliest, and the Newton steps that it took.  (N, N) -> (N,)
+    """Rewards of mean 0 that make the comparisons most likely, and the number of Newton steps.  (N, N) -> (N,)
 
         L(r) = -sum_ij wins_ij log sigma(r_i - r_j)/sum wins
         dL/dr_i = -sum_j (wins_ij sigma(r_j - r_i) - wins_ji sigma(r_i - r_j))/sum wins
 
-    Raises
-    ------
-    ValueError
-        If there is no maximum (see `has_maximum`), or a response was never compared.
+    Raises ValueError if there is no maximum (see `has_maximum`), or a response was never compared.
     """
     xp, N = array_module(wins), len(wins)
     if not ((wins + wins.T).sum(axis=0) > 0).all():
         raise ValueError("a response was never compared: leave it out")
     if not has_maximum(wins):
         raise ValueError(
-            "no finite rewards are likeliest: some responses cannot be reached from others along 'was preferred to', "
-            "and the likelihood grows without end as they move apart"
+            "no finite rewards make the comparisons most likely: some responses cannot be reached from others along "
+            "'was preferred to', and the likelihood grows for ever as their rewards move apart"
         )
     weights = wins / wins.sum()
     reward = xp.zeros(N)
@@ -206,7 +185,7 @@ def fitted_rewards(wins: Array, tolerance: float = 1e-13, most_steps: int = 100)
         if abs(gradient).max() < tolerance * weights.max():
             return reward, step
         curvature = (weights + weights.T) * p * p.T
-        hessian = xp.diag(curvature.sum(axis=1)) - curvature + curvature.sum() / N**2  # the last fixes the mean
+        hessian = xp.diag(curvature.sum(axis=1)) - curvature + curvature.sum() / N**2  # the last term fixes the mean
         move = -xp.linalg.solve(hessian, gradient)
         size = 1.0
         while loss(reward + size * move) > loss(reward) + 1e-15 and size > 1e-6:

@@ -1,9 +1,9 @@
-"""How much true reward each method buys with how much KL: figure 2 (left) of the DPO paper in miniature, exact.
+"""True reward against KL for every method: figure 2 (left) of the DPO paper in miniature, and exact.
 
-No policy lies above the curve of pi*(beta), whatever made it. Where this differs from the paper: policies are tables
-and both axes are sums over all responses, with no sample in them; the policy gradient is the exact natural one, so it
-reaches the frontier too, where PPO, with its sampled gradients and its learned critic, did not; a sampled one is
-beside it. What is learned from a finite set of pairs falls short, by DPO or by a reward model alike.
+No policy lies above the curve of pi*(beta), however it was made. Policies are tables here, and both axes are sums over
+all responses. Unlike the paper's PPO, with its sampled gradients and its learned critic, the exact natural policy
+gradient reaches the curve; one with sampled gradients is beside it. Anything learned from a finite set of pairs stays
+below, with DPO and with a reward model alike.
 """
 
 import statistics
@@ -13,46 +13,35 @@ from typing import NamedTuple
 
 import numpy
 
-from .. import ops, optim
+from .. import ops
 from ..backend import Array
 from ..plots import Curve, Panel
 from ..streams import stream
 from ..tensor import Tensor
-from . import exact
-from .equalities import (
-    World,
-    all_pairs,
-    descend,
-    last,
-    natural_policy,
-    newton,
-    pair_loss,
-    sampled_wins,
-    small_world,
-    square_loss,
-    table_policy,
-)
+from . import equalities, exact
+from .equalities import ADAM, World, cosine, descent, fitted_table, natural_policy, pair_loss, square_loss
 
 BETAS = (0.05, 0.1, 1.0, 5.0)
 ALPHAS = (0.05, 0.1, 0.5, 1.0)
-PAIRS = 2000  # sampled for each prompt
+PAIRS = 2000  # samples per prompt
 STEPS = 300
 
 
 class Point(NamedTuple):
-    """Where one run ends, averaged over the prompts."""
+    """The end of one run, averaged over the prompts."""
 
     kind: str
     strength: float  # beta, alpha or N
     seed: int
     kl: float  # KL(pi || pi_ref), nats
     reward: float  # E[r], true
-    shortfall: float  # the most reward that this KL could have bought, less this
+    shortfall: float  # the most reward that any policy has at this KL, less this reward
 
 
 def best_of(world: World, count: int) -> Array:
-    """log pi of the best of N samples of the reference: P(y) = F(r(y))^N - F(r(y)-)^N, F the reference's distribution
-    of rewards.  -> (P, N)
+    """log pi of the best of N samples of the reference.  -> (P, N)
+
+    P(y) = F(r(y))^N - F(r(y)-)^N, where F is the reference's distribution function of rewards.
     """
     order = world.reward.argsort(axis=-1)
     p = numpy.take_along_axis(numpy.exp(world.ref_logp), order, axis=-1)
@@ -64,7 +53,7 @@ def best_of(world: World, count: int) -> Array:
 
 
 def learned_reward(wins: Array, prior: float = 1e-3) -> Array:
-    """Bradley-Terry rewards from a finite set of pairs, with a normal prior that keeps them finite.  -> (P, N)"""
+    """Bradley-Terry rewards from sampled pairs; a normal prior keeps them finite.  -> (P, N)"""
     P, N, _ = wins.shape
     zeros = numpy.zeros((P, N))
     reward = {"reward": Tensor(zeros, requires_grad=True)}
@@ -72,101 +61,86 @@ def learned_reward(wins: Array, prior: float = 1e-3) -> Array:
     def loss(r: Tensor) -> Tensor:
         return pair_loss(r, zeros, wins, 1.0) + prior * ops.mean(r * r)
 
-    rates = [optim.warmup_cosine(s, STEPS, 0.1) for s in range(STEPS)]
-    return last(descend(reward, lambda: reward["reward"] * 1.0, loss, optim.AdamW(reward, weight_decay=0.0), rates))
+    return descent((reward, lambda: reward["reward"] * 1.0), loss, ADAM, cosine(STEPS, 0.1))[-1]
 
 
 def sampled_policy(world: World, beta: float, rng: numpy.random.Generator, batch: int = 64) -> Array:
-    """REINFORCE: 1,000 steps, each on 64 samples of the policy, with their mean as the baseline.  -> (P, N)"""
+    """log pi after 1,000 REINFORCE steps, each on `batch` samples with their mean as the baseline.  -> (P, N)"""
     logits = world.ref_logp.copy()
     for _ in range(1000):
         logp = ops.log_softmax.raw(logits)[0]
         for x, row in enumerate(logp):
             p = numpy.exp(row)
-            drawn = rng.choice(len(p), size=batch, p=p / p.sum())
-            advantage = (world.reward[x] - beta * (row - world.ref_logp[x]))[drawn]
-            weights = numpy.bincount(drawn, advantage - advantage.mean(), len(p)) / batch
+            samples = rng.choice(len(p), size=batch, p=p / p.sum())
+            advantage = (world.reward[x] - beta * (row - world.ref_logp[x]))[samples]
+            weights = numpy.bincount(samples, advantage - advantage.mean(), len(p)) / batch
             logits[x] += 0.5 / max(beta, 1.0) * (weights - p * weights.sum())
     return ops.log_softmax.raw(logits)[0]
 
 
-def fitted(world: World, loss: Callable[[Tensor], Tensor], steps: int = STEPS) -> Array:
-    """A table from the reference, after so many steps of Adam.  -> (P, N)"""
-    params, log_policy = table_policy(world)
-    rates = [optim.warmup_cosine(s, steps, 0.1) for s in range(steps)]
-    return last(descend(params, log_policy, loss, optim.AdamW(params, weight_decay=0.0), rates))
-
-
 def unlikelihood(world: World, alpha: float, steps: int) -> Array:
-    """-log pi(y_w) + alpha log pi(y_l) over pairs from the reference; alpha = 0 is preferred fine-tuning.
+    """Minimise -log pi(y_w) + alpha log pi(y_l) over pairs from the reference; alpha = 0 is preferred fine-tuning.
 
-    There is no minimum as soon as a response wins less than alpha times as often as it loses.  -> (P, N)
+    No minimum exists if some response wins less than alpha times as often as it loses.  -> (P, N)
     """
     p = numpy.exp(world.ref_logp)
     wins = p[:, :, None] * p[:, None, :] * exact.preference_probabilities(world.reward)
     weights = (2 * wins.sum(axis=2) - alpha * 2 * wins.sum(axis=1)) / len(p)
-    return fitted(world, lambda logp: -ops.sum(weights * logp), steps)
+    return fitted_table(world, lambda logp: -ops.sum(weights * logp), steps, 0.1)
 
 
 def policies(world: World, seed: int) -> Iterator[tuple[str, float, Array]]:
-    """Every run: its kind, its strength and its policy."""
-    exactly = all_pairs(world)
-    finite = sampled_wins(world, stream(seed, "frontier", "pairs"), PAIRS)
-    learned = learned_reward(finite)
+    """Every run as its kind, its strength and log pi."""
+    exact_wins = equalities.all_pairs(world)
+    wins = equalities.sampled_wins(world, stream(seed, "frontier", "pairs"), PAIRS)
+    reward = learned_reward(wins)
+
+    def minimiser(loss: Callable[..., Tensor], wins: Array, beta: float) -> Array:
+        return fitted_table(world, partial(loss, ref_logp=world.ref_logp, wins=wins, beta=beta), STEPS, 0.1)
+
     for beta in BETAS:
-        yield (
-            "DPO, 2,000 pairs",
-            beta,
-            fitted(world, partial(pair_loss, ref_logp=world.ref_logp, wins=finite, beta=beta)),
-        )
+        rng = stream(seed, "frontier", "samples", str(beta))
+        yield "DPO, 2,000 pairs", beta, minimiser(pair_loss, wins, beta)
         yield "policy gradient, true reward", beta, natural_policy(world, world.reward, beta, 100)
-        yield "DPO, exact preferences", beta, newton(world, exactly, beta)[0]
-        yield "policy gradient, reward from 2,000 pairs", beta, natural_policy(world, learned, beta, 100)
-        yield (
-            "policy gradient, sampled",
-            beta,
-            sampled_policy(world, beta, stream(seed, "frontier", "samples", str(beta))),
-        )
+        yield "DPO, exact preferences", beta, equalities.newton(world, exact_wins, beta)[0]
+        yield "policy gradient, reward from 2,000 pairs", beta, natural_policy(world, reward, beta, 100)
+        yield "policy gradient, sampled", beta, sampled_policy(world, beta, rng)
     for beta in (0.1, 1.0):
-        yield (
-            "IPO, exact preferences",
-            beta,
-            fitted(world, partial(square_loss, ref_logp=world.ref_logp, wins=exactly, beta=beta)),
-        )
+        yield "IPO, exact preferences", beta, minimiser(square_loss, exact_wins, beta)
     yield "preferred fine-tuning", 0.0, unlikelihood(world, 0.0, STEPS)
     for alpha in ALPHAS:
-        for steps in (STEPS // 3, STEPS):  # the path: it does not end
+        for steps in (STEPS // 3, STEPS):  # two points on a path that does not end
             yield f"unlikelihood, {steps} steps", alpha, unlikelihood(world, alpha, steps)
     for count in (2, 4, 16, 64):
         yield "best of N", count, best_of(world, count)
 
 
-def measured(world: World, logp: Array) -> tuple[float, float]:
-    """KL to the reference and true reward of a policy, means over the prompts."""
+def kl_and_reward(world: World, logp: Array) -> tuple[float, float]:
+    """KL to the reference and true reward of a policy, as means over the prompts."""
     return float(exact.kl(logp, world.ref_logp).mean()), float((numpy.exp(logp) * world.reward).sum(axis=-1).mean())
 
 
 def most_reward(world: World, kl: float) -> float:
-    """The largest mean reward of any policy with this mean KL: that of pi*(beta), at the beta that has it."""
+    """The largest mean reward of any policy with this mean KL: that of pi*(beta) with this KL."""
     low, high = 1e-4, 1e6
     for _ in range(200):
         beta = (low * high) ** 0.5
         star, _ = exact.optimum(world.ref_logp, world.reward, beta)
-        low, high = (beta, high) if measured(world, star)[0] > kl else (low, beta)
-    return measured(world, exact.optimum(world.ref_logp, world.reward, low)[0])[1]
+        low, high = (beta, high) if kl_and_reward(world, star)[0] > kl else (low, beta)
+    return kl_and_reward(world, exact.optimum(world.ref_logp, world.reward, low)[0])[1]
 
 
-def run(seeds: Sequence[int], make: Callable[[int], World] = small_world) -> Iterator[Point]:
-    """Every run in the world of every seed."""
+def run(seeds: Sequence[int], make: Callable[[int], World] = equalities.small_world) -> Iterator[Point]:
+    """The point of every run in the world of every seed."""
     for seed in seeds:
         world = make(seed)
         for kind, strength, logp in policies(world, seed):
-            kl, reward = measured(world, logp)
+            kl, reward = kl_and_reward(world, logp)
             yield Point(kind, float(strength), seed, kl, reward, most_reward(world, kl) - reward)
 
 
 def as_text(points: Sequence[Point]) -> str:
-    """A row per kind and strength: KL, reward and shortfall, means and standard deviations over the seeds."""
+    """A row for each kind and strength: KL, reward and shortfall, mean ± standard deviation over the seeds."""
     rows = [f"{'':<42}{'strength':>9}{'KL, nats':>18}{'true reward':>18}{'below frontier':>18}"]
     for kind, strength in dict.fromkeys((point.kind, point.strength) for point in points):
         same = [point for point in points if (point.kind, point.strength) == (kind, strength)]
@@ -179,13 +153,14 @@ def as_text(points: Sequence[Point]) -> str:
     return "\n".join(rows)
 
 
-def panels(points: Sequence[Point], make: Callable[[int], World] = small_world) -> list[Panel]:
-    """The points of the first seed, and the frontier, as a diagram."""
+def panels(points: Sequence[Point], make: Callable[[int], World] = equalities.small_world) -> list[Panel]:
+    """A diagram of the frontier and the points of the first seed."""
     world = make(points[0].seed)
-    curve = [measured(world, exact.optimum(world.ref_logp, world.reward, b)[0]) for b in numpy.geomspace(0.02, 50, 80)]
-    lines = [Curve("the frontier, pi*(beta)", [kl for kl, _ in curve], [reward for _, reward in curve])]
+    betas = numpy.geomspace(0.02, 50, 80)
+    frontier = [kl_and_reward(world, exact.optimum(world.ref_logp, world.reward, beta)[0]) for beta in betas]
+    curves = [Curve("the frontier, pi*(beta)", [kl for kl, _ in frontier], [reward for _, reward in frontier])]
     for number, kind in enumerate(dict.fromkeys(point.kind for point in points)):
-        mine = [point for point in points if point.kind == kind and point.seed == points[0].seed]
-        x, y = [point.kl for point in mine], [point.reward for point in mine]
-        lines.append(Curve(kind, x, y, "osD^vP*X<>"[number % 10], joined=False))
-    return [Panel("reward and KL", "KL(pi || pi_ref), nats", "true reward", lines)]
+        runs = [point for point in points if point.kind == kind and point.seed == points[0].seed]
+        x, y = [point.kl for point in runs], [point.reward for point in runs]
+        curves.append(Curve(kind, x, y, "osD^vP*X<>"[number % 10], joined=False))
+    return [Panel("reward and KL", "KL(pi || pi_ref), nats", "true reward", curves)]

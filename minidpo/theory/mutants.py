@@ -1,8 +1,8 @@
-"""Wrong ways to score a response, and how two oracles find them.
+"""Eleven wrong ways to score a response, and how two oracles find them.
 
-Each mutant is `scoring.sequence_logprob` for one prompt and response with one mistake. Seven are no
-distribution over responses, and the normalisation oracle sees it. Four are one, a wrong one: their
-probabilities sum to 1, and only the chain rule, one forward per prefix, tells them from the truth.
+Each mutant is `scoring.sequence_logprob` for one prompt and response, with one mistake. The scores of seven are not a
+distribution over responses, and the normalisation oracle finds them. Those of the other four are a wrong distribution:
+they sum to 1, and only the chain rule, one forward per prefix, finds them.
 """
 
 import functools
@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from .. import ops
-from ..backend import Array
 from ..model import Config, Params, batch_rows, row_logits
 from ..scoring import sequence_logprob
 from ..tokenizer import END_OF_TEXT
@@ -19,71 +18,66 @@ from .exact import chain_rule_logprob, complete_responses, total_probability
 Ids = Sequence[int]
 
 
-def logps(params: Params, config: Config, tokens: Ids, temperature: float = 1.0, start: int = 0) -> Array:
-    """Log-probabilities after each token of a text, (T, V); wrong at a temperature or places not from 0."""
-    rows = batch_rows([list(tokens)], config)
-    return ops.log_softmax(
-        row_logits(params, config, rows._replace(positions=rows.positions + start)).data / temperature
-    ).data
+def token_logps(
+    params: Params, config: Config, x: Ids, y: Ids, shift: int = 1, temperature: float = 1.0, start: int = 0
+) -> list[float]:
+    """log pi of each response token, read `shift` rows before it; positions count from `start`."""
+    rows = batch_rows([[*x, *y]], config)
+    logits = row_logits(params, config, rows._replace(positions=rows.positions + start)).data  # (Tp + Tr, V)
+    logp = ops.log_softmax(logits / temperature).data
+    return [logp[len(x) + t - shift, token].item() for t, token in enumerate(y)]
 
 
-def right(params: Params, config: Config, x: Ids, y: Ids) -> float:
+def correct(params: Params, config: Config, x: Ids, y: Ids) -> float:
     return sequence_logprob(params, config, [list(x)], [list(y)]).item()
 
 
 def no_shift(params: Params, config: Config, x: Ids, y: Ids) -> float:
-    logp = logps(params, config, [*x, *y])
-    return sum(logp[len(x) + t, token].item() for t, token in enumerate(y))
+    return sum(token_logps(params, config, x, y, shift=0))
 
 
 def first_token_masked(params: Params, config: Config, x: Ids, y: Ids) -> float:
-    logp = logps(params, config, [*x, *y])
-    return sum(logp[len(x) - 1 + t, token].item() for t, token in enumerate(y) if t > 0)
+    return sum(token_logps(params, config, x, y)[1:])
 
 
 def end_of_text_masked(params: Params, config: Config, x: Ids, y: Ids) -> float:
-    logp = logps(params, config, [*x, *y])
-    return sum(logp[len(x) - 1 + t, token].item() for t, token in enumerate(y) if token != END_OF_TEXT)
+    return sum(logp for logp, token in zip(token_logps(params, config, x, y), y) if token != END_OF_TEXT)
 
 
 def pads_scored(params: Params, config: Config, x: Ids, y: Ids) -> float:
-    return right(params, config, x, [*y, END_OF_TEXT])  # one pad, which has the id of end-of-text
+    return correct(params, config, x, [*y, END_OF_TEXT])  # one pad, which has the id of end-of-text
 
 
 def wrong_slice_end(params: Params, config: Config, x: Ids, y: Ids) -> float:
-    logp = logps(params, config, [*x, *y])
-    return sum(logp[len(x) - 1 + t, token].item() for t, token in enumerate(y[:-1]))
+    return sum(token_logps(params, config, x, y)[:-1])
 
 
 def last_prompt_token_scored(params: Params, config: Config, x: Ids, y: Ids) -> float:
-    return right(params, config, x[:-1], [x[-1], *y])
+    return correct(params, config, x[:-1], [x[-1], *y])
 
 
 def mean_for_sum(params: Params, config: Config, x: Ids, y: Ids) -> float:
-    return right(params, config, x, y) / len(y)
+    return correct(params, config, x, y) / len(y)
 
 
 def shift_by_two(params: Params, config: Config, x: Ids, y: Ids) -> float:
-    logp = logps(params, config, [*x, *y])
-    return sum(logp[len(x) - 2 + t, token].item() for t, token in enumerate(y))
+    return sum(token_logps(params, config, x, y, shift=2))
 
 
 def dropped_prompt_token(params: Params, config: Config, x: Ids, y: Ids) -> float:
-    return right(params, config, x[1:], y)
+    return correct(params, config, x[1:], y)
 
 
 def wrong_temperature(params: Params, config: Config, x: Ids, y: Ids) -> float:
-    logp = logps(params, config, [*x, *y], temperature=2.0)
-    return sum(logp[len(x) - 1 + t, token].item() for t, token in enumerate(y))
+    return sum(token_logps(params, config, x, y, temperature=2.0))
 
 
 def wrong_positions(params: Params, config: Config, x: Ids, y: Ids) -> float:
-    logp = logps(params, config, [*x, *y], start=1)
-    return sum(logp[len(x) - 1 + t, token].item() for t, token in enumerate(y))
+    return sum(token_logps(params, config, x, y, start=1))
 
 
 Mutant = Callable[[Params, Config, Ids, Ids], float]
-NO_DISTRIBUTION: list[Mutant] = [
+NOT_A_DISTRIBUTION: list[Mutant] = [
     no_shift,
     first_token_masked,
     end_of_text_masked,
@@ -96,20 +90,20 @@ WRONG_DISTRIBUTION: list[Mutant] = [shift_by_two, dropped_prompt_token, wrong_te
 
 
 class Verdict(NamedTuple):
-    """What the two oracles say of one way to score."""
+    """The verdict of both oracles on one way to score."""
 
     name: str
     total_probability: float  # 1 for a distribution
-    chain_rule_gap: float  # the largest |score - chain rule| of a response, in nats; 0 for the right one
+    chain_rule_gap: float  # the largest |score - chain rule| of a response, in nats; 0 for the correct score
 
 
 def verdicts(params: Params, config: Config, prompt: Ids, cap: int) -> list[Verdict]:
-    """Both oracles on the right score and on every mutant, for one prompt of at least two tokens."""
+    """The verdict on the correct score and on every mutant, for one prompt of at least two tokens."""
     truth = {
         tuple(y): chain_rule_logprob(params, config, prompt, y) for y in complete_responses(config.vocab_size, cap)
     }
     table = []
-    for mutant in [right, *NO_DISTRIBUTION, *WRONG_DISTRIBUTION]:
+    for mutant in [correct, *NOT_A_DISTRIBUTION, *WRONG_DISTRIBUTION]:
         score = functools.partial(mutant, params, config, prompt)
         total = total_probability(score, config.vocab_size, cap)
         table.append(Verdict(mutant.__name__, total, max(abs(score(y) - logp) for y, logp in truth.items())))
@@ -117,7 +111,7 @@ def verdicts(params: Params, config: Config, prompt: Ids, cap: int) -> list[Verd
 
 
 def as_text(table: list[Verdict]) -> str:
-    """The verdicts as text, one way to score a row."""
+    """A table of the verdicts, one a line."""
     lines = [f"{'way to score':<26}{'sum of exp(score)':>18}{'off by (nats)':>16}"]
     for verdict in table:
         lines.append(f"{verdict.name:<26}{verdict.total_probability:>18.10f}{verdict.chain_rule_gap:>16.2e}")

@@ -1,4 +1,4 @@
-"""The laboratory: every claim is borne out, and would not be if the theory were another."""
+"""Every claim of the theory holds, and fails if the theory is changed."""
 
 import itertools
 import math
@@ -31,7 +31,7 @@ def world():
 
 @pytest.mark.parametrize("prompts", [[[0, 1], [0, 2]], [[0, 1, 1], [2]]])
 def test_exact_logprobs_are_those_of_the_chain_rule(prompts):
-    """One forward for all responses, prompts of one length or of several: otherwise every claim below is of noise."""
+    """One forward for all responses agrees with the chain rule, for prompts of one length or of several."""
     params = small()
     responses = exact.complete_responses(4, 3)
     logp = exact.exact_logprobs(params, CONFIG, prompts, responses)
@@ -40,10 +40,10 @@ def test_exact_logprobs_are_those_of_the_chain_rule(prompts):
         close(row, [exact.chain_rule_logprob(params, CONFIG, x, y) for y in responses], rtol=1e-10)
     short = exact.exact_logprobs(params, CONFIG, prompts, [[2], [0]])  # responses of one token
     close(short.data[0], [exact.chain_rule_logprob(params, CONFIG, prompts[0], y) for y in ([2], [0])], rtol=1e-10)
-    few = [[1, 0], [0], [1, 2, 3], [1, 2, 3], [3, 0]]
+    some = [[1, 0], [0], [1, 2, 3], [1, 2, 3], [3, 0]]
     close(
-        exact.exact_logprobs(params, CONFIG, prompts, few).data[1],
-        [exact.chain_rule_logprob(params, CONFIG, prompts[1], y) for y in few],
+        exact.exact_logprobs(params, CONFIG, prompts, some).data[1],
+        [exact.chain_rule_logprob(params, CONFIG, prompts[1], y) for y in some],
     )
     rng = np.random.default_rng(0)
     weights = rng.normal(size=logp.shape)
@@ -56,7 +56,7 @@ def test_exact_logprobs_are_those_of_the_chain_rule(prompts):
 
 @given(p=logits, q=logits, reward=rewards, beta=betas)
 def test_definitions(p, q, reward, beta):
-    """KL, TV, J, pi*, written out in plain Python: otherwise the equalities hold between wrong things."""
+    """KL, TV, J, pi* and Z are their definitions, written out in plain Python."""
     p, q = normalised(p), normalised(q)
     kl = sum(math.exp(a) * (a - b) for a, b in zip(p, q))
     close(exact.kl(p, q), kl, atol=1e-12)
@@ -75,29 +75,28 @@ def test_definitions(p, q, reward, beta):
 
 @given(reward=rewards)
 def test_bradley_terry_and_plackett_luce(reward):
-    """Odds are exp of the difference; rankings' probabilities sum to 1: otherwise they are no models of preference."""
+    """Bradley-Terry odds are exp of the reward difference; Plackett-Luce probabilities of rankings sum to 1."""
     p = exact.preference_probabilities(reward)
     close(p / p.T, np.exp(reward[:, None] - reward[None, :]))
-    few = reward[:4]
-    total = sum(math.exp(exact.plackett_luce(few, order)) for order in itertools.permutations(range(4)))
+    total = sum(math.exp(exact.plackett_luce(reward[:4], order)) for order in itertools.permutations(range(4)))
     close(total, 1)
     close(math.exp(exact.plackett_luce(reward, [3, 1])), p[3, 1])
 
 
 @given(reward=rewards, shift=st.floats(-5, 5))
 def test_lemma_1(reward, shift):
-    """r(x, y) and r(x, y) + f(x) give the same preferences, also over rankings: otherwise Z(x) would matter."""
+    """r(x, y) and r(x, y) + f(x) give the same preferences over pairs and over rankings; other changes do not."""
     close(exact.preference_probabilities(reward + shift), exact.preference_probabilities(reward), atol=1e-12)
     order = np.argsort(reward)
     close(exact.plackett_luce(reward + shift, order), exact.plackett_luce(reward, order), atol=1e-9)
-    other = reward + shift * np.arange(5)  # no shift by one number per prompt
+    other = reward + shift * np.arange(5)  # not a shift by one number per prompt
     if abs(shift) > 0.1:
         assert abs(exact.preference_probabilities(other) - exact.preference_probabilities(reward)).max() > 1e-4
 
 
 @given(reward=rewards, ref=logits, shift=st.floats(-5, 5), beta=st.floats(0.1, 5))
 def test_lemma_2(reward, ref, shift, beta):
-    """And the same optimal policy: otherwise equivalent rewards would ask for different models."""
+    """r(x, y) and r(x, y) + f(x) have the same optimal policy."""
     ref = normalised(ref)
     close(exact.optimum(ref, reward + shift, beta)[0], exact.optimum(ref, reward, beta)[0], atol=1e-9)
 
@@ -109,33 +108,35 @@ def test_theorem_1(reward, ref, logp, beta):
     star, _ = exact.optimum(ref, reward, beta)
     representative = exact.implicit_reward(star, ref, beta)
     difference = reward - representative
-    close(difference, np.full(5, difference.mean()), atol=1e-8)  # of the class of r
-    close(exact.optimum(ref, representative, beta)[1], 0, atol=1e-9)  # and the one of it whose Z is 1
+    close(difference, np.full(5, difference.mean()), atol=1e-8)  # it is in the class of r
+    close(exact.optimum(ref, representative, beta)[1], 0, atol=1e-9)  # and its Z is 1
     close(exact.optimum(ref, exact.implicit_reward(logp, ref, beta), beta)[0], logp, atol=1e-9)
 
 
 @given(wins=hnp.arrays(np.int64, (4, 4), elements=st.integers(0, 2)))
 def test_fords_condition(wins):
-    """By searching each path: otherwise rewards are fitted where there is no maximum, or refused where there is."""
+    """A maximum exists exactly if a search finds a path between all compared responses; then the fit is the maximum."""
     np.fill_diagonal(wins, 0)
     compared = [i for i in range(4) if wins[i].any() or wins[:, i].any()]
 
     def reachable(i):
-        found, todo = {i}, [i]
+        reached, todo = {i}, [i]
         while todo:
             k = todo.pop()
             for j in range(4):
-                if wins[k, j] and j not in found:
-                    found.add(j)
+                if wins[k, j] and j not in reached:
+                    reached.add(j)
                     todo.append(j)
-        return found
+        return reached
 
     expected = all(set(compared) <= reachable(i) for i in compared)
     assert exact.has_maximum(wins) == expected
     if expected and len(compared) == 4:
         fitted, _ = exact.fitted_rewards(wins.astype(float))
         p = exact.preference_probabilities(fitted)
-        close(((wins + wins.T) * p).sum(axis=1), wins.sum(axis=1), atol=1e-6)  # wins are as expected
+        close(
+            ((wins + wins.T) * p).sum(axis=1), wins.sum(axis=1), atol=1e-6
+        )  # every response wins as often as expected
         close(fitted.mean(), 0, atol=1e-9)
     else:
         with pytest.raises(ValueError, match=r"never compared|no finite rewards"):
@@ -144,15 +145,15 @@ def test_fords_condition(wins):
 
 @given(reward=rewards)
 def test_rewards_come_back_from_probabilities(reward):
-    """Otherwise what people prefer does not say what they value."""
+    """Fitting exact preference probabilities gives the rewards back, up to a constant."""
     wins = exact.preference_probabilities(reward) * (1 - np.eye(5))
     fitted, steps = exact.fitted_rewards(wins)
     close(fitted, reward - reward.mean(), atol=1e-9)
     assert steps < 30
 
 
-def test_too_large_a_world_is_refused():
-    """With the count: otherwise the machine is out of memory, and nobody knows why."""
+def test_a_world_that_is_too_large_is_refused():
+    """A world of too many responses raises an error before it fills the memory."""
     with pytest.raises(ValueError, match="responses are too many to enumerate"):
         equalities.small_world(0, characters=30, cap=5)
 
@@ -166,39 +167,37 @@ def test_too_large_a_world_is_refused():
     ids=lambda claims: claims.__name__,
 )  # fmt: skip
 def test_claims_hold(claims, world):
-    """In another world than the one that is shown: otherwise a law of that world passes for one of the theory."""
-    found = list(claims(world, 1))
-    assert found and not any(claim.holds is False for claim in found), [
-        claim for claim in found if claim.holds is False
-    ]
-    assert all(math.isfinite(claim.number) for claim in found)
+    """Every claim holds in a smaller world and at another seed than those of the command."""
+    results = list(claims(world, 1))
+    assert results and not [claim for claim in results if claim.holds is False]
+    assert all(math.isfinite(claim.number) for claim in results)
 
 
 def test_the_optimum_of_dpo_is_pi_star(world):
-    """For a table exactly, and for a transformer that is large enough: the paper's central claim."""
-    found = list(equalities.optimum_of_dpo(world, 0))
-    assert len(found) == 3 and all(claim.holds for claim in found), found
-    found = list(equalities.optimum_of_transformers(world, 0, sizes=((4, 1, 1.0), (16, 2, 1e-2)), steps=400))
-    assert [claim.holds for claim in found] == [True, True, None, None, None, None], found
-    assert found[0].number > 10 * found[1].number
+    """The paper's central claim, for a table exactly and for a transformer that is large enough."""
+    claims = list(equalities.optimum_of_dpo(world, 0))
+    assert len(claims) == 3 and all(claim.holds for claim in claims), claims
+    claims = list(equalities.optimum_of_transformers(world, 0, sizes=((4, 1, 1.0), (16, 2, 1e-2)), steps=400))
+    assert [claim.holds for claim in claims] == [True, True, None, None, None, None], claims
+    assert claims[0].number > 10 * claims[1].number
 
 
 def test_a_claim_can_fail():
-    """Otherwise every line of the laboratory ends in the same word."""
+    """A number above its bound, or nan, fails; without a bound there is no verdict."""
     assert equalities.at_most("x", 2.0, 1.0).holds is False and equalities.at_most("x", 1.0, 1.0).holds is True
     assert equalities.at_most("x", np.nan, 1.0).holds is False and equalities.at_most("x", 9.0, math.inf).holds is None
 
 
 @pytest.mark.parametrize("broken", [False, True])
 def test_the_command_prints_claim_number_and_verdict(broken, capsys, monkeypatch, world):
-    """And fails where one does: otherwise a theory that is refuted exits with 0."""
+    """Each claim is a line; one that fails makes the exit status 1."""
 
     def part(world, seed):
         """A law."""
         yield equalities.at_most("two is less than three", 4.0 if broken else 2.0, 3.0)
         yield equalities.Claim("by the way", 7.0, None)
 
-    monkeypatch.setattr(equalities, "LABORATORY", [part])
+    monkeypatch.setattr(equalities, "EQUALITIES", [part])
     monkeypatch.setattr(equalities, "small_world", lambda seed: world)
     monkeypatch.setattr(assumptions, "what_breaks_it", lambda world, seed: [assumptions.Outcome("name", 0.1, 0.2, 0.3)])
     assert cli.main(["exact"]) == int(broken)
@@ -208,14 +207,14 @@ def test_the_command_prints_claim_number_and_verdict(broken, capsys, monkeypatch
     assert f"{8 if broken else 9} of 9 claims hold" in printed
 
 
-def test_what_beta_does_is_drawn():
-    """Needs the `plot` extra."""
+def test_the_effect_of_beta_is_a_picture():
+    """The gaps over time are a PNG."""
     pytest.importorskip("matplotlib")
     assert plots.png(dynamics.gap_panels()).startswith(b"\x89PNG")
 
 
 def test_a_wrong_optimum_is_not_reached(world):
-    """Of another beta, or another reward: otherwise the claims hold of anything."""
+    """The minimiser is far from pi* of another beta or another reward."""
     wins = exact.preference_probabilities(world.reward) * (1 - np.eye(world.reward.shape[-1]))
     logp, _ = equalities.newton(world, wins, 0.5)
     for beta, reward in ((0.4, world.reward), (0.5, world.reward[::-1]), (0.5, -world.reward)):
@@ -224,7 +223,7 @@ def test_a_wrong_optimum_is_not_reached(world):
 
 
 def test_newton_ends_where_the_gradient_of_the_dpo_loss_is_0(world):
-    """By autograd, through `pair_loss`: otherwise Newton minimises something else."""
+    """The gradient of `pair_loss` by autograd is 0 at the policy that Newton finds."""
     wins = exact.preference_probabilities(world.reward) * (1 - np.eye(world.reward.shape[-1]))
     logp, _ = equalities.newton(world, wins, 0.3)
     leaf = Tensor(logp, requires_grad=True)
@@ -233,7 +232,7 @@ def test_newton_ends_where_the_gradient_of_the_dpo_loss_is_0(world):
 
 
 def test_pair_loss_is_the_mean_of_dpo_loss(world):
-    """Pair by pair: otherwise the laboratory proves something of a loss of its own."""
+    """`pair_loss` and `square_loss` are weighted means of `losses.dpo_loss` and `ipo_loss`, pair by pair."""
     wins = exact.preference_probabilities(world.reward) * (1 - np.eye(world.reward.shape[-1]))
     logp = next(equalities.random_policies(world, 0))
     for mine, theirs in ((equalities.pair_loss, losses.dpo_loss), (equalities.square_loss, losses.ipo_loss)):
@@ -246,7 +245,7 @@ def test_pair_loss_is_the_mean_of_dpo_loss(world):
 
 
 def test_the_policy_gradient_is_that_of_the_objective(world):
-    """By central differences of J, and F times the natural one is the plain one: otherwise RLHF is another thing."""
+    """The policy gradient is that of J by central differences; Fisher's F times the natural one is the plain one."""
     rng = np.random.default_rng(0)
     theta = rng.normal(size=5)
     reward, ref = rng.normal(size=5), normalised(rng.normal(size=5))
@@ -263,7 +262,7 @@ def test_the_policy_gradient_is_that_of_the_objective(world):
 
 
 def test_sampled_gradients_are_unbiased(world):
-    """By enumeration: otherwise the noise that is shown is noise about something else."""
+    """The mean of sampled gradients over all responses, by enumeration, is the exact gradient."""
     p = np.exp(world.ref_logp[0])
 
     class Each:
@@ -279,7 +278,7 @@ def test_sampled_gradients_are_unbiased(world):
 
 
 def test_what_breaks_it_breaks_it(world):
-    """Nothing broken ends at pi*; certain labels leave it far behind, and flipped ones pull it to the reference."""
+    """With nothing broken DPO ends at pi*; certain labels overshoot it, flipped labels stay near the reference."""
     rows = {row.name: row for row in assumptions.what_breaks_it(world, 0, steps=300)}
     assert rows["pi*"].tv == 0 and rows["DPO, nothing broken"].tv < 1e-3
     assert rows["DPO, labels without noise"].kl > 2 * rows["pi*"].kl and rows["DPO, labels without noise"].tv > 0.3
@@ -296,7 +295,7 @@ def test_what_breaks_it_breaks_it(world):
 
 @given(beta=st.floats(0.02, 2), t=st.floats(0, 1e4))
 def test_hard_label_gap_solves_its_equation(beta, t):
-    """By its derivative: otherwise "early and late" is drawn with a wrong curve."""
+    """The closed form satisfies its equation, and its derivative is the gradient flow."""
     h = dynamics.hard_label_gap(beta, t)
     close(beta * h + math.exp(beta * h), 1 + 2 * beta**2 * t, rtol=1e-9)
     later = dynamics.hard_label_gap(beta, t + 1e-4)
@@ -304,7 +303,7 @@ def test_hard_label_gap_solves_its_equation(beta, t):
 
 
 def test_steps_on_the_gap_are_steps_of_dpo():
-    """Plain gradient steps on two log-probabilities: otherwise the path is one of another loss."""
+    """The path of gaps is that of plain gradient steps on two log-probabilities under the DPO loss."""
     path = dynamics.gap_path((0.5,), 3, 0.1, 1.0)
     w, l = np.array([-3.0]), np.array([-4.0])
     for h in path[:, 0]:
@@ -319,7 +318,7 @@ def test_steps_on_the_gap_are_steps_of_dpo():
     ("beta", "gaps"), [(0.01, (0.10, 1.0, 9.8, 79)), (0.1, (0.98, 7.9, 29.0, 53)), (0.5, (3.01, 7.7, 12.4, 17))]
 )
 def test_the_table_of_gaps(beta, gaps):
-    """At t = 10, 100, 1,000, 10,000: larger beta is ahead early and behind late, and not "more aggressive"."""
-    found = [dynamics.hard_label_gap(beta, t) for t in (10, 100, 1000, 10_000)]
-    for number, gap in zip(found, gaps):
+    """At t = 10, 100, 1,000, 10,000 a larger beta is ahead early and behind late."""
+    computed = [dynamics.hard_label_gap(beta, t) for t in (10, 100, 1000, 10_000)]
+    for number, gap in zip(computed, gaps):
         assert abs(number - gap) < 0.06 if gap < 50 else abs(number - gap) < 0.6

@@ -1,0 +1,1 @@
+"""What verifies code against independent oracles; here, random arguments for every operation."""
