@@ -1,4 +1,4 @@
-"""The scripts of the course run and have one shape, and their table in the README is true."""
+"""The scripts of the course run and have one shape, and the table in their README is true."""
 
 import ast
 import importlib.util
@@ -14,7 +14,7 @@ import pytest
 import minidpo
 
 FOLDER = Path(__file__).parents[1] / "tutorials"
-README = (Path(__file__).parents[1] / "README.md").read_text()
+README = (FOLDER / "README.md").read_text()
 SOURCE = Path(minidpo.__file__).parent
 SCRIPTS = sorted(FOLDER.glob("*.py"))
 NUMBERED = [path for path in SCRIPTS if path.stem[:2].isdecimal()]
@@ -60,9 +60,7 @@ def test_a_script_has_the_shape_of_the_others(path):
 
 def test_the_table_in_the_readme_is_true():
     """The README's table has every script, with its question and reading time, and functions that exist."""
-    rows = re.findall(
-        r"^\| \[`(\w+\.py)`\]\(tutorials/(\w+\.py)\) \| (.+?) \| (\d+) \| (.+?) \| (.+?) \|$", README, re.M
-    )
+    rows = re.findall(r"^\| \[`(\w+\.py)`\]\((\w+\.py)\) \| (.+?) \| (\d+) \| (.+?) \| (.+?) \|$", README, re.M)
     assert [name for name, *_ in rows] == [link for _, link, *_ in rows] == [path.name for path in SCRIPTS]
     for name, _, question, minutes, _, where in rows:
         text = (FOLDER / name).read_text()
