@@ -292,9 +292,9 @@ def test_a_certain_label_is_finite_beside_an_impossible_response():
         ({"probability": [0.5]}, r"probability needs one number for each pair, \(2,\), not \(1,\)"),
         ({"probability": [0.5, math.nan]}, "between 0 and 1"),
         ({"weight": [1.0, -1.0]}, "finite and at least 0"),
-        ({"weight": [0.0, 0.0]}, "one of them larger"),
+        ({"weight": [0.0, 0.0]}, "at least one positive"),
         ({"weight": 2.0}, r"weight needs one number for each pair, \(2,\), not \(\)"),
-        ({"label_smoothing": 0.1, "probability": [0.5, 0.5]}, "give one of them"),
+        ({"label_smoothing": 0.1, "probability": [0.5, 0.5]}, "give only one"),
     ],
 )
 @pytest.mark.parametrize("function", [losses.dpo_loss, losses.dpo_gradient])
@@ -320,8 +320,9 @@ def test_the_registry_holds_every_loss_with_its_gradient():
     assert losses.Choice("ipo")(*four, 0.3).loss.item() == losses.ipo_loss(*four, 0.3).loss.item()
     with pytest.raises(ValueError, match="there is no loss 'dppo': choose from dpo, ipo, reference_free"):
         losses.Choice("dppo")
-    with pytest.raises(ValueError, match="the loss ipo has no option label_smoothing"):
-        losses.Choice("ipo", {"label_smoothing": 0.1})
+    for name, option in (("ipo", "label_smoothing"), ("dpo", "weight"), ("dpo", "probability"), ("dpo", "beta")):
+        with pytest.raises(ValueError, match=f"the loss {name} has no option {option}"):
+            losses.Choice(name, {option: 0.1})
 
 
 def test_the_gradient_of_ipo_takes_numbers():

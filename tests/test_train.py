@@ -197,6 +197,7 @@ def test_a_reference_may_have_another_shape(folder, tmp_path):
     assert first["logps/chosen"] == pytest.approx(np.mean(logps)) and len(logps) == 11
 
 
+@pytest.mark.slow
 def test_sft_and_dpo_hold_out_the_same_prompts(folder, tmp_path):
     """With one file and one seed, sft and dpo hold out the same prompts."""
     held_out = []
@@ -470,6 +471,7 @@ def test_a_run_of_version_0_1_resumes(folder, tmp_path, monkeypatch):
     assert {(beta, nll_weight) for beta, _, nll_weight in batches} == {(0.2, 2.0)}
 
 
+@pytest.mark.slow
 def test_a_collapse_is_one_line_at_the_end(folder, tmp_path, capsys, monkeypatch):
     """A run of dpo that makes the chosen responses less likely says so at its end, with what helps."""
     rows = [{"prompt": row["prompt"], "chosen": "dd", "rejected": "dddd"} for row in ROWS]

@@ -353,6 +353,13 @@ def test_given_reference_log_probabilities_are_used():
     )
 
 
+def test_a_batch_without_a_reference_is_refused():
+    """Without the reference's log-probabilities and without a reference, a step says what is missing."""
+    params = small()
+    with pytest.raises(ValueError, match="there is no reference to score it"):
+        training.dpo_training_step(params, {}, CONFIG, optim.SGD(params, 0.1), collate(PAIRS))
+
+
 @pytest.mark.parametrize("side", ["ref_logp_w", "ref_logp_l"])
 def test_half_a_reference_is_scored_again(side):
     """A batch that lacks one of the reference's two log-probabilities gets both anew."""

@@ -22,6 +22,7 @@ scripts = pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
 numbered = pytest.mark.parametrize("path", NUMBERED, ids=lambda path: path.stem)
 
 
+@pytest.mark.slow
 @scripts
 def test_a_script_runs_and_its_assertions_hold(path, tmp_path):
     """Every script runs, and its assertions hold; it writes its picture, or says that matplotlib is missing."""

@@ -174,6 +174,11 @@ def test_a_fault_is_passed_on_and_the_next_question_is_answered():
                 workers.ask({"x": x}, questions)
             x.grad = None
             assert len(workers.ask({"x": x}, [[1], [10]])) == 2 and x.grad[0] == 11
+        x.grad = None
+        with pytest.raises(TypeError, match="not JSON serializable"):
+            workers.ask({"x": x}, [[1], [np.int64(10)]])
+        assert workers.ask({"x": x}, [[1], [20]])[1][1] == 0 and x.grad[0] == 21
+        x.grad = None
         os.kill(workers.others[0].pid, signal.SIGKILL)
         os.waitid(os.P_PID, workers.others[0].pid, os.WEXITED | os.WNOWAIT)
         with pytest.raises(OSError, match="is gone"):

@@ -29,7 +29,7 @@ from . import options as o
 from .options import NO_MATPLOTLIB, Default
 from .parser import COMMANDS, arguments, command, flagged, parse
 
-CHOSEN_LOSS_WARNING = 0.03  # nats a token; `dpo` says so if the chosen responses have lost more than this
+CHOSEN_LOSS_WARNING = 0.025  # nats a token; `dpo` says so if the chosen responses have lost more than this
 
 
 class Training(NamedTuple):

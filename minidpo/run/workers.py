@@ -1,9 +1,9 @@
 """One sweep by several processes: the loss of a batch is a sum over its examples, so whole examples are shared out.
 
-Processes and not threads: Python's lock lets one thread at a time begin an array operation, and small ones are over
-before it has changed hands. Each process has one BLAS thread. A worker reads the weights from shared memory and leaves
-its gradient there. Everything else that decides the result is in the question, so workers cannot disagree with their
-caller: what a question cannot carry, a loss that is not in `LOSSES`, is swept by the caller alone.
+Threads would not help: the interpreter's lock serialises the many small operations. During a sweep each process has
+one BLAS thread. A worker reads the weights from shared memory and leaves its gradient there. Everything else that
+decides the result is in the question, so workers cannot disagree with their caller. A question cannot carry a loss of
+the caller's own: that is swept by the caller alone.
 """
 
 import contextlib
@@ -72,7 +72,7 @@ def keep_memory() -> None:
     with contextlib.suppress(AttributeError, TypeError):
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(M_TRIM_THRESHOLD, -1)  # never
-        mallopt(M_MMAP_THRESHOLD, 2**25)  # bytes, the most that every glibc takes
+        mallopt(M_MMAP_THRESHOLD, 2**25)  # bytes
 
 
 def worker_count(params: Params) -> int:
@@ -106,14 +106,18 @@ def shares(sizes: Sequence[int], count: int) -> list[list[int]]:
 
 
 def portable(loss: Loss) -> tuple[str, dict[str, Any] | None] | None:
-    """A loss as a question can carry it: a name in `LOSSES`, and the options of a `Choice`; None for any other."""
-    if not isinstance(loss, Choice):
-        return next(((name, None) for name, member in LOSSES.items() if member is loss), None)
+    """The name and options of a loss to send, or None if it is not one of this package's."""
+    options = dict(loss.options) if isinstance(loss, Choice) else None
+    member = LOSSES[loss.name] if isinstance(loss, Choice) else loss
+    names = [name for name, known in LOSSES.items() if known is member]
+    ours = getattr(member, "__module__", "").startswith(
+        __name__.partition(".")[0] + "."
+    )  # its value depends on nothing else
     try:
-        json.dumps(loss.options)
+        json.dumps(options)
     except TypeError:
         return None
-    return loss.name, dict(loss.options)
+    return (names[0], options) if names and ours else None
 
 
 class Worker(NamedTuple):
@@ -128,7 +132,7 @@ class Worker(NamedTuple):
 class Workers:
     """`dpo_sweep` and `nll_sweep` of `training`, shared out to `count` processes, the caller among them.
 
-    They are forked at the first question, and anew when parameters of other names, shapes or types are given.
+    Workers are forked at the first question, and anew for parameters of another layout or when `LOSSES` has changed.
     """
 
     def __init__(self, count: int):
@@ -145,8 +149,8 @@ class Workers:
 
     def __exit__(self, *fault: object) -> None:
         for worker in self.others:
-            with contextlib.suppress(BrokenPipeError):  # it is gone
-                worker.ask.close()  # which ends it
+            with contextlib.suppress(BrokenPipeError):  # the worker is gone already
+                worker.ask.close()  # the end of its questions ends it
             worker.answer.close()
             os.waitpid(worker.pid, 0)
         self.others = []
@@ -172,8 +176,7 @@ class Workers:
             "loss": named,
             "nll_weight": float(nll_weight),
             "micro_batch_size": micro_batch_size,
-            "B": len(pairs),
-            "tokens": sum(len(w) for _, w, _ in pairs),
+            "whole": (len(pairs), sum(len(w) for _, w, _ in pairs)),
         }
         ref_logp_w, ref_logp_l = map(to_host, refs)
         questions = [
@@ -212,7 +215,7 @@ class Workers:
             Batch(question["pairs"], *refs),
             question["beta"],
             LOSSES[name] if options is None else Choice(name, options),
-            **{key: question[key] for key in ("nll_weight", "micro_batch_size", "B", "tokens")},
+            **{key: question[key] for key in ("nll_weight", "micro_batch_size", "whole")},
         )
 
     def ask(self, params: Params, questions: Sequence[dict[str, Any]]) -> list[Any]:
@@ -225,9 +228,11 @@ class Workers:
         others = self.others[: len(questions) - 1]
         for name, p in params.items() if others else ():
             self.weights[name][...] = p.data
-        for worker, question in zip(others, questions[1:]):
-            with contextlib.suppress(BrokenPipeError):  # then there is no answer
-                worker.ask.write(json.dumps(question) + "\n")
+        for worker, line in zip(
+            others, [json.dumps(question) for question in questions[1:]]
+        ):  # all, before any is sent
+            with contextlib.suppress(BrokenPipeError):  # the missing answer says so
+                worker.ask.write(line + "\n")
                 worker.ask.flush()
         try:
             with blas_threads(1):
@@ -252,7 +257,7 @@ class Workers:
         return replies
 
     def fork_for(self, params: Params) -> None:
-        """Have workers for parameters of these names, shapes and types, and for the losses of now."""
+        """Fork workers, unless there are some for parameters of this layout and for the current losses."""
         layout = {name: (p.shape, str(p.dtype), p.requires_grad) for name, p in params.items()}
         if self.forked_with != (layout, LOSSES):
             self.__exit__()
@@ -272,7 +277,7 @@ class Workers:
         return Worker(pid, open(ask, "w"), open(answer), gradient)
 
     def serve(self, params: Params, questions: int, answers: int, gradient: dict[str, Array]) -> NoReturn:
-        """A worker's life: it answers questions until the process that asks is gone."""
+        """Answer questions until the caller closes the pipe or is gone."""
         try:
             for number in (signal.SIGINT, signal.SIGTERM):  # left to the process that asks
                 signal.signal(number, signal.SIG_IGN)
