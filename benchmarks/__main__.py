@@ -2,8 +2,8 @@
 
     python -m benchmarks
 
-prints tables and writes benchmarks/results/speed.json and speed.png. Libraries that are not installed are named and
-skipped; the `bench` extra installs them.
+prints tables and writes benchmarks/results/speed.json, speed_time.png and speed_memory.png. Libraries that are not
+installed are named and skipped; the `bench` extra installs them.
 """
 
 import argparse
@@ -76,7 +76,9 @@ def main():
     if "growth" in options.suites:
         figures["growth"] = growth(options.seed)
     files.write_whole(path, (json.dumps(figures, indent=1) + "\n").encode())
-    has_picture = plots.picture(options.out / "speed.png", panels(figures["growth"]))
+    drawn = panels(figures["growth"])  # time and memory in turn
+    for name, part in (("time", drawn[::2]), ("memory", drawn[1::2])):
+        has_picture = plots.picture(options.out / f"speed_{name}.png", part)
     print(f"written to {options.out}" + ("" if has_picture else f"; {report.NO_CURVES}"))
 
 
