@@ -31,7 +31,7 @@ def gradient_of(loss: Any) -> Callable[[Any], Any]:
 class PreferenceLoss(NamedTuple):
     """What a preference loss returns."""
 
-    loss: Tensor  # (): mean over the pairs
+    loss: Tensor  # (): the mean over the pairs, weighted if they have weights
     reward_w: Tensor  # (B,): beta (logp_w - ref_logp_w), the implicit reward
     reward_l: Tensor  # (B,)
     margin: Tensor  # (B,): (logp_w - ref_logp_w) - (logp_l - ref_logp_l), before beta
@@ -46,8 +46,8 @@ def dpo_loss(
         L = -mean(log sigma(beta * margin)),   margin = (logp_w - ref_logp_w) - (logp_l - ref_logp_l)
 
     Log-probabilities are Tensors or arrays, (B,), or numbers. If labels are uncertain, `probability`, (B,), says how
-    likely each is correct; `label_smoothing` e means 1 - e for all. `weight`, (B,), says how often each pair counts.
-    Then, with p and n for these two and z = beta * margin,
+    likely each is correct; `label_smoothing` sets all to 1 - label_smoothing. `weight`, (B,), says how often each pair
+    counts. With p = probability, n = weight and z = beta * margin,
 
         L = -sum_i n_i [p_i log sigma(z_i) + (1 - p_i) log sigma(-z_i)] / sum_i n_i
 
@@ -61,7 +61,7 @@ def dpo_loss(
     if label_smoothing == 0 and probability is None and weight is None:
         loss = -ops.mean(ops.logsigmoid(beta * margin))  # Eq. 7
     else:
-        loss = _uncertain(beta * margin, *_label_weights(margin.data, label_smoothing, probability, weight))
+        loss = _weighted_mean(beta * margin, *_label_weights(margin.data, label_smoothing, probability, weight))
     return PreferenceLoss(loss, beta * ratio_w, beta * ratio_l, margin)
 
 
@@ -74,7 +74,7 @@ def dpo_gradient(
 
         dL/dlogp_w = -(beta/B) sigma(-z),   dL/dlogp_l = -dL/dlogp_w,   z = beta * margin
 
-    With uncertain labels, dL/dlogp_w = -(beta n / sum n) (p sigma(-z) - (1 - p) sigma(z)).
+    With probabilities p and weights n, dL/dlogp_w = -(beta n / sum n) (p sigma(-z) - (1 - p) sigma(z)).
     Source: Rafailov et al. 2023 (arXiv 2305.18290), section 4, "What does the DPO update do?".
     """
     # d log sigma(z)/dz = sigma(-z), d log sigma(-z)/dz = -sigma(z); dz/dlogp_w = beta, dz/dlogp_l = -beta
@@ -118,7 +118,7 @@ def reference_free_loss(logp_w: Any, logp_l: Any, beta: float = 0.1, label_smoot
 
         L = -mean(log sigma(beta * margin)),   margin = logp_w - logp_l
 
-    What is lost is the anchor: the KL that remains is to the uniform distribution, not to a trained model.
+    Nothing ties the policy to a trained model: the implicit KL penalty is towards the uniform distribution.
     """
     uniform = _zeros_like(logp_w), _zeros_like(logp_l)  # a constant cancels in the margin
     return dpo_loss(logp_w, logp_l, *uniform, beta, label_smoothing)
@@ -140,8 +140,8 @@ def reference_free_gradient(
 class Choice:
     """A loss of `LOSSES` by its name, with options: a function of the four log-probabilities and beta.
 
-    It passes on those of these arguments that the loss takes. Options hold for every pair, so what has an entry per
-    pair (`probability`, `weight`) is not one. Raises ValueError if there is no such loss or option.
+    It passes on those of these arguments that the loss takes. Arguments with one entry per pair (`probability`,
+    `weight`) cannot be options. Raises ValueError if there is no such loss or option.
     """
 
     name: str
@@ -175,14 +175,14 @@ def _checked(beta: float, *logps: Any) -> float:
             f"a loss takes one log-probability per response, (B,), not {shapes[0]}: sum over the tokens first"
         )
     if shapes[0] == (0,):
-        raise ValueError("there is no pair")
+        raise ValueError("there is no pair in the batch")
     if not 0 < beta < math.inf:
         raise ValueError(f"beta must be positive and finite, not {beta}")
     return float(beta)
 
 
 def _plain(*logps: Any) -> tuple[Any, ...]:
-    """Refuse Tensors where no graph is built."""
+    """Return the arrays; a Tensor is refused, since no graph is built."""
     if any(isinstance(logp, Tensor) for logp in logps):
         raise TypeError("a gradient in closed form takes plain arrays: pass the .data of a Tensor")
     return logps
@@ -219,7 +219,7 @@ def _label_weights(z: Any, label_smoothing: float, probability: Any, weight: Any
     return xp.asarray(n * p, dtype=dtype), xp.asarray(n * (1 - p), dtype=dtype), total
 
 
-def _uncertain(z: Tensor, correct: Array, flipped: Array, total: float) -> Tensor:
+def _weighted_mean(z: Tensor, correct: Array, flipped: Array, total: float) -> Tensor:
     """-sum_i [correct_i log sigma(z_i) + flipped_i log sigma(-z_i)] / total.
 
     A term of weight 0 is left out, not multiplied by 0: its log may be -inf.

@@ -1,8 +1,8 @@
 """One step of training: on preferences (DPO), or on the likelihood of responses (pre-training, fine-tuning).
 
-A step zeroes the gradients, sweeps, clips and moves. A preference is a (prompt, chosen, rejected) triple of ids, an
-example a (prompt, response) pair. A plain text is scored as a response to end-of-text, so that the model learns to
-begin. Metrics that TRL has carry its names.
+A step zeroes the gradients, accumulates new ones, clips them and updates the parameters. A preference is a (prompt,
+chosen, rejected) triple of ids, an example a (prompt, response) pair. A plain text is scored as a response to
+end-of-text, so that the model learns to begin. Metrics that TRL also reports have its names.
 """
 
 import math
@@ -20,19 +20,18 @@ from .streams import stream
 from .tensor import Tensor
 from .tokenizer import END_OF_TEXT, Tokenizer
 
-CACHED = 2**18  # numbers in an MLP's hidden layer, 4 n_embd a token: arrays of this size fit a processor's cache
+CACHED = 2**18  # numbers in an MLP's hidden layer, 4 n_embd per token: arrays of this size fit a processor's cache
 Example = tuple[list[int], list[int]]  # ids of prompt and response
 Metrics = dict[str, float]
-Loss = Callable[
-    [Any, Any, Any, Any, float], PreferenceLoss
-]  # of the four log-probabilities and beta; a mean over pairs
+# maps the four log-probabilities and beta to a mean over pairs
+Loss = Callable[[Any, Any, Any, Any, float], PreferenceLoss]
 
 
 # ---- preferences ------------------------------------------------------------------------------------------
 
 
 class Swept(NamedTuple):
-    """A sweep's share of the objective, and what it saw of each pair."""
+    """A share of the objective, with the rewards and log-probabilities of its pairs."""
 
     objective: float
     reward_w: list[float]
@@ -53,8 +52,8 @@ def dpo_sweep(
 ) -> Swept:
     """Add the gradient of a batch's objective to `grad` of the policy, a micro-batch of M pairs at a time.
 
-    The batch holds the reference's log-probabilities. If it is a share of a larger one, `whole` gives that one's number
-    of pairs and of chosen tokens. Raises FloatingPointError if the objective is not finite.
+    The batch holds the reference's log-probabilities. `whole` is (pairs, chosen tokens) of the full batch, if
+    this is only a share of it. Raises FloatingPointError if the objective is not finite.
     """
     B, tokens = whole or (len(batch.pairs), sum(len(w) for _, w, _ in batch.pairs))
     parts = []
@@ -68,10 +67,10 @@ def dpo_sweep(
         value = finite(objective)
         objective.backward()
         parts.append(Swept(value, *[to_host(x.data).tolist() for x in (out.reward_w, out.reward_l, logp_w, logp_l)]))
-    return joined(parts)
+    return join(parts)
 
 
-def joined(parts: Sequence[Swept]) -> Swept:
+def join(parts: Sequence[Swept]) -> Swept:
     """Put the shares of a batch together."""
     values, *columns = zip(*parts)
     return Swept(sum(values), *[[x for part in column for x in part] for column in columns])
@@ -92,11 +91,11 @@ def dpo_training_step(
 ) -> Metrics:
     """One step of direct preference optimisation: raise the margin of chosen over rejected, against a reference.
 
-        L = mean over pairs of loss(log pi(y_w|x), log pi(y_l|x), log pi_ref(y_w|x), log pi_ref(y_l|x), beta)
+        L = loss(log pi(y_w|x), log pi(y_l|x), log pi_ref(y_w|x), log pi_ref(y_l|x), beta)
             - nll_weight mean_t log pi(y_w,t | x, y_w,<t)
 
     `sweep` may share the pairs out to several processes. Raises FloatingPointError if loss or gradient is not finite;
-    no parameter has moved then.
+    no parameter has changed in that case.
     Source: Rafailov et al. 2023 (arXiv 2305.18290), section 4; the second term after Pang et al. 2024 (arXiv
     2404.19733), here a mean over the batch's tokens.
     """
@@ -113,17 +112,19 @@ def dpo_training_step(
 def reference_logprobs(reference: Params, config: Config, pairs: Sequence[Pair]) -> tuple[Array, Array]:
     """log pi_ref(y_w|x) and log pi_ref(y_l|x), each pair scored alone.  -> (B,), (B,)
 
-    The last bits of a matrix product depend on how many rows share it. A pair scored alone has the same ones always.
+    The last bits of a matrix product depend on how many rows share it: a pair scored alone always gets the same bits.
     """
     if not reference:
-        raise ValueError("the batch lacks the reference's log-probabilities, and there is no reference to score it")
+        raise ValueError(
+            "the batch lacks the reference's log-probabilities, and no reference model was given to compute them"
+        )
     scores = [shared_logprobs(reference, config, [pair]) for pair in pairs]
     xp = array_module(reference["wte.weight"].data)
     return xp.concatenate([w.data for w, _ in scores]), xp.concatenate([l.data for _, l in scores])
 
 
 def with_reference(batch: Batch, reference: Params, config: Config, policy: Params) -> Batch:
-    """The batch with log pi_ref of both responses as constants of the policy's dtype, scored if it lacks them."""
+    """The batch with the reference's log-probabilities in the policy's dtype; missing ones are computed."""
     logps = batch.ref_logp_w, batch.ref_logp_l
     if any(logp is None for logp in logps):
         logps = reference_logprobs(reference, config, batch.pairs)
@@ -132,7 +133,7 @@ def with_reference(batch: Batch, reference: Params, config: Config, policy: Para
 
 
 def preference_metrics(loss: Any, reward_w: Array, reward_l: Array, logp_w: Array, logp_l: Array) -> Metrics:
-    """The loss and means over all pairs, from one entry per pair; ties are counted apart from successes."""
+    """The loss, and means over pairs; ties are not wins and have their own metric."""
     return {
         "loss": float(loss),
         "rewards/chosen": reward_w.mean().item(),
@@ -155,8 +156,8 @@ def preference_evaluation(
 ) -> Metrics:
     """The metrics of a batch that holds the reference's log-probabilities, without a step.
 
-    Each pair is scored alone, as the reference is, so under `dpo_loss` a policy equal to it has only ties.
-    Also gives the chosen responses' mean loss in nats a token, and its rise against the reference. Raises
+    Each pair is scored alone. If the reference's were too, a policy equal to it has only ties under `dpo_loss`.
+    Also gives the chosen responses' mean loss in nats per token, and its rise against the reference. Raises
     FloatingPointError if a metric is not finite.
     """
     constants = {name: p.detach() for name, p in policy.items()}
@@ -193,7 +194,7 @@ def nll_sweep(
 ) -> float:
     """Add the gradient of `nll` to `grad` of the parameters, a micro-batch at a time; returns the loss.
 
-    `tokens` are the response tokens of the whole batch, where these examples are a share of it.
+    `tokens` is the number of response tokens in the full batch, if these examples are only a share of it.
     """
     tokens, total = tokens or sum(len(y) for _, y in examples), 0.0
     for part in micro_batches([len(x) + len(y) for x, y in examples], micro_batch_size, params):
@@ -213,9 +214,9 @@ def sft_training_step(
     micro_batch_size: int | None = None,
     sweep: Callable[..., float] = nll_sweep,
 ) -> Metrics:
-    """One step down `nll`; the gradient is the whole batch's, whatever the micro-batches and the sweep.
+    """One step on `nll`; neither micro-batches nor `sweep` change the gradient, up to rounding.
 
-    Raises FloatingPointError if loss or gradient is not finite; no parameter has moved then.
+    Raises FloatingPointError if loss or gradient is not finite; no parameter has changed in that case.
     """
     optimizer.zero_grad()
     loss = sweep(params, config, examples, micro_batch_size)
@@ -244,9 +245,9 @@ def line_examples(lines: Sequence[str], tokenizer: Tokenizer) -> list[Example]:
 
 
 def batch_indices(count: int, batch_size: int, step: int, seed: int) -> list[int]:
-    """Which of `count` examples are in the batch of a step; every epoch holds each once, in an order of its own.
+    """Which of `count` examples are in the batch of a step; every epoch visits each once, in a new order.
 
-    It depends on its arguments alone, so a run that resumes needs to know its step and nothing else.
+    It depends on its arguments alone, so a resumed run with the same settings needs only its step.
     """
     places = range(step * batch_size, (step + 1) * batch_size)
     orders = {epoch: stream(seed, "batches", epoch).permutation(count) for epoch in {p // count for p in places}}
@@ -256,8 +257,8 @@ def batch_indices(count: int, batch_size: int, step: int, seed: int) -> list[int
 def micro_batches(rows: Sequence[int], size: int | None, params: Params) -> list[slice]:
     """Cut a batch into slices of `size` examples.
 
-    Without a size, slices are such that a hidden layer stays near `CACHED` numbers, given each example's rows of
-    tokens; on a device, there is one slice.
+    Without a size, slices keep a hidden layer near `CACHED` numbers, given each example's rows of tokens; a GPU
+    gets one slice.
     """
     starts = list(range(0, len(rows), size or len(rows)))
     if size is None and all(on_host(p.data) for p in params.values()):

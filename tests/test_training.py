@@ -35,7 +35,7 @@ several_pairs = st.lists(pairs(), min_size=1, max_size=5)
 
 @given(batch=st.lists(pairs(), min_size=1, max_size=4))
 def test_nll_is_the_mean_over_response_tokens(batch):
-    """The loss is a mean over response tokens, in nats a token, so that an n-gram can be compared with it."""
+    """The loss is a mean over response tokens, in nats per token, so that an n-gram can be compared with it."""
     params, examples = small(), [(prompt, chosen) for prompt, chosen, _ in batch]
     total = -math.fsum(chain_rule_logprob(params, CONFIG, prompt, response) for prompt, response in examples)
     tokens = sum(len(response) for _, response in examples)
@@ -356,7 +356,7 @@ def test_given_reference_log_probabilities_are_used():
 def test_a_batch_without_a_reference_is_refused():
     """Without the reference's log-probabilities and without a reference, a step says what is missing."""
     params = small()
-    with pytest.raises(ValueError, match="there is no reference to score it"):
+    with pytest.raises(ValueError, match="no reference model was given"):
         training.dpo_training_step(params, {}, CONFIG, optim.SGD(params, 0.1), collate(PAIRS))
 
 

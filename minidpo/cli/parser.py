@@ -23,7 +23,7 @@ from ..tokenizer import printable
 from .options import Default, Option, OptionError
 
 T = TypeVar("T")
-GROUPS = {"learn": "see it work", "train": "make models", "look": "look into models", "prove": "check the mathematics"}
+GROUPS = {"learn": "see it work", "train": "make models", "look": "inspect models", "prove": "check the mathematics"}
 METAVARS = {int: "N", float: "X", str: "TEXT", Path: "PATH"}
 
 

@@ -1,9 +1,9 @@
-"""One sweep by several processes: the loss of a batch is a sum over its examples, so whole examples are shared out.
+"""One sweep by several processes: the loss of a batch is a mean, so the shares' parts add up.
 
 Threads would not help: the interpreter's lock serialises the many small operations. During a sweep each process has
 one BLAS thread. A worker reads the weights from shared memory and leaves its gradient there. Everything else that
-decides the result is in the question, so workers cannot disagree with their caller. A question cannot carry a loss of
-the caller's own: that is swept by the caller alone.
+decides the result is in the question, so workers cannot disagree with their caller. A custom loss cannot be sent: the
+caller sweeps it alone.
 """
 
 import contextlib
@@ -26,10 +26,10 @@ from ..backend import Array, array_module, on_host, to_host
 from ..losses import LOSSES, Choice
 from ..model import Config, Params
 from ..scoring import Batch
-from ..training import Example, Loss, Swept, dpo_sweep, joined, nll_sweep
+from ..training import Example, Loss, Swept, dpo_sweep, join, nll_sweep
 
 MOST = 8  # processes in all; more have not been tried
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's numbers for what mallopt sets
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's constants for mallopt
 
 
 class Blas(NamedTuple):
@@ -65,9 +65,9 @@ def blas_threads(count: int) -> Iterator[None]:
 
 @functools.cache
 def keep_memory() -> None:
-    """Let the C library keep the memory of freed arrays for the next ones: the system would clear each page anew.
+    """Reuse freed memory, up to 32 MiB per array (glibc only): pages from the system must be cleared first.
 
-    For arrays of up to 32 MiB, as long as the process lives, where the library is glibc. (mallopt(3))
+    The setting lasts as long as the process. Source: mallopt(3).
     """
     with contextlib.suppress(AttributeError, TypeError):
         mallopt = ctypes.CDLL(None).mallopt
@@ -112,7 +112,7 @@ def portable(loss: Loss) -> tuple[str, dict[str, Any] | None] | None:
     names = [name for name, known in LOSSES.items() if known is member]
     ours = getattr(member, "__module__", "").startswith(
         __name__.partition(".")[0] + "."
-    )  # its value depends on nothing else
+    )  # these depend on their arguments alone
     try:
         json.dumps(options)
     except TypeError:
@@ -138,7 +138,7 @@ class Workers:
     def __init__(self, count: int):
         self.count = count
         self.others: list[Worker] = []
-        self.forked_with: Any = None  # all that a worker has from its fork, and no question carries
+        self.forked_with: Any = None  # what workers inherit at the fork: the parameters' layout and `LOSSES`
         self.weights: dict[str, Array] = {}
 
     def __len__(self) -> int:
@@ -153,7 +153,7 @@ class Workers:
                 worker.ask.close()  # the end of its questions ends it
             worker.answer.close()
             os.waitpid(worker.pid, 0)
-        self.others = []
+        self.others, self.forked_with = [], None
 
     def dpo_sweep(
         self,
@@ -188,7 +188,7 @@ class Workers:
             }
             for part in shares([len(x) + len(w) + len(l) for x, w, l in pairs], self.count)
         ]
-        return joined(self.ask(policy, questions))
+        return join(self.ask(policy, questions))
 
     def nll_sweep(
         self, params: Params, config: Config, examples: Sequence[Example], micro_batch_size: int | None = None
@@ -202,7 +202,7 @@ class Workers:
         return sum(self.ask(params, [{**whole, "examples": [examples[i] for i in part]} for part in parts]))
 
     def share(self, params: Params, question: dict[str, Any]) -> Any:
-        """Answer one question: `grad` of the parameters gets the share's gradient; the reply is JSON."""
+        """Answer one question: `grad` of the parameters gets the share's gradient; the reply can be written as JSON."""
         config = Config(**question["config"])
         if "examples" in question:
             return nll_sweep(params, config, question["examples"], question["micro_batch_size"], question["tokens"])
@@ -222,7 +222,7 @@ class Workers:
         """The replies to the questions, the first answered here; `grad` of the parameters gets all their gradients.
 
         Raises FloatingPointError if a loss is not finite, MemoryError if a worker has too little memory, OSError if
-        it failed or is gone.
+        it failed or has exited.
         """
         self.fork_for(params)
         others = self.others[: len(questions) - 1]
@@ -230,7 +230,7 @@ class Workers:
             self.weights[name][...] = p.data
         for worker, line in zip(
             others, [json.dumps(question) for question in questions[1:]]
-        ):  # all, before any is sent
+        ):  # serialise all before sending any
             with contextlib.suppress(BrokenPipeError):  # the missing answer says so
                 worker.ask.write(line + "\n")
                 worker.ask.flush()
@@ -238,7 +238,7 @@ class Workers:
             with blas_threads(1):
                 replies = [self.share(params, questions[0])]
         finally:
-            answers = [json.loads(worker.answer.readline() or '{"failed": "it is gone"}') for worker in others]
+            answers = [json.loads(worker.answer.readline() or '{"failed": "it has exited"}') for worker in others]
         for worker, answer in zip(others, answers):
             if "not finite" in answer:
                 raise FloatingPointError(answer["not finite"])
@@ -253,7 +253,7 @@ class Workers:
                 if p.grad is None:
                     p.grad = worker.gradient[name].copy()
                 else:
-                    p.grad += worker.gradient[name]  # an array of its own, as `backward` leaves it
+                    p.grad += worker.gradient[name]  # `grad` shares no memory, so adding in place is safe
         return replies
 
     def fork_for(self, params: Params) -> None:
@@ -266,7 +266,7 @@ class Workers:
             self.forked_with = (layout, dict(LOSSES))
 
     def forked(self, params: Params) -> Worker:
-        """A new worker."""
+        """Fork a worker and return its pipes."""
         gradient = shared_arrays(params)
         (questions, ask), (answer, answers) = os.pipe(), os.pipe()  # the ends to read and to write
         pid = os.fork()
@@ -283,7 +283,7 @@ class Workers:
                 signal.signal(number, signal.SIG_IGN)
             low, high = sorted((questions, answers))
             for first, last in ((3, low), (low + 1, high), (high + 1, os.sysconf("SC_OPEN_MAX"))):
-                os.closerange(first, last)  # a lock, other workers' pipes: none may outlive its owner here
+                os.closerange(first, last)  # close inherited locks and pipes, which must not outlive their owner
             for name, x in self.weights.items():
                 params[name].data = x  # and the inherited array is freed
             with open(questions) as lines, open(answers, "w") as out, blas_threads(1):
