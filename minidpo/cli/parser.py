@@ -66,7 +66,7 @@ def command(group: str) -> Callable[[Callable[..., T]], Callable[..., T]]:
             with numpy.errstate(all="ignore"):  # a number that is not finite is an error with its own sentence
                 return function(**values)
 
-        checked.__signature__ = flat  # type: ignore[attr-defined]
+        checked.__dict__["__signature__"] = flat
         COMMANDS[function.__name__] = Command(group, checked, options)
         return checked
 
