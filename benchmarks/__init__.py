@@ -1,1 +1,1 @@
-"""Measurements: `python -m benchmarks` for speed and memory, `python benchmarks/demo.py` for the demo."""
+"""Benchmarks: `python -m benchmarks` measures speed and memory, `python benchmarks/demo.py` measures the demo."""

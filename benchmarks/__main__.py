@@ -2,8 +2,8 @@
 
     python -m benchmarks
 
-prints tables and writes benchmarks/results/speed.json and speed.png. What is not installed is named and skipped; the
-`bench` extra installs it.
+prints tables and writes benchmarks/results/speed.json, speed_time.png and speed_memory.png. Libraries that are not
+installed are named and skipped; the `bench` extra installs them.
 """
 
 import argparse
@@ -23,7 +23,7 @@ GROWTH = {"T": (32, 64, 128, 256), "n_embd": (64, 128, 256), "pairs": (4, 8, 16,
 
 
 def table(results, baseline):
-    """One contender a line: time, spread, ratio of times and of memory to the baseline."""
+    """A line for each contender: time and its spread, memory, the ratios of both to the baseline, and the error."""
     lines = [f"{'':<28}{'ms':>10}{'spread':>8}{'ratio':>8}{'MiB':>8}{'ratio':>7}{'error':>10}"]
     for name, result in results.items():
         seconds = result["seconds"]
@@ -39,44 +39,52 @@ def table(results, baseline):
 
 
 def silent(*text, **options):
-    """Say nothing."""
+    """Print nothing."""
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--suites", nargs="+", choices=SUITES, default=list(SUITES), help="the others stay as they are")
-    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--seed", type=int, default=0, help="of weights and pairs")
-    parser.add_argument("--names", nargs="+", help="contenders; all if not given")
-    parser.add_argument("--out", type=pathlib.Path, default=RESULTS)
+    parser.add_argument(
+        "--suites",
+        nargs="+",
+        choices=SUITES,
+        default=list(SUITES),
+        help="what to measure; the file keeps its figures of the others (default: everything)",
+    )
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES), help="of the model (default: all)")
+    parser.add_argument("--rounds", type=int, default=15, help="turns of each contender (default: 15)")
+    parser.add_argument("--seed", type=int, default=0, help="random seed of weights and pairs (default: 0)")
+    parser.add_argument("--names", nargs="+", help="names of contenders (default: all)")
+    parser.add_argument("--out", type=pathlib.Path, default=RESULTS, help="folder of the results")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
-    told = {"environment": speed.environment(), "seed": options.seed, "rounds": options.rounds}
+    figures = {"environment": speed.environment(), "seed": options.seed, "rounds": options.rounds}
     path = options.out / "speed.json"
-    before = json.loads(path.read_text()) if path.exists() else {}
-    kept = [suite for suite in SUITES if suite not in options.suites]
-    if kept and {key: before.get(key) for key in told} != told:
-        parser.error(f"{path} is of another machine, seed or number of rounds: measure all suites")
-    told |= {suite: before[suite] if suite in kept else {} for suite in SUITES}
+    previous = json.loads(path.read_text()) if path.exists() else {}
+    unchanged = [suite for suite in SUITES if suite not in options.suites]
+    if unchanged and {key: previous.get(key) for key in figures} != figures:
+        parser.error(f"{path} comes from another machine, seed or number of rounds: measure all suites")
+    figures |= {suite: previous[suite] if suite in unchanged else {} for suite in SUITES}
     for suite, baseline in BASELINES.items():
         for size in options.sizes if suite in options.suites else ():
             print(f"\n{suite}, {size}: {SIZES[size]}", flush=True)
             results, missing = speed.measure(
                 SIZES[size], options.seed, options.rounds, names=options.names, suite=suite
             )
-            told[suite][size] = results
+            figures[suite][size] = results
             print(*[f"  not measured: {line}" for line in missing], table(results, baseline), sep="\n", flush=True)
     if "growth" in options.suites:
-        told["growth"] = growth(options.seed)
-    files.write_whole(path, (json.dumps(told, indent=1) + "\n").encode())
-    drawn = plots.picture(options.out / "speed.png", panels(told["growth"]))
-    print(f"written to {options.out}" + ("" if drawn else f"; {report.NO_CURVES}"))
+        figures["growth"] = growth(options.seed)
+    files.write_whole(path, (json.dumps(figures, indent=1) + "\n").encode())
+    drawn = panels(figures["growth"])  # time and memory in turn
+    for name, part in (("time", drawn[::2]), ("memory", drawn[1::2])):
+        has_picture = plots.picture(options.out / f"speed_{name}.png", part)
+    print(f"written to {options.out}" + ("" if has_picture else f"; {report.NO_CURVES}"))
 
 
 def growth(seed):
-    """A few rounds for each length, width and number of pairs, the rest as in "small"."""
-    found = {}
+    """Five rounds for each length, width and number of pairs, with everything else as in "small"."""
+    points_of = {}
     for axis, values in GROWTH.items():
         points = []
         for value in values:
@@ -84,28 +92,28 @@ def growth(seed):
             work = draw(size, seed)
             results, _ = speed.measure(size, seed, 5, names=["minidpo", BASELINES["step"]], say=silent)
             points.append({"value": value, "flops": speed.flops(work.config, work.pairs), "results": results})
-            took = [f"{name} {1e3 * r['median']:.1f} ms {r['peak_mib']:.0f} MiB" for name, r in results.items()]
-            print(f"{axis} = {value}: {points[-1]['flops'] / 1e9:.2f} GFLOP, {', '.join(took)}", flush=True)
-        found[axis] = points
-    return found
+            texts = [f"{name} {1e3 * r['median']:.1f} ms {r['peak_mib']:.0f} MiB" for name, r in results.items()]
+            print(f"{axis} = {value}: {points[-1]['flops'] / 1e9:.2f} GFLOP, {', '.join(texts)}", flush=True)
+        points_of[axis] = points
+    return points_of
 
 
-def panels(measured):
-    """Time and memory over each axis, the count of operations beside the time."""
-    drawn = []
-    for axis, points in measured.items():
+def panels(points_of):
+    """Panels of time and memory over each axis; the time has the count of operations beside it."""
+    panels = []
+    for axis, points in points_of.items():
         values = [point["value"] for point in points]
-        for title, of in (("ms a step", lambda r: 1e3 * r["median"]), ("peak MiB", lambda r: r["peak_mib"])):
-            lines = [
-                plots.Curve(name, values, [of(point["results"][name]) for point in points], "o")
+        for title, value_of in (("ms a step", lambda r: 1e3 * r["median"]), ("peak MiB", lambda r: r["peak_mib"])):
+            curves = [
+                plots.Curve(name, values, [value_of(point["results"][name]) for point in points], "o")
                 for name in points[0]["results"]
             ]
             if title == "ms a step":
-                first = points[-1]["results"]["minidpo"]["median"] / points[-1]["flops"]
-                curve = [1e3 * first * point["flops"] for point in points]
-                lines.append(plots.Curve("operations in closed form", values, curve, faint=True))
-            drawn.append(plots.Panel(f"{title} over {axis}", axis, title, lines))
-    return drawn
+                seconds_each = points[-1]["results"]["minidpo"]["median"] / points[-1]["flops"]
+                scaled = [1e3 * seconds_each * point["flops"] for point in points]
+                curves.append(plots.Curve("operations in closed form", values, scaled, faint=True))
+            panels.append(plots.Panel(f"{title} over {axis}", axis, title, curves))
+    return panels
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""The demo over several seeds: what each stage gains, how long it takes, and what happens without an anchor.
+"""The demo over several seeds: what each stage gains, how long it takes, and how DPO collapses without an anchor.
 
     python benchmarks/demo.py --seeds 0 1 2
 
-writes benchmarks/results/demo.json, whose figures the README shows.
+writes benchmarks/results/demo.json; the README shows its figures.
 """
 
 import argparse
@@ -22,24 +22,24 @@ RESULTS = Path(__file__).parent / "results" / "demo.json"
 
 
 def command(*arguments):
-    """Run a command line of minidpo; what it prints goes to the terminal."""
+    """Run a command of minidpo, printing to the terminal."""
     subprocess.run([sys.executable, "-m", "minidpo", *map(str, arguments)], check=True)
 
 
 def one_seed(folder, seed):
-    """The demo of a seed, its seconds, and DPO once more at beta 0.1 without the likelihood term."""
+    """Run the demo with a seed, then DPO again at beta 0.1 without the likelihood term; the results of both."""
     started = time.perf_counter()
     command("demo", "--out", folder, "--seed", seed)
     seconds = time.perf_counter() - started
     data = folder / "data"
-    given = [f"--data={data / 'pairs.jsonl'}", f"--held-out-data={data / 'pairs_held_out.jsonl'}", f"--seed={seed}"]
-    given += [f"--steps={desk.FULL.steps['dpo']}", "--evaluate-every=60", f"--init={folder / 'sft'}"]
-    command("dpo", *given, f"--out={folder / 'collapse'}", "--beta=0.1", "--nll-weight=0", "--learning-rate=3e-4")
+    options = [f"--data={data / 'pairs.jsonl'}", f"--held-out-data={data / 'pairs_held_out.jsonl'}", f"--seed={seed}"]
+    options += [f"--steps={desk.FULL.steps['dpo']}", "--evaluate-every=60", f"--init={folder / 'sft'}"]
+    command("dpo", *options, f"--out={folder / 'collapse'}", "--beta=0.1", "--nll-weight=0", "--learning-rate=3e-4")
     models = {stage: checkpoint.load(folder / stage) for stage in (*desk.STAGES, "collapse")}
     prompts = desk.held_out_prompts(seed, desk.FULL.replies)
     collapse = desk.verdict(models["collapse"], models["sft"], prompts, seed)
     del collapse["replies"]
-    measured = {
+    best = {
         stage: {**report.best(run_folder.json_lines(folder / stage / "metrics.jsonl"))} for stage in ("dpo", "collapse")
     }
     return {
@@ -47,14 +47,14 @@ def one_seed(folder, seed):
         "seconds": seconds,
         **json.loads((folder / "results.json").read_text()),
         "collapse": collapse,
-        "measured": measured,
+        "measured": best,
         "environment": json.loads((folder / "dpo" / "run.json").read_text())["environment"],
     }
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="random seeds (default: 0 1 2)")
     seeds = parser.parse_args().seeds
     with tempfile.TemporaryDirectory() as folder:
         runs = [one_seed(Path(folder) / f"demo{seed}", seed) for seed in seeds]

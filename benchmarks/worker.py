@@ -1,4 +1,4 @@
-"""One contender in a process of its own: it reads commands on its input and answers in JSON."""
+"""One contender in its own process: it reads commands from standard input and answers in JSON."""
 
 import importlib
 import json
@@ -11,24 +11,24 @@ import numpy
 
 from benchmarks.workload import SIZES, Size, draw
 
-here, TICKS = pathlib.Path("/proc"), os.sysconf("SC_CLK_TCK")
+PROC, TICKS = pathlib.Path("/proc"), os.sysconf("SC_CLK_TCK")
 
 
 def processes():
-    """Ids of the contender's process and of its children."""
-    parents = {path.parent.name: path.read_text().rpartition(")")[2].split()[1] for path in here.glob("[0-9]*/stat")}
+    """The ids of the contender's process and of its children."""
+    parents = {path.parent.name: path.read_text().rpartition(")")[2].split()[1] for path in PROC.glob("[0-9]*/stat")}
     return [os.getpid(), *[int(pid) for pid, parent in parents.items() if int(parent) == os.getpid()]]
 
 
 def peak():
-    """Largest resident memory so far, in MiB, summed over all processes of the contender."""
-    lines = (line for pid in processes() for line in (here / str(pid) / "status").read_text().splitlines())
+    """The contender's peak of resident memory in MiB, summed over its processes."""
+    lines = (line for pid in processes() for line in (PROC / str(pid) / "status").read_text().splitlines())
     return sum(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
 
 
 def cpu():
-    """Processor seconds that they have used."""
-    fields = [(here / str(pid) / "stat").read_text().rpartition(")")[2].split() for pid in processes()]
+    """The processor seconds that the contender has used, summed over its processes."""
+    fields = [(PROC / str(pid) / "stat").read_text().rpartition(")")[2].split() for pid in processes()]
     return sum(int(user) + int(system) for *_, user, system in (field[:13] for field in fields)) / TICKS
 
 
@@ -39,21 +39,21 @@ def answer(**content):
 def main(module, name, size, seed):
     contender_module = importlib.import_module(f"benchmarks.contenders.{module}")
     work = draw(SIZES[size] if size in SIZES else Size(*map(int, size.split(","))), int(seed))
-    made = getattr(contender_module, name)(work)
-    made.work = work = work._replace(policy={}, reference={})  # it has its own, and a step needs no others
+    contender = getattr(contender_module, name)(work)
+    contender.work = work = work._replace(policy={}, reference={})  # a contender has its own copies: free these
     answer(ready=True)
     for line in sys.stdin:
         command, *rest = line.split()
         if command == "check":
-            loss, gradient = made.gradient()
+            loss, gradient = contender.gradient()
             numpy.savez(rest[0], loss=loss, **gradient)
             answer(loss=loss)
         elif command == "turn":
             started, used, count = time.perf_counter(), cpu(), 0
             while count < int(rest[1]) or time.perf_counter() - started < float(rest[0]):
-                result = made.step()
+                result = contender.step()
                 count += 1
-            getattr(made, "finish", int)()
+            getattr(contender, "finish", int)()  # a GPU finishes its steps
             seconds = time.perf_counter() - started
             tokens = result if isinstance(result, int) else None
             answer(seconds=seconds, steps=count, cpu=cpu() - used, tokens=tokens)

@@ -1,4 +1,4 @@
-"""The work that every contender does: sizes, weights and pairs, drawn anew from a seed."""
+"""The work that every contender does: sizes, and weights and pairs drawn from a seed."""
 
 from typing import NamedTuple
 
@@ -30,7 +30,7 @@ SIZES = {
 
 
 class Workload(NamedTuple):
-    """What one seed gives."""
+    """The weights and pairs of one seed."""
 
     config: Config
     policy: dict  # of float32 arrays, under GPT-2's names
@@ -39,7 +39,7 @@ class Workload(NamedTuple):
 
 
 def draw(size, seed):
-    """Weights of a policy that has moved from its reference, and pairs that fill their rows to 80 to 86 percent."""
+    """A policy that has moved from its reference, and pairs that fill 80 to 86 percent of their padded batch."""
     rng = numpy.random.default_rng(seed)
     config = Config(size.vocab, size.T, size.n_embd, size.n_layer, size.n_head)
     reference = {name: p.data for name, p in model.init(config, rng).items()}
@@ -58,7 +58,7 @@ def draw(size, seed):
 
 
 def endless(policy):
-    """The same weights, but for two arrays that make end-of-text all but impossible: a text then fills its context."""
+    """Weights under which end-of-text is nearly impossible, so that a text fills its context; two arrays differ."""
     away = 20 / policy["ln_f.bias"].size ** 0.5
     wte = policy["wte.weight"].copy()
     wte[0] = -away
@@ -66,7 +66,7 @@ def endless(policy):
 
 
 def padded(pairs):
-    """Chosen above rejected texts as one padded batch: inputs, targets and which targets count.  (2B, T) each"""
+    """One padded batch of chosen, then rejected texts: inputs, targets and which targets count.  (2B, T) each."""
     texts = [[*x, *w] for x, w, _ in pairs] + [[*x, *l] for x, _, l in pairs]
     prompts = [len(x) for x, _, _ in pairs] * 2
     T = max(map(len, texts)) - 1

@@ -1,4 +1,4 @@
-"""The DPO loss and its kin, each beside its gradient in closed form.
+"""The DPO loss and its relatives, each beside its gradient in closed form.
 
 Letters as in Rafailov et al. 2023 (arXiv 2305.18290): in each pair w is the chosen response ("winner") and l the
 rejected one; logp = log pi(y|x) under the policy, ref_logp under the reference, summed over tokens, in nats.
@@ -31,29 +31,23 @@ def gradient_of(loss: Any) -> Callable[[Any], Any]:
 class PreferenceLoss(NamedTuple):
     """What a preference loss returns."""
 
-    loss: Tensor  # (): mean over the pairs, in nats
+    loss: Tensor  # (): the mean over the pairs, weighted if they have weights
     reward_w: Tensor  # (B,): beta (logp_w - ref_logp_w), the implicit reward
     reward_l: Tensor  # (B,)
     margin: Tensor  # (B,): (logp_w - ref_logp_w) - (logp_l - ref_logp_l), before beta
 
 
 def dpo_loss(
-    logp_w: Any,
-    logp_l: Any,
-    ref_logp_w: Any,
-    ref_logp_l: Any,
-    beta: float = 0.1,
-    label_smoothing: float = 0.0,
-    probability: Any = None,
-    weight: Any = None,
-) -> PreferenceLoss:
+    logp_w: Any, logp_l: Any, ref_logp_w: Any, ref_logp_l: Any,
+    beta: float = 0.1, label_smoothing: float = 0.0, probability: Any = None, weight: Any = None,
+) -> PreferenceLoss:  # fmt: skip
     """Direct preference optimisation.
 
         L = -mean(log sigma(beta * margin)),   margin = (logp_w - ref_logp_w) - (logp_l - ref_logp_l)
 
     Log-probabilities are Tensors or arrays, (B,), or numbers. If labels are uncertain, `probability`, (B,), says how
-    likely each is correct; `label_smoothing` e means 1 - e for all. `weight`, (B,), says how often each pair counts.
-    Then, with p and n for these two and z = beta * margin,
+    likely each is correct; `label_smoothing` sets all to 1 - label_smoothing. `weight`, (B,), says how often each pair
+    counts. With p = probability, n = weight and z = beta * margin,
 
         L = -sum_i n_i [p_i log sigma(z_i) + (1 - p_i) log sigma(-z_i)] / sum_i n_i
 
@@ -67,26 +61,20 @@ def dpo_loss(
     if label_smoothing == 0 and probability is None and weight is None:
         loss = -ops.mean(ops.logsigmoid(beta * margin))  # Eq. 7
     else:
-        loss = _uncertain(beta * margin, *_label_weights(margin.data, label_smoothing, probability, weight))
+        loss = _weighted_mean(beta * margin, *_label_weights(margin.data, label_smoothing, probability, weight))
     return PreferenceLoss(loss, beta * ratio_w, beta * ratio_l, margin)
 
 
 @gradient_of(dpo_loss)
 def dpo_gradient(
-    logp_w: Any,
-    logp_l: Any,
-    ref_logp_w: Any,
-    ref_logp_l: Any,
-    beta: float = 0.1,
-    label_smoothing: float = 0.0,
-    probability: Any = None,
-    weight: Any = None,
-) -> tuple[Array, Array]:
+    logp_w: Any, logp_l: Any, ref_logp_w: Any, ref_logp_l: Any,
+    beta: float = 0.1, label_smoothing: float = 0.0, probability: Any = None, weight: Any = None,
+) -> tuple[Array, Array]:  # fmt: skip
     """dL/dlogp_w and dL/dlogp_l of `dpo_loss`, in closed form: arrays in, arrays out.
 
         dL/dlogp_w = -(beta/B) sigma(-z),   dL/dlogp_l = -dL/dlogp_w,   z = beta * margin
 
-    With uncertain labels, dL/dlogp_w = -(beta n / sum n) (p sigma(-z) - (1 - p) sigma(z)).
+    With probabilities p and weights n, dL/dlogp_w = -(beta n / sum n) (p sigma(-z) - (1 - p) sigma(z)).
     Source: Rafailov et al. 2023 (arXiv 2305.18290), section 4, "What does the DPO update do?".
     """
     # d log sigma(z)/dz = sigma(-z), d log sigma(-z)/dz = -sigma(z); dz/dlogp_w = beta, dz/dlogp_l = -beta
@@ -98,7 +86,7 @@ def dpo_gradient(
 
 
 def ipo_loss(logp_w: Any, logp_l: Any, ref_logp_w: Any, ref_logp_l: Any, beta: float = 0.1) -> PreferenceLoss:
-    """Identity preference optimisation: the margin is drawn to a finite value, however certain the labels are.
+    """Identity preference optimisation: the margin is pulled towards a finite value, however certain the labels are.
 
         L = mean((margin - 1/(2 beta))^2)
 
@@ -130,7 +118,7 @@ def reference_free_loss(logp_w: Any, logp_l: Any, beta: float = 0.1, label_smoot
 
         L = -mean(log sigma(beta * margin)),   margin = logp_w - logp_l
 
-    What is lost with the reference is the anchor, and the link to the KL-constrained objective.
+    Nothing ties the policy to a trained model: the implicit KL penalty is towards the uniform distribution.
     """
     uniform = _zeros_like(logp_w), _zeros_like(logp_l)  # a constant cancels in the margin
     return dpo_loss(logp_w, logp_l, *uniform, beta, label_smoothing)
@@ -152,7 +140,8 @@ def reference_free_gradient(
 class Choice:
     """A loss of `LOSSES` by its name, with options: a function of the four log-probabilities and beta.
 
-    It passes on those of the five that the loss takes. Raises ValueError if there is no such loss or option.
+    It passes on those of these arguments that the loss takes. Arguments with one entry per pair (`probability`,
+    `weight`) cannot be options. Raises ValueError if there is no such loss or option.
     """
 
     name: str
@@ -161,7 +150,8 @@ class Choice:
     def __post_init__(self) -> None:
         if self.name not in LOSSES:
             raise ValueError(f"there is no loss {self.name!r}: choose from {', '.join(LOSSES)}")
-        unknown = self.options.keys() - inspect.signature(LOSSES[self.name]).parameters.keys()
+        per_pair = {"logp_w", "logp_l", "ref_logp_w", "ref_logp_l", "beta", "probability", "weight"}
+        unknown = self.options.keys() - (inspect.signature(LOSSES[self.name]).parameters.keys() - per_pair)
         if unknown:
             raise ValueError(f"the loss {self.name} has no option {sorted(unknown)[0]}")
 
@@ -176,7 +166,7 @@ class Choice:
 
 
 def _checked(beta: float, *logps: Any) -> float:
-    """Refuse what would broadcast or divide into a wrong number without a word; beta as a Python number."""
+    """Refuse shapes that would broadcast, and a beta that is not positive; return beta as a float."""
     shapes = [logp.shape if hasattr(logp, "shape") else asarray(logp).shape for logp in logps]
     if len(set(shapes)) != 1:
         raise ValueError(f"the {len(logps)} log-probabilities must have one shape, not {', '.join(map(str, shapes))}")
@@ -185,14 +175,14 @@ def _checked(beta: float, *logps: Any) -> float:
             f"a loss takes one log-probability per response, (B,), not {shapes[0]}: sum over the tokens first"
         )
     if shapes[0] == (0,):
-        raise ValueError("there is no pair")
+        raise ValueError("there is no pair in the batch")
     if not 0 < beta < math.inf:
         raise ValueError(f"beta must be positive and finite, not {beta}")
     return float(beta)
 
 
 def _plain(*logps: Any) -> tuple[Any, ...]:
-    """Refuse Tensors where no graph is built."""
+    """Return the arrays; a Tensor is refused, since no graph is built."""
     if any(isinstance(logp, Tensor) for logp in logps):
         raise TypeError("a gradient in closed form takes plain arrays: pass the .data of a Tensor")
     return logps
@@ -213,7 +203,7 @@ def _label_weights(z: Any, label_smoothing: float, probability: Any, weight: Any
     if not 0 <= label_smoothing <= 0.5:
         raise ValueError(f"label_smoothing is a probability of at most 0.5, not {label_smoothing}")
     if label_smoothing and probability is not None:
-        raise ValueError("label_smoothing and probability say the same thing: give one of them")
+        raise ValueError("label_smoothing and probability say the same thing: give only one")
     ones = array_module().ones(shape)
     p = (1 - label_smoothing) * ones if probability is None else to_host(asarray(probability))
     n = ones if weight is None else to_host(asarray(weight))
@@ -224,12 +214,12 @@ def _label_weights(z: Any, label_smoothing: float, probability: Any, weight: Any
         raise ValueError("each probability must lie between 0 and 1")
     total = float(n.sum())
     if not ((n >= 0).all() and 0 < total < math.inf):
-        raise ValueError("weights must be finite and at least 0, and one of them larger")
+        raise ValueError("weights must be finite and at least 0, and at least one positive")
     dtype = getattr(z, "dtype", "float64")
     return xp.asarray(n * p, dtype=dtype), xp.asarray(n * (1 - p), dtype=dtype), total
 
 
-def _uncertain(z: Tensor, correct: Array, flipped: Array, total: float) -> Tensor:
+def _weighted_mean(z: Tensor, correct: Array, flipped: Array, total: float) -> Tensor:
     """-sum_i [correct_i log sigma(z_i) + flipped_i log sigma(-z_i)] / total.
 
     A term of weight 0 is left out, not multiplied by 0: its log may be -inf.

@@ -195,7 +195,9 @@ def row_logits(params: Params, config: Config, rows: Rows, attention: Attention 
     wanted = None if rows.wanted is None else xp.asarray(rows.wanted)
     x = ops.embedding(params["wte.weight"], rows.tokens) + ops.embedding(params["wpe.weight"], rows.positions)
     for i in range(config.n_layer):  # after the last attention no row needs another
-        x = layer(params, config, i, x, attention, wanted if i == last else None)  # (N, C) -> (N, C), at last (M, C)
+        x = layer(
+            params, config, i, x, attention, wanted if i == last else None
+        )  # (N, C) -> (N, C), in the last layer (M, C)
     x = ops.layer_norm(x, params["ln_f.weight"], params["ln_f.bias"])
     return x @ ops.transpose(params["wte.weight"])  # (M, C) -> (M, V)
 
@@ -203,7 +205,7 @@ def row_logits(params: Params, config: Config, rows: Rows, attention: Attention 
 def layer(
     params: Params, config: Config, i: int, x: Tensor, attention: Attention, wanted: Array | None = None
 ) -> Tensor:
-    """Layer i: attention, then the MLP; each reads the normed rows and adds to them.  (N, C) -> (N, C) or (M, C)"""
+    """Layer i: attention, then the MLP; each reads normed rows and adds to the residual.  (N, C) -> (N, C) or (M, C)"""
     N, C, H = *x.shape, config.n_head
 
     def affine(name: str, x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Every derivative in the project: forward, derivation, vjp, one op after another.
+"""Every op and its derivative: forward, derivation, vjp, one after another.
 
 Letters: L is the final number, g = dL/d(result) arrives, gx = dL/dx leaves. i, j, k number entries, and [i = j] is
 1 where that holds, else 0. Below each forward is the local Jacobian and, where it is more than a factor, its
@@ -184,7 +184,7 @@ def gelu(x):
     xp, a, b = array_module(x), math.sqrt(8 / math.pi), 0.044715 * math.sqrt(8 / math.pi)
 
     def value_and_slope(x):
-        x = xp.maximum(x, -9)  # below -9 y is 0 and above 9 p is 1, to 27 digits; e^-u and x^3 cannot overflow
+        x = xp.maximum(x, -9)  # below -9 y is 0 and above 9 p is 1, to within 1e-27; e^-u and x^3 cannot overflow
         z = xp.minimum(x, 9)
         z2 = z * z
         p = 1 / (1 + xp.exp(z * (-a - b * z2)))
@@ -470,7 +470,7 @@ def log_softmax(x):
 
 @op
 def layer_norm(x, w, b, eps=1e-5):
-    """Rows of mean 0 and variance 1, scaled and shifted: y = w n + b,  n = (x - mean)/sqrt(var + eps).
+    """Rows of mean 0 and variance near 1, scaled and shifted: y = w n + b,  n = (x - mean)/sqrt(var + eps).
 
     (..., C), (C), (C) -> (..., C)
     """
@@ -523,20 +523,20 @@ def causal_attention(q, k, v, later=None):
     def vjp(g):  # keeps q, k, v, p
         gv = p.swapaxes(-1, -2) @ g
         gp = g @ v.swapaxes(-1, -2)
-        gs = p * (gp - (gp * p).sum(axis=-1, keepdims=True)) * scale
-        gq, gk = gs @ k, gs.swapaxes(-1, -2) @ q
+        gs = p * (gp - (gp * p).sum(axis=-1, keepdims=True))
+        gq, gk = scale * gs @ k, scale * gs.swapaxes(-1, -2) @ q
         return unbroadcast(gq, like(q)), unbroadcast(gk, like(k)), unbroadcast(gv, like(v))
 
     return y, vjp
 
 
 def attention(q, k, v, hidden):
-    """The same y by another code, the one that training runs; q arrives scaled.
+    """`causal_attention` rewritten for speed, which training uses; q arrives scaled.
 
-    (..., T, D), (..., S, D), (..., S, D), (S, T) -> (..., T, D). It differs in three things, all for speed:
-    scores are keys by queries, since the largest of a column is found faster than that of a row; the mask `hidden`,
-    -inf at a key that the query must not see, else 0, is added in place; and p = e/total, the largest array, is never
-    formed: y and g are divided by total in its place.
+    (..., T, D), (..., S, D), (..., S, D), (S, T) -> (..., T, D). It differs in four things: scores are keys by queries,
+    since the largest of a column is found faster than that of a row; the mask `hidden`, -inf at a key that the query
+    must not see, else 0, is added in place; p = e/total is never stored: y and g are divided by total instead; and the
+    sum over keys in the softmax's gradient is y_j g_j.
     """
     e = k @ q.swapaxes(-1, -2)  # (..., S, D) @ (..., D, T) -> (..., S, T)
     e += hidden

@@ -1,4 +1,4 @@
-"""Reverse-mode automatic differentiation, whole.
+"""Reverse-mode automatic differentiation in one file.
 
 An op is a function of arrays that returns its value and its vector-Jacobian product:
 

@@ -1,8 +1,8 @@
-"""One step of training: examples in, a model that finds them likely, or likelier than others, out.
+"""One step of training: on preferences (DPO), or on the likelihood of responses (pre-training, fine-tuning).
 
-An example is a (prompt, response) pair of ids; its loss is the response's negative log-likelihood. A text alone is a
-response to end-of-text, which is how a model learns to begin. A preference is a (prompt, chosen, rejected) triple.
-Each step is a sweep, which leaves gradients, and what is around it. Metrics carry TRL's names.
+A step zeroes the gradients, accumulates new ones, clips them and updates the parameters. A preference is a (prompt,
+chosen, rejected) triple of ids, an example a (prompt, response) pair. A plain text is scored as a response to
+end-of-text, so that the model learns to begin. Metrics that TRL also reports have its names.
 """
 
 import math
@@ -20,17 +20,18 @@ from .streams import stream
 from .tensor import Tensor
 from .tokenizer import END_OF_TEXT, Tokenizer
 
-CACHED = 2**18  # numbers, 4 n_embd a token, in the widest arrays of a forward pass: these fit a processor's cache
+CACHED = 2**18  # numbers in an MLP's hidden layer, 4 n_embd per token: arrays of this size fit a processor's cache
 Example = tuple[list[int], list[int]]  # ids of prompt and response
 Metrics = dict[str, float]
-Loss = Callable[[Any, Any, Any, Any, float], PreferenceLoss]  # of the four log-probabilities and beta
+# maps the four log-probabilities and beta to a mean over pairs
+Loss = Callable[[Any, Any, Any, Any, float], PreferenceLoss]
 
 
 # ---- preferences ------------------------------------------------------------------------------------------
 
 
 class Swept(NamedTuple):
-    """A sweep's share of the objective, and the numbers that metrics are made of, (B,) each."""
+    """A share of the objective, with the rewards and log-probabilities of its pairs."""
 
     objective: float
     reward_w: list[float]
@@ -47,32 +48,30 @@ def dpo_sweep(
     loss: Loss = losses.dpo_loss,
     nll_weight: float = 0.0,
     micro_batch_size: int | None = None,
-    B: int | None = None,
-    tokens: int | None = None,
+    whole: Sequence[int] | None = None,
 ) -> Swept:
-    """Add the gradient of a batch's objective to `grad` of the policy, a micro-batch at a time.
+    """Add the gradient of a batch's objective to `grad` of the policy, a micro-batch of M pairs at a time.
 
-    The batch holds the reference's log-probabilities. `B` and `tokens` are the pairs and chosen tokens of the whole
-    batch, where this one is a share of it. Raises FloatingPointError if the objective is not finite.
+    The batch holds the reference's log-probabilities. `whole` is (pairs, chosen tokens) of the full batch, if
+    this is only a share of it. Raises FloatingPointError if the objective is not finite.
     """
-    B, tokens = B or len(batch.pairs), tokens or sum(len(w) for _, w, _ in batch.pairs)
+    B, tokens = whole or (len(batch.pairs), sum(len(w) for _, w, _ in batch.pairs))
     parts = []
     for part in micro_batches([len(x) + len(w) + len(l) for x, w, l in batch.pairs], micro_batch_size, policy):
         pairs, ref_logp_w, ref_logp_l = batch.pairs[part], batch.ref_logp_w[part], batch.ref_logp_l[part]
-        logp_w, logp_l = shared_logprobs(policy, config, pairs)  # -> (B,), (B,)
+        logp_w, logp_l = shared_logprobs(policy, config, pairs)  # -> (M,), (M,)
         out = loss(logp_w, logp_l, ref_logp_w, ref_logp_l, beta)
         objective = out.loss * (len(pairs) / B)  # the mean over the batch, this part's share
         if nll_weight:
             objective = objective - (nll_weight / tokens) * ops.sum(logp_w)
         value = finite(objective)
         objective.backward()
-        columns = [to_host(x.data).tolist() for x in (out.reward_w, out.reward_l, logp_w, logp_l)]
-        parts.append(Swept(value, *columns))
-    return joined(parts)
+        parts.append(Swept(value, *[to_host(x.data).tolist() for x in (out.reward_w, out.reward_l, logp_w, logp_l)]))
+    return join(parts)
 
 
-def joined(parts: Sequence[Swept]) -> Swept:
-    """Shares of one objective as a whole."""
+def join(parts: Sequence[Swept]) -> Swept:
+    """Put the shares of a batch together."""
     values, *columns = zip(*parts)
     return Swept(sum(values), *[[x for part in column for x in part] for column in columns])
 
@@ -90,17 +89,17 @@ def dpo_training_step(
     micro_batch_size: int | None = None,
     sweep: Callable[..., Swept] = dpo_sweep,
 ) -> Metrics:
-    """One step of direct preference optimisation: chosen responses up, rejected ones down, against a reference.
+    """One step of direct preference optimisation: raise the margin of chosen over rejected, against a reference.
 
-        L = mean over pairs of loss(log pi(y_w|x), log pi(y_l|x), log pi_ref(y_w|x), log pi_ref(y_l|x), beta)
+        L = loss(log pi(y_w|x), log pi(y_l|x), log pi_ref(y_w|x), log pi_ref(y_l|x), beta)
             - nll_weight mean_t log pi(y_w,t | x, y_w,<t)
 
     `sweep` may share the pairs out to several processes. Raises FloatingPointError if loss or gradient is not finite;
-    no parameter has moved then.
-    Source: Rafailov et al. 2023 (arXiv 2305.18290), section 4; for the second term, Pang et al. 2024 (arXiv
-    2404.19733).
+    no parameter has changed in that case.
+    Source: Rafailov et al. 2023 (arXiv 2305.18290), section 4; the second term after Pang et al. 2024 (arXiv
+    2404.19733), here a mean over the batch's tokens.
     """
-    batch = with_reference(batch, reference, config, policy)  # constants: no graph
+    batch = with_reference(batch, reference, config, policy)
     optimizer.zero_grad()
     swept = sweep(policy, config, batch, beta, loss, nll_weight, micro_batch_size)
     grad_norm = optim.clip_global_norm(policy, max_norm)
@@ -113,15 +112,19 @@ def dpo_training_step(
 def reference_logprobs(reference: Params, config: Config, pairs: Sequence[Pair]) -> tuple[Array, Array]:
     """log pi_ref(y_w|x) and log pi_ref(y_l|x), each pair scored alone.  -> (B,), (B,)
 
-    The last bits of a matrix product depend on how many rows share it, so these do not depend on a pair's company.
+    The last bits of a matrix product depend on how many rows share it: a pair scored alone always gets the same bits.
     """
+    if not reference:
+        raise ValueError(
+            "the batch lacks the reference's log-probabilities, and no reference model was given to compute them"
+        )
     scores = [shared_logprobs(reference, config, [pair]) for pair in pairs]
     xp = array_module(reference["wte.weight"].data)
     return xp.concatenate([w.data for w, _ in scores]), xp.concatenate([l.data for _, l in scores])
 
 
 def with_reference(batch: Batch, reference: Params, config: Config, policy: Params) -> Batch:
-    """The batch with log pi_ref of both responses, in the policy's dtype; they are scored if it does not hold them."""
+    """The batch with the reference's log-probabilities in the policy's dtype; missing ones are computed."""
     logps = batch.ref_logp_w, batch.ref_logp_l
     if any(logp is None for logp in logps):
         logps = reference_logprobs(reference, config, batch.pairs)
@@ -130,7 +133,7 @@ def with_reference(batch: Batch, reference: Params, config: Config, policy: Para
 
 
 def preference_metrics(loss: Any, reward_w: Array, reward_l: Array, logp_w: Array, logp_l: Array) -> Metrics:
-    """Means over all pairs, (B,) each, under TRL's names; a tie is not a success; it is counted beside."""
+    """The loss, and means over pairs; ties are not wins and have their own metric."""
     return {
         "loss": float(loss),
         "rewards/chosen": reward_w.mean().item(),
@@ -153,8 +156,8 @@ def preference_evaluation(
 ) -> Metrics:
     """The metrics of a batch that holds the reference's log-probabilities, without a step.
 
-    Each pair is scored alone, as the reference is, so a policy equal to it has ties and nothing else under `dpo_loss`.
-    Also gives the chosen responses' mean loss in nats a token, and its rise against the reference. Raises
+    Each pair is scored alone. If the reference's were too, a policy equal to it has only ties under `dpo_loss`.
+    Also gives the chosen responses' mean loss in nats per token, and its rise against the reference. Raises
     FloatingPointError if a metric is not finite.
     """
     constants = {name: p.detach() for name, p in policy.items()}
@@ -191,7 +194,7 @@ def nll_sweep(
 ) -> float:
     """Add the gradient of `nll` to `grad` of the parameters, a micro-batch at a time; returns the loss.
 
-    `tokens` are the response tokens of the whole batch, where these examples are a share of it.
+    `tokens` is the number of response tokens in the full batch, if these examples are only a share of it.
     """
     tokens, total = tokens or sum(len(y) for _, y in examples), 0.0
     for part in micro_batches([len(x) + len(y) for x, y in examples], micro_batch_size, params):
@@ -211,9 +214,9 @@ def sft_training_step(
     micro_batch_size: int | None = None,
     sweep: Callable[..., float] = nll_sweep,
 ) -> Metrics:
-    """One step down `nll`; the gradient is the whole batch's, whatever the micro-batches and the sweep.
+    """One step on `nll`; neither micro-batches nor `sweep` change the gradient, up to rounding.
 
-    Raises FloatingPointError if loss or gradient is not finite; no parameter has moved then.
+    Raises FloatingPointError if loss or gradient is not finite; no parameter has changed in that case.
     """
     optimizer.zero_grad()
     loss = sweep(params, config, examples, micro_batch_size)
@@ -242,9 +245,9 @@ def line_examples(lines: Sequence[str], tokenizer: Tokenizer) -> list[Example]:
 
 
 def batch_indices(count: int, batch_size: int, step: int, seed: int) -> list[int]:
-    """Which of `count` examples are in the batch of a step; all are seen once, in a new order, before any again.
+    """Which of `count` examples are in the batch of a step; every epoch visits each once, in a new order.
 
-    A function of its arguments alone: a run that resumes needs to know its step and nothing else.
+    It depends on its arguments alone, so a resumed run with the same settings needs only its step.
     """
     places = range(step * batch_size, (step + 1) * batch_size)
     orders = {epoch: stream(seed, "batches", epoch).permutation(count) for epoch in {p // count for p in places}}
@@ -252,9 +255,10 @@ def batch_indices(count: int, batch_size: int, step: int, seed: int) -> list[int
 
 
 def micro_batches(rows: Sequence[int], size: int | None, params: Params) -> list[slice]:
-    """Cut a batch into slices, given each example's rows of tokens: of `size` examples, if given.
+    """Cut a batch into slices of `size` examples.
 
-    Otherwise so that the widest activation stays near `CACHED` numbers; on a device, one slice.
+    Without a size, slices keep a hidden layer near `CACHED` numbers, given each example's rows of tokens; a GPU
+    gets one slice.
     """
     starts = list(range(0, len(rows), size or len(rows)))
     if size is None and all(on_host(p.data) for p in params.values()):
@@ -265,7 +269,7 @@ def micro_batches(rows: Sequence[int], size: int | None, params: Params) -> list
 
 
 def finite(loss: Tensor) -> float:
-    """The value of a loss; one that is not finite is an error, before anything is swept."""
+    """The value of a loss; raise FloatingPointError if it is not finite."""
     value = loss.item()
     if not math.isfinite(value):
         raise FloatingPointError(f"the loss is {value}")

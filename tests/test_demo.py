@@ -13,6 +13,8 @@ from minidpo.streams import stream
 from minidpo.theory.exact import chain_rule_logprob
 from minidpo.tokenizer import TURN
 
+pytestmark = pytest.mark.slow
+
 SIZES = desk.Sizes(
     texts=60,
     completions=40,

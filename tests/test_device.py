@@ -225,6 +225,7 @@ def said(capsys, *arguments):
     return capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_commands_do_the_same_on_both_devices(tmp_path, capsys, monkeypatch):
     """Otherwise --device cuda trains on other batches, draws other samples, or stops where a host array slips in."""
     texts, pairs = tmp_path / "texts.txt", tmp_path / "pairs.jsonl"

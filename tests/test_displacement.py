@@ -15,6 +15,8 @@ from minidpo.theory import no_never_yes
 from minidpo.theory.no_never_yes import VECTORS, three_words
 from models import CONFIG, small
 
+pytestmark = pytest.mark.slow
+
 close = np.testing.assert_allclose
 seeds = st.integers(0, 20)
 

@@ -14,6 +14,8 @@ from minidpo.tensor import Tensor
 from minidpo.theory import assumptions, dynamics, equalities
 from models import CONFIG, small
 
+pytestmark = pytest.mark.slow
+
 close = np.testing.assert_allclose
 rewards = hnp.arrays(float, 5, elements=st.floats(-3, 3))
 logits = hnp.arrays(float, 5, elements=st.floats(-6, 6))

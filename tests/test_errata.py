@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = Path(__file__).parents[1] / "tutorials" / "errata.py"
 IDS = [f"E{n}" for n in range(1, 26)]
 ZERO, ONE = (-1e-10, 1e-10), (1 - 1e-10, 1 + 1e-10)

@@ -9,6 +9,8 @@ from minidpo import cli, exact, plots
 from minidpo.theory import equalities, frontier
 from minidpo.theory.frontier import Point
 
+pytestmark = pytest.mark.slow
+
 close = np.testing.assert_allclose
 
 

@@ -1,8 +1,8 @@
-"""NumPy and CuPy give the same on a GPU: every op, a DPO step, twenty steps, a greedy text.
+"""CuPy on a GPU gives what NumPy gives on the host: every op, a DPO step, twenty steps, a greedy text.
 
     python -m pytest -m gpu
 
-Without CuPy and a device they are skipped, with the reason. Errors are relative to an array's largest entry.
+Without CuPy and a device the tests are skipped, with the reason. Errors are relative to an array's largest entry.
 """
 
 import numpy as np
@@ -27,41 +27,41 @@ TOLERANCE = {"float32": 1e-5, "float64": 1e-12}
 CONFIG = Config(vocab_size=13, n_positions=16, n_embd=16, n_layer=2, n_head=4)
 
 
-def close(found, expected, tolerance):
-    """Whether arrays of both libraries agree."""
-    assert isinstance(found, cupy.ndarray) and found.dtype == expected.dtype
+def close(y, expected, tolerance):
+    """Hold a CuPy array equal to a NumPy array, within `tolerance` of the largest entry."""
+    assert isinstance(y, cupy.ndarray) and y.dtype == expected.dtype
     largest = np.abs(expected).max(initial=0.0)
-    np.testing.assert_allclose(found.get(), expected, rtol=0, atol=tolerance * max(largest, 1e-300))
+    np.testing.assert_allclose(y.get(), expected, rtol=0, atol=tolerance * max(largest, 1e-300))
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("name", OPS)
 @given(data=st.data(), seed=seeds)
 def test_an_op_gives_the_same(name, dtype, data, seed):
-    """Forward and vjp; otherwise what the tests on a laptop prove of an op is not so on a GPU."""
+    """Forward and vjp of every op are the same on a GPU, so that the proofs of a laptop hold there too."""
     arguments, options = data.draw(cases(name))
     arguments = each_array(lambda x: x.astype(dtype) if x.dtype.kind == "f" else x, arguments)
     if not any(is_varied(x) for x in arguments):
         return
     y, vjp = OPS[name].raw(*arguments, **options)
-    there, vjp_there = OPS[name].raw(*each_array(cupy.asarray, arguments), **options)
-    close(there, y, TOLERANCE[dtype])
+    device_y, device_vjp = OPS[name].raw(*each_array(cupy.asarray, arguments), **options)
+    close(device_y, y, TOLERANCE[dtype])
     g = np.random.default_rng(seed).normal(size=y.shape).astype(y.dtype)
-    for found, expected in zip(vjp_there(cupy.asarray(g)), vjp(g), strict=True):
-        assert (found is None) == (expected is None)
-        if found is not None:
-            close(found, expected, 10 * TOLERANCE[dtype])
+    for gx, expected in zip(device_vjp(cupy.asarray(g)), vjp(g), strict=True):
+        assert (gx is None) == (expected is None)
+        if gx is not None:
+            close(gx, expected, 10 * TOLERANCE[dtype])
 
 
 def models(dtype="float64"):
-    """One policy and its reference, on either side."""
+    """The same policy and reference twice: on the host, then on the device."""
     policy = model.init(CONFIG, np.random.default_rng(0), dtype)
     other = model.init(CONFIG, np.random.default_rng(1), dtype)
     return [(model.placed(policy, device), model.frozen(model.placed(other, device))) for device in ("cpu", "cuda")]
 
 
 def batch(count=6):
-    """Pairs of all lengths."""
+    """Pairs of random lengths."""
     rng = np.random.default_rng(2)
     ids = [[rng.integers(1, 13, rng.integers(1, 7)).tolist() for _ in range(3)] for _ in range(count)]
     return preferences.collate([(x, [*w, 0], [*l, 0]) for x, w, l in ids])
@@ -69,37 +69,37 @@ def batch(count=6):
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_a_dpo_step_gives_the_same_loss_and_gradients(dtype):
-    """Otherwise a gradient checked on the host is another one on the GPU."""
-    seen = []
+    """A DPO step has the same metrics and the same gradient of every parameter on a GPU."""
+    results = []
     for policy, reference in models(dtype):
         optimizer = optim.SGD(policy, 0.0)
         metrics = training.dpo_training_step(policy, reference, CONFIG, optimizer, batch(), 0.3)
-        seen.append((metrics, {name: p.grad for name, p in policy.items()}))
-    assert seen[1][0] == pytest.approx(seen[0][0], rel=10 * TOLERANCE[dtype], abs=TOLERANCE[dtype])
-    for name, g in seen[0][1].items():
+        results.append((metrics, {name: p.grad for name, p in policy.items()}))
+    assert results[1][0] == pytest.approx(results[0][0], rel=10 * TOLERANCE[dtype], abs=TOLERANCE[dtype])
+    for name, g in results[0][1].items():
         if not name.endswith("c_attn.bias"):  # a third of it is 0 but for rounding
-            close(seen[1][1][name], g, 100 * TOLERANCE[dtype])
+            close(results[1][1][name], g, 100 * TOLERANCE[dtype])
 
 
 def test_twenty_steps_end_in_the_same_model():
-    """Losses and logits to 1e-8; otherwise a run on a GPU teaches something else than one on a laptop."""
+    """Twenty steps on a GPU have the losses, and end in the logits, of a run on the host, to 1e-8."""
     ends = []
     C = CONFIG.n_embd
     for policy, reference in models():
         optimizer = optim.AdamW(policy, 1e-3)
-        told = []
+        values = []
         for _ in range(20):
-            told.append(training.dpo_training_step(policy, reference, CONFIG, optimizer, batch(), 0.3)["loss"])
+            values.append(training.dpo_training_step(policy, reference, CONFIG, optimizer, batch(), 0.3)["loss"])
             for i in range(CONFIG.n_layer):  # the keys' bias has no gradient but rounding, which AdamW makes a step
                 policy[f"h.{i}.attn.c_attn.bias"].data[C : 2 * C] = 0
         tokens = np.arange(12).reshape(2, 6) % 13
-        ends.append((told, to_host(model.forward(policy, CONFIG, tokens).data)))
+        ends.append((values, to_host(model.forward(policy, CONFIG, tokens).data)))
     np.testing.assert_allclose(ends[1][0], ends[0][0], rtol=1e-8)
     np.testing.assert_allclose(ends[1][1], ends[0][1], rtol=0, atol=1e-8 * np.abs(ends[0][1]).max())
 
 
-def test_the_likeliest_text_is_the_same():
-    """Otherwise the cache, or what it is asked, differs on a GPU."""
+def test_a_greedy_text_is_the_same():
+    """Greedy sampling with its key-value cache gives the same text on a GPU."""
     texts = [
         generation.generate(policy, CONFIG, [[1, 2], [3, 4, 5]], np.random.default_rng(0), 10, temperature=0)
         for policy, _ in models()
@@ -108,7 +108,7 @@ def test_the_likeliest_text_is_the_same():
 
 
 def test_the_closed_form_gradient_is_the_same():
-    """Otherwise the formula of the paper leaves the GPU, or changes on it."""
+    """The closed-form gradient stays on the GPU and has the same value there."""
     four = np.random.default_rng(3).normal(size=(4, 5))
-    for found, expected in zip(losses.dpo_gradient(*map(cupy.asarray, four)), losses.dpo_gradient(*four)):
-        close(found, expected, 1e-12)
+    for gradient, expected in zip(losses.dpo_gradient(*map(cupy.asarray, four)), losses.dpo_gradient(*four)):
+        close(gradient, expected, 1e-12)

@@ -148,6 +148,7 @@ def test_a_pair_that_cannot_be_explained_is_one_sentence(run, capsys, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_displacement_on_three_words_and_on_a_file(run, capsys, tmp_path):
     """Displacement shows three words, or counts the pairs of a file."""
     assert cli.main(["displacement"]) == 0

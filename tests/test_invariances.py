@@ -1,11 +1,14 @@
 """What must not change the loss does not change it, and a similar change does: both directions, on many models."""
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from minidpo import losses, training
 from minidpo.theory import invariances
+
+pytestmark = pytest.mark.slow
 
 
 @given(seed=st.integers(0, 2**32 - 1))

@@ -57,6 +57,7 @@ def lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["writes", "instants"])
 @forks
 def test_a_killed_run_ends_in_the_same_bytes(what, folder, tmp_path):
@@ -102,6 +103,7 @@ def test_what_a_run_leaves_behind(folder, tmp_path, capsys):
     assert (run / "latest").read_text() == "model"
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_bytes(folder, tmp_path):
     """Equal seeds give equal weights, however often the run is evaluated; another seed gives others."""
     states = []

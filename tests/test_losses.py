@@ -1,4 +1,4 @@
-"""The DPO loss and its kin: routes to their gradients, and the facts about them that are widely got wrong."""
+"""The DPO loss and its relatives: routes to their gradients, and the facts that are widely got wrong."""
 
 import math
 
@@ -18,7 +18,7 @@ smoothings = st.floats(0, 0.5)
 
 @given(logps=four_logps, beta=betas, e=smoothings)
 def test_loss_is_the_paper_s(logps, beta, e):
-    """Equation 7, one pair at a time in plain Python: otherwise all that follows optimises something else."""
+    """`dpo_loss` is equation 7, here one pair at a time in plain Python, with the rewards of section 4."""
     total = 0.0
     for w, l, ref_w, ref_l in zip(*logps):
         z = beta * ((w - ref_w) - (l - ref_l))
@@ -33,7 +33,7 @@ def test_loss_is_the_paper_s(logps, beta, e):
 
 @given(logps=four_logps, beta=betas)
 def test_ipo_is_the_paper_s(logps, beta):
-    """Equation 17, one pair at a time in plain Python: otherwise the finite target 1/(2 tau) is another."""
+    """`ipo_loss` is equation 17, here one pair at a time in plain Python, with the finite target 1/(2 tau)."""
     w, l, ref_w, ref_l = logps
     squares = [((a - c) - (b - d) - 1 / (2 * beta)) ** 2 for a, b, c, d in zip(w, l, ref_w, ref_l)]
     out = losses.ipo_loss(*logps, beta=beta)
@@ -45,7 +45,7 @@ def test_ipo_is_the_paper_s(logps, beta):
 
 @given(logps=four_logps, beta=betas, e=smoothings)
 def test_reference_free_is_dpo_with_a_uniform_reference(logps, beta, e):
-    """The same constant for both responses: otherwise "reference-free" is another loss under that name."""
+    """`reference_free_loss` is `dpo_loss` with the same reference log-probability for both responses."""
     w, l, constant, _ = logps
     free, uniform = losses.reference_free_loss(w, l, beta, e), losses.dpo_loss(w, l, constant, constant, beta, e)
     close(free.loss.item(), uniform.loss.item(), rtol=1e-9, atol=1e-12)
@@ -55,7 +55,7 @@ def test_reference_free_is_dpo_with_a_uniform_reference(logps, beta, e):
 
 
 def routes(kind, ref_w, ref_l, beta, e):
-    """Loss and closed form of a kind, as functions of the two log-probabilities of the policy."""
+    """A loss and its closed-form gradient, as functions of the policy's two log-probabilities."""
     return {
         "dpo": (
             lambda w, l: losses.dpo_loss(w, l, ref_w, ref_l, beta, e),
@@ -78,7 +78,7 @@ KINDS = ["dpo", "ipo", "reference-free"]
 @pytest.mark.parametrize("kind", KINDS)
 @given(logps=four_logps, beta=betas, e=smoothings, seed=st.integers(0, 99))
 def test_gradient_four_ways(kind, logps, beta, e, seed):
-    """Autograd = closed form = central = complex step: otherwise one of those that the reader sees is wrong."""
+    """Autograd, closed form, central difference and complex step agree."""
     w, l, ref_w, ref_l = logps
     loss, gradient = routes(kind, ref_w, ref_l, beta, e)
     leaves = {"w": Tensor(w, requires_grad=True), "l": Tensor(l, requires_grad=True)}
@@ -97,7 +97,7 @@ def test_gradient_four_ways(kind, logps, beta, e, seed):
 @pytest.mark.parametrize("kind", KINDS)
 @given(same=hnp.arrays(float, (2, 3), elements=st.floats(-50, 0)), beta=betas, e=smoothings)
 def test_identical_responses_have_no_gradient(kind, same, beta, e):
-    """What pushes one and the same text up and down pushes nowhere: otherwise a tie trains the model."""
+    """A pair whose two responses are the same text has no gradient: up and down cancel."""
     logp, ref = same
     loss, _ = routes(kind, ref, ref, beta, e)
     leaf = Tensor(logp, requires_grad=True)
@@ -107,14 +107,14 @@ def test_identical_responses_have_no_gradient(kind, same, beta, e):
 
 @given(logps=four_logps, beta=betas, shift=st.floats(-9, 9))
 def test_ipo_sees_only_the_gap_between_references(logps, beta, shift):
-    """Otherwise the normaliser Z(x) would matter to IPO, though to DPO it does not."""
+    """A constant on both reference log-probabilities does not change IPO, so Z(x) does not matter to it."""
     w, l, ref_w, ref_l = logps
     shifted = losses.ipo_loss(w, l, ref_w + shift, ref_l + shift, beta).loss.item()
     close(shifted, losses.ipo_loss(*logps, beta).loss.item(), rtol=1e-6, atol=1e-9)
 
 
 def test_ipo_at_the_reference():
-    """Loss 1/(4 beta^2), gradient -+1/(beta B): not log 2, and not beta/2, as one reads off DPO."""
+    """At the reference IPO's loss is 1/(4 beta^2) and its gradient -+1/(beta B), not DPO's log 2 and -+beta/(2B)."""
     four = [np.array([-3.0, -4.0]), np.array([-5.0, -1.0])] * 2
     close(losses.ipo_loss(*four, beta=0.5).loss.item(), 1.0)
     close(losses.ipo_gradient(*four, beta=0.5)[0], [-1.0, -1.0])
@@ -126,13 +126,13 @@ def test_worked_example():
     close([out.reward_w.item(), out.reward_l.item(), out.margin.item()], [0.2, -0.1, 3.0])
     assert f"{out.loss.item():.4f}" == "0.5544"
     assert [f"{g:.5f}" for g in losses.dpo_gradient(-10.0, -15.0, -12.0, -14.0, beta=0.1)] == ["-0.04256", "0.04256"]
-    assert losses.dpo_loss(-10.0, -15.0, -12.0, -14.0).loss.item() == out.loss.item()  # beta is 0.1 if not said
+    assert losses.dpo_loss(-10.0, -15.0, -12.0, -14.0).loss.item() == out.loss.item()  # beta is 0.1 by default
     assert losses.dpo_gradient(-10.0, -15.0, -12.0, -14.0)[1] == losses.dpo_gradient(-10.0, -15.0, -12.0, -14.0, 0.1)[1]
 
 
 @given(B=st.integers(1, 4), beta=betas, e=smoothings)
 def test_at_the_reference(B, beta, e):
-    """Loss log 2 and a gradient of -+(1 - 2e) beta/2B: otherwise someone looks for a 0 that is not there."""
+    """At the reference the loss is log 2 and the gradient -+(1 - 2e) beta/(2B), which is not zero."""
     logps = np.linspace(-9, -1, 2 * B)
     w, l = logps[:B], logps[B:]
     close(losses.dpo_loss(w, l, w, l, beta, e).loss.item(), math.log(2))
@@ -143,14 +143,14 @@ def test_at_the_reference(B, beta, e):
 
 @given(logps=four_logps, shift=st.floats(-9, 9))
 def test_a_constant_on_both_references_cancels(logps, shift):
-    """Otherwise the normaliser Z(x), which nobody can compute, would matter."""
+    """A constant on both reference log-probabilities does not change DPO: Z(x), which nobody can compute, cancels."""
     w, l, ref_w, ref_l = logps
     close(losses.dpo_loss(w, l, ref_w + shift, ref_l + shift).loss.item(), losses.dpo_loss(*logps).loss.item())
 
 
 @given(logps=four_logps, beta=betas, e=smoothings)
 def test_swapped_labels(logps, beta, e):
-    """L(-z) - L(z) = (1 - 2e) z: otherwise label smoothing is not the expected loss under flips."""
+    """Swapped labels give L(-z) - L(z) = (1 - 2e) z: label smoothing is the expected loss under flips."""
     w, l, ref_w, ref_l = logps
     straight = losses.dpo_loss(w, l, ref_w, ref_l, beta, e)
     swapped = losses.dpo_loss(l, w, ref_l, ref_w, beta, e)
@@ -160,8 +160,8 @@ def test_swapped_labels(logps, beta, e):
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("ratio", [1e4, -1e4])
-def test_far_log_ratios_are_finite_and_right(ratio, dtype):
-    """Otherwise one hopeless pair makes the whole batch's loss inf, or nan."""
+def test_far_log_ratios_are_finite_and_exact(ratio, dtype):
+    """Loss and gradient are exact at log-ratios of 1e4; otherwise one hopeless pair would make a batch's loss inf."""
     w, zero = np.array([ratio], dtype=dtype), np.zeros(1, dtype=dtype)
     leaf = Tensor(w, requires_grad=True)
     out = losses.dpo_loss(leaf, zero, zero, zero, beta=1.0)
@@ -174,8 +174,8 @@ def test_far_log_ratios_are_finite_and_right(ratio, dtype):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("ratio", [1e4, -1e4])
-def test_every_kind_is_right_far_out(kind, ratio):
-    """Softplus of -z is 0 or -z out there, a square a square: otherwise the kin break where DPO holds."""
+def test_every_loss_is_exact_far_out(kind, ratio):
+    """At log-ratios of 1e4 a softplus is 0 or linear, a square is a square, and every loss has its limit's value."""
     w, zero, e = np.array([ratio]), np.zeros(1), 0.25
     loss, gradient = routes(kind, zero, zero, 0.5, e)
     z = ratio / 2
@@ -292,9 +292,9 @@ def test_a_certain_label_is_finite_beside_an_impossible_response():
         ({"probability": [0.5]}, r"probability needs one number for each pair, \(2,\), not \(1,\)"),
         ({"probability": [0.5, math.nan]}, "between 0 and 1"),
         ({"weight": [1.0, -1.0]}, "finite and at least 0"),
-        ({"weight": [0.0, 0.0]}, "one of them larger"),
+        ({"weight": [0.0, 0.0]}, "at least one positive"),
         ({"weight": 2.0}, r"weight needs one number for each pair, \(2,\), not \(\)"),
-        ({"label_smoothing": 0.1, "probability": [0.5, 0.5]}, "give one of them"),
+        ({"label_smoothing": 0.1, "probability": [0.5, 0.5]}, "give only one"),
     ],
 )
 @pytest.mark.parametrize("function", [losses.dpo_loss, losses.dpo_gradient])
@@ -305,7 +305,7 @@ def test_wrong_labels_are_refused(function, options, sentence):
 
 
 def test_the_registry_holds_every_loss_with_its_gradient():
-    """`LOSSES` has all of this file, each with `.gradient`; a choice passes on what its loss takes."""
+    """`LOSSES` has every loss of losses.py, each with `.gradient`; a choice passes on what its loss takes."""
     functions = {name[: -len("_loss")] for name in vars(losses) if name.endswith("_loss")}
     assert set(losses.LOSSES) == functions == {"dpo", "ipo", "reference_free"}
     for name, loss in losses.LOSSES.items():
@@ -320,8 +320,9 @@ def test_the_registry_holds_every_loss_with_its_gradient():
     assert losses.Choice("ipo")(*four, 0.3).loss.item() == losses.ipo_loss(*four, 0.3).loss.item()
     with pytest.raises(ValueError, match="there is no loss 'dppo': choose from dpo, ipo, reference_free"):
         losses.Choice("dppo")
-    with pytest.raises(ValueError, match="the loss ipo has no option label_smoothing"):
-        losses.Choice("ipo", {"label_smoothing": 0.1})
+    for name, option in (("ipo", "label_smoothing"), ("dpo", "weight"), ("dpo", "probability"), ("dpo", "beta")):
+        with pytest.raises(ValueError, match=f"the loss {name} has no option {option}"):
+            losses.Choice(name, {option: 0.1})
 
 
 def test_the_gradient_of_ipo_takes_numbers():
@@ -330,12 +331,12 @@ def test_the_gradient_of_ipo_takes_numbers():
 
 
 def test_an_impossible_rejected_response_costs_nothing():
-    """Otherwise 0 * -inf, from a label smoothing of 0, is a nan."""
+    """A pair whose rejected response is impossible has loss 0, not nan from 0 * -inf."""
     assert losses.dpo_loss(-1.0, -math.inf, -1.0, -1.0).loss.item() == 0
 
 
 def test_numpy_scalars_do_not_widen_the_loss():
-    """Otherwise a beta from np.linspace turns a float32 run into float64."""
+    """float32 in, float32 out, even if beta is a NumPy scalar, as from np.linspace."""
     four = [np.zeros(2, dtype="float32")] * 4
     assert losses.dpo_loss(*four, beta=np.float64(0.1), label_smoothing=np.float64(0.1)).loss.dtype == "float32"
     assert losses.dpo_gradient(*four, beta=np.float64(0.1))[0].dtype == "float32"
@@ -345,7 +346,7 @@ def test_numpy_scalars_do_not_widen_the_loss():
 
 
 def test_the_closed_form_takes_no_tensor():
-    """Otherwise a reader waits for a graph that is not there."""
+    """A closed-form gradient refuses Tensors, since it builds no graph, and says to pass `.data`."""
     for gradient, count in ((losses.dpo_gradient, 4), (losses.ipo_gradient, 4), (losses.reference_free_gradient, 2)):
         with pytest.raises(TypeError, match=r"pass the \.data"):
             gradient(*[1.0] * (count - 1), Tensor(1.0))
@@ -366,7 +367,7 @@ def test_the_closed_form_takes_no_tensor():
 )
 @pytest.mark.parametrize("function", [losses.dpo_loss, losses.dpo_gradient])
 def test_wrong_arguments_are_refused(function, arguments, sentence):
-    """Otherwise (B,) and (B, 1) broadcast to (B, B), and every pair is compared with every other."""
+    """Wrong shapes, betas and smoothing are refused; (B,) and (B, 1) would compare every pair with every other."""
     with pytest.raises(ValueError, match=sentence):
         function(*arguments)
 
@@ -380,7 +381,7 @@ def test_wrong_arguments_are_refused(function, arguments, sentence):
         (losses.reference_free_gradient, (1.0, 1.0, 0.1, 0.7), "at most 0.5"),
     ],
 )
-def test_the_kin_refuse_the_same(function, arguments, sentence):
-    """Otherwise a guard that dpo_loss has is missing next door."""
+def test_the_other_losses_refuse_the_same(function, arguments, sentence):
+    """The other losses and their gradients refuse what `dpo_loss` refuses."""
     with pytest.raises(ValueError, match=sentence):
         function(*arguments)

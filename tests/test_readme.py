@@ -18,7 +18,7 @@ import minidpo
 from benchmarks import speed
 from benchmarks.workload import SIZES as SIZES_OF_SPEED
 from minidpo import Tensor, cli, explain, losses
-from minidpo.cli import desk, train
+from minidpo.cli import desk, parser, train
 from minidpo.theory import assumptions, equalities, frontier
 from test_demo import SIZES
 
@@ -77,6 +77,7 @@ def test_line_counts_are_true():
     assert f"The engine is {sizes['tensor']} lines, the derivatives {sizes['ops']}" in " ".join(README.split())
 
 
+@pytest.mark.slow
 def test_the_commands_exist(tmp_path, monkeypatch):
     """Every command on a page runs, shortened where it is long. (CI runs those of "Run it" as they are.)"""
     lines = [line for page in PAGES.values() for line in page.splitlines() if line.startswith("minidpo ")]
@@ -105,7 +106,7 @@ def test_what_a_page_names_exists():
             installed = SOURCE / target.removeprefix("minidpo/") if target.startswith("minidpo/") else inside
             assert inside.exists() or installed.exists(), f"{page}: {target}"
         for name in re.findall(r"`minidpo (\w+)", text):
-            assert name in cli.COMMANDS, f"{page}: {name}"
+            assert name in parser.COMMANDS, f"{page}: {name}"
         for name in re.findall(r"tests/(\w+\.py)", text):
             assert (ROOT / "tests" / name).exists(), name
 
@@ -119,7 +120,7 @@ def test_pictures_are_small():
 def test_the_figures_of_the_demo_are_those_that_its_benchmark_wrote():
     """Table and dialogue are of the committed runs; the replies are those of the first seed."""
     assert [run["seed"] for run in RUNS] == [0, 1, 2]
-    block = re.search(r"```\n(.*\(ordinary\)\n.*?)```", README, re.DOTALL)[1].splitlines()
+    block = next(part for part in README.split("```") if "(ordinary)\n" in part).strip("\n").splitlines()
     assert len(block) == 16 and set(block) <= set(RUNS[0]["dialogue"])
     names = {"true reward": "reward", "well formed": "well_formed", "on topic": "on_topic", "KL to SFT, nats": "kl"}
     names |= {name: name.replace(" ", "_") for name in ("polite", "wrongly declined", "wrongly answered")}
@@ -229,6 +230,7 @@ def test_the_figures_of_speed_are_those_that_the_benchmark_wrote():
     )
 
 
+@pytest.mark.slow
 def test_the_number_of_runs_is_true():
     """The house's page counts responses, prompts and runs as the laboratory does."""
     world = equalities.small_world(0)

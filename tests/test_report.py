@@ -92,7 +92,7 @@ def test_panels_have_the_level_that_a_run_began_at():
     loss, _ = report.panels("x", METRICS)
     assert (loss.ylabel, loss.level) == ("", None)
     (loss,) = report.panels("x", [{"step": 0, "eval_loss": 3.0}, {"step": 1, "loss": 2.5}])
-    assert (loss.ylabel, loss.level) == ("nats a token", None)
+    assert (loss.ylabel, loss.level) == ("nats per token", None)
 
 
 def luminance(color):

@@ -120,7 +120,7 @@ def test_sft_learns_completions_or_one_or_both_responses(folder, tmp_path):
 
 
 def test_sft_starts_from_a_model(folder, tmp_path):
-    """SFT starts from --init, and measures the nats a token of held-out responses."""
+    """SFT starts from --init, and measures the nats per token of held-out responses."""
     run = tmp_path / "run"
     words = [f"--data={folder / 'pairs.jsonl'}", f"--init={folder / 'init'}", f"--out={run}", "--steps=0"]
     assert cli.main(["sft", *words]) == 0
@@ -197,6 +197,7 @@ def test_a_reference_may_have_another_shape(folder, tmp_path):
     assert first["logps/chosen"] == pytest.approx(np.mean(logps)) and len(logps) == 11
 
 
+@pytest.mark.slow
 def test_sft_and_dpo_hold_out_the_same_prompts(folder, tmp_path):
     """With one file and one seed, sft and dpo hold out the same prompts."""
     held_out = []
@@ -470,6 +471,7 @@ def test_a_run_of_version_0_1_resumes(folder, tmp_path, monkeypatch):
     assert {(beta, nll_weight) for beta, _, nll_weight in batches} == {(0.2, 2.0)}
 
 
+@pytest.mark.slow
 def test_a_collapse_is_one_line_at_the_end(folder, tmp_path, capsys, monkeypatch):
     """A run of dpo that makes the chosen responses less likely says so at its end, with what helps."""
     rows = [{"prompt": row["prompt"], "chosen": "dd", "rejected": "dddd"} for row in ROWS]
@@ -482,12 +484,12 @@ def test_a_collapse_is_one_line_at_the_end(folder, tmp_path, capsys, monkeypatch
         error = capsys.readouterr().err
         assert (rise > train.CHOSEN_LOSS_WARNING) is warns and error.count("\n") == warns
         if warns:
-            assert f"lost {rise:.2f} nats a token" in error and "--nll-weight helps" in error
+            assert f"lost {rise:.2f} nats per token" in error and "--nll-weight helps" in error
     evaluations = iter([{"loss": 0.7, "nll/chosen_rise": 0.0}, {"loss": 0.6, "nll/chosen_rise": 0.1},
                         {"loss": 0.9, "nll/chosen_rise": 0.8}])  # fmt: skip
     monkeypatch.setattr(training, "preference_evaluation", lambda *args: next(evaluations))
     cli.dpo(data=data, init=folder / "init", out=tmp_path / "last", steps=2, evaluate_every=1)
-    assert "lost 0.80 nats a token" in capsys.readouterr().err  # at the last evaluation, which is not the result's
+    assert "lost 0.80 nats per token" in capsys.readouterr().err  # at the last evaluation, which is not the result's
 
 
 def test_steps_get_their_settings(folder, tmp_path, monkeypatch):

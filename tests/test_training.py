@@ -1,4 +1,4 @@
-"""One step: it is its formula, it repeats bit for bit, and it never moves the reference."""
+"""A training step computes its formula, repeats bit for bit, and never moves the reference."""
 
 import ast
 import inspect
@@ -35,7 +35,7 @@ several_pairs = st.lists(pairs(), min_size=1, max_size=5)
 
 @given(batch=st.lists(pairs(), min_size=1, max_size=4))
 def test_nll_is_the_mean_over_response_tokens(batch):
-    """Otherwise "nats a token" is a number of another kind, and no comparison with an n-gram holds."""
+    """The loss is a mean over response tokens, in nats per token, so that an n-gram can be compared with it."""
     params, examples = small(), [(prompt, chosen) for prompt, chosen, _ in batch]
     total = -math.fsum(chain_rule_logprob(params, CONFIG, prompt, response) for prompt, response in examples)
     tokens = sum(len(response) for _, response in examples)
@@ -44,7 +44,7 @@ def test_nll_is_the_mean_over_response_tokens(batch):
 
 
 def test_the_gradient_of_nll():
-    """Otherwise the packed layout gives a right loss and a wrong direction."""
+    """The gradient of `nll` agrees with central differences and with complex steps."""
     for method, bound in (("central", 1e-8), ("complex", 1e-13)):
         error = gradcheck.check_gradient(
             lambda params: training.nll(params, CONFIG, EXAMPLES), small(), np.random.default_rng(0), 5, method
@@ -53,21 +53,21 @@ def test_the_gradient_of_nll():
 
 
 def test_a_line_begins_and_ends_with_end_of_text():
-    """Otherwise the model never learns to begin, or to stop."""
+    """A line follows an end-of-text and ends in one; otherwise the model would not learn to begin and to stop."""
     assert training.line_examples(["ab", ""], Tokenizer("ab")) == [([0], [1, 2, 0]), ([0], [0])]
 
 
 @given(count=st.integers(1, 9), batch_size=st.integers(1, 12), seed=st.integers(0, 9))
-def test_every_example_is_seen_before_any_again(count, batch_size, seed):
-    """Otherwise some of the data is trained on twice and some never."""
-    seen = [i for step in range(9) for i in training.batch_indices(count, batch_size, step, seed)]
-    assert len(seen) == 9 * batch_size
-    for start in range(0, len(seen) - count + 1, count):
-        assert sorted(seen[start : start + count]) == list(range(count))
+def test_every_example_comes_up_before_any_repeats(count, batch_size, seed):
+    """Each epoch holds every example exactly once, whatever the batch size."""
+    indices = [i for step in range(9) for i in training.batch_indices(count, batch_size, step, seed)]
+    assert len(indices) == 9 * batch_size
+    for start in range(0, len(indices) - count + 1, count):
+        assert sorted(indices[start : start + count]) == list(range(count))
 
 
 def test_epochs_and_seeds_differ_in_order():
-    """Otherwise the order of the first epoch is learnt with the data, or the seed has no say."""
+    """Every epoch and every seed has its own order, and a seed repeats its orders."""
     epochs = [training.batch_indices(50, 50, epoch, seed=1) for epoch in range(3)] + [
         training.batch_indices(50, 50, 0, 2)
     ]
@@ -76,7 +76,7 @@ def test_epochs_and_seeds_differ_in_order():
 
 
 def test_an_sft_step_is_its_parts():
-    """AdamW on the clipped gradient of `nll`: otherwise one of them is named and not done."""
+    """A step of fine-tuning is AdamW on the clipped gradient of `nll`."""
     params, others = small(), small()
     optimizer, other = optim.AdamW(params, 0.01), optim.AdamW(others, 0.01)
     for _ in range(3):
@@ -98,7 +98,7 @@ def gradients(params):
 
 
 class Still(optim.Optimizer):
-    """An optimizer that moves nothing, so that a step leaves its gradient to be looked at."""
+    """An optimizer that moves nothing, so that a test can compare the gradient of a step."""
 
     def __init__(self, params):
         super().__init__(params, 1.0)
@@ -109,7 +109,7 @@ class Still(optim.Optimizer):
 
 @given(size=st.integers(1, 5), nll_weight=st.sampled_from([0.0, 0.7]), loss=st.sampled_from(["dpo", "ipo"]))
 def test_micro_batches_give_the_gradient_of_the_batch(size, nll_weight, loss):
-    """To 1e-12: otherwise what fits into memory decides what is learnt."""
+    """Micro-batches give the metrics and the gradient of the batch, to 1e-12."""
     params, reference = small(1), model.frozen(small(2))
     arguments = {"beta": 0.3, "loss": getattr(losses, f"{loss}_loss"), "nll_weight": nll_weight}
     results = []
@@ -126,8 +126,8 @@ def test_micro_batches_give_the_gradient_of_the_batch(size, nll_weight, loss):
             close(parts[name], whole[name], rtol=1e-12, atol=1e-12)
 
 
-def test_micro_batches_take_every_example_once_and_about_as_many_rows_as_asked():
-    """Otherwise a step's memory grows with its batch, or an example is left out, or goes alone for want of a row."""
+def test_micro_batches_cover_the_batch_in_slices_of_about_one_size():
+    """Micro-batches hold every example once: `size` of them if given, otherwise about `CACHED` numbers' worth each."""
     params, most = small(0), training.CACHED // (4 * CONFIG.n_embd)
 
     def parts(rows, size=None):
@@ -141,12 +141,12 @@ def test_micro_batches_take_every_example_once_and_about_as_many_rows_as_asked()
 
 @given(batch=several_pairs, beta=st.floats(0.05, 2), nll_weight=st.sampled_from([0.0, 0.5]))
 def test_a_dpo_step_descends_the_paper_s_loss(batch, beta, nll_weight):
-    """Loss and gradient of equation 7, written with the one-text route: otherwise the step optimises something else."""
+    """A step has the loss and the gradient of equation 7, here written with log-probabilities of one text at a time."""
     params, reference = small(1), model.frozen(small(2))
     metrics = training.dpo_training_step(
         params, reference, CONFIG, Still(params), collate(batch), beta, nll_weight=nll_weight
     )
-    stepped, others = gradients(params), small(1)
+    by_step, others = gradients(params), small(1)
     total, tokens = 0.0, sum(len(w) for _, w, _ in batch)
     for x, w, l in batch:
         logp_w, logp_l = (sequence_logprob(others, CONFIG, [x], [y]) for y in (w, l))
@@ -156,14 +156,14 @@ def test_a_dpo_step_descends_the_paper_s_loss(batch, beta, nll_weight):
     total.backward()
     close(metrics["loss"], total.item(), rtol=1e-10, atol=1e-12)
     for name, p in others.items():
-        close(stepped[name], p.grad, rtol=1e-7, atol=1e-9)
+        close(by_step[name], p.grad, rtol=1e-7, atol=1e-9)
 
 
 def calls(function):
-    """Names of what a function calls."""
+    """The names of the functions that a function calls, in order."""
     tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
-    called = [node.func for node in ast.walk(tree) if isinstance(node, ast.Call)]
-    return [node.attr if isinstance(node, ast.Attribute) else node.id for node in called]
+    functions = [node.func for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    return [node.attr if isinstance(node, ast.Attribute) else node.id for node in functions]
 
 
 def test_the_step_reads_like_the_paper():
@@ -183,7 +183,7 @@ def test_the_step_reads_like_the_paper():
 
 
 def test_metrics_have_trl_s_names_and_ties_are_counted():
-    """Otherwise a tie counts as a success, or as a failure, and a log cannot be compared."""
+    """Metrics have TRL's names and equal their definitions; ties are counted apart from successes."""
     params, reference = small(), model.frozen(small())
     batch = collate([PAIRS[0], ([0], [1, 0], [2, 0])])
     metrics = training.dpo_training_step(params, reference, CONFIG, optim.SGD(params, 0.0), batch, beta=0.5)
@@ -194,31 +194,31 @@ def test_metrics_have_trl_s_names_and_ties_are_counted():
     assert metrics["tokens"] == 9 and metrics["learning_rate"] == 0 and metrics["grad_norm"] > 0
     assert all(type(value) in (float, int) for value in metrics.values())
     batch = collate(batch.pairs, *training.reference_logprobs(reference, CONFIG, batch.pairs))
-    measured = training.preference_evaluation(params, CONFIG, batch, 0.5)
-    assert (measured["rewards/ties"], measured["rewards/accuracies"], measured["rewards/margins"]) == (1, 0, 0)
-    assert measured["loss"] == pytest.approx(math.log(2)) and measured["nll/chosen_rise"] == 0
+    evaluation = training.preference_evaluation(params, CONFIG, batch, 0.5)
+    assert (evaluation["rewards/ties"], evaluation["rewards/accuracies"], evaluation["rewards/margins"]) == (1, 0, 0)
+    assert evaluation["loss"] == pytest.approx(math.log(2)) and evaluation["nll/chosen_rise"] == 0
     optimizer = optim.SGD(params, 0.05)
     for _ in range(3):
         training.dpo_training_step(params, reference, CONFIG, optimizer, batch, 0.5)
-    measured = training.preference_evaluation(params, CONFIG, batch, 0.5, nll_weight=2.0)
-    assert measured["rewards/ties"] == 0
+    evaluation = training.preference_evaluation(params, CONFIG, batch, 0.5, nll_weight=2.0)
+    assert evaluation["rewards/ties"] == 0
     logp_w = [chain_rule_logprob(params, CONFIG, x, w) for x, w, _ in batch.pairs]
     ref_w = [chain_rule_logprob(reference, CONFIG, x, w) for x, w, _ in batch.pairs]
     logp_l = [chain_rule_logprob(params, CONFIG, x, l) for x, _, l in batch.pairs]
     ref_l = [chain_rule_logprob(reference, CONFIG, x, l) for x, _, l in batch.pairs]
-    close(measured["logps/chosen"], np.mean(logp_w))
-    close(measured["logps/rejected"], np.mean(logp_l))
-    close(measured["rewards/chosen"], 0.5 * (np.mean(logp_w) - np.mean(ref_w)), atol=1e-12)
-    close(measured["rewards/rejected"], 0.5 * (np.mean(logp_l) - np.mean(ref_l)), atol=1e-12)
-    close(measured["rewards/margins"], measured["rewards/chosen"] - measured["rewards/rejected"], atol=1e-12)
-    close(measured["nll/chosen"], -sum(logp_w) / 4)
-    close(measured["nll/chosen_rise"], -(sum(logp_w) - sum(ref_w)) / 4, atol=1e-12)
+    close(evaluation["logps/chosen"], np.mean(logp_w))
+    close(evaluation["logps/rejected"], np.mean(logp_l))
+    close(evaluation["rewards/chosen"], 0.5 * (np.mean(logp_w) - np.mean(ref_w)), atol=1e-12)
+    close(evaluation["rewards/rejected"], 0.5 * (np.mean(logp_l) - np.mean(ref_l)), atol=1e-12)
+    close(evaluation["rewards/margins"], evaluation["rewards/chosen"] - evaluation["rewards/rejected"], atol=1e-12)
+    close(evaluation["nll/chosen"], -sum(logp_w) / 4)
+    close(evaluation["nll/chosen_rise"], -(sum(logp_w) - sum(ref_w)) / 4, atol=1e-12)
     z = 0.5 * (np.array(logp_w) - ref_w - logp_l + ref_l)
-    close(measured["loss"], np.logaddexp(0, -z).mean() - 2 * sum(logp_w) / 4)
+    close(evaluation["loss"], np.logaddexp(0, -z).mean() - 2 * sum(logp_w) / 4)
 
 
-def test_a_tie_is_no_success():
-    """One pair won, one tied, one lost, in batches of two sizes: otherwise policy = reference has an accuracy of 1."""
+def test_a_tie_is_not_a_success():
+    """One pair won, one tied and one lost are an accuracy of 1/3; otherwise policy = reference might score 1."""
     logp_w, logp_l = (np.concatenate(side) for side in zip(*LOGPS))
     metrics = training.preference_metrics(0.7, 0.1 * logp_w, 0.1 * logp_l, logp_w, logp_l)
     assert (metrics["rewards/accuracies"], metrics["rewards/ties"]) == (1 / 3, 1 / 3)
@@ -227,20 +227,20 @@ def test_a_tie_is_no_success():
     assert metrics["loss"] == 0.7
 
 
-def test_the_margin_grows_on_what_is_trained():
-    """Otherwise the step's direction is wrong, whatever its parts are."""
+def test_training_lowers_the_loss_and_ranks_its_pairs():
+    """Twenty steps lower the loss and give every chosen response of the batch the larger reward."""
     params, reference = small(), model.frozen(small())
     batch = collate(PAIRS, *training.reference_logprobs(reference, CONFIG, PAIRS))
     optimizer = optim.AdamW(params, 3e-3)
     first = training.preference_evaluation(params, CONFIG, batch)["loss"]
     for _ in range(20):
         training.dpo_training_step(params, reference, CONFIG, optimizer, batch)
-    measured = training.preference_evaluation(params, CONFIG, batch)
-    assert measured["loss"] < first and measured["rewards/accuracies"] == 1
+    evaluation = training.preference_evaluation(params, CONFIG, batch)
+    assert evaluation["loss"] < first and evaluation["rewards/accuracies"] == 1
 
 
 def test_a_fingerprint_sees_every_bit():
-    """Otherwise two models that differ pass for one, and a cache or a run goes on with the wrong one."""
+    """Models have one fingerprint only if names, shapes, types and all bits agree; a cache and a run rely on it."""
     one, other = small(), small()
     assert fingerprint(one) == fingerprint(other)
     other["h.1.mlp.c_fc.bias"].data[3] = np.nextafter(other["h.1.mlp.c_fc.bias"].data[3], 9)
@@ -256,7 +256,7 @@ def run(policy, reference, batches, **options):
 
 
 def test_the_reference_never_moves():
-    """Hashed before and after: otherwise the anchor drifts with the ship. It has no gradient either."""
+    """Training changes no bit of the reference and leaves it no gradient; otherwise the anchor drifts with the ship."""
     policy = small()
     reference = model.frozen(policy)
     before = fingerprint(reference)
@@ -268,8 +268,8 @@ def test_the_reference_never_moves():
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_cached_or_not_the_trajectory_is_the_same_bits(dtype, tmp_path):
-    """Otherwise precomputing the reference, which saves half the work, changes what is learnt."""
-    trained = []
+    """A cached reference, in memory or from its file, gives the same metrics and weights bit for bit."""
+    results = []
     for cached in (False, True):
         policy = {name: model.Tensor(p.data.astype(dtype), requires_grad=True) for name, p in small().items()}
         reference = model.frozen(policy)
@@ -286,12 +286,12 @@ def test_cached_or_not_the_trajectory_is_the_same_bits(dtype, tmp_path):
             reference,
             [collate([PAIRS[i] for i in batch], *((w[batch], l[batch]) if cached else ())) for batch in batches],
         )
-        trained.append((metrics, fingerprint(policy)))
-    assert trained[0] == trained[1]
+        results.append((metrics, fingerprint(policy)))
+    assert results[0] == results[1]
 
 
-def test_a_pair_s_reference_does_not_depend_on_its_company():
-    """Bit for bit: otherwise a cache made in one order is wrong, by a little, in another."""
+def test_a_pair_s_reference_does_not_depend_on_other_pairs():
+    """A pair is scored to the same bits alone and among others, so a cache holds in any order of training."""
     reference = {name: model.Tensor(p.data.astype("float32")) for name, p in small().items()}
     w, l = training.reference_logprobs(reference, CONFIG, PAIRS)
     for i, pair in enumerate(PAIRS):
@@ -300,7 +300,7 @@ def test_a_pair_s_reference_does_not_depend_on_its_company():
 
 
 def test_a_stale_cache_is_refused(tmp_path):
-    """Otherwise a policy is held to a reference that is not there any more."""
+    """A cache for another model, config, tokenizer or other pairs is refused, with what to do."""
     path, reference, tokenizer = tmp_path / "reference.safetensors", small(), Tokenizer("abcd")
     cached_reference_logprobs(path, reference, CONFIG, tokenizer, PAIRS)
     moved = small()
@@ -321,7 +321,7 @@ def test_a_stale_cache_is_refused(tmp_path):
 
 
 def test_a_step_that_is_not_finite_moves_nothing():
-    """Otherwise one broken batch poisons every parameter."""
+    """A step whose loss is nan raises and changes no parameter; otherwise one broken batch would spoil the model."""
     for name in ("loss", "gradient"):
         params = small()
         before = fingerprint(params)
@@ -337,25 +337,32 @@ def test_a_step_that_is_not_finite_moves_nothing():
         assert fingerprint(params) == before
 
 
-def test_what_is_known_of_the_reference_is_used():
-    """Not scored again: otherwise a cache costs what it saves. Without a word, beta is 0.1."""
+def test_given_reference_log_probabilities_are_used():
+    """A step uses the reference's log-probabilities that its batch holds; beta is 0.1 by default."""
     params, reference = small(1), model.frozen(small(2))
     w, l = training.reference_logprobs(reference, CONFIG, PAIRS)
-    told = [
+    plain, shifted = [
         training.dpo_training_step(params, reference, CONFIG, Still(params), collate(PAIRS, w + shift, l), **options)
         for shift, options in ((0.0, {}), (1.0, {"beta": 0.1}))
     ]
-    close(told[0]["rewards/chosen"] - told[1]["rewards/chosen"], 0.1)
-    close(told[0]["rewards/rejected"], told[1]["rewards/rejected"])
+    close(plain["rewards/chosen"] - shifted["rewards/chosen"], 0.1)
+    close(plain["rewards/rejected"], shifted["rewards/rejected"])
     batch = collate(PAIRS, w, l)
     assert training.preference_evaluation(params, CONFIG, batch) == training.preference_evaluation(
         params, CONFIG, batch, 0.1
     )
 
 
+def test_a_batch_without_a_reference_is_refused():
+    """Without the reference's log-probabilities and without a reference, a step says what is missing."""
+    params = small()
+    with pytest.raises(ValueError, match="no reference model was given"):
+        training.dpo_training_step(params, {}, CONFIG, optim.SGD(params, 0.1), collate(PAIRS))
+
+
 @pytest.mark.parametrize("side", ["ref_logp_w", "ref_logp_l"])
 def test_half_a_reference_is_scored_again(side):
-    """A batch with one of the reference's two log-probabilities is scored whole."""
+    """A batch that lacks one of the reference's two log-probabilities gets both anew."""
     params, reference = small(1), model.frozen(small(2))
     batch = collate(PAIRS, *training.reference_logprobs(reference, CONFIG, PAIRS))
     whole, half = (
@@ -365,14 +372,14 @@ def test_half_a_reference_is_scored_again(side):
     assert whole == half
 
 
-def test_a_measurement_that_is_not_finite_names_itself():
-    """Otherwise NaN is written as a metric, or the sentence names those that are fine."""
+def test_metrics_that_are_not_finite_are_named():
+    """An evaluation with nan raises; the error names the metrics that are not finite, and no others."""
     params = small()
     batch = collate(PAIRS, *training.reference_logprobs(model.frozen(params), CONFIG, PAIRS))
     params["ln_f.bias"].data[0] = np.nan
     with (
         np.errstate(all="ignore"),
-        pytest.raises(FloatingPointError, match="not finite: loss, rewards/chosen, ") as caught,
+        pytest.raises(FloatingPointError, match="not finite: loss, rewards/chosen, ") as error,
     ):
         training.preference_evaluation(params, CONFIG, batch)
-    assert "accuracies" not in str(caught.value)
+    assert "accuracies" not in str(error.value)

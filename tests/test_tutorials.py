@@ -1,4 +1,4 @@
-"""The course runs, has one shape, and its map in the README is true."""
+"""The scripts of the course run and have one shape, and the table in their README is true."""
 
 import ast
 import importlib.util
@@ -14,7 +14,7 @@ import pytest
 import minidpo
 
 FOLDER = Path(__file__).parents[1] / "tutorials"
-README = (Path(__file__).parents[1] / "README.md").read_text()
+README = (FOLDER / "README.md").read_text()
 SOURCE = Path(minidpo.__file__).parent
 SCRIPTS = sorted(FOLDER.glob("*.py"))
 NUMBERED = [path for path in SCRIPTS if path.stem[:2].isdecimal()]
@@ -22,11 +22,12 @@ scripts = pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
 numbered = pytest.mark.parametrize("path", NUMBERED, ids=lambda path: path.stem)
 
 
+@pytest.mark.slow
 @scripts
 def test_a_script_runs_and_its_assertions_hold(path, tmp_path):
-    """Otherwise the course says what it does not show. A picture is drawn where matplotlib is, else a word says so."""
+    """Every script runs, and its assertions hold; it writes its picture, or says that matplotlib is missing."""
     shutil.copy(path, tmp_path)
-    ran = subprocess.run(
+    run = subprocess.run(
         [sys.executable, "-W", "error", tmp_path / path.name],
         capture_output=True,
         text=True,
@@ -34,18 +35,18 @@ def test_a_script_runs_and_its_assertions_hold(path, tmp_path):
         env={**os.environ, "PYTHONPATH": str(SOURCE.parent)},
         timeout=300,
     )
-    assert ran.returncode == 0, ran.stderr
-    drawn = [found.name for found in tmp_path.glob("*.png")]
+    assert run.returncode == 0, run.stderr
+    pictures = [picture.name for picture in tmp_path.glob("*.png")]
     if "plots.picture(" in path.read_text():
         has_plot = importlib.util.find_spec("matplotlib") is not None
-        assert drawn == ([f"{path.stem}.png"] if has_plot else []), ran.stdout
-        assert ("matplotlib" in ran.stdout) == (not has_plot), ran.stdout
-    assert len(ran.stdout.splitlines()) <= (80 if path in NUMBERED else 400)
+        assert pictures == ([f"{path.stem}.png"] if has_plot else []), run.stdout
+        assert ("matplotlib" in run.stdout) == (not has_plot), run.stdout
+    assert len(run.stdout.splitlines()) <= (80 if path in NUMBERED else 400)
 
 
 @numbered
 def test_a_script_has_the_shape_of_the_others(path):
-    """Otherwise a reader must find out each time where the question, the aims and the solutions are."""
+    """Every lesson has its question, aims, prediction, formula, exercises and solutions, in this order."""
     text = path.read_text()
     parts = ["**Question.**", "**Afterwards you can say**", "**Predict first.**", "**The formula.**", "# ## ",
              "The answer to the prediction", "## What was shown", "## Exercises", "## Solutions"]  # fmt: skip
@@ -54,23 +55,21 @@ def test_a_script_has_the_shape_of_the_others(path):
     assert text.startswith(f"# %% [markdown]\n# # {path.stem[:2]}. ")
     after = text[text.index("## Exercises") :]
     assert re.search(r"^# 1\. ", after, re.MULTILINE) and re.search(r"^# 2\. ", after, re.MULTILINE)
-    tested = [node for node in ast.walk(ast.parse(after[after.index("\n# %%") :])) if isinstance(node, ast.Assert)]
-    assert tested or "assert_" in after
+    assertions = [node for node in ast.walk(ast.parse(after[after.index("\n# %%") :])) if isinstance(node, ast.Assert)]
+    assert assertions or "assert_" in after
 
 
-def test_the_map_in_the_readme_is_true():
-    """Otherwise a reader is sent to a script, a file or a function that is not there."""
-    rows = re.findall(
-        r"^\| \[`(\w+\.py)`\]\(tutorials/(\w+\.py)\) \| (.+?) \| (\d+) \| (.+?) \| (.+?) \|$", README, re.M
-    )
+def test_the_table_in_the_readme_is_true():
+    """The README's table has every script, with its question and reading time, and functions that exist."""
+    rows = re.findall(r"^\| \[`(\w+\.py)`\]\((\w+\.py)\) \| (.+?) \| (\d+) \| (.+?) \| (.+?) \|$", README, re.M)
     assert [name for name, *_ in rows] == [link for _, link, *_ in rows] == [path.name for path in SCRIPTS]
     for name, _, question, minutes, _, where in rows:
         text = (FOLDER / name).read_text()
         assert int(minutes) == round(len(text.split()) / 100), f"{name}: a hundred words a minute"
         if name != "errata.py":
-            found = re.search(r"^# \*\*Question\.\*\* (.+?)$\n# *$", text, re.MULTILINE | re.DOTALL)
-            asked = " ".join(found[1].replace("\n# ", " ").split())
-            assert question.replace("\\|", "|") == asked  # a bar would end the cell
+            match = re.search(r"^# \*\*Question\.\*\* (.+?)$\n# *$", text, re.MULTILINE | re.DOTALL)
+            expected = " ".join(match[1].replace("\n# ", " ").split())
+            assert question.replace("\\|", "|") == expected  # a bar would end the cell
         places = re.findall(r"`(\w+)\.(\w+)`", where)
         assert places, name
         for module, function in places:

@@ -1,4 +1,4 @@
-"""Several processes, one gradient."""
+"""Several processes give the gradient of one."""
 
 import ctypes
 import json
@@ -36,7 +36,7 @@ def floats(params, dtype):
 @pytest.mark.parametrize("count", [2, 3, 6])
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
 def test_the_gradient_is_that_of_one_process(count, dtype):
-    """After three steps, metrics and weights are those of one process, for both kinds of training."""
+    """After three steps with several processes, metrics and weights are those of one, for both kinds of training."""
     results = []
     for processes in (1, count):
         params = floats(small(1), dtype)
@@ -60,7 +60,7 @@ def test_the_gradient_is_that_of_one_process(count, dtype):
 
 @forks
 def test_workers_cannot_disagree_with_their_caller(monkeypatch):
-    """Whatever changes between two calls, or was never registered, workers give what one process gives.
+    """Workers give the result of one process, whatever changes between two calls, registered or not.
 
     Parameters, config, beta, loss and its options, the likelihood term, micro-batches, the reference's dtype.
     """
@@ -69,14 +69,14 @@ def test_workers_cannot_disagree_with_their_caller(monkeypatch):
         out = losses.dpo_loss(logp_w, logp_l, ref_logp_w, ref_logp_l, beta)
         return out._replace(loss=out.loss * scale)
 
-    def replaced(logp_w, logp_l, ref_logp_w, ref_logp_l, beta):
+    def triple_ipo(logp_w, logp_l, ref_logp_w, ref_logp_l, beta):
         out = losses.ipo_loss(logp_w, logp_l, ref_logp_w, ref_logp_l, beta)
         return out._replace(loss=out.loss * 3)
 
     scale, wider = 1.0, model.Config(**{**vars(CONFIG), "n_head": 1})
     longer = {**small(4), "wpe.weight": Tensor(np.tile(small(4)["wpe.weight"].data, (2, 1)), requires_grad=True)}
     refs = training.reference_logprobs(small(2), CONFIG, PAIRS)
-    asked = [
+    cases = [
         (small(1), CONFIG, refs, {}),
         (small(1), CONFIG, refs, {"beta": 5.0}),
         (small(1), CONFIG, refs, {"loss": losses.ipo_loss}),
@@ -107,17 +107,17 @@ def test_workers_cannot_disagree_with_their_caller(monkeypatch):
             close(results[1], results[0], rtol=tolerance, atol=tolerance / 10)
             return results[0][0]
 
-        seen = [compare(*question) for question in asked]
-        assert len({round(loss, 12) for loss in seen[:5]}) == 5
+        values = [compare(*case) for case in cases]
+        assert len({round(value, 12) for value in values[:5]}) == 5
         scale = 2.0
-        assert compare(small(1), CONFIG, refs, {"loss": own_loss}) == pytest.approx(2 * seen[5])
+        assert compare(small(1), CONFIG, refs, {"loss": own_loss}) == pytest.approx(2 * values[5])
         compare(small(1), CONFIG, refs, {"loss": losses.Choice("ipo")})
-        monkeypatch.setitem(losses.LOSSES, "ipo", replaced)
-        assert compare(small(1), CONFIG, refs, {"loss": losses.Choice("ipo")}) == pytest.approx(3 * seen[2])
+        monkeypatch.setitem(losses.LOSSES, "ipo", triple_ipo)
+        assert compare(small(1), CONFIG, refs, {"loss": losses.Choice("ipo")}) == pytest.approx(3 * values[2])
 
 
 class Sums(Workers):
-    """Workers whose gradient can be read: each entry of the question is added."""
+    """Workers whose gradient is the sum of the numbers in the question, so that a test can read it."""
 
     def share(self, params, question):
         if question == ["fail"]:
@@ -134,8 +134,8 @@ class Sums(Workers):
 
 
 @forks
-def test_workers_see_the_weights_of_now_and_are_other_processes():
-    """A question is answered with the weights of now, each share by a process of its own."""
+def test_workers_use_the_current_weights_and_are_other_processes():
+    """Each share is answered by another process, with the current weights, and the gradients add up."""
     x = Tensor(np.zeros(3), requires_grad=True)
     with Sums(3) as workers:
         replies = workers.ask({"x": x}, [[1], [10], [100]])
@@ -161,7 +161,7 @@ def test_workers_see_the_weights_of_now_and_are_other_processes():
 
 @forks
 def test_a_fault_is_passed_on_and_the_next_question_is_answered():
-    """After a fault the next reply belongs to the next question."""
+    """A worker's fault is raised in the caller, and the next reply belongs to the next question."""
     x = Tensor(np.zeros(1), requires_grad=True)
     with Sums(2) as workers:
         for questions, fault, sentence in (
@@ -174,15 +174,20 @@ def test_a_fault_is_passed_on_and_the_next_question_is_answered():
                 workers.ask({"x": x}, questions)
             x.grad = None
             assert len(workers.ask({"x": x}, [[1], [10]])) == 2 and x.grad[0] == 11
+        x.grad = None
+        with pytest.raises(TypeError, match="not JSON serializable"):
+            workers.ask({"x": x}, [[1], [np.int64(10)]])
+        assert workers.ask({"x": x}, [[1], [20]])[1][1] == 0 and x.grad[0] == 21
+        x.grad = None
         os.kill(workers.others[0].pid, signal.SIGKILL)
         os.waitid(os.P_PID, workers.others[0].pid, os.WEXITED | os.WNOWAIT)
-        with pytest.raises(OSError, match="is gone"):
+        with pytest.raises(OSError, match="has exited"):
             workers.ask({"x": x}, [[1], [10]])
 
 
 @forks
 def test_no_worker_outlives_the_process_that_asks():
-    """Workers end with their parent, however it ends, and hold none of its other files open."""
+    """Workers end with their parent, however it ends, and keep none of its other files open."""
     code = """if True:
         import os, sys, time
         import numpy as np
@@ -203,15 +208,15 @@ def test_no_worker_outlives_the_process_that_asks():
         time.sleep(60)
     """
     for state in ("idle", "busy"):
-        started = subprocess.Popen([sys.executable, "-c", code, state], stdout=subprocess.PIPE, text=True)
-        pids = list(map(int, started.stdout.readline().split()))
+        parent = subprocess.Popen([sys.executable, "-c", code, state], stdout=subprocess.PIPE, text=True)
+        pids = list(map(int, parent.stdout.readline().split()))
         time.sleep(0.1)
         for pid in pids:
-            held = os.listdir(f"/proc/{pid}/fd") if os.path.exists("/proc") else []
-            assert len(held) <= 6  # three standard ones, two pipes, and one that lists
-        started.kill()
-        started.wait()
-        started.stdout.close()
+            files = os.listdir(f"/proc/{pid}/fd") if os.path.exists("/proc") else []
+            assert len(files) <= 6  # three standard ones, two pipes, and the one that lists them
+        parent.kill()
+        parent.wait()
+        parent.stdout.close()
         for _ in range(100):
             gone = [pid for pid in pids if not alive(pid)]
             if gone == pids:
@@ -225,13 +230,13 @@ def alive(pid):
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
-    state = Path(f"/proc/{pid}/stat")  # a process that has ended and was not waited for is Z
+    state = Path(f"/proc/{pid}/stat")  # Z: it has ended, and nobody has waited for it
     return state.read_text().split()[2] != "Z" if state.exists() else True
 
 
 @given(sizes=st.lists(st.integers(1, 100), min_size=1, max_size=20), count=st.integers(1, 5))
 def test_shares_hold_every_example_once(sizes, count):
-    """Every example is in one share, and the shares are about equal."""
+    """Every example is in exactly one share, and the shares are about equal."""
     parts = workers.shares(sizes, count)
     assert sorted(i for part in parts for i in part) == list(range(len(sizes)))
     assert len(parts) == min(count, len(sizes)) and all(parts)
@@ -240,8 +245,8 @@ def test_shares_hold_every_example_once(sizes, count):
     assert max(totals) - min(totals) <= min(sizes[i] for i in fullest)
 
 
-def test_blas_has_the_threads_that_it_is_given():
-    """Within the block, matrix products have the threads that it names."""
+def test_blas_threads_are_set_within_the_block():
+    """Within the block, matrix products have its number of threads; after it, and after an error, the old number."""
     library = workers.blas()
     if library is None:
         pytest.skip("NumPy's matrix products are not OpenBLAS'")
@@ -254,8 +259,8 @@ def test_blas_has_the_threads_that_it_is_given():
     assert library.get() == before
 
 
-def test_memory_that_an_array_leaves_is_kept_for_the_next():
-    """Pages of a freed graph are used again: clearing them anew costs up to a tenth of a step."""
+def test_freed_memory_is_used_again():
+    """Arrays reuse the memory pages of a freed graph; clearing new pages costs up to a tenth of a step."""
     if platform.libc_ver()[0] != "glibc":
         pytest.skip("the C library is not glibc")
     code = """
@@ -263,13 +268,13 @@ def test_memory_that_an_array_leaves_is_kept_for_the_next():
         import numpy
         from minidpo.run.workers import keep_memory
 
-        def pages_taken():
+        def new_pages():
             before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
             graph = [numpy.ones(2**18) for _ in range(10)]  # 20 MiB, 5120 pages
             return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
         keep_memory()
-        print(pages_taken(), pages_taken(), pages_taken())
+        print(new_pages(), new_pages(), new_pages())
     """
     run = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=True)
     first, *later = map(int, run.stdout.split())
@@ -277,8 +282,8 @@ def test_memory_that_an_array_leaves_is_kept_for_the_next():
 
 
 @pytest.mark.parametrize("library", [lambda name: object(), lambda name: name + "so"])
-def test_another_c_library_keeps_memory_as_it_does(library, monkeypatch):
-    """Training works on macOS, whose library has no mallopt, and on Windows, which refuses None."""
+def test_keep_memory_does_nothing_with_another_c_library(library, monkeypatch):
+    """`keep_memory` does nothing on macOS, whose library has no mallopt, and on Windows, which refuses None."""
     monkeypatch.setattr(ctypes, "CDLL", library)
     workers.keep_memory.__wrapped__()
 
@@ -296,5 +301,5 @@ def test_one_worker_where_there_can_be_no_more(monkeypatch, cupy):
     assert workers.worker_count(host) == 1
     monkeypatch.setattr(workers, "blas", lambda: None)
     assert workers.worker_count(host) == 1
-    with workers.blas_threads(1):  # which cannot be set
+    with workers.blas_threads(1):  # the number cannot be set
         assert json.dumps(1) == "1" and (library is None or library.get() >= 1)

@@ -135,7 +135,7 @@ def train_and_measure(name, params, examples, held_out_examples, steps, peak):
     for step in range(steps + 1):
         if step % (steps // 3) == 0:
             nlls.append(training.held_out_nll(params, config, held_out_examples))
-            print(f"{name}, step {step:>4}: held-out NLL {nlls[-1]:.3f} nats a token", flush=True)
+            print(f"{name}, step {step:>4}: held-out NLL {nlls[-1]:.3f} nats per token", flush=True)
         if step < steps:
             optimizer.learning_rate = optim.warmup_cosine(step, steps, peak, warmup_steps=20)
             batch = [examples[i] for i in training.batch_indices(len(examples), 24, step, seed=0)]

@@ -103,7 +103,7 @@ examples = [(x, y) for x, w, l in pairs for y in (w, l)]
 for step in range(60):
     metrics = training.sft_training_step(policy, config, optimizer, examples)
     if step in (0, 59):
-        print(f"{'' if step else chr(10)}fine-tuning, step {step + 1:2}: {metrics['loss']:.2f} nats a token")
+        print(f"{'' if step else chr(10)}fine-tuning, step {step + 1:2}: {metrics['loss']:.2f} nats per token")
 reference = model.frozen(policy)
 
 # %% [markdown]

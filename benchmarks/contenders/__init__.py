@@ -1,1 +1,1 @@
-"""One file a library: a DPO step and sampling, as that library does them best."""
+"""A DPO step and sampling in each library, a file for minidpo, one for PyTorch and one for three others."""

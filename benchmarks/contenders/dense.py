@@ -1,4 +1,4 @@
-"""JAX, MyGrad and HIPS autograd: the plain algorithm, written once in what the three have in common."""
+"""The plain algorithm in JAX, MyGrad and HIPS autograd, written once with the functions that all three have."""
 
 import importlib
 import importlib.metadata
@@ -10,10 +10,7 @@ from benchmarks.workload import BETA, LEARNING_RATE, padded
 
 
 def forward(xp, params, config, inputs):
-    """Logits of a padded batch; what is padded stands to the right, where causal attention does not see it.
-
-    (B, T) -> (B, T, V)
-    """
+    """Logits of a batch padded on the right, where causal attention does not see the pads.  (B, T) -> (B, T, V)."""
     (B, T), C, H = inputs.shape, config.n_embd, config.n_head
     later = numpy.triu(numpy.full((T, T), -1e9, dtype="float32"), 1)
 
@@ -44,7 +41,7 @@ def forward(xp, params, config, inputs):
 
 
 def numpy_max(s):
-    """The largest score of each row, as a constant where it is known: softmax does not depend on it."""
+    """The largest score of each row, as a constant in HIPS autograd and MyGrad: softmax does not depend on it."""
     while hasattr(s, "_value"):  # a box of HIPS autograd
         s = s._value
     s = getattr(s, "data", s) if type(s).__module__.startswith("mygrad") else s
@@ -52,7 +49,7 @@ def numpy_max(s):
 
 
 def logps(xp, params, config, inputs, targets, counts):
-    """Log-probability of each response.  -> (2B,)"""
+    """The log-probability of each response.  -> (2B,)."""
     (B, T), V = inputs.shape, config.vocab_size
     logits = forward(xp, params, config, inputs)
     shifted = logits - numpy_max(logits)
@@ -62,7 +59,7 @@ def logps(xp, params, config, inputs, targets, counts):
 
 
 def dpo(xp, logp, ref):
-    """The loss, by logaddexp(0, -z)."""
+    """The DPO loss, with -log sigma(z) = logaddexp(0, -z)."""
     B = len(ref) // 2
     ratio = logp - ref
     z = BETA * (ratio[:B] - ratio[B:])
@@ -70,7 +67,7 @@ def dpo(xp, logp, ref):
 
 
 class Dense:
-    """What the three share: NumPy arrays in a dict, and AdamW written out."""
+    """The common part of the three: parameters as a dict of arrays, and AdamW written out."""
 
     def __init__(self, work):
         self.work, self.data = work, padded(work.pairs)
@@ -127,7 +124,7 @@ class MyGrad(Dense):
 
 
 class Jax(Dense):
-    """JAX, the whole step under jit."""
+    """JAX, with the whole step compiled by jit."""
 
     library = "jax"
 
@@ -146,10 +143,10 @@ class Jax(Dense):
             m = jax.tree.map(lambda m, g: 0.9 * m + 0.1 * g, m, g)
             v = jax.tree.map(lambda v, g: 0.999 * v + 0.001 * (g * g), v, g)
 
-            def moved(p, m, v):
+            def updated(p, m, v):
                 return p - LEARNING_RATE * (m / (1 - 0.9**t)) / (xp.sqrt(v / (1 - 0.999**t)) + 1e-8)
 
-            return jax.tree.map(moved, policy, m, v), m, v
+            return jax.tree.map(updated, policy, m, v), m, v
 
         self.compiled, self.compiled_gradient = jax.jit(step), jax.jit(gradient)
 

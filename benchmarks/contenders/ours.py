@@ -1,4 +1,4 @@
-"""minidpo itself."""
+"""The contenders of minidpo."""
 
 import contextlib
 import functools
@@ -16,7 +16,7 @@ def versions():
 
 
 class Padded(workers.Workers):
-    """The plain algorithm: padded micro-batches, the reference scored again each step; pairs shared out to workers."""
+    """The plain algorithm: padded micro-batches; each step scores the reference again. Workers share the pairs."""
 
     device = "cpu"
 
@@ -26,12 +26,12 @@ class Padded(workers.Workers):
         self.policy = model.placed(self.policy, self.device)
         self.reference = model.placed({name: Tensor(x) for name, x in work.reference.items()}, self.device)
         self.optimizer = optim.AdamW(self.policy, LEARNING_RATE, weight_decay=0.0)
-        super().__init__(workers.worker_count(self.policy))  # they are forked at the first step, with what it needs
+        super().__init__(workers.worker_count(self.policy))  # forked at the first step
         workers.keep_memory()
         self.prepare()
 
     def prepare(self):
-        """Prepare what a step does not repeat."""
+        """Compute once what no step repeats."""
 
     def share(self, policy, pairs):
         total = 0.0
@@ -57,7 +57,7 @@ class Padded(workers.Workers):
 
 
 class Best(Padded):
-    """What `minidpo dpo` does: cached reference, prefixes shared, nothing padded, pairs shared out to workers."""
+    """The step of `minidpo dpo`: a cached reference, shared prefixes, no padding. Workers share the pairs."""
 
     share = workers.Workers.share
 
@@ -66,7 +66,7 @@ class Best(Padded):
         self.batch, self.reference = preferences.collate(self.work.pairs, *refs), {}
 
     def gradient(self):
-        with unmoved(self.optimizer):
+        with still(self.optimizer):
             metrics = self.step()
         return metrics["loss"], {name: to_host(p.grad) for name, p in self.policy.items()}
 
@@ -77,15 +77,15 @@ class Best(Padded):
 
 
 @contextlib.contextmanager
-def unmoved(optimizer):
-    """A step that leaves gradients behind and weights as they were."""
+def still(optimizer):
+    """Within the block, steps leave gradients but move no weight."""
     step, optimizer.step = optimizer.step, lambda: None
     yield
     optimizer.step = step
 
 
 class BestOnGPU(Best):
-    """The same on CuPy arrays, by the same source."""
+    """`Best` on CuPy arrays, by the same source."""
 
     device = "cuda"
 
@@ -94,9 +94,9 @@ class BestOnGPU(Best):
 
 
 class Products(Best):
-    """The floor: the matrix products of `Best` alone, forward and backward, on arrays that stay in a cache.
+    """A floor: the matrix products of `Best` alone, forward and backward, on arrays that stay in a cache.
 
-    Products with ones, which only add up, are left out.
+    Products with ones, which are sums, are left out.
     """
 
     gradient = None  # there is no loss to compare
@@ -118,13 +118,13 @@ class Products(Best):
 
 
 def products(config, pairs):
-    """How often a forward pass multiplies (n, k) with (k, m); its operations are those that `speed.flops` counts."""
+    """The matrix products of a forward pass, (times, (n, k, m)) for (n, k) @ (k, m); `speed.flops` counts the same."""
     C, H, layers = config.n_embd, config.n_head, config.n_layer
     rows = sum(len(x) + len(w) - 1 + len(l) - 1 for x, w, l in pairs)
-    wanted = sum(len(w) - 1 + len(l) - 1 + 1 for _, w, l in pairs)
-    found = [(layers, (rows, C, 3 * C)), (1, (wanted, C, config.vocab_size))]
-    for times, N in ((layers - 1, rows), (1, wanted)):
-        found += [(times, (N, C, C)), (times, (N, C, 4 * C)), (times, (N, 4 * C, C))]
+    predicting = sum(len(w) - 1 + len(l) - 1 + 1 for _, w, l in pairs)
+    shapes = [(layers, (rows, C, 3 * C)), (1, (predicting, C, config.vocab_size))]
+    for times, N in ((layers - 1, rows), (1, predicting)):
+        shapes += [(times, (N, C, C)), (times, (N, C, 4 * C)), (times, (N, 4 * C, C))]
     for x, w, l in pairs:
         X = len(x)
         for times, T, S in (
@@ -132,12 +132,12 @@ def products(config, pairs):
             (layers, len(w) - 1, X + len(w) - 1),
             (layers, len(l), X + len(l) - 1),
         ):
-            found += [(times * H, (T, C // H, S)), (times * H, (T, S, C // H))]
-    return found
+            shapes += [(times * H, (T, C // H, S)), (times * H, (T, S, C // H))]
+    return shapes
 
 
 class Sampling:
-    """One text, token by token, with a cache of keys and values."""
+    """Sample one text, token by token, with a key-value cache."""
 
     def __init__(self, work):
         self.work = work
@@ -146,10 +146,10 @@ class Sampling:
     def step(self):
         T = self.work.config.n_positions
         prompt = self.work.pairs[0][0][: T // 4]
-        drawn = generation.generate(
+        samples = generation.generate(
             self.params, self.work.config, [prompt], numpy.random.default_rng(0), T - len(prompt)
         )
-        return len(drawn.responses[0])
+        return len(samples.responses[0])
 
 
 CONTENDERS = {

@@ -1,4 +1,4 @@
-"""PyTorch: GPT-2 in functions, with its fused attention, norm, GELU and optimizer."""
+"""The contenders of PyTorch: GPT-2 as functions, with PyTorch's fused attention, norm, GELU and optimizer."""
 
 import numpy
 import torch
@@ -15,7 +15,7 @@ def versions():
 
 
 def layers(params, config, x, attend, rows=None):
-    """The blocks and the last norm; after the last attention only `rows` go on."""
+    """The blocks and the last norm; after the last attention only `rows` continue."""
     for i in range(config.n_layer):
         p = {name: params[f"h.{i}.{name}"] for name in LAYER}
         h = F.layer_norm(x, x.shape[-1:], p["ln_1.weight"], p["ln_1.bias"])
@@ -37,9 +37,9 @@ LAYER = [
 
 
 class Padded:
-    """The plain algorithm: one padded batch, the reference scored again each step without a graph."""
+    """The plain algorithm: one padded batch; each step scores the reference again, without a graph."""
 
-    mode = None  # of torch.compile; not compiled if there is none
+    mode = None  # of torch.compile; None: not compiled
     device = "cpu"
 
     def __init__(self, work):
@@ -89,7 +89,7 @@ class Padded:
 
 
 class Kept(Padded):
-    """The same with the C library set as minidpo sets it."""
+    """`Padded`, with the C library set as minidpo sets it."""
 
     def prepare(self):
         workers.keep_memory()
@@ -97,13 +97,13 @@ class Kept(Padded):
 
 
 class Compiled(Padded):
-    """The same through torch.compile."""
+    """`Padded`, compiled by torch.compile."""
 
     mode = "default"
 
 
 class Best(Padded):
-    """The recipe of minidpo: cached reference, prefixes shared, nothing padded, response rows only at the end."""
+    """The recipe of minidpo: a cached reference, shared prefixes, no padding; only rows that predict reach the head."""
 
     def prepare(self):
         workers.keep_memory()
@@ -143,16 +143,16 @@ class Best(Padded):
                 for rows, *keys in ((w, x, w), (others, others), (l, slice(prompt, end))):
                     queries = q[:, :, rows]
                     if rows == others and i == config.n_layer - 1:
-                        parts.append(torch.zeros_like(queries))  # which nobody needs
+                        parts.append(torch.zeros_like(queries))  # nobody needs it
                         continue
                     sources = [[a[:, :, part] for part in keys] for a in (k, v)]
                     sources = [torch.cat(a, 2) if len(a) > 1 else a[0] for a in sources]
-                    seen, n = None, rows.stop - rows.start
+                    mask, n = None, rows.stop - rows.start
                     if rows != others:
                         earlier = sources[0].shape[2] - n
-                        seen = self.earlier[earlier : earlier + n, : earlier + n]
+                        mask = self.earlier[earlier : earlier + n, : earlier + n]
                     parts.append(
-                        F.scaled_dot_product_attention(queries, *sources, attn_mask=seen, is_causal=seen is None)
+                        F.scaled_dot_product_attention(queries, *sources, attn_mask=mask, is_causal=mask is None)
                     )
             return torch.cat(parts, 2)[0].transpose(0, 1).reshape(len(qkv), -1)
 
@@ -166,7 +166,7 @@ class Best(Padded):
 
 
 class Sampling:
-    """One text, token by token, with a cache of keys and values."""
+    """Sample one text, token by token, with a key-value cache."""
 
     def __init__(self, work):
         self.work = work
@@ -179,7 +179,7 @@ class Sampling:
         prompt = self.work.pairs[0][0][: T // 4]
         cache = torch.zeros(config.n_layer, 2, H, T, config.n_embd // H)
         draws = torch.Generator().manual_seed(0)
-        new, start, drawn = torch.tensor(prompt), 0, 0
+        new, start, count = torch.tensor(prompt), 0, 0
         while True:
             n = len(new)
 
@@ -193,13 +193,13 @@ class Sampling:
             x = params["wte.weight"][new] + params["wpe.weight"][start : start + n]
             logits = layers(params, config, x, attend)[-1] @ params["wte.weight"].T
             token = torch.multinomial(torch.softmax(logits, -1), 1, generator=draws)
-            start, new, drawn = start + n, token, drawn + 1
+            start, new, count = start + n, token, count + 1
             if token.item() == 0 or start == T:
-                return drawn
+                return count
 
 
 class OnGPU:
-    """Mixed in first: the tensors live on the GPU, and a turn ends when it has."""
+    """A mixin, named first: tensors are on the GPU, and a turn ends when the GPU has finished."""
 
     device = "cuda"
 

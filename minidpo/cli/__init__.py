@@ -2,9 +2,9 @@
 
 from .desk import data, demo, judge
 from .look import displacement, evaluate, explain, sample, score
-from .parser import COMMANDS, main
+from .parser import main
 from .prove import check, exact, frontier, invariances, oracles
 from .train import dpo, pretrain, resume, sft
 
-__all__ = ["COMMANDS", "check", "data", "demo", "displacement", "dpo", "evaluate", "exact", "explain", "frontier"]
+__all__ = ["check", "data", "demo", "displacement", "dpo", "evaluate", "exact", "explain", "frontier"]
 __all__ += ["invariances", "judge", "main", "oracles", "pretrain", "resume", "sample", "score", "sft"]

@@ -91,11 +91,11 @@ def stage_arguments(folder: Path, stage: str, seed: int, sizes: Sizes) -> list[s
 
 @command("learn")
 def demo(*, out: o.NewRun = Path("demo"), seed: o.Seed = 0, sizes: Sizes | None = None, resuming: bool = False) -> Path:
-    """Make a base model, a helpful one and a preferred one, and compare them.
+    """Make a base, an SFT and a DPO model, and compare them.
 
     Make a small world, a support desk whose true reward is known; pre-train a model on it, fine-tune it, and run DPO.
     Then give all three models the same held-out prompts with the same random numbers, and print how good their replies
-    truly are. It takes one to two minutes on two cores.
+    truly are. It takes about a minute on two idle cores.
     """
     if not resuming:
         create(out, {"arguments": ["demo", f"--seed={seed}"]}, {})
@@ -165,8 +165,8 @@ def judge(
 ) -> list[dict[str, Any]]:
     """Measure the true reward of models of the demo's world.
 
-    Give models the demo's held-out prompts and print how good their replies truly are, one column a model. The seed
-    must be that of the demo that they were trained in: it decides which prompts were held out.
+    Give models the demo's held-out prompts and print how good their replies truly are, one column per model. The
+    seed must be that of the demo that they were trained in: it decides which prompts were held out.
     """
     prompts = held_out_prompts(seed, replies)
     anchor = load(reference)
@@ -198,9 +198,9 @@ def facts(folder: Path, seed: int, metrics: Mapping[str, Mapping[str, float]], s
     pairs = rows("pairs_held_out.jsonl", preferences.PAIRS)
     gaps = [world.judgement(x, w).reward - world.judgement(x, l).reward for x, (w, l) in pairs]
     return [
-        f"base model: {metrics['pretrain']['eval_loss']:.4f} nats a token on held-out texts; the grammar itself "
+        f"base model: {metrics['pretrain']['eval_loss']:.4f} nats per token on held-out texts; the grammar itself "
         f"{texts_nll:.4f} on these, its exact entropy {world.corpus_entropy(train):.4f}",
-        f"SFT model: {metrics['sft']['eval_loss']:.4f} nats a token on replies to held-out prompts; the desk itself "
+        f"SFT model: {metrics['sft']['eval_loss']:.4f} nats per token on replies to held-out prompts; the desk itself "
         f"{replies_nll:.4f} on these, its exact entropy {world.reply_entropy(held_out):.4f}",
         f"DPO model: implicit reward ranks {metrics['dpo']['eval_rewards/accuracies']:.3f} of the held-out pairs as "
         f"labelled; the true reward {sum(gap > 0 for gap in gaps) / len(gaps):.3f}, and has "

@@ -59,7 +59,7 @@ def evaluate(
     """Measure a policy against its reference on pairs.
 
     Print the DPO loss alone, implicit rewards, accuracy (ties are counted beside it, not in it), log-probabilities,
-    and the rise of the chosen responses' loss against the reference in nats a token.
+    and the rise of the chosen responses' loss against the reference in nats per token.
     """
     policy, ref, rows, faults = scored_rows(checkpoint, reference, data, truncation, strict, device)
     pairs: list[Any] = rows.ids

@@ -23,7 +23,7 @@ from ..tokenizer import printable
 from .options import Default, Option, OptionError
 
 T = TypeVar("T")
-GROUPS = {"learn": "see it work", "train": "make models", "look": "look into models", "prove": "check the mathematics"}
+GROUPS = {"learn": "see it work", "train": "make models", "look": "inspect models", "prove": "check the mathematics"}
 METAVARS = {int: "N", float: "X", str: "TEXT", Path: "PATH"}
 
 
@@ -66,7 +66,7 @@ def command(group: str) -> Callable[[Callable[..., T]], Callable[..., T]]:
             with numpy.errstate(all="ignore"):  # a number that is not finite is an error with its own sentence
                 return function(**values)
 
-        checked.__signature__ = flat  # type: ignore[attr-defined]
+        checked.__dict__["__signature__"] = flat
         COMMANDS[function.__name__] = Command(group, checked, options)
         return checked
 

@@ -57,8 +57,8 @@ def check(*, cases: o.Cases = 100, seed: o.Seed = 0) -> int:
 def oracles(*, seed: o.Seed = 0) -> str:
     """Show how two oracles find eleven wrong ways to score a response.
 
-    Score every response of a small world, correctly and in eleven wrong ways. The probabilities of a distribution sum
-    to 1; a wrong score that still sums to 1 differs from the chain rule, one forward per prefix.
+    Score every response of a small world, correctly and in eleven wrong ways. One oracle checks that the probabilities
+    sum to 1. The other recomputes each score by the chain rule, one forward pass per prefix, and finds the rest.
     """
     rng = numpy.random.default_rng(seed)
     config = Config(vocab_size=4, n_positions=8, n_embd=8, n_layer=2, n_head=2)
@@ -103,7 +103,7 @@ def exact(*, plot: o.Plot = None, seed: o.Seed = 0) -> int:
 
 @command("prove")
 def frontier(*, out: o.Folder = Path("frontier"), worlds: o.Worlds = 5, seed: o.Seed = 0) -> list[methods.Point]:
-    """Measure how much true reward each method buys with how much KL.
+    """Measure true reward against KL for each method.
 
     Run DPO, IPO, policy gradients, preferred fine-tuning, unlikelihood and best-of-N in small worlds, with exact true
     reward and exact KL to the reference, and print how far each ends below the best that its KL could buy. It takes

@@ -29,7 +29,7 @@ from . import options as o
 from .options import NO_MATPLOTLIB, Default
 from .parser import COMMANDS, arguments, command, flagged, parse
 
-CHOSEN_LOSS_WARNING = 0.03  # nats a token; `dpo` says so if the chosen responses have lost more than this
+CHOSEN_LOSS_WARNING = 0.025  # nats per token; `dpo` says so if the chosen responses have lost more than this
 
 
 class Training(NamedTuple):
@@ -186,7 +186,7 @@ def train(
     rise = max(line.get("eval_nll/chosen_rise", 0.0) for line in (best, last))
     if rise > CHOSEN_LOSS_WARNING:
         print(
-            f"warning: the chosen responses lost {rise:.2f} nats a token against the reference, more than "
+            f"warning: the chosen responses lost {rise:.2f} nats per token against the reference, more than "
             f"{CHOSEN_LOSS_WARNING:g}; a smaller --learning-rate, fewer --steps, a larger --beta or --nll-weight helps",
             file=sys.stderr,
         )
@@ -222,7 +222,7 @@ def pretrain(
     """Train a model on the lines of a text file.
 
     Train a character transformer on a file in which each line is one text. A share of the different texts is held out
-    and never trained on. The loss is in nats a token, with end-of-text counted as one token.
+    and never trained on. The loss is in nats per token, with end-of-text counted as one token.
     """
     words = arguments("pretrain", locals())
     texts = preferences.read_texts(data, blocks)
@@ -287,7 +287,7 @@ def dpo(
     loss: o.LossName = "dpo", label_smoothing: o.LabelSmoothing = 0.0, nll_weight: o.NllWeight = 0.0,
     strict: o.Strict = False, truncation: o.Truncation = "none", run: Training = DPO,
 ) -> Path:  # fmt: skip
-    """Prefer the chosen responses of pairs.
+    """Train a model to prefer the chosen responses of pairs.
 
     Direct preference optimisation on JSON Lines of prompt, chosen and rejected. The frozen reference is the model of
     --init, unless --reference names another. Rewards in the metrics are implicit: beta log(pi/pi_ref), or beta log pi

@@ -1,4 +1,4 @@
-"""What the reference says of each pair, scored once and kept in a file."""
+"""The reference's log-probabilities of each pair, scored once and kept in a file."""
 
 import hashlib
 import json
@@ -25,7 +25,7 @@ def fingerprint(params: Params) -> str:
 
 
 def reference_key(reference: Params, config: Config, tokenizer: Tokenizer, pairs: Sequence[Pair]) -> str:
-    """A SHA-256 of all that the reference's log-probabilities depend on."""
+    """A SHA-256 of all that the reference's log-probabilities depend on, but for the last bits' machine."""
     parts = (fingerprint(reference), str(config), tokenizer.to_json(), json.dumps(list(pairs)))
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
@@ -33,9 +33,9 @@ def reference_key(reference: Params, config: Config, tokenizer: Tokenizer, pairs
 def cached_reference_logprobs(
     path: Path, reference: Params, config: Config, tokenizer: Tokenizer, pairs: Sequence[Pair]
 ) -> tuple[Array, Array]:
-    """`reference_logprobs`, computed once and kept in a file; bit for bit what they would be without it.
+    """`reference_logprobs`, computed once and kept in a file; on one machine the bits are the same without it.
 
-    Raises CheckpointError if the file is corrupted, or was written for another reference, tokenizer or other pairs.
+    Raises CheckpointError if the file is corrupted, or was written for another reference, config, tokenizer or pairs.
     """
     key = reference_key(reference, config, tokenizer, pairs)
     xp = array_module(reference["wte.weight"].data)
@@ -43,7 +43,7 @@ def cached_reference_logprobs(
         arrays, metadata, _ = safetensors.read(path)
         if metadata.get("key") != key or arrays.keys() != {"ref_logp_w", "ref_logp_l"}:
             raise CheckpointError(
-                f"{path}: is stale, it was made with another reference, tokenizer or other pairs; delete it"
+                f"{path}: is stale: it was made with another reference, config, tokenizer or other pairs; delete it"
             )
         return xp.asarray(arrays["ref_logp_w"]), xp.asarray(arrays["ref_logp_l"])
     ref_logp_w, ref_logp_l = reference_logprobs(reference, config, pairs)

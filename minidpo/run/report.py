@@ -18,7 +18,7 @@ COLUMNS = {  # of the table of evaluations
     "eval_rewards/ties": "ties",
     "eval_rewards/margins": "reward margin",
     "eval_logps/chosen": "log pi(chosen)",
-    "eval_nll/chosen_rise": "rise of the chosen's nats a token",
+    "eval_nll/chosen_rise": "rise of the chosen's nats per token",
 }
 NO_CURVES = "There are no curves: they need matplotlib, which is in the `plot` extra."
 
@@ -91,7 +91,7 @@ def panels(name: str, metrics: Sequence[Mapping[str, Any]]) -> list[Panel]:
     """
     first = next(line for line in metrics if "eval_loss" in line)
     dpo = math.isclose(first["eval_loss"], math.log(2), rel_tol=1e-6)
-    unit = "nats a pair" if dpo else "" if "eval_rewards/accuracies" in first else "nats a token"
+    unit = "nats a pair" if dpo else "" if "eval_rewards/accuracies" in first else "nats per token"
     reward = {"eval_rewards/chosen": "chosen, held out", "eval_rewards/rejected": "rejected, held out"}
     accuracy = {"rewards/accuracies": "batch", "eval_rewards/accuracies": "held out"}
     diagrams = [

@@ -1,9 +1,9 @@
-"""One sweep by several processes: the loss of a batch is a sum over its examples, so whole examples are shared out.
+"""One sweep by several processes: the loss of a batch is a mean, so the shares' parts add up.
 
-Processes and not threads: Python's lock lets one thread at a time begin an array operation, and small ones are over
-before it has changed hands. Each process has one BLAS thread. A worker reads the weights from shared memory and leaves
-its gradient there. Everything else that decides the result is in the question, so workers cannot disagree with their
-caller: what a question cannot carry, a loss that is not in `LOSSES`, is swept by the caller alone.
+Threads would not help: the interpreter's lock serialises the many small operations. During a sweep each process has
+one BLAS thread. A worker reads the weights from shared memory and leaves its gradient there. Everything else that
+decides the result is in the question, so workers cannot disagree with their caller. A custom loss cannot be sent: the
+caller sweeps it alone.
 """
 
 import contextlib
@@ -26,10 +26,10 @@ from ..backend import Array, array_module, on_host, to_host
 from ..losses import LOSSES, Choice
 from ..model import Config, Params
 from ..scoring import Batch
-from ..training import Example, Loss, Swept, dpo_sweep, joined, nll_sweep
+from ..training import Example, Loss, Swept, dpo_sweep, join, nll_sweep
 
 MOST = 8  # processes in all; more have not been tried
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's numbers for what mallopt sets
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's constants for mallopt
 
 
 class Blas(NamedTuple):
@@ -65,14 +65,14 @@ def blas_threads(count: int) -> Iterator[None]:
 
 @functools.cache
 def keep_memory() -> None:
-    """Let the C library keep the memory of freed arrays for the next ones: the system would clear each page anew.
+    """Reuse freed memory, up to 32 MiB per array (glibc only): pages from the system must be cleared first.
 
-    For arrays of up to 32 MiB, as long as the process lives, where the library is glibc. (mallopt(3))
+    The setting lasts as long as the process. Source: mallopt(3).
     """
     with contextlib.suppress(AttributeError, TypeError):
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(M_TRIM_THRESHOLD, -1)  # never
-        mallopt(M_MMAP_THRESHOLD, 2**25)  # bytes, the most that every glibc takes
+        mallopt(M_MMAP_THRESHOLD, 2**25)  # bytes
 
 
 def worker_count(params: Params) -> int:
@@ -106,14 +106,18 @@ def shares(sizes: Sequence[int], count: int) -> list[list[int]]:
 
 
 def portable(loss: Loss) -> tuple[str, dict[str, Any] | None] | None:
-    """A loss as a question can carry it: a name in `LOSSES`, and the options of a `Choice`; None for any other."""
-    if not isinstance(loss, Choice):
-        return next(((name, None) for name, member in LOSSES.items() if member is loss), None)
+    """The name and options of a loss to send, or None if it is not one of this package's."""
+    options = dict(loss.options) if isinstance(loss, Choice) else None
+    member = LOSSES[loss.name] if isinstance(loss, Choice) else loss
+    names = [name for name, known in LOSSES.items() if known is member]
+    ours = getattr(member, "__module__", "").startswith(
+        __name__.partition(".")[0] + "."
+    )  # these depend on their arguments alone
     try:
-        json.dumps(loss.options)
+        json.dumps(options)
     except TypeError:
         return None
-    return loss.name, dict(loss.options)
+    return (names[0], options) if names and ours else None
 
 
 class Worker(NamedTuple):
@@ -128,13 +132,13 @@ class Worker(NamedTuple):
 class Workers:
     """`dpo_sweep` and `nll_sweep` of `training`, shared out to `count` processes, the caller among them.
 
-    They are forked at the first question, and anew when parameters of other names, shapes or types are given.
+    Workers are forked at the first question, and anew for parameters of another layout or when `LOSSES` has changed.
     """
 
     def __init__(self, count: int):
         self.count = count
         self.others: list[Worker] = []
-        self.forked_with: Any = None  # all that a worker has from its fork, and no question carries
+        self.forked_with: Any = None  # what workers inherit at the fork: the parameters' layout and `LOSSES`
         self.weights: dict[str, Array] = {}
 
     def __len__(self) -> int:
@@ -145,11 +149,11 @@ class Workers:
 
     def __exit__(self, *fault: object) -> None:
         for worker in self.others:
-            with contextlib.suppress(BrokenPipeError):  # it is gone
-                worker.ask.close()  # which ends it
+            with contextlib.suppress(BrokenPipeError):  # the worker is gone already
+                worker.ask.close()  # the end of its questions ends it
             worker.answer.close()
             os.waitpid(worker.pid, 0)
-        self.others = []
+        self.others, self.forked_with = [], None
 
     def dpo_sweep(
         self,
@@ -172,8 +176,7 @@ class Workers:
             "loss": named,
             "nll_weight": float(nll_weight),
             "micro_batch_size": micro_batch_size,
-            "B": len(pairs),
-            "tokens": sum(len(w) for _, w, _ in pairs),
+            "whole": (len(pairs), sum(len(w) for _, w, _ in pairs)),
         }
         ref_logp_w, ref_logp_l = map(to_host, refs)
         questions = [
@@ -185,7 +188,7 @@ class Workers:
             }
             for part in shares([len(x) + len(w) + len(l) for x, w, l in pairs], self.count)
         ]
-        return joined(self.ask(policy, questions))
+        return join(self.ask(policy, questions))
 
     def nll_sweep(
         self, params: Params, config: Config, examples: Sequence[Example], micro_batch_size: int | None = None
@@ -199,7 +202,7 @@ class Workers:
         return sum(self.ask(params, [{**whole, "examples": [examples[i] for i in part]} for part in parts]))
 
     def share(self, params: Params, question: dict[str, Any]) -> Any:
-        """Answer one question: `grad` of the parameters gets the share's gradient; the reply is JSON."""
+        """Answer one question: `grad` of the parameters gets the share's gradient; the reply can be written as JSON."""
         config = Config(**question["config"])
         if "examples" in question:
             return nll_sweep(params, config, question["examples"], question["micro_batch_size"], question["tokens"])
@@ -212,28 +215,30 @@ class Workers:
             Batch(question["pairs"], *refs),
             question["beta"],
             LOSSES[name] if options is None else Choice(name, options),
-            **{key: question[key] for key in ("nll_weight", "micro_batch_size", "B", "tokens")},
+            **{key: question[key] for key in ("nll_weight", "micro_batch_size", "whole")},
         )
 
     def ask(self, params: Params, questions: Sequence[dict[str, Any]]) -> list[Any]:
         """The replies to the questions, the first answered here; `grad` of the parameters gets all their gradients.
 
         Raises FloatingPointError if a loss is not finite, MemoryError if a worker has too little memory, OSError if
-        it failed or is gone.
+        it failed or has exited.
         """
         self.fork_for(params)
         others = self.others[: len(questions) - 1]
         for name, p in params.items() if others else ():
             self.weights[name][...] = p.data
-        for worker, question in zip(others, questions[1:]):
-            with contextlib.suppress(BrokenPipeError):  # then there is no answer
-                worker.ask.write(json.dumps(question) + "\n")
+        for worker, line in zip(
+            others, [json.dumps(question) for question in questions[1:]]
+        ):  # serialise all before sending any
+            with contextlib.suppress(BrokenPipeError):  # the missing answer says so
+                worker.ask.write(line + "\n")
                 worker.ask.flush()
         try:
             with blas_threads(1):
                 replies = [self.share(params, questions[0])]
         finally:
-            answers = [json.loads(worker.answer.readline() or '{"failed": "it is gone"}') for worker in others]
+            answers = [json.loads(worker.answer.readline() or '{"failed": "it has exited"}') for worker in others]
         for worker, answer in zip(others, answers):
             if "not finite" in answer:
                 raise FloatingPointError(answer["not finite"])
@@ -248,11 +253,11 @@ class Workers:
                 if p.grad is None:
                     p.grad = worker.gradient[name].copy()
                 else:
-                    p.grad += worker.gradient[name]  # an array of its own, as `backward` leaves it
+                    p.grad += worker.gradient[name]  # `grad` shares no memory, so adding in place is safe
         return replies
 
     def fork_for(self, params: Params) -> None:
-        """Have workers for parameters of these names, shapes and types, and for the losses of now."""
+        """Fork workers, unless there are some for parameters of this layout and for the current losses."""
         layout = {name: (p.shape, str(p.dtype), p.requires_grad) for name, p in params.items()}
         if self.forked_with != (layout, LOSSES):
             self.__exit__()
@@ -261,7 +266,7 @@ class Workers:
             self.forked_with = (layout, dict(LOSSES))
 
     def forked(self, params: Params) -> Worker:
-        """A new worker."""
+        """Fork a worker and return its pipes."""
         gradient = shared_arrays(params)
         (questions, ask), (answer, answers) = os.pipe(), os.pipe()  # the ends to read and to write
         pid = os.fork()
@@ -272,13 +277,13 @@ class Workers:
         return Worker(pid, open(ask, "w"), open(answer), gradient)
 
     def serve(self, params: Params, questions: int, answers: int, gradient: dict[str, Array]) -> NoReturn:
-        """A worker's life: it answers questions until the process that asks is gone."""
+        """Answer questions until the caller closes the pipe or is gone."""
         try:
             for number in (signal.SIGINT, signal.SIGTERM):  # left to the process that asks
                 signal.signal(number, signal.SIG_IGN)
             low, high = sorted((questions, answers))
             for first, last in ((3, low), (low + 1, high), (high + 1, os.sysconf("SC_OPEN_MAX"))):
-                os.closerange(first, last)  # a lock, other workers' pipes: none may outlive its owner here
+                os.closerange(first, last)  # close inherited locks and pipes, which must not outlive their owner
             for name, x in self.weights.items():
                 params[name].data = x  # and the inherited array is freed
             with open(questions) as lines, open(answers, "w") as out, blas_threads(1):
