@@ -18,7 +18,7 @@ from minidpo.run import report, safetensors
 from minidpo.run.folder import json_lines
 from minidpo.run.reference import cached_reference_logprobs
 from test_demo import SIZES
-from twin import CONFIG, LETTERS, differences, encoded, expected, ids, logprobs, prepared, weights
+from twin import CONFIG, LETTERS, differences, encoded, expected, ids, logprobs, prepared, reference_scores, weights
 
 STEPS = {"pretrain": 4, "sft": 12, "dpo": 2}
 TINY = SIZES._replace(texts=20, completions=20, pairs=12, held_out=6, replies=6, steps=STEPS)
@@ -78,6 +78,7 @@ def test_every_option_has_a_case():
     assert {name for name, known in parser.COMMANDS.items() if known.group in ("train", "look")} <= {*CASES, "resume"}
     for name, cases in CASES.items():
         assert set(cases) == set(parser.COMMANDS[name].options), name
+    assert all(f"test_an_option_{case}" in globals() for case, _ in OTHERS)
 
 
 # ---- what a command gives -------------------------------------------------------------------------------------------
@@ -183,11 +184,6 @@ def recorded(monkeypatch, module, name, record):
     monkeypatch.setattr(module, name, lambda *args, **words: record(*args) or function(*args, **words))
 
 
-def test_these_cases_have_a_test():
-    """A case that is a name is the name of a test."""
-    assert all(f"test_an_option_{case}" in globals() for case, _ in OTHERS)
-
-
 @having("names_the_folder")
 def test_an_option_names_the_folder(name, root, tmp_path):
     """Everything that a run writes is in the folder of --out."""
@@ -195,26 +191,32 @@ def test_an_option_names_the_folder(name, root, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["there"] and result.parent == tmp_path / "there"
 
 
-@having("holds_out_a_share")
-def test_an_option_holds_out_a_share(name, root, tmp_path, monkeypatch):
-    """No prompt or text is both trained on and held out, and a larger share holds out more of them."""
-    sides = {"trained": [], "held_out": []}
+def watched(monkeypatch):
+    """The prompts of each evaluation and each step, as they come; a text alone is its own."""
+    batches = []
     places = {"sft_training_step": 3, "dpo_training_step": 4, "held_out_nll": 2, "preference_evaluation": 2}
     for function, place in places.items():
 
         def record(*args, place=place):
-            sides["trained" if place > 2 else "held_out"] += getattr(args[place], "pairs", args[place])
+            examples = getattr(args[place], "pairs", args[place])
+            batches.append({tuple(y if len(x) == 1 else x) for x, y, *_ in examples})
 
         recorded(monkeypatch, training, function, record)
-    counts = []
+    return batches
+
+
+@having("holds_out_a_share")
+def test_an_option_holds_out_a_share(name, root, tmp_path, monkeypatch):
+    """No prompt or text is both trained on and held out, and a larger share holds out more of them."""
+    batches, counts = watched(monkeypatch), []
     for share in (0.2, 0.6):
         options = {**BASE[name], "data": "many", "held_out_data": None, "held_out_share": share, "steps": 1}
-        outcome(root, tmp_path, name, {**options, "batch_size": 150, "out": f"run{share}"})
-        trained, held_out = ({tuple(y if len(x) == 1 else x) for x, y, *_ in sides[side]} for side in sides)
-        assert trained and held_out and not trained & held_out and len(trained | held_out) <= 64
-        counts.append((len(trained), len(held_out)))
-        sides["trained"].clear(), sides["held_out"].clear()
-    assert counts[0][0] > 1.3 * counts[1][0] and 1.5 * counts[0][1] < counts[1][1]
+        result_of(root, tmp_path, name, {**options, "batch_size": 150, "out": f"run{share}"})
+        held_out, trained, _ = batches[-3:]
+        assert trained and held_out and not trained & held_out
+        counts.append((len(held_out), len(trained)))
+    (few, more), (many, fewer) = counts
+    assert many > 1.5 * few and more > 1.3 * fewer
 
 
 @having("leaves_the_gradient")
@@ -314,11 +316,6 @@ def test_each_stage_of_the_demo_begins_from_the_weights_that_it_names(tmp_path):
     assert best["eval_rewards/chosen"] == pytest.approx(0.2 * ratio, rel=1e-3, abs=1e-5)
     kls = [row["kl"] for row in json.loads((desk / "results.json").read_text())["models"]]
     assert kls[1] == pytest.approx(0, abs=1e-4) and abs(kls[0]) > 1e-3
-
-
-def reference_scores(root, name, pairs):
-    """log pi_ref of the chosen and of the rejected responses."""
-    return [logprobs(*weights(root, name), [(x, ys[i]) for x, *ys in pairs]).data for i in (0, 1)]
 
 
 def test_reference_scores_are_cached_in_the_order_of_the_pairs(root, tmp_path):

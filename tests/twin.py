@@ -83,6 +83,11 @@ def logprobs(params, config, texts):
     return ops.concatenate(*[sequence_logprob(params, config, [x], [y]) for x, y in texts])
 
 
+def reference_scores(root, name, pairs):
+    """log pi_ref of the chosen and of the rejected responses of pairs."""
+    return [logprobs(*weights(root, name), [(x, ys[i]) for x, *ys in pairs]).data for i in (0, 1)]
+
+
 def gradient(params, objective):
     """The metrics of an objective of the parameters, and its gradient."""
     leaves = {key: Tensor(p, requires_grad=True) for key, p in params.items()}
