@@ -225,6 +225,15 @@ def test_responses_that_truncation_makes_equal_are_a_fault():
         preferences.encode([], TOKENIZER, 3, "left")
 
 
+def test_truncated_rows_are_rows_that_are_used():
+    """Rows that were cut are counted among the rows in use; a cut row that was then set aside is not."""
+    rows = [row("aaaaaa", "b", "c"), row("a", "bbbbbb", "bbbbbbc", line=2), row("aaaaaaa", "b", "c", line=3)]
+    rows += [row("daaaaaa", "b", "d", line=4), row("eaaaaaa", "d", "b", line=5), row("a", "d", "e", line=6)]
+    encoded = preferences.encode(rows, TOKENIZER, 4, "prompt")
+    assert [fault.line for fault in encoded.faults] == [2, 3, 4, 5]
+    assert [row.line for row in encoded.rows] == [1, 6] and encoded.truncated == [1]
+
+
 items_with_two_keys = st.lists(st.sampled_from("abcdefgh"), min_size=2).filter(lambda items: len(set(items)) > 1)
 
 

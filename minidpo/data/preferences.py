@@ -54,7 +54,7 @@ class Encoded(NamedTuple):
     rows: list[Row]
     ids: list[tuple[list[int], ...]]  # prompt and responses of each row
     faults: list[Fault]
-    truncated: list[int]  # line numbers of the rows that were cut to fit the context
+    truncated: list[int]  # line numbers of those of these rows that were cut to fit the context
 
 
 def read(path: Path, fields: Sequence[str] = PAIRS) -> tuple[list[Row], list[Fault]]:
@@ -199,15 +199,16 @@ def encode(rows: Sequence[Row], tokenizer: Tokenizer, n_positions: int, truncati
             )
             encoded.faults.append(Fault(row.line, reason, row.text))
             continue
-        if len(x) + longest > limit:
+        too_long = len(x) + longest > limit
+        if too_long:
             x, ys = cut(x, ys, limit, truncation)
-            encoded.truncated.append(row.line)
         if len(ys) == 2 and ys[0] == ys[1]:
             reason = "chosen and rejected have the same ids, after truncation or replacement"
             encoded.faults.append(Fault(row.line, reason, row.text))
             continue
         encoded.rows.append(row)
         encoded.ids.append((x, *ys))
+        encoded.truncated.extend([row.line] * too_long)
     return consistent(encoded) if all(len(row.responses) == 2 for row in rows) else encoded
 
 
@@ -228,7 +229,7 @@ def consistent(encoded: Encoded) -> Encoded:
     first_lines: dict[tuple[tuple[int, ...], ...], int] = {}
     for key, row in zip(keys, encoded.rows):
         first_lines.setdefault(key, row.line)
-    result = Encoded([], [], list(encoded.faults), encoded.truncated)
+    result = Encoded([], [], list(encoded.faults), [])
     for key, row, ids in zip(keys, encoded.rows, encoded.ids):
         x, w, l = key
         first, opposite = first_lines[key], first_lines.get((x, l, w))
@@ -240,7 +241,8 @@ def consistent(encoded: Encoded) -> Encoded:
         else:
             result.rows.append(row)
             result.ids.append(ids)
-    return result
+    usable = {row.line for row in result.rows}
+    return result._replace(truncated=[line for line in encoded.truncated if line in usable])
 
 
 def split(
