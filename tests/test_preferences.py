@@ -10,7 +10,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from minidpo import preferences
-from minidpo.data.preferences import COMPLETIONS, Fault, Row, ShapeError
+from minidpo.data.preferences import COMPLETIONS, Fault, Row
 from minidpo.tokenizer import Tokenizer
 
 TOKENIZER = Tokenizer("abcdef\n")
@@ -52,7 +52,7 @@ def test_rows_come_with_their_line_numbers(tmp_path):
         ("null", "is not a JSON object"),
         (b'{"prompt": "\xff"}', r"is not UTF-8 \(byte 12\): save the file as UTF-8"),
         ('{"prompt": "a", "chosen": "b"}', "rejected is missing"),
-        ('{"chosen": "b", "rejected": "c"}', "prompt is missing"),
+        ('{"chosen": "b"}', "prompt, rejected are missing"),
         (pair(chosen=None), "chosen is not a string"),
         (pair(prompt=7), "prompt is not a string"),
         (pair(rejected={"role": "user"}), "rejected is not a string"),
@@ -126,24 +126,45 @@ def test_only_regular_files_are_read(tmp_path):
         ('{"messages": []}', "conversational", "apply"),
         ('{"prompt": "a", "completion": "b", "label": true}', "unpaired-preference", 'as "chosen" and "rejected"'),
         ('{"prompt": "a", "completion": "b"}', "prompt-completion", "`sft` takes it"),
+        ('{"chosen": "ab", "rejected": "ac"}', "implicit-prompt", 'move .* into a "prompt"'),
         ('{"text": "a"}', "language-modeling", "pass that to `pretrain`"),
     ],
 )
-def test_other_shapes_are_refused_by_name(line, name, hint, tmp_path):
-    """A file in another of TRL's shapes is refused at the first such row; the message says how to convert it."""
-    with pytest.raises(ShapeError, match=f"line 3: this is the {name} shape; .*{hint}"):
-        preferences.read(jsonl(tmp_path, pair(), "", line))
+def test_other_shapes_are_set_aside_by_name(line, name, hint, tmp_path):
+    """A row in another of TRL's shapes is set aside alone; its reason names the shape and says how to convert it."""
+    rows, (fault,) = preferences.read(jsonl(tmp_path, pair(), "", line, pair("d")))
+    assert [row.line for row in rows] == [1, 4] and fault.line == 3
+    assert re.match(f"this is the {name} shape; .*{hint}", fault.reason), fault.reason
 
 
-def test_the_implicit_prompt_shape_is_refused_by_name(tmp_path):
-    """If no row has a prompt, the file has the implicit-prompt shape; if some have one, the others are faults."""
+@pytest.mark.parametrize("more", [{"messages": []}, {"completion": "x", "label": True}, {"text": "x", "id": [1]}])
+def test_columns_that_are_not_asked_for_are_ignored(more, tmp_path):
+    """Columns beside good strings change nothing, whatever their names and values."""
+    path = jsonl(tmp_path, pair(**more), pair("d", **more))
+    rows, faults = preferences.read(path)
+    assert [row.responses for row in rows] == [("b", "c")] * 2 and not faults
+    assert preferences.fields_of(path) == preferences.PAIRS
+    more.pop("completion", None)
+    completion = json.dumps({"prompt": "a", "completion": "b", "chosen": [], **more})
+    rows, faults = preferences.read(jsonl(tmp_path, completion), COMPLETIONS)
+    assert [row.responses for row in rows] == [("b",)] and not faults
+    assert preferences.fields_of(jsonl(tmp_path, completion)) == COMPLETIONS
+
+
+def test_the_shape_of_most_rows_is_the_file_s(tmp_path):
+    """A stray row of the other shape at the beginning of a file is the one that is set aside."""
+    completion = '{"prompt": "a", "completion": "b"}'
+    assert preferences.fields_of(jsonl(tmp_path, completion, pair(), pair("d"))) == preferences.PAIRS
+    assert preferences.fields_of(jsonl(tmp_path, pair(), completion, completion)) == COMPLETIONS
+
+
+def test_a_file_without_a_usable_row_is_refused_with_its_commonest_fault(tmp_path):
+    """One sentence says why no row can be used: the reason that most rows have, at its first line."""
     bare = '{"chosen": "ab", "rejected": "ac"}'
-    with pytest.raises(
-        ShapeError, match=r'line 2: no row has a prompt, this is the implicit-prompt shape; move .* "prompt"'
-    ):
-        preferences.read(jsonl(tmp_path, "nonsense", bare, bare))
-    rows, faults = preferences.read(jsonl(tmp_path, bare, pair()))
-    assert len(rows) == 1 and faults[0].reason == "prompt is missing"
+    with pytest.raises(ValueError, match='line 2: this is the implicit-prompt shape; move .* "prompt"'):
+        preferences.usable_rows(
+            jsonl(tmp_path, '{"prompt": 1}', bare, bare), preferences.PAIRS, TOKENIZER, 8, "none", False
+        )
 
 
 def test_completions_may_repeat(tmp_path):

@@ -5,6 +5,7 @@ A file is JSON Lines, in TRL's format: `{"prompt": ..., "chosen": ..., "rejected
 so a prompt that should end in a newline contains one. Every line that cannot be used becomes a `Fault` with its reason.
 """
 
+import collections
 import contextlib
 import itertools
 import json
@@ -44,10 +45,6 @@ class Fault(NamedTuple):
     text: str
 
 
-class ShapeError(ValueError):
-    """The file has another of TRL's shapes; the message names it and says how to convert it."""
-
-
 class Encoded(NamedTuple):
     """Rows as ids."""
 
@@ -61,8 +58,8 @@ def read(path: Path, fields: Sequence[str] = PAIRS) -> tuple[list[Row], list[Fau
     """Read a JSON Lines file: the rows that can be used, and the lines that cannot.
 
     A line is a fault if it is not a JSON object in UTF-8 of at most `MAX_LINE_BYTES`, if a field is missing or not a
-    string, if a response is empty, or if chosen equals rejected. Empty lines are skipped.
-    Raises ShapeError if the file has another of TRL's shapes.
+    string, if a response is empty, or if chosen equals rejected. A fault in another of TRL's shapes names that shape
+    and says how to convert it. Empty lines are skipped, and so are columns that are not in `fields`.
     """
     entries: list[Row | Fault] = []
     with open_regular(path) as file:
@@ -75,15 +72,9 @@ def read(path: Path, fields: Sequence[str] = PAIRS) -> tuple[list[Row], list[Fau
                 while content and not content.endswith(b"\n"):
                     content = file.readline(MAX_LINE_BYTES)
             elif content.strip():
-                entries.append(row_or_fault(path, line, content, fields))
+                entries.append(row_or_fault(line, content, fields))
     rows = [entry for entry in entries if isinstance(entry, Row)]
     faults = [entry for entry in entries if isinstance(entry, Fault)]
-    promptless = next((fault for fault in faults if fault.reason == "prompt is missing"), None)
-    if promptless and not rows and "chosen" in fields:
-        raise ShapeError(
-            f"{path}, line {promptless.line}: no row has a prompt, this is the implicit-prompt shape; "
-            'move what chosen and rejected have in common at the beginning into a "prompt"'
-        )
     return rows, faults
 
 
@@ -97,18 +88,19 @@ def open_regular(path: Path) -> BinaryIO:
 
 
 def fields_of(path: Path) -> tuple[str, ...]:
-    """`PAIRS` or `COMPLETIONS`, according to the first object in the file that has a response."""
+    """`PAIRS` or `COMPLETIONS`, whichever more of the file's rows have."""
+    votes = 0  # of rows for PAIRS, less those for COMPLETIONS
     with open_regular(path) as file:
         for content in iter(lambda: file.readline(MAX_LINE_BYTES + 2), b""):
             with contextlib.suppress(ValueError, RecursionError):
                 document = json.loads(content.decode("utf-8-sig"))
-                if isinstance(document, dict) and document.keys() & {"chosen", "rejected", "completion"}:
-                    return PAIRS if document.keys() & {"chosen", "rejected"} else COMPLETIONS
-    return PAIRS
+                keys = document.keys() if isinstance(document, dict) else set()
+                votes += 1 if {"chosen", "rejected"} <= keys else -1 if "completion" in keys else 0
+    return PAIRS if votes >= 0 else COMPLETIONS
 
 
-def row_or_fault(path: Path, line: int, content: bytes, fields: Sequence[str]) -> Row | Fault:
-    """Parse one line; raises ShapeError if it has another shape."""
+def row_or_fault(line: int, content: bytes, fields: Sequence[str]) -> Row | Fault:
+    """Parse one line."""
     text = content.decode("utf-8", errors="backslashreplace").removeprefix("\ufeff").rstrip("\r\n")
 
     def fault(reason: str) -> Fault:
@@ -126,9 +118,10 @@ def row_or_fault(path: Path, line: int, content: bytes, fields: Sequence[str]) -
         return fault("is JSON that Python cannot read: a number has too many digits, or the nesting is too deep")
     if not isinstance(document, dict):
         return fault("is not a JSON object")
-    shape, hint = other_shape(document, fields)
-    if shape:
-        raise ShapeError(f"{path}, line {line}: this is the {shape} shape; {hint}")
+    if any(not isinstance(document.get(name), str) for name in fields):
+        shape, hint = other_shape(document, fields)
+        if shape:
+            return fault(f"this is the {shape} shape; {hint}")
     missing = [name for name in fields if name not in document]
     if missing:
         return fault(f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing")
@@ -163,6 +156,8 @@ def other_shape(document: dict[str, Any], fields: Sequence[str]) -> tuple[str, s
         return "unpaired-preference", 'put two responses to the same prompt into one row, as "chosen" and "rejected"'
     if "completion" in document and "chosen" in fields and not {"chosen", "rejected"} & document.keys():
         return "prompt-completion", "it has one response per prompt; `sft` takes it as its --data"
+    if "prompt" not in document and {"chosen", "rejected"} <= document.keys() and "chosen" in fields:
+        return "implicit-prompt", 'move what chosen and rejected have in common at the beginning into a "prompt"'
     if "text" in document and not set(fields) & document.keys():
         return "language-modeling", "write each text on a line of a plain text file and pass that to `pretrain`"
     return "", ""
@@ -295,6 +290,7 @@ def usable_rows(
     faults = sorted(faults + ids.faults)
     document = set_aside(data, faults, strict)
     if not ids.rows:
-        reason = f" (line {faults[0].line}: {faults[0].reason})" if faults else ""
-        raise ValueError(f"{data}: no row can be used{reason}")
+        count = collections.Counter(fault.reason for fault in faults)
+        first = max(faults, key=lambda fault: count[fault.reason], default=None)  # the first of the commonest
+        raise ValueError(f"{data}: no row can be used" + (f" (line {first.line}: {first.reason})" if first else ""))
     return ids, faults, document
