@@ -1,6 +1,9 @@
 """Every line of a preference file becomes a row, or a fault that says why it cannot be used."""
 
+import bz2
+import gzip
 import json
+import lzma
 import re
 from pathlib import Path
 
@@ -118,6 +121,51 @@ def test_only_regular_files_are_read(tmp_path):
             function(Path("/dev/zero"))
 
 
+ROWS_AS_TEXT = f"{pair()}\n{pair('d')}\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "kind", "remedy"),
+    [
+        (f"[\n{pair()},\n{pair('d')}\n]\n".encode(), "is a JSON array", "jq -c '.[]'"),
+        (f"\ufeff[{pair()}, {pair('d')}]".encode(), "is a JSON array", "one a line"),
+        (("prompt,chosen,rejected\n" + "a,b,c\n" * 20_000).encode(), "is CSV", "read_csv"),
+        (b"prompt\tchosen\trejected\na\tb\tc\n", "is CSV", "JSON Lines"),
+        (ROWS_AS_TEXT.replace("\n", "\r").encode(), "carriage returns alone", "tr "),
+        (json.dumps(json.loads(pair()), indent=2).encode(), "over several lines", "jq -c"),
+        (ROWS_AS_TEXT.encode("utf-16"), "is text in UTF-16", "save it as UTF-8"),
+        (ROWS_AS_TEXT.encode("utf-16-be"), "is binary, or text in UTF-16", "save it as UTF-8"),
+        (ROWS_AS_TEXT.encode("utf-32-le"), "is binary, or text in UTF-16 or UTF-32", "save it as UTF-8"),
+        (gzip.compress(ROWS_AS_TEXT.encode()), "is compressed with gzip", "gunzip"),
+        (bz2.compress(ROWS_AS_TEXT.encode()), "is compressed with bzip2", "bunzip2"),
+        (lzma.compress(ROWS_AS_TEXT.encode()), "is compressed with xz", "unxz"),
+        (b"\x28\xb5\x2f\xfd....", "is compressed with zstd", "unzstd"),
+        (b"PK\x03\x04....", "is a ZIP archive", "unzip"),
+        (b"PAR1....PAR1", "is Parquet", "read_parquet"),
+        (b"ARROW1\0\0....", "is Arrow", "read_feather"),
+    ],
+)
+def test_another_format_is_refused_once_by_name(content, kind, remedy, tmp_path):
+    """A file that is not JSON Lines is refused whole, in one sentence with its format and the remedy."""
+    path = tmp_path / "pairs"
+    path.write_bytes(content)
+    for fields in (preferences.PAIRS, COMPLETIONS):
+        with pytest.raises(ValueError, match=f"{kind}.*{re.escape(remedy)}") as caught:
+            preferences.read(path, fields)
+        assert str(caught.value).startswith(str(path)) and len(str(caught.value)) < len(str(path)) + 250
+    if "UTF" in kind or "compressed" in kind:  # which a plain text may be too
+        with pytest.raises(ValueError, match=kind):
+            preferences.read_texts(path, blocks=False)
+
+
+def test_rows_decide_over_a_strange_beginning(tmp_path):
+    """A file of rows is read, whatever its first line is: that line alone is set aside."""
+    for line in ("prompt,chosen,rejected", "[1, 2]", "{", "nonsense", "# a comment", "x" * 2**21):
+        rows, faults = preferences.read(jsonl(tmp_path, line, pair()))
+        assert [row.line for row in rows] == [2] and [fault.line for fault in faults] == [1], line[:20]
+    assert preferences.read(jsonl(tmp_path)) == ([], [])
+
+
 @pytest.mark.parametrize(
     ("line", "name", "hint"),
     [
@@ -161,7 +209,7 @@ def test_the_shape_of_most_rows_is_the_file_s(tmp_path):
 def test_a_file_without_a_usable_row_is_refused_with_its_commonest_fault(tmp_path):
     """One sentence says why no row can be used: the reason that most rows have, at its first line."""
     bare = '{"chosen": "ab", "rejected": "ac"}'
-    with pytest.raises(ValueError, match='line 2: this is the implicit-prompt shape; move .* "prompt"'):
+    with pytest.raises(ValueError, match=r'line 2: this is the implicit-prompt shape; move .* "prompt"'):
         preferences.usable_rows(
             jsonl(tmp_path, '{"prompt": 1}', bare, bare), preferences.PAIRS, TOKENIZER, 8, "none", False
         )

@@ -10,10 +10,12 @@ import contextlib
 import itertools
 import json
 import os
+import re
 import stat
 from collections.abc import Callable, Hashable, Sequence
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy
 
@@ -24,6 +26,21 @@ PAIRS = ("prompt", "chosen", "rejected")
 COMPLETIONS = ("prompt", "completion")
 MAX_LINE_BYTES = 2**20  # without the newline
 TRUNCATIONS = ("none", "prompt", "response")
+
+TO_LINES = "to_json(..., orient='records', lines=True)"
+KINDS = {  # of files that begin with these bytes, and what makes text of them
+    b"\x1f\x8b": ("compressed with gzip", "decompress it with gunzip"),
+    b"BZh91AY&SY": ("compressed with bzip2", "decompress it with bunzip2"),
+    b"\xfd7zXZ": ("compressed with xz", "decompress it with unxz"),
+    b"\x28\xb5\x2f\xfd": ("compressed with zstd", "decompress it with unzstd"),
+    b"PK\x03\x04": ("a ZIP archive", "unzip it"),
+    b"PAR1": ("Parquet", "convert it with pandas.read_parquet(...)." + TO_LINES),
+    b"ARROW1\0": ("Arrow", "convert it with pandas.read_feather(...)." + TO_LINES),
+    b"\xff\xfe": ("text in UTF-16", "save it as UTF-8"),
+    b"\xfe\xff": ("text in UTF-16", "save it as UTF-8"),
+}
+ANY_OBJECT = re.compile(rb"^[ \t]*\{.*\}[ \t\r]*$", re.MULTILINE)  # a line that is one
+ONE_OBJECT = "a file of pairs has one JSON object on each line (JSON Lines)"
 
 T = TypeVar("T")
 
@@ -63,6 +80,7 @@ def read(path: Path, fields: Sequence[str] = PAIRS) -> tuple[list[Row], list[Fau
     """
     entries: list[Row | Fault] = []
     with open_regular(path) as file:
+        refuse_other_formats(path, file)
         for line in itertools.count(1):
             content = file.readline(MAX_LINE_BYTES + 2)
             if not content:
@@ -78,13 +96,42 @@ def read(path: Path, fields: Sequence[str] = PAIRS) -> tuple[list[Row], list[Fau
     return rows, faults
 
 
-def open_regular(path: Path) -> BinaryIO:
-    """Open a file for reading; raises ValueError for a pipe or device, which cannot be read twice or never ends."""
+def open_regular(path: Path) -> BufferedReader:
+    """Open a file of text in UTF-8 for reading.
+
+    Raises ValueError for a pipe or device, which cannot be read twice or never ends, and for a known binary format.
+    """
     file = path.open("rb")
+    fault = ""
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        fault = "is not a regular file: save its content in one and pass that"
+    else:
+        head = file.peek(256)
+        kind = next((kind for first_bytes, kind in KINDS.items() if head.startswith(first_bytes)), None)
+        if kind is None and head.count(0) * 8 > len(head):
+            kind = "binary, or text in UTF-16 or UTF-32", "save it as UTF-8"
+        fault = f"is {kind[0]}, not text in UTF-8: {kind[1]}" if kind else ""
+    if fault:
         file.close()
-        raise ValueError(f"{path} is not a regular file: save its content in one and pass that")
+        raise ValueError(f"{path} {fault}")
     return file
+
+
+def refuse_other_formats(path: Path, file: BufferedReader) -> None:
+    """Raise ValueError if a file's beginning shows that it is not JSON Lines, with what to do; then rewind it."""
+    head = file.read(MAX_LINE_BYTES).removeprefix(b"\xef\xbb\xbf").strip()
+    file.seek(0)
+    kind = ""
+    if re.match(rb"\[\s*(\{|\Z)", head):
+        kind = "is a JSON array: write its objects one a line, with jq -c '.[]'"
+    elif b"\r" in head and b"\n" not in head:
+        kind = "ends its lines with carriage returns alone: convert it with tr '\\r' '\\n'"
+    elif head and len(head.partition(b"\n")[0]) < MAX_LINE_BYTES // 2 and not re.search(ANY_OBJECT, head):
+        kind = "is CSV, another table or plain text: convert it with pandas.read_csv(...)." + TO_LINES
+        if head.startswith(b"{"):
+            kind = "has JSON objects that are broken off or go over several lines: write each on one, with jq -c ."
+    if kind:
+        raise ValueError(f"{path} {kind}; {ONE_OBJECT}")
 
 
 def fields_of(path: Path) -> tuple[str, ...]:
@@ -274,7 +321,7 @@ def read_texts(path: Path, blocks: bool) -> list[str]:
         try:
             content = file.read().decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
         except UnicodeDecodeError as error:
-            raise ValueError(f"{path}: byte {error.start} is not UTF-8") from error
+            raise ValueError(f"{path}: byte {error.start} is not UTF-8: save the file as UTF-8") from error
     texts = [text.strip("\n") for text in content.split("\n\n" if blocks else "\n") if text.strip("\n")]
     if not texts:
         raise ValueError(f"{path}: there is no text in it")
