@@ -7,6 +7,7 @@ so a prompt that should end in a newline contains one. Every line that cannot be
 
 import collections
 import contextlib
+import hashlib
 import itertools
 import json
 import os
@@ -36,8 +37,6 @@ KINDS = {  # of files that begin with these bytes, and what makes text of them
     b"PK\x03\x04": ("a ZIP archive", "unzip it"),
     b"PAR1": ("Parquet", "convert it with pandas.read_parquet(...)." + TO_LINES),
     b"ARROW1\0": ("Arrow", "convert it with pandas.read_feather(...)." + TO_LINES),
-    b"\xff\xfe": ("text in UTF-16", "save it as UTF-8"),
-    b"\xfe\xff": ("text in UTF-16", "save it as UTF-8"),
 }
 ANY_OBJECT = re.compile(rb"^[ \t]*\{.*\}[ \t\r]*$", re.MULTILINE)  # a line that is one
 ONE_OBJECT = "a file of pairs has one JSON object on each line (JSON Lines)"
@@ -102,14 +101,15 @@ def open_regular(path: Path) -> BufferedReader:
     Raises ValueError for a pipe or device, which cannot be read twice or never ends, and for a known binary format.
     """
     file = path.open("rb")
-    fault = ""
-    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+    fault, status = "", os.fstat(file.fileno())
+    if not stat.S_ISREG(status.st_mode):
         fault = "is not a regular file: save its content in one and pass that"
     else:
         head = file.peek(256)
         kind = next((kind for first_bytes, kind in KINDS.items() if head.startswith(first_bytes)), None)
-        if kind is None and head.count(0) * 8 > len(head):
-            kind = "binary, or text in UTF-16 or UTF-32", "save it as UTF-8"
+        marked = head[:2] in (b"\xff\xfe", b"\xfe\xff") and status.st_size % 2 == 0
+        if kind is None and (marked or head.count(0) * 8 > len(head)):
+            kind = "text in UTF-16" if marked else "binary, or text in UTF-16 or UTF-32", "save it as UTF-8"
         fault = f"is {kind[0]}, not text in UTF-8: {kind[1]}" if kind else ""
     if fault:
         file.close()
@@ -328,10 +328,20 @@ def read_texts(path: Path, blocks: bool) -> list[str]:
     return texts
 
 
+class Usable(NamedTuple):
+    """The rows of a file that can be used, the others with their reasons, and what is said of them."""
+
+    path: Path
+    ids: Encoded
+    faults: list[Fault]
+    set_aside: str  # the faults as JSON Lines
+    summary: str
+
+
 def usable_rows(
     data: Path, fields: Sequence[str], tokenizer: Tokenizer, n_positions: int, truncation: str, strict: bool
-) -> tuple[Encoded, list[Fault], str]:
-    """The rows of a file that can be used, the others with their reasons, and those as JSON Lines to keep."""
+) -> Usable:
+    """Read and encode a file; raises ValueError if no row can be used."""
     rows, faults = read(data, fields)
     ids = encode(rows, tokenizer, n_positions, truncation)
     faults = sorted(faults + ids.faults)
@@ -340,4 +350,45 @@ def usable_rows(
         count = collections.Counter(fault.reason for fault in faults)
         first = max(faults, key=lambda fault: count[fault.reason], default=None)  # the first of the commonest
         raise ValueError(f"{data}: no row can be used" + (f" (line {first.line}: {first.reason})" if first else ""))
-    return ids, faults, document
+    summary = f"{data.name}: {len(ids.rows)} rows, {len(faults)} set aside"
+    return Usable(data, ids, faults, document, summary + (f", {len(ids.truncated)} truncated" * bool(ids.truncated)))
+
+
+def part(prompt: str, seed: int, held_out_share: float, test_share: float) -> int:
+    """The part of a prompt: 0 to train on, 1 held out, 2 to test on. Other prompts have no influence on it."""
+    u = int.from_bytes(hashlib.sha256(f"{seed} {prompt}".encode()).digest()[:8], "big") / 2**64  # in [0, 1]
+    return 1 if u < held_out_share else 2 if u >= 1 - test_share else 0
+
+
+def parts(
+    train: Usable, held_out: Usable | None, seed: int, held_out_share: float, test_share: float
+) -> tuple[list[Encoded], list[Fault]]:
+    """Rows to train on, held out and to test on, in three disjoint sets of prompts; rows that would join two sets.
+
+    Prompts are compared as written. Those that are equal only as ids, cut or with replaced characters, are set aside in
+    the later part. A file of held-out rows replaces the share, and may have no prompt in common with the other file.
+    """
+    rows = [(part(row.prompt, seed, held_out_share, test_share), row, ids) for row, ids in zip(*train.ids[:2])]
+    if held_out:
+        prompts = {row.prompt for row in train.ids.rows} | {tuple(x) for x, *_ in train.ids.ids}
+        for row, (x, *_) in zip(*held_out.ids[:2]):
+            if {row.prompt, tuple(x)} & prompts:
+                raise ValueError(f"{held_out.path}, line {row.line}: this prompt is in {train.path} too")
+    result, faults = [Encoded([], [], [], []) for _ in range(3)], []
+    owners: dict[tuple[int, ...], tuple[int, int]] = {}  # part and line of the first row with the ids of a prompt
+    for number, row, ids in sorted(rows, key=lambda entry: entry[0]):
+        owner, line = owners.setdefault(tuple(ids[0]), (number, row.line))
+        if owner == number:
+            result[number].rows.append(row)
+            result[number].ids.append(ids)
+        else:
+            faults.append(Fault(row.line, f"has the ids of line {line}'s prompt, which is in another part", row.text))
+    if held_out:
+        result[1] = held_out.ids
+    for each, name, share in zip(result, ("train on", "hold out", "test on"), (1, 1, test_share)):
+        if share and not each.rows:
+            raise ValueError(
+                f"{train.path}: none of its {len({row.prompt for _, row, _ in rows})} different prompts is one to "
+                f"{name}: add prompts, change --held-out-share, --test-share or --seed, or pass --held-out-data"
+            )
+    return result, faults
