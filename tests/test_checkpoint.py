@@ -13,6 +13,7 @@ from hypothesis.extra import numpy as hnp
 from minidpo import checkpoint, model
 from minidpo.run import files, safetensors
 from minidpo.run.checkpoint import CheckpointError
+from minidpo.run.reference import cached_reference_logprobs
 from minidpo.tokenizer import Tokenizer
 from models import CONFIG, small
 
@@ -154,6 +155,26 @@ def test_a_foreign_file_without_a_checksum_is_taken_and_said_so(saved):
     loaded = checkpoint.load(saved)
     assert not loaded.verified
     assert all((loaded.params[name].data == x).all() for name, x in arrays.items())
+
+
+@pytest.mark.parametrize("depth", [900, 985, 991, 995, 2000])
+def test_a_deep_document_is_refused_at_any_depth(saved, depth):
+    """JSON of 64 levels or less is read; deeper is one sentence, whatever Python's recursion limit."""
+    nested = b'{"a": ' + b"[" * depth + b"]" * depth + b"}"
+    with_header(saved / "model.safetensors", nested)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: the header is (deeper than 64 levels|not JSON)"):
+        checkpoint.load(saved)
+    (saved / "config.json").write_bytes(nested)
+    with pytest.raises(CheckpointError, match=r"config\.json: is (deeper than 64 levels|not JSON)"):
+        checkpoint.load(saved)
+
+
+def test_a_message_is_short_whatever_the_file_holds(saved):
+    """A string of ten megabytes in a file gives a message of two kilobytes, which begins with the path."""
+    rewritten(saved / "config.json", n_embd="x" * 10**7)
+    with pytest.raises(CheckpointError, match="n_embd") as caught:
+        checkpoint.load(saved)
+    assert len(str(caught.value)) < 2100 and str(caught.value).startswith(str(saved))
 
 
 def rewritten(path, **changes):
@@ -383,3 +404,33 @@ def test_hugging_face_finds_the_same_logits(saved, tmp_path):
         (tmp_path / "theirs" / name).write_bytes((tmp_path / "ours" / name).read_bytes())
     back = checkpoint.load(tmp_path / "theirs")
     assert not back.verified and all((back.params[name].data == p.data).all() for name, p in params.items())
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (lambda w, l: (l, w), "its scores of pair . are not those of the reference"),
+        (lambda w, l: (w + 1, l), "its scores of pair . are not those of the reference"),
+        (lambda w, l: (w * np.nan, l), "its scores of pair . are not those of the reference"),
+        (lambda w, l: (w.astype(int), l.astype(int)), "another shape or type"),
+        (lambda w, l: (w.astype("f4"), l), "another shape or type"),
+        (lambda w, l: (w[0], l[0]), "another shape or type"),
+        (lambda w, l: (w[:-1], l[:-1]), "another shape or type"),
+        (lambda w, l: (w, l), None),
+    ],
+)
+def test_reference_scores_are_those_of_the_reference(tmp_path, change, sentence):
+    """A file with the correct key and correct checksums still holds the reference's scores, a number for each pair."""
+    path, pairs = tmp_path / "reference.safetensors", [([0, 1], [2, 0], [3, 3, 0]), ([0], [1, 2, 3, 0], [1, 2, 0])]
+    w, l = cached_reference_logprobs(path, small(), CONFIG, TOKENIZER, pairs)
+    _, metadata, _ = safetensors.read(path)
+    arrays = dict(zip(("ref_logp_w", "ref_logp_l"), map(np.asarray, change(w, l))))
+    path.write_bytes(safetensors.to_bytes(arrays, metadata))
+    if sentence:
+        with pytest.raises(CheckpointError, match=f"reference.safetensors: .*{sentence}.*; delete it"):
+            cached_reference_logprobs(path, small(), CONFIG, TOKENIZER, pairs)
+        return
+    assert (cached_reference_logprobs(path, small(), CONFIG, TOKENIZER, pairs)[0] == w).all()
+    path.write_bytes(path.read_bytes().replace(b'sha256"', b'sha999"'))
+    with pytest.raises(CheckpointError, match="has lost its checksums; delete it"):
+        cached_reference_logprobs(path, small(), CONFIG, TOKENIZER, pairs)

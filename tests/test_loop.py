@@ -1,5 +1,6 @@
 """A run may stop at any instant: it resumes as if nothing had happened, or says why it cannot."""
 
+import hashlib
 import json
 import os
 import re
@@ -14,7 +15,7 @@ import pytest
 from minidpo import checkpoint, cli, model, optim, training
 from minidpo.model import Config
 from minidpo.run import folder as run_folder
-from minidpo.run import loop, workers
+from minidpo.run import loop, safetensors, workers
 from minidpo.tokenizer import Tokenizer
 
 forks = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
@@ -346,22 +347,187 @@ def test_the_optimizer_comes_back(tmp_path):
     """m, v and t are restored, and replace whatever the optimizer held."""
     params = model.init(CONFIG, np.random.default_rng(0))
     optimizer = optim.AdamW(params, 1e-2)
-    training.sft_training_step(params, CONFIG, optimizer, [([0], [1, 0])])
-    state = run_folder.State(step=7, measured_at=6, best=1.5, best_step=6, worse=0)
-    run_folder.save(tmp_path, params, CONFIG, TOKENIZER, optimizer, state)
+    for _ in range(2):
+        training.sft_training_step(params, CONFIG, optimizer, [([0], [1, 0])])
+    state = run_folder.State(step=2, measured_at=1, best=1.5, best_step=1, worse=0)
+    run = tmp_path / "run"
+    run_folder.create(run, {"arguments": ["sft"]}, {})
+    run_folder.save(run, params, CONFIG, TOKENIZER, optimizer, state)
     others = model.init(CONFIG, np.random.default_rng(1))
     again = optim.AdamW(others, 1e-2)
-    assert run_folder.restore(tmp_path / "step-000007", others, again) == state
-    assert again.state.keys() == optimizer.state.keys() and again.state["wte.weight"]["t"] == 1
+    again.state["wte.weight"] = {"u": np.ones(1)}
+    assert run_folder.restore(run / "step-000002", others, CONFIG, TOKENIZER, again) == state
+    assert again.state.keys() == optimizer.state.keys() and again.state["wte.weight"]["t"] == 2
     for name, moments in optimizer.state.items():
         assert again.state[name].keys() == moments.keys() == {"t", "m", "v"}
         assert all(np.array_equal(again.state[name][key], moments[key]) for key in moments)
         assert (others[name].data == params[name].data).all()
 
 
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory):
+    """A run that stopped after step 5, with its last checkpoint at step 4."""
+    run, (*model_parts, task, settings) = stoppable(tmp_path_factory.mktemp("stopped"))
+    with pytest.raises(KeyboardInterrupt):
+        loop.run_loop(run, *model_parts, task._replace(step=interrupting(task.step, 5)), settings)
+    return run
+
+
+def stoppable(tmp_path):
+    return setup(tmp_path, range(20, 0, -1), steps=6, evaluate_every=4)
+
+
+def rewritten(path, change):
+    """Write a safetensors file anew, with correct checksums, after a change of its arrays and metadata."""
+    arrays, metadata, _ = safetensors.read(path)
+    change(arrays, metadata)
+    path.write_bytes(safetensors.to_bytes(arrays, metadata))
+
+
+def in_state(**changes):
+    def change(arrays, metadata):
+        metadata["state"] = json.dumps({**json.loads(metadata["state"]), **changes}).replace('"1e400"', "1e400")
+
+    return lambda run: rewritten(run / "step-000004" / "state.safetensors", change)
+
+
+def in_arrays(name, new):
+    def change(arrays, metadata):
+        old = arrays.pop(name)
+        if new:
+            arrays[name] = new(old)
+
+    return lambda run: rewritten(run / "step-000004" / "state.safetensors", change)
+
+
+def in_run_json(run):
+    text = (run / "run.json").read_text()
+    (run / "run.json").write_text(text.replace('"sft"', '"sft", "--seed=1"'))
+
+
+def stripped_run_json(run):
+    content = json.loads((run / "run.json").read_text())
+    del content["sha256"]
+    (run / "run.json").write_text(json.dumps({**content, "arguments": ["sft", "--seed=1"]}))
+
+
+def stripped(name):
+    def strip(run):
+        path = run / "step-000004" / name
+        path.write_bytes(path.read_bytes().replace(b'sha256"', b'sha999"'))
+
+    return strip
+
+
+def lost_counts(run):
+    def change(arrays, metadata):
+        state = json.loads(metadata["state"])
+        del state["optimizer"]["wte.weight/t"]
+        metadata["state"] = json.dumps(state)
+
+    rewritten(run / "step-000004" / "state.safetensors", change)
+
+
+def other_model(run):
+    rewritten(
+        run / "step-000004" / "model.safetensors",
+        lambda arrays, _: arrays.update({"wpe.weight": arrays["wpe.weight"] + 1}),
+    )
+
+
+def other_heads(run):
+    """Four heads instead of two, with every checksum of version 0.1 correct."""
+    path = run / "step-000004" / "config.json"
+    path.write_text(path.read_text().replace('"n_head": 2', '"n_head": 4'))
+    sums = {"config.json": hashlib.sha256(path.read_bytes()).hexdigest()}
+    rewritten(path.with_name("model.safetensors"), lambda _, metadata: metadata.update(sums))
+    rewritten(path.with_name("state.safetensors"), lambda _, metadata: metadata.pop("model_sha256"))
+
+
+def appended(name, line):
+    return lambda run: (run / name).write_text(line + "\n" + (run / name).read_text())
+
+
+def fifo(name):
+    def replace(run):
+        (run / name).unlink()
+        os.mkfifo(run / name)
+
+    return replace
+
+
+WTE = "wte.weight"
+
+
+@pytest.mark.parametrize(
+    ("damage", "sentence"),
+    [
+        *((in_state(step=step), "a number in|a step in|is not JSON|is infinite") for step in
+          ("4", {}, None, 10**400, 5, -1, 4.0, True, "1e400", float("inf"))),
+        *((in_state(best=best), "a number in|is infinite") for best in ("1", None, [], float("nan"), "1e400")),
+        (in_state(best_step=7), "a step in"),
+        (in_state(worse=-1), "a number in"),
+        (in_state(optimizer={}), "what the optimizer remembers"),
+        (lost_counts, "wte.weight or what the optimizer remembers"),
+        (in_state(run="0" * 64), "run.json has been changed"),
+        (in_arrays("wte.weight/m", None), "wte.weight or what the optimizer remembers"),
+        (in_arrays("wte.weight/v", np.ravel), "wte.weight or what the optimizer remembers"),
+        (in_arrays("wte.weight/v", lambda x: x.astype("f8")), "wte.weight or what the optimizer remembers"),
+        (in_run_json, "run.json: does not match its SHA-256"),
+        (stripped_run_json, "run.json has been changed"),
+        (stripped("state.safetensors"), "has lost its checksums"),
+        (other_model, "is the training state of another model"),
+        (other_heads, "is not a model of this run"),
+        (appended("samples.jsonl", '{"step": 0, "pronpt": "a", "response": "b"}'), "line 1: 'prompt' is missing"),
+        (appended("samples.jsonl", '{"step": 0, "prompt": 1, "response": "b"}'), "line 1: 'prompt' is missing or of"),
+        (appended("metrics.jsonl", '{"step": 0, "eval_loss": ' + "[" * 980 + "]" * 980 + "}"), "line 1: is "),
+        (appended("metrics.jsonl", '{"step": 0, "eval_loss": "x"}'), "'eval_loss' is missing or of another"),
+        *((fifo(name), "is not a regular file") for name in (
+            "latest", "run.json", "metrics.jsonl", "samples.jsonl", "step-000004/state.safetensors",
+            "step-000004/model.safetensors", "step-000004/config.json", "step-000004/tokenizer.json")),
+    ],
+)  # fmt: skip
+def test_a_damaged_run_is_refused_before_it_moves(damage, sentence, stopped, tmp_path):
+    """Each file is checked in full against the run: a fault is a sentence, and neither waits nor trains."""
+    run, arguments = stoppable(tmp_path)
+    shutil.rmtree(run)
+    shutil.copytree(stopped, run)
+    damage(run)
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    with pytest.raises(checkpoint.CheckpointError, match=sentence) as caught:
+        run_folder.run_description(run)
+        loop.run_loop(run, *arguments)
+    assert len(str(caught.value)) < 2500 and not arguments[3].state
+    assert {path for path in run.rglob("*")} == before.keys() and not (run / "model").exists()
+
+
+def test_a_run_of_version_0_1_resumes_without_the_new_checksums(stopped, tmp_path):
+    """What version 0.1 wrote, without hashes of run.json and of the model, resumes to the same bytes."""
+    contents = []
+    for version in ("0.1", "now"):
+        run, arguments = stoppable(tmp_path / version)
+        shutil.rmtree(run)
+        shutil.copytree(stopped, run)
+        if version == "0.1":
+            content = json.loads((run / "run.json").read_text())
+            del content["sha256"]
+            (run / "run.json").write_text(json.dumps(content))
+
+            def change(arrays, metadata):
+                state = json.loads(metadata["state"])
+                del state["run"], metadata["model_sha256"]
+                metadata["state"] = json.dumps(state)
+
+            rewritten(run / "step-000004" / "state.safetensors", change)
+        loop.run_loop(run, *arguments)
+        contents.append((run / "step-000006" / "model.safetensors").read_bytes())
+    assert contents[0] == contents[1]
+
+
 def test_a_checkpoint_from_elsewhere_is_not_resumed(tmp_path):
     """A model with the state of another program, or none, is refused in one sentence."""
     params = model.init(CONFIG, np.random.default_rng(0))
+    run_folder.create(tmp_path / "run", {"arguments": ["sft"]}, {})
     for number, (arrays, state) in enumerate([
         ({}, {}),
         ({}, {**vars(run_folder.State()), "best": 1.0, "optimizer": [1]}),
@@ -369,6 +535,6 @@ def test_a_checkpoint_from_elsewhere_is_not_resumed(tmp_path):
         ({}, {"step": 1, "optimizer": {}, "more": 2}),
         ({}, {**vars(run_folder.State()), "best": 1.0, "step": "x", "optimizer": {}}),
     ]):  # fmt: skip
-        checkpoint.save(tmp_path / str(number), params, CONFIG, TOKENIZER, arrays, state)
+        checkpoint.save(tmp_path / "run" / str(number), params, CONFIG, TOKENIZER, arrays, state)
         with pytest.raises(checkpoint.CheckpointError, match="its training state does not belong to this run"):
-            run_folder.restore(tmp_path / str(number), params, optim.AdamW(params))
+            run_folder.restore(tmp_path / "run" / str(number), params, CONFIG, TOKENIZER, optim.AdamW(params))

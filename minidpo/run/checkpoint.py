@@ -5,7 +5,7 @@ A checkpoint is one folder:
     model.safetensors    parameters under GPT-2's names, float32 or float64
     config.json          Hugging Face's config of a GPT-2
     tokenizer.json       the character vocabulary
-    state.safetensors    what a resumed run needs: optimizer arrays, and JSON in the header's metadata
+    state.safetensors    what a resumed run needs: optimizer arrays, JSON in the header's metadata, the model's SHA-256
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ from ..model import Config, Params, parameter_shapes
 from ..tensor import Tensor
 from ..tokenizer import END_OF_TEXT, Tokenizer
 from . import safetensors
-from .files import CheckpointError, json_object, read_text, write_folder, write_whole
+from .files import CheckpointError, json_object, read_bytes, read_text, write_folder, write_whole
 
 HUGGING_FACE = {
     "model_type": "gpt2",
@@ -72,8 +72,9 @@ def save(
     check_weights(weights, config, folder)
     try:
         training = json.dumps(dict(state or {}), allow_nan=False)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{folder}: the state is not JSON ({error})") from error
+    json_object(training, f"{folder}: the state")
     files = {
         "config.json": json.dumps({**HUGGING_FACE, **dataclasses.asdict(config)}, indent=2).encode(),
         "tokenizer.json": tokenizer.to_json().encode(),
@@ -81,7 +82,8 @@ def save(
     sums = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
     files["model.safetensors"] = safetensors.to_bytes(weights, {"format": "pt", **sums})
     optimizer_arrays = {name: to_host(x) for name, x in (arrays or {}).items()}
-    files["state.safetensors"] = safetensors.to_bytes(optimizer_arrays, {"state": training})
+    owner = {"state": training, "model_sha256": hashlib.sha256(files["model.safetensors"]).hexdigest()}
+    files["state.safetensors"] = safetensors.to_bytes(optimizer_arrays, owner)
     write_folder(folder, files)
 
 
@@ -146,6 +148,9 @@ def load(folder: str | Path, requires_grad: bool = False) -> Checkpoint:
     check_weights(arrays, config, path)
     try:
         tokenizer = Tokenizer.from_json(documents["tokenizer.json"])
+        json_object(documents["tokenizer.json"], f"{folder / 'tokenizer.json'}:")
+    except CheckpointError:
+        raise
     except ValueError as error:
         raise CheckpointError(f"{folder / 'tokenizer.json'}: {error}") from error
     if tokenizer.vocab_size != config.vocab_size:
@@ -175,7 +180,12 @@ def check_weights(arrays: Mapping[str, numpy.ndarray], config: Config, path: Pat
 
 
 def load_state(folder: str | Path) -> tuple[dict[str, numpy.ndarray], dict[str, Any]]:
-    """The `arrays` and the `state` that `save` wrote."""
+    """The `arrays` and the `state` that `save` wrote for this model. Version 0.1 wrote no hash of the model."""
     path = latest(folder) / "state.safetensors"
-    arrays, metadata, _ = safetensors.read(path)
+    arrays, metadata, verified = safetensors.read(path)
+    if not verified:
+        raise CheckpointError(f"{path}: has lost its checksums, with which every training state is written")
+    model = hashlib.sha256(read_bytes(path.with_name("model.safetensors"))).hexdigest()
+    if metadata.get("model_sha256", model) != model:
+        raise CheckpointError(f"{path}: is the training state of another model than the model.safetensors beside it")
     return arrays, json_object(metadata.get("state", ""), f"{path}: its training state")

@@ -20,7 +20,7 @@ from ..tokenizer import Tokenizer
 from ..training import Metrics, batch_indices
 from . import checkpoint
 from .files import remove_leftovers
-from .folder import RESULT, State, alone, cut, prune, restore, save, step_name
+from .folder import RESULT, SAMPLE, State, alone, cut, json_lines, prune, restore, save, step_name
 
 
 class Settings(NamedTuple):
@@ -106,9 +106,11 @@ def run_loop(
         if (run / RESULT).exists():  # from a process that was killed before it could point to it
             shutil.rmtree(run / RESULT)
         last = checkpoint.latest(run)
-        state = State() if last == run else restore(last, params, optimizer)
-        for path in (log, samples):
-            cut(path, -1 if last == run else state.step)
+        json_lines(log)  # a damaged line is refused before anything moves
+        json_lines(samples, SAMPLE)
+        state = State() if last == run else restore(last, params, config, tokenizer, optimizer)
+        cut(log, -1 if last == run else state.step)
+        cut(samples, -1 if last == run else state.step, SAMPLE)
         progress = Progress(run.name, settings.steps)
         indices: list[int] = []
         try:

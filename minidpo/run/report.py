@@ -9,7 +9,7 @@ from typing import Any
 from ..plots import Curve, Panel, installed, png
 from ..tokenizer import printable
 from .files import CheckpointError, write_whole
-from .folder import json_lines, run_description
+from .folder import SAMPLE, json_lines, run_description
 
 COLUMNS = {  # of the table of evaluations
     "step": "step",
@@ -47,7 +47,7 @@ def write(run: Path) -> Mapping[str, Any]:
     description = run_description(run)
     name = run.resolve().name
     metrics = json_lines(run / "metrics.jsonl")
-    samples = json_lines(run / "samples.jsonl")
+    samples = json_lines(run / "samples.jsonl", texts=SAMPLE)
     lowest = best(metrics)
     evaluations = [line for line in metrics if "eval_loss" in line]
     columns = {key: title for key, title in COLUMNS.items() if key in evaluations[0]}
