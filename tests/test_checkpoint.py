@@ -73,6 +73,13 @@ def test_any_arrays_round_trip(tmp_path_factory, arrays, metadata):
         assert loaded[name].tobytes() == array.astype(array.dtype.newbyteorder("<")).tobytes()
 
 
+@pytest.mark.parametrize("metadata", [{"k": 1}, {1: "k"}, {"sha256": "mine"}, {"header_sha256": "mine"}, {"k": None}])
+def test_metadata_that_could_not_be_read_is_not_written(metadata):
+    """Metadata is texts under names that the checksums do not use; the rest is refused by the writer."""
+    with pytest.raises(CheckpointError, match="cannot be written"):
+        safetensors.to_bytes({}, metadata)
+
+
 @given(cut=st.floats(0, 1, exclude_max=True))
 def test_a_truncated_file_is_refused(tmp_path_factory, cut):
     """A file cut at any length is refused: a full disk leaves no model that is half zeros."""
@@ -117,7 +124,10 @@ F4 = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
         ([1], b"", None, "not a JSON object"),
         ({"__metadata__": {"a": 1}}, b"", None, "not an object of strings"),
         ({"a": 3}, b"", None, "has dtype None, known are F16"),
-        ({"a": {**F4, "dtype": "BF16"}}, b"0" * 8, None, "has dtype 'BF16', known are F16"),
+        ({"a": {**F4, "dtype": "BF16"}}, b"0" * 8, None, "has dtype 'BF16', known are F16.*half precision: convert"),
+        (b'{"a": {}, "b": {}, "a": {}}', b"", None, "the header: 'a' occurs twice"),
+        (b'{"a": {"dtype": "F32", "dtype": "F32"}}', b"", None, "the header: 'dtype' occurs twice"),
+        (b'{"a": NaN}', b"", None, "the header has a number that is infinite"),
         ({"a": {**F4, "dtype": ["F32"]}}, b"0" * 8, None, "has dtype"),
         ({"a": {**F4, "shape": [-2]}}, b"0" * 8, None, "lacks a shape or a place"),
         ({"a": {**F4, "shape": [2.0]}}, b"0" * 8, None, "lacks a shape or a place"),
@@ -182,6 +192,20 @@ def rewritten(path, **changes):
     path.write_text(json.dumps({key: value for key, value in content.items() if value is not ...}))
 
 
+def twice(path, name):
+    """The file, with another value of one of its names before the one that it has."""
+    path.write_text(path.read_text().replace(f'"{name}":', f'"{name}": 4, "{name}":', 1))
+
+
+def halved(folder, dtype):
+    arrays, _, _ = safetensors.read(folder / "model.safetensors")
+    return {name: x.astype(dtype) for name, x in arrays.items()}
+
+
+def instead(folder, name):
+    (folder / "model.safetensors").rename(folder / name)
+
+
 def untied(folder):
     arrays, _, _ = safetensors.read(folder / "model.safetensors")
     arrays["lm_head.weight"] = arrays["wte.weight"] + 1
@@ -213,6 +237,14 @@ def changed(folder, **changes):
         ),
         (lambda f: rewritten(f / "config.json", activation_function="relu"), "activation_function is 'relu', here"),
         (lambda f: rewritten(f / "config.json", model_type="llama"), "model_type is 'llama', here"),
+        (lambda f: rewritten(f / "config.json", eos_token_id=2), "eos_token_id is 2, here it can only be 0"),
+        (lambda f: rewritten(f / "config.json", bos_token_id=None), "bos_token_id is None, here it can only be 0"),
+        (lambda f: twice(f / "config.json", "n_head"), "config.json: 'n_head' occurs twice"),
+        (lambda f: twice(f / "tokenizer.json", "characters"), "tokenizer.json: 'characters' occurs twice"),
+        (lambda f: changed(f, **halved(f, "f2")), "wte.weight is float16 .* half precision.*model.float"),
+        (lambda f: instead(f, "model.safetensors.index.json"), "several files. Save it again from Python"),
+        (lambda f: instead(f, "model-00001-of-00002.safetensors"), "files of weights. Save it again from Python"),
+        (lambda f: instead(f, "pytorch_model.bin"), "a pickle, .* never opened. Save it again from Python"),
         (lambda f: rewritten(f / "config.json", n_inner=7), "n_inner is 7"),
         (lambda f: rewritten(f / "config.json", n_embd={}), "n_embd must be a positive integer, not {}"),
         (lambda f: rewritten(f / "config.json", layer_norm_epsilon=1e-6), "layer_norm_epsilon is 1e-06, here"),
@@ -280,6 +312,7 @@ def test_a_change_that_still_makes_sense_is_refused(saved, name, old, new):
         ({"arrays": {"__metadata__": np.ones(1)}}, "'__metadata__' of float64 cannot be written"),
         ({"arrays": {"a": np.ones(1, complex)}}, "'a' of complex128 cannot be written"),
         ({"state": {"step": np.int64(3)}}, "the state is not JSON"),
+        ({"state": {"step": json.loads("[" * 70 + "]" * 70)}}, "the state is deeper than 64 levels"),
         ({"state": {"loss": float("nan")}}, "the state is not JSON"),
         ({"params": {"wte.weight": small()["wte.weight"]}}, "1 arrays are too few|is missing"),
         ({"params": {**small(), "extra": small()["ln_f.bias"]}}, "'extra' is not a parameter"),

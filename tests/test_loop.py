@@ -1,10 +1,12 @@
 """A run may stop at any instant: it resumes as if nothing had happened, or says why it cannot."""
 
+import errno
 import hashlib
 import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -462,9 +464,9 @@ WTE = "wte.weight"
 @pytest.mark.parametrize(
     ("damage", "sentence"),
     [
-        *((in_state(step=step), "a number in|a step in|is not JSON|is infinite") for step in
+        *((in_state(step=step), "a number in|a step in|is not JSON|that is infinite") for step in
           ("4", {}, None, 10**400, 5, -1, 4.0, True, "1e400", float("inf"))),
-        *((in_state(best=best), "a number in|is infinite") for best in ("1", None, [], float("nan"), "1e400")),
+        *((in_state(best=best), "a number in|that is infinite") for best in ("1", None, [], float("nan"), "1e400")),
         (in_state(best_step=7), "a step in"),
         (in_state(worse=-1), "a number in"),
         (in_state(optimizer={}), "what the optimizer remembers"),
@@ -499,6 +501,76 @@ def test_a_damaged_run_is_refused_before_it_moves(damage, sentence, stopped, tmp
         loop.run_loop(run, *arguments)
     assert len(str(caught.value)) < 2500 and not arguments[3].state
     assert {path for path in run.rglob("*")} == before.keys() and not (run / "model").exists()
+
+
+@pytest.mark.parametrize("content", [None, "", "step-000002", "model"])
+def test_a_run_that_lost_its_pointer_is_not_begun_again(content, stopped, tmp_path):
+    """Without a usable `latest` nothing is cut or removed; the message names the newest checkpoint, which works."""
+    run, arguments = stoppable(tmp_path)
+    shutil.rmtree(run)
+    shutil.copytree(stopped, run)
+    (run / "latest").unlink()
+    if content is not None:
+        (run / "latest").write_text(content)
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    with pytest.raises(
+        checkpoint.CheckpointError, match="the newest is step-000004: to resume from it, write its name"
+    ):
+        loop.run_loop(run, *arguments)
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
+    (run / "latest").write_text("step-000004")
+    loop.run_loop(run, *arguments)
+    assert (run / "latest").read_text() == "model"
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "samples.jsonl", "step-000004", "latest"])
+def test_a_full_disk_names_the_file_and_how_to_resume(name, folder, whole, tmp_path, capsys, monkeypatch):
+    """A write that fails for want of space names its file, the last checkpoint and the command; that one works."""
+    run, sync = tmp_path / "run", os.fsync
+    full = lambda descriptor: re.search(rf"/\.?{name}", os.readlink(f"/proc/self/fd/{descriptor}"))  # noqa: E731
+
+    def failing(descriptor):
+        if (run / "step-000000").exists() and (run / "latest").exists() and full(descriptor):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        sync(descriptor)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", failing)
+        assert cli.main(dpo(folder, run, *SHORT)) == 2
+    error = capsys.readouterr().err
+    assert (
+        f"{run / name}: No space left on device; the last checkpoint is {run / 'step-000000'}; resume with: " in error
+    )
+    assert cli.main(["resume", str(run)]) == 0
+    assert (run / "model/model.safetensors").read_bytes() == (whole / "model/model.safetensors").read_bytes()
+
+
+@forks
+def test_a_killed_worker_leaves_a_way_on(folder, tmp_path, capsys, monkeypatch):
+    """The message of a run that has lost a worker ends with the command that resumes it."""
+
+    def kill(self, params, questions):
+        os.kill(self.others[0].pid, signal.SIGKILL)
+        os.waitid(os.P_PID, self.others[0].pid, os.WEXITED | os.WNOWAIT)
+
+    ask, calls = workers.Workers.ask, iter(range(99))
+
+    def asked(self, params, questions):
+        if next(calls) == 5:
+            kill(self, params, questions)
+        return ask(self, params, questions)
+
+    monkeypatch.setattr(cli.train, "worker_count", lambda params: 2)
+    monkeypatch.setattr(workers.Workers, "ask", asked)
+    assert cli.main(dpo(folder, tmp_path / "run", *SHORT)) == 2
+    assert "it has exited; the last checkpoint is" in (error := capsys.readouterr().err)
+    assert error.endswith(f"step-000004; resume with: minidpo resume {tmp_path / 'run'}\n")
+
+
+def test_a_missing_file_is_not_a_reason_to_resume(folder, whole, capsys):
+    """Only a fault of the run itself is followed by how to resume; a wrong path is not."""
+    assert cli.main(["dpo", "--data=missing", f"--init={folder / 'init'}", f"--out={whole}"]) == 2
+    assert "resume" not in capsys.readouterr().err
 
 
 def test_a_run_of_version_0_1_resumes_without_the_new_checksums(stopped, tmp_path):

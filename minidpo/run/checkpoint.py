@@ -11,6 +11,7 @@ A checkpoint is one folder:
 import dataclasses
 import hashlib
 import json
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -41,8 +42,16 @@ HUGGING_FACE = {
     "eos_token_id": END_OF_TEXT,
 }
 
+# The fields that this model cannot vary.
 FIXED = ["model_type", "activation_function", "layer_norm_epsilon", "tie_word_embeddings", "scale_attn_weights"]
-FIXED += ["scale_attn_by_inverse_layer_idx", "add_cross_attention"]  # the fields that this model cannot vary
+FIXED += ["scale_attn_by_inverse_layer_idx", "add_cross_attention", "bos_token_id", "eos_token_id"]
+
+FOREIGN = {  # what may lie in a folder instead of model.safetensors
+    "model*.safetensors.index.json": "the index of weights in several files",
+    "model-*-of-*.safetensors": "one of several files of weights",
+    "pytorch_model*.bin*": "a pickle, which can run code and is never opened",
+}
+CONVERT = 'Save it again from Python with transformers: model.float().save_pretrained(FOLDER, max_shard_size="100GB")'
 
 
 class Checkpoint(NamedTuple):
@@ -103,8 +112,17 @@ def latest(folder: str | Path) -> Path:
         return folder
     name = read_text(pointer, most=255)
     if name in ("", ".", "..") or name != Path(name).name or not (folder / name).is_dir():
-        raise CheckpointError(f"{pointer}: names {name!a}, which is not a checkpoint beside it")
+        raise CheckpointError(f"{pointer}: names {name!a}, which is not a checkpoint beside it{newest(folder)}")
     return folder / name
+
+
+def newest(folder: Path) -> str:
+    """How to resume from the newest checkpoint after step 0 in a folder; "" if there is none."""
+    names = [path.name for path in folder.glob("step-*") if re.fullmatch(r"step-\d{6,}", path.name)]
+    name = max(names, key=lambda name: int(name[5:]), default="step-000000")
+    return (
+        f"; the newest is {name}: to resume from it, write its name into {folder / 'latest'}" if int(name[5:]) else ""
+    )
 
 
 def read_config(path: Path, document: str) -> Config:
@@ -130,9 +148,12 @@ def load(folder: str | Path, requires_grad: bool = False) -> Checkpoint:
     Weights that Hugging Face saved load too, without the prefix `transformer.`, the tied head and old files' buffers.
     """
     folder = latest(folder)
+    path = folder / "model.safetensors"
+    for pattern, what in FOREIGN.items() if not os.path.lexists(path) else ():
+        if any(folder.glob(pattern)):
+            raise CheckpointError(f"{path}: is missing, and {pattern} is {what}. {CONVERT}")
     documents = {name: read_text(folder / name) for name in ("config.json", "tokenizer.json")}
     config = read_config(folder / "config.json", documents["config.json"])
-    path = folder / "model.safetensors"
     stored, metadata, verified = safetensors.read(path)
     for name, document in documents.items():
         verified = verified and name in metadata
@@ -174,8 +195,9 @@ def check_weights(arrays: Mapping[str, numpy.ndarray], config: Config, path: Pat
     for name, shape in shapes.items():
         x = arrays[name]
         if x.shape != shape or x.dtype != dtype or dtype not in ("float32", "float64"):
+            half = f". It is in half precision. {CONVERT}" if x.dtype == "float16" else ""
             raise CheckpointError(
-                f"{path}: {name} is {x.dtype} {x.shape}; the config wants {shape}, and all float32 or all float64"
+                f"{path}: {name} is {x.dtype} {x.shape}; the config wants {shape}, and all float32 or all float64{half}"
             )
 
 

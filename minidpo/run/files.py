@@ -30,14 +30,22 @@ class CheckpointError(ValueError):
 def whole(path: Path) -> Iterator[Path]:
     """A temporary name beside `path`: renamed to it on success, removed on failure. Errors name `path`."""
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    with naming(path):
+        try:
+            yield temporary
+            temporary.replace(path)
+            sync_folder(path.parent)
+        finally:
+            remove(temporary)
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Let an error of the system, such as a full disk, name this path."""
     try:
-        yield temporary
-        temporary.replace(path)
-        sync_folder(path.parent)
+        yield
     except OSError as error:
         raise OSError(error.errno, error.strerror or str(error), str(path)) from error
-    finally:
-        remove(temporary)
 
 
 def write_whole(path: Path, content: bytes) -> None:
@@ -131,7 +139,9 @@ def json_object(document: str | bytes, name: str) -> dict[str, Any]:
 
     def unique(items: list[tuple[str, Any]]) -> dict[str, Any]:
         if len(dict(items)) < len(items):
-            raise CheckpointError(f"{name} {Counter(key for key, _ in items).most_common(1)[0][0]!a} occurs twice")
+            raise CheckpointError(
+                f"{name.rstrip(':')}: {Counter(key for key, _ in items).most_common(1)[0][0]!a} occurs twice"
+            )
         return dict(items)
 
     try:
@@ -145,7 +155,7 @@ def json_object(document: str | bytes, name: str) -> dict[str, Any]:
     level: list[Any] = [content]
     for _ in range(MOST_LEVELS):
         if any(type(x) in (int, float) and not abs(x) <= sys.float_info.max for x in level):
-            raise CheckpointError(f"{name} a number in it is infinite, or is not a number")
+            raise CheckpointError(f"{name} has a number that is infinite or not a number")
         level = [
             x
             for each in level

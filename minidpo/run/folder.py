@@ -173,6 +173,17 @@ def prune(run: Path, state: State) -> None:
             shutil.rmtree(folder)
 
 
+def way_on(run: Path | None) -> str:
+    """The rest of a sentence about a fault: how to resume the run, if there is one."""
+    if not (run and (run / "run.json").is_file()):
+        return ""
+    try:
+        last = checkpoint.latest(run)
+    except CheckpointError as error:
+        return f"; {error}"
+    return (f"; the last checkpoint is {last}" if last != run else "") + f"; resume with: minidpo resume {run}"
+
+
 def step_name(step: int) -> str:
     """The name of the checkpoint after a step."""
     return f"step-{step:06d}"

@@ -19,7 +19,7 @@ from ..model import Config, Params
 from ..tokenizer import Tokenizer
 from ..training import Metrics, batch_indices
 from . import checkpoint
-from .files import remove_leftovers
+from .files import CheckpointError, naming, remove_leftovers
 from .folder import RESULT, SAMPLE, State, alone, cut, json_lines, prune, restore, save, step_name
 
 
@@ -103,6 +103,8 @@ def run_loop(
         remove_leftovers(run)
         if checkpoint.latest(run) == run / RESULT:
             return run / RESULT
+        if checkpoint.latest(run) == run and (advice := checkpoint.newest(run)):
+            raise CheckpointError(f"{run / 'latest'}: is missing{advice}")
         if (run / RESULT).exists():  # from a process that was killed before it could point to it
             shutil.rmtree(run / RESULT)
         last = checkpoint.latest(run)
@@ -150,7 +152,7 @@ def run_loop(
 
 def append(path: Path, step: int, rows: Sequence[Mapping[str, Any]], synced: bool = False) -> None:
     """Add rows with their step to a JSON Lines file; if `synced`, wait until they are on the disk."""
-    with path.open("a") as file:
+    with naming(path), path.open("a") as file:
         file.writelines(json.dumps({"step": step, **row}, allow_nan=False) + "\n" for row in rows)
         if synced:
             file.flush()

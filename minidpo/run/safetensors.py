@@ -79,7 +79,7 @@ def read(path: Path) -> tuple[dict[str, numpy.ndarray], dict[str, str], bool]:
         fields = entry if isinstance(entry, dict) else {}
         dtype, shape, span = fields.get("dtype"), fields.get("shape"), fields.get("data_offsets")
         if not isinstance(dtype, str) or dtype not in DTYPES:
-            half = ": half precision; convert it to float32" if dtype == "BF16" else ""
+            half = ". It is in half precision: convert it to float32, model.float()" if dtype == "BF16" else ""
             raise fault(f"{name!a} has dtype {dtype!a}, known are {', '.join(DTYPES)}{half}")
         if not (are_sizes(shape) and are_sizes(span)) or len(span) != 2:
             raise fault(f"{name!a} lacks a shape or a place in the data")
