@@ -17,7 +17,7 @@ import pytest
 from minidpo import checkpoint, cli, model, optim, training
 from minidpo.model import Config
 from minidpo.run import folder as run_folder
-from minidpo.run import loop, safetensors, workers
+from minidpo.run import loop, report, safetensors, workers
 from minidpo.tokenizer import Tokenizer
 
 forks = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
@@ -301,6 +301,100 @@ def test_one_process_at_a_time(tmp_path):
     assert half_written.exists() and (run / "model").exists()
     assert (run / "metrics.jsonl").read_text() == '{"step": 5}\n{"st'
     loop.run_loop(run, *arguments)
+
+
+def test_the_report_is_written_before_others_enter(folder, whole, tmp_path, monkeypatch):
+    """The lock is held until the report is there, at the end of a run and when a finished one is resumed."""
+    run, write, locked = tmp_path / "run", report.write, []
+
+    def watched(path):
+        with pytest.raises(checkpoint.CheckpointError, match="another process works on this run"):
+            with run_folder.alone(path):
+                pass
+        locked.append(path)
+        return write(path)
+
+    monkeypatch.setattr(report, "write", watched)
+    assert cli.main(dpo(folder, run, *SHORT)) == 0
+    assert cli.main(["resume", str(run)]) == 0
+    assert locked == [run, run]
+
+
+@forks
+def test_one_of_two_processes_begins_a_run(tmp_path):
+    """However many begin one run, one makes its folder, and the others read that it exists already."""
+    for number in range(10):
+        run, ready = tmp_path / str(number), tmp_path / f"go{number}"
+        children = []
+        for _ in range(6):
+            children.append(os.fork())
+            if children[-1] == 0:
+                status = 9
+                try:
+                    while not ready.exists():
+                        pass
+                    run_folder.create(run, {"arguments": ["sft"]}, {})
+                    status = 0
+                except checkpoint.CheckpointError as error:
+                    status = 1 if "exists already" in str(error) else 9
+                finally:
+                    os._exit(status)
+        ready.write_text("")
+        statuses = sorted(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children)
+        assert statuses == [0, 1, 1, 1, 1, 1] and not list(tmp_path.glob(".*"))
+
+
+def test_a_new_run_removes_what_a_killed_one_left_beside_it(tmp_path):
+    """Hidden folders that are certainly of this run go; those of other names, contents and kinds stay."""
+    ours, empty = tmp_path / f".run.{'0' * 32}", tmp_path / f".run.{'1' * 32}"
+    others = [tmp_path / name for name in (f".run.{'2' * 32}", f".run2.{'3' * 32}", ".run.notes", f".run.b.{'4' * 32}")]
+    for path in (ours, empty, *others):
+        path.mkdir()
+    (ours / "run.json").write_text("{")
+    (others[0] / "diary.txt").write_text("")
+    (tmp_path / f".run.{'5' * 32}").symlink_to(others[1])
+    (tmp_path / f".run.{'6' * 32}").write_text("")
+    run_folder.create(tmp_path / "run", {"arguments": ["sft"]}, {})
+    assert not ours.exists() and not empty.exists() and len(list(tmp_path.glob(".*"))) == len(others) + 2
+
+
+@pytest.mark.parametrize("word", ["--help", "-h", "--version", "--nonsense=1", "--"])
+def test_a_run_s_arguments_are_options_of_its_command(word, tmp_path, capsys):
+    """A run.json that asks for help, or for an unknown option, is refused; it prints no help and does not exit 0."""
+    (tmp_path / "run.json").write_text(json.dumps({"arguments": ["sft", "--data=x", word], "environment": {}}))
+    assert cli.main(["resume", str(tmp_path)]) == 2
+    printed = capsys.readouterr()
+    assert printed.err == f"minidpo resume: {tmp_path / 'run.json'}: {word!a} is not an option of sft\n"
+    assert not printed.out
+
+
+def test_a_warm_up_longer_than_the_run_is_said(folder, tmp_path, capsys):
+    """The learning rate that was asked for is never reached: a line names the highest, which is in the metrics."""
+    for steps, warmup, said in ((4, 8, True), (4, 4, False), (0, 8, False)):
+        run = tmp_path / f"{steps}{warmup}"
+        words = (f"--steps={steps}", f"--warmup-steps={warmup}", "--batch-size=3", "--learning-rate=0.01")
+        assert cli.main(dpo(folder, run, *words)) == 0
+        error = capsys.readouterr().err
+        assert ("is more than --steps=4: the learning rate ends at 0.005 and never reaches 0.01" in error) is said
+        assert ("warm" in error) is said
+        rates = [line["learning_rate"] for line in lines(run / "metrics.jsonl") if "learning_rate" in line]
+        assert max(rates, default=0) == pytest.approx(0.005 if said else 0.01 if steps else 0)
+
+
+def test_pretraining_is_evaluated_often_enough_for_its_data(tmp_path, capsys):
+    """On a few lines the default evaluates every 10 steps, so that the result is a trained model."""
+    texts = [x + y + z for x in "abcde" for y in "abcde" for z in "abcde"]
+    (tmp_path / "texts").write_text("".join(text + "\n" for text in texts))
+    words = ["pretrain", f"--data={tmp_path / 'texts'}", "--steps=40", "--n-embd=8", "--n-layer=1", "--n-head=2"]
+    for batch_size, evaluations in ((128, [0, 10, 20, 30, 40]), (8, [0, 14, 28, 40])):
+        run = tmp_path / str(batch_size)
+        assert cli.main([*words, f"--batch-size={batch_size}", f"--out={run}", "--learning-rate=1e-2"]) == 0
+        metrics = lines(run / "metrics.jsonl")
+        assert [line["step"] for line in metrics if "eval_loss" in line] == evaluations
+        assert "THE RESULT IS" not in capsys.readouterr().err
+    assert cli.main([*words, f"--out={tmp_path / 'worse'}", "--learning-rate=30", "--warmup-steps=0"]) == 0
+    assert "warning: THE RESULT IS THE MODEL THAT THE RUN BEGAN WITH" in capsys.readouterr().err
+    assert "**Warning:** THE RESULT IS THE MODEL" in (tmp_path / "worse" / "report.md").read_text()
 
 
 def test_files_of_others_stay(tmp_path):

@@ -11,6 +11,7 @@ import pytest
 from minidpo import checkpoint, cli, losses, model, training
 from minidpo.cli import parser, train
 from minidpo.model import Config
+from minidpo.run import report
 from minidpo.run.workers import Workers
 from minidpo.theory.exact import chain_rule_logprob
 from minidpo.tokenizer import Tokenizer
@@ -483,7 +484,7 @@ def test_a_collapse_is_one_line_at_the_end(folder, tmp_path, capsys, monkeypatch
         cli.dpo(data=data, init=folder / "init", out=run, **settings)
         rise = lines(run / "metrics.jsonl")[-1]["eval_nll/chosen_rise"]
         error = capsys.readouterr().err
-        assert (rise > train.CHOSEN_LOSS_WARNING) is warns and error.count("\n") == warns
+        assert (rise > report.CHOSEN_LOSS_WARNING) is warns and error.count("\n") == warns
         if warns:
             assert f"lost {rise:.2f} nats per token" in error and "--nll-weight helps" in error
     evaluations = iter([{"loss": 0.7, "nll/chosen_rise": 0.0}, {"loss": 0.6, "nll/chosen_rise": 0.1},

@@ -56,15 +56,20 @@ def write_whole(path: Path, content: bytes) -> None:
 
 def write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
     """Write a new folder with its files, and the folders above it; all the files are there, or there is no folder."""
-    new = [parent for parent in folder.parents if not parent.exists()]
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    for parent in new:
-        sync_folder(parent.parent)
+    make_parents(folder)
     with whole(folder) as temporary:
         temporary.mkdir()
         for name, content in files.items():
             write_synced(temporary / name, content)
         sync_folder(temporary)
+
+
+def make_parents(path: Path) -> None:
+    """Make the folders above a path, and wait until they are on the disk."""
+    new = [parent for parent in path.parents if not parent.exists()]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for parent in new:
+        sync_folder(parent.parent)
 
 
 def write_synced(path: Path, content: bytes) -> None:

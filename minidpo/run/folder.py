@@ -18,6 +18,7 @@ A checkpoint holds all that the next step depends on. The time is not in it.
 import contextlib
 import dataclasses
 import fcntl
+import glob
 import hashlib
 import json
 import math
@@ -36,10 +37,20 @@ from ..backend import array_module, to_host
 from ..model import Config, Params
 from ..tokenizer import Tokenizer
 from . import checkpoint
-from .files import CheckpointError, json_object, open_regular, read_bytes, read_text, write_folder, write_whole
+from .files import (
+    CheckpointError,
+    json_object,
+    make_parents,
+    open_regular,
+    read_bytes,
+    read_text,
+    write_folder,
+    write_whole,
+)
 from .workers import blas
 
 RESULT = "model"
+AT_FIRST = {"run.json", "tokenizer.json", "set_aside.jsonl"}  # the files before the first step
 SAMPLE = ("prompt", "response")  # the texts of a line of samples.jsonl
 
 
@@ -56,10 +67,29 @@ def environment() -> dict[str, Any]:
 
 
 def create(run: Path, description: Mapping[str, Any], files: Mapping[str, str]) -> None:
-    """Make a run's folder, with everything that is known before the first step."""
-    if run.exists():
+    """Make a run's folder, with everything that is known before the first step.
+
+    One process at a time makes a run in the folder above. Hidden folders of this run that are there then are from
+    processes that were killed, and are removed.
+    """
+    make_parents(run)
+    descriptor = os.open(run.parent, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        write_new(run, description, files)
+    finally:
+        os.close(descriptor)
+
+
+def write_new(run: Path, description: Mapping[str, Any], files: Mapping[str, str]) -> None:
+    """What `create` does while it is alone."""
+    if os.path.lexists(run):
         resume = f", or resume this one: minidpo resume {run}" if (run / "run.json").exists() else ""
         raise CheckpointError(f"{run} exists already: choose another folder{resume}")
+    for leftover in run.parent.glob(f".{glob.escape(run.name)}.*"):
+        ours = re.fullmatch(r"[0-9a-f]{32}", leftover.name[len(run.name) + 2 :]) and not leftover.is_symlink()
+        if ours and leftover.is_dir() and {path.name for path in leftover.iterdir()} <= AT_FIRST:
+            shutil.rmtree(leftover)
     content = {**description, "environment": environment()}
     document = json.dumps({**content, "sha256": description_sum(content)}, indent=2)
     write_folder(run, {name: text.encode() for name, text in {"run.json": document + "\n", **files}.items()})

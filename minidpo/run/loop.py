@@ -43,6 +43,7 @@ class Task(NamedTuple):
     evaluate: Callable[[], Metrics]  # the run keeps the checkpoint with the lowest "loss"
     sample: Callable[[], list[dict[str, str]]]
     rows: Callable[[list[int]], str]  # names examples as a reader finds them in the data
+    report: Callable[[], object] = lambda: None  # writes it; called while no other process can enter the run
 
 
 class Progress:
@@ -102,6 +103,7 @@ def run_loop(
     with alone(run):
         remove_leftovers(run)
         if checkpoint.latest(run) == run / RESULT:
+            task.report()
             return run / RESULT
         if checkpoint.latest(run) == run and (advice := checkpoint.newest(run)):
             raise CheckpointError(f"{run / 'latest'}: is missing{advice}")
@@ -147,6 +149,7 @@ def run_loop(
         best = checkpoint.load(run / step_name(state.best_step))
         checkpoint.save(run / RESULT, best.params, best.config, best.tokenizer)
         checkpoint.point_to_latest(run / RESULT)
+        task.report()
         return run / RESULT
 
 
