@@ -13,6 +13,7 @@ from hypothesis.extra import numpy as hnp
 from minidpo import checkpoint, model
 from minidpo.run import files, safetensors
 from minidpo.run.checkpoint import CheckpointError
+from minidpo.run.reference import cached_reference_logprobs
 from minidpo.tokenizer import Tokenizer
 from models import CONFIG, small
 
@@ -72,6 +73,13 @@ def test_any_arrays_round_trip(tmp_path_factory, arrays, metadata):
         assert loaded[name].tobytes() == array.astype(array.dtype.newbyteorder("<")).tobytes()
 
 
+@pytest.mark.parametrize("metadata", [{"k": 1}, {1: "k"}, {"sha256": "mine"}, {"header_sha256": "mine"}, {"k": None}])
+def test_metadata_that_could_not_be_read_is_not_written(metadata):
+    """Metadata is texts under names that the checksums do not use; the rest is refused by the writer."""
+    with pytest.raises(CheckpointError, match="cannot be written"):
+        safetensors.to_bytes({}, metadata)
+
+
 @given(cut=st.floats(0, 1, exclude_max=True))
 def test_a_truncated_file_is_refused(tmp_path_factory, cut):
     """A file cut at any length is refused: a full disk leaves no model that is half zeros."""
@@ -116,7 +124,10 @@ F4 = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
         ([1], b"", None, "not a JSON object"),
         ({"__metadata__": {"a": 1}}, b"", None, "not an object of strings"),
         ({"a": 3}, b"", None, "has dtype None, known are F16"),
-        ({"a": {**F4, "dtype": "BF16"}}, b"0" * 8, None, "has dtype 'BF16', known are F16"),
+        ({"a": {**F4, "dtype": "BF16"}}, b"0" * 8, None, "has dtype 'BF16', known are F16.*half precision: convert"),
+        (b'{"a": {}, "b": {}, "a": {}}', b"", None, "the header: 'a' occurs twice"),
+        (b'{"a": {"dtype": "F32", "dtype": "F32"}}', b"", None, "the header: 'dtype' occurs twice"),
+        (b'{"a": NaN}', b"", None, "the header has a number that is infinite"),
         ({"a": {**F4, "dtype": ["F32"]}}, b"0" * 8, None, "has dtype"),
         ({"a": {**F4, "shape": [-2]}}, b"0" * 8, None, "lacks a shape or a place"),
         ({"a": {**F4, "shape": [2.0]}}, b"0" * 8, None, "lacks a shape or a place"),
@@ -156,9 +167,43 @@ def test_a_foreign_file_without_a_checksum_is_taken_and_said_so(saved):
     assert all((loaded.params[name].data == x).all() for name, x in arrays.items())
 
 
+@pytest.mark.parametrize("depth", [900, 985, 991, 995, 2000])
+def test_a_deep_document_is_refused_at_any_depth(saved, depth):
+    """JSON of 64 levels or less is read; deeper is one sentence, whatever Python's recursion limit."""
+    nested = b'{"a": ' + b"[" * depth + b"]" * depth + b"}"
+    with_header(saved / "model.safetensors", nested)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: the header is (deeper than 64 levels|not JSON)"):
+        checkpoint.load(saved)
+    (saved / "config.json").write_bytes(nested)
+    with pytest.raises(CheckpointError, match=r"config\.json: is (deeper than 64 levels|not JSON)"):
+        checkpoint.load(saved)
+
+
+def test_a_message_is_short_whatever_the_file_holds(saved):
+    """A string of ten megabytes in a file gives a message of two kilobytes, which begins with the path."""
+    rewritten(saved / "config.json", n_embd="x" * 10**7)
+    with pytest.raises(CheckpointError, match="n_embd") as caught:
+        checkpoint.load(saved)
+    assert len(str(caught.value)) < 2100 and str(caught.value).startswith(str(saved))
+
+
 def rewritten(path, **changes):
     content = {**json.loads(path.read_text()), **changes}
     path.write_text(json.dumps({key: value for key, value in content.items() if value is not ...}))
+
+
+def twice(path, name):
+    """The file, with another value of one of its names before the one that it has."""
+    path.write_text(path.read_text().replace(f'"{name}":', f'"{name}": 4, "{name}":', 1))
+
+
+def halved(folder, dtype):
+    arrays, _, _ = safetensors.read(folder / "model.safetensors")
+    return {name: x.astype(dtype) for name, x in arrays.items()}
+
+
+def instead(folder, name):
+    (folder / "model.safetensors").rename(folder / name)
 
 
 def untied(folder):
@@ -192,6 +237,14 @@ def changed(folder, **changes):
         ),
         (lambda f: rewritten(f / "config.json", activation_function="relu"), "activation_function is 'relu', here"),
         (lambda f: rewritten(f / "config.json", model_type="llama"), "model_type is 'llama', here"),
+        (lambda f: rewritten(f / "config.json", eos_token_id=2), "eos_token_id is 2, here it can only be 0"),
+        (lambda f: rewritten(f / "config.json", bos_token_id=None), "bos_token_id is None, here it can only be 0"),
+        (lambda f: twice(f / "config.json", "n_head"), "config.json: 'n_head' occurs twice"),
+        (lambda f: twice(f / "tokenizer.json", "characters"), "tokenizer.json: 'characters' occurs twice"),
+        (lambda f: changed(f, **halved(f, "f2")), "wte.weight is float16 .* half precision.*model.float"),
+        (lambda f: instead(f, "model.safetensors.index.json"), "several files. Save it again from Python"),
+        (lambda f: instead(f, "model-00001-of-00002.safetensors"), "files of weights. Save it again from Python"),
+        (lambda f: instead(f, "pytorch_model.bin"), "a pickle, .* never opened. Save it again from Python"),
         (lambda f: rewritten(f / "config.json", n_inner=7), "n_inner is 7"),
         (lambda f: rewritten(f / "config.json", n_embd={}), "n_embd must be a positive integer, not {}"),
         (lambda f: rewritten(f / "config.json", layer_norm_epsilon=1e-6), "layer_norm_epsilon is 1e-06, here"),
@@ -259,6 +312,7 @@ def test_a_change_that_still_makes_sense_is_refused(saved, name, old, new):
         ({"arrays": {"__metadata__": np.ones(1)}}, "'__metadata__' of float64 cannot be written"),
         ({"arrays": {"a": np.ones(1, complex)}}, "'a' of complex128 cannot be written"),
         ({"state": {"step": np.int64(3)}}, "the state is not JSON"),
+        ({"state": {"step": json.loads("[" * 70 + "]" * 70)}}, "the state is deeper than 64 levels"),
         ({"state": {"loss": float("nan")}}, "the state is not JSON"),
         ({"params": {"wte.weight": small()["wte.weight"]}}, "1 arrays are too few|is missing"),
         ({"params": {**small(), "extra": small()["ln_f.bias"]}}, "'extra' is not a parameter"),
@@ -383,3 +437,33 @@ def test_hugging_face_finds_the_same_logits(saved, tmp_path):
         (tmp_path / "theirs" / name).write_bytes((tmp_path / "ours" / name).read_bytes())
     back = checkpoint.load(tmp_path / "theirs")
     assert not back.verified and all((back.params[name].data == p.data).all() for name, p in params.items())
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (lambda w, l: (l, w), "its scores of pair . are not those of the reference"),
+        (lambda w, l: (w + 1, l), "its scores of pair . are not those of the reference"),
+        (lambda w, l: (w * np.nan, l), "its scores of pair . are not those of the reference"),
+        (lambda w, l: (w.astype(int), l.astype(int)), "another shape or type"),
+        (lambda w, l: (w.astype("f4"), l), "another shape or type"),
+        (lambda w, l: (w[0], l[0]), "another shape or type"),
+        (lambda w, l: (w[:-1], l[:-1]), "another shape or type"),
+        (lambda w, l: (w, l), None),
+    ],
+)
+def test_reference_scores_are_those_of_the_reference(tmp_path, change, sentence):
+    """A file with the correct key and correct checksums still holds the reference's scores, a number for each pair."""
+    path, pairs = tmp_path / "reference.safetensors", [([0, 1], [2, 0], [3, 3, 0]), ([0], [1, 2, 3, 0], [1, 2, 0])]
+    w, l = cached_reference_logprobs(path, small(), CONFIG, TOKENIZER, pairs)
+    _, metadata, _ = safetensors.read(path)
+    arrays = dict(zip(("ref_logp_w", "ref_logp_l"), map(np.asarray, change(w, l))))
+    path.write_bytes(safetensors.to_bytes(arrays, metadata))
+    if sentence:
+        with pytest.raises(CheckpointError, match=f"reference.safetensors: .*{sentence}.*; delete it"):
+            cached_reference_logprobs(path, small(), CONFIG, TOKENIZER, pairs)
+        return
+    assert (cached_reference_logprobs(path, small(), CONFIG, TOKENIZER, pairs)[0] == w).all()
+    path.write_bytes(path.read_bytes().replace(b'sha256"', b'sha999"'))
+    with pytest.raises(CheckpointError, match="has lost its checksums; delete it"):
+        cached_reference_logprobs(path, small(), CONFIG, TOKENIZER, pairs)

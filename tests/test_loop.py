@@ -1,9 +1,12 @@
 """A run may stop at any instant: it resumes as if nothing had happened, or says why it cannot."""
 
+import errno
+import hashlib
 import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +17,7 @@ import pytest
 from minidpo import checkpoint, cli, model, optim, training
 from minidpo.model import Config
 from minidpo.run import folder as run_folder
-from minidpo.run import loop, workers
+from minidpo.run import loop, report, safetensors, workers
 from minidpo.tokenizer import Tokenizer
 
 forks = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
@@ -300,6 +303,100 @@ def test_one_process_at_a_time(tmp_path):
     loop.run_loop(run, *arguments)
 
 
+def test_the_report_is_written_before_others_enter(folder, whole, tmp_path, monkeypatch):
+    """The lock is held until the report is there, at the end of a run and when a finished one is resumed."""
+    run, write, locked = tmp_path / "run", report.write, []
+
+    def watched(path):
+        with pytest.raises(checkpoint.CheckpointError, match="another process works on this run"):
+            with run_folder.alone(path):
+                pass
+        locked.append(path)
+        return write(path)
+
+    monkeypatch.setattr(report, "write", watched)
+    assert cli.main(dpo(folder, run, *SHORT)) == 0
+    assert cli.main(["resume", str(run)]) == 0
+    assert locked == [run, run]
+
+
+@forks
+def test_one_of_two_processes_begins_a_run(tmp_path):
+    """However many begin one run, one makes its folder, and the others read that it exists already."""
+    for number in range(10):
+        run, ready = tmp_path / str(number), tmp_path / f"go{number}"
+        children = []
+        for _ in range(6):
+            children.append(os.fork())
+            if children[-1] == 0:
+                status = 9
+                try:
+                    while not ready.exists():
+                        pass
+                    run_folder.create(run, {"arguments": ["sft"]}, {})
+                    status = 0
+                except checkpoint.CheckpointError as error:
+                    status = 1 if "exists already" in str(error) else 9
+                finally:
+                    os._exit(status)
+        ready.write_text("")
+        statuses = sorted(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children)
+        assert statuses == [0, 1, 1, 1, 1, 1] and not list(tmp_path.glob(".*"))
+
+
+def test_a_new_run_removes_what_a_killed_one_left_beside_it(tmp_path):
+    """Hidden folders that are certainly of this run go; those of other names, contents and kinds stay."""
+    ours, empty = tmp_path / f".run.{'0' * 32}", tmp_path / f".run.{'1' * 32}"
+    others = [tmp_path / name for name in (f".run.{'2' * 32}", f".run2.{'3' * 32}", ".run.notes", f".run.b.{'4' * 32}")]
+    for path in (ours, empty, *others):
+        path.mkdir()
+    (ours / "run.json").write_text("{")
+    (others[0] / "diary.txt").write_text("")
+    (tmp_path / f".run.{'5' * 32}").symlink_to(others[1])
+    (tmp_path / f".run.{'6' * 32}").write_text("")
+    run_folder.create(tmp_path / "run", {"arguments": ["sft"]}, {})
+    assert not ours.exists() and not empty.exists() and len(list(tmp_path.glob(".*"))) == len(others) + 2
+
+
+@pytest.mark.parametrize("word", ["--help", "-h", "--version", "--nonsense=1", "--"])
+def test_a_run_s_arguments_are_options_of_its_command(word, tmp_path, capsys):
+    """A run.json that asks for help, or for an unknown option, is refused; it prints no help and does not exit 0."""
+    (tmp_path / "run.json").write_text(json.dumps({"arguments": ["sft", "--data=x", word], "environment": {}}))
+    assert cli.main(["resume", str(tmp_path)]) == 2
+    printed = capsys.readouterr()
+    assert printed.err == f"minidpo resume: {tmp_path / 'run.json'}: {word!a} is not an option of sft\n"
+    assert not printed.out
+
+
+def test_a_warm_up_longer_than_the_run_is_said(folder, tmp_path, capsys):
+    """The learning rate that was asked for is never reached: a line names the highest, which is in the metrics."""
+    for steps, warmup, said in ((4, 8, True), (4, 4, False), (0, 8, False)):
+        run = tmp_path / f"{steps}{warmup}"
+        words = (f"--steps={steps}", f"--warmup-steps={warmup}", "--batch-size=3", "--learning-rate=0.01")
+        assert cli.main(dpo(folder, run, *words)) == 0
+        error = capsys.readouterr().err
+        assert ("is more than --steps=4: the learning rate ends at 0.005 and never reaches 0.01" in error) is said
+        assert ("warm" in error) is said
+        rates = [line["learning_rate"] for line in lines(run / "metrics.jsonl") if "learning_rate" in line]
+        assert max(rates, default=0) == pytest.approx(0.005 if said else 0.01 if steps else 0)
+
+
+def test_pretraining_is_evaluated_often_enough_for_its_data(tmp_path, capsys):
+    """On a few lines the default evaluates every 10 steps, so that the result is a trained model."""
+    texts = [x + y + z for x in "abcde" for y in "abcde" for z in "abcde"]
+    (tmp_path / "texts").write_text("".join(text + "\n" for text in texts))
+    words = ["pretrain", f"--data={tmp_path / 'texts'}", "--steps=40", "--n-embd=8", "--n-layer=1", "--n-head=2"]
+    for batch_size, evaluations in ((128, [0, 10, 20, 30, 40]), (8, [0, 14, 28, 40])):
+        run = tmp_path / str(batch_size)
+        assert cli.main([*words, f"--batch-size={batch_size}", f"--out={run}", "--learning-rate=1e-2"]) == 0
+        metrics = lines(run / "metrics.jsonl")
+        assert [line["step"] for line in metrics if "eval_loss" in line] == evaluations
+        assert "THE RESULT IS" not in capsys.readouterr().err
+    assert cli.main([*words, f"--out={tmp_path / 'worse'}", "--learning-rate=30", "--warmup-steps=0"]) == 0
+    assert "warning: THE RESULT IS THE MODEL THAT THE RUN BEGAN WITH" in capsys.readouterr().err
+    assert "**Warning:** THE RESULT IS THE MODEL" in (tmp_path / "worse" / "report.md").read_text()
+
+
 def test_files_of_others_stay(tmp_path):
     """Only temporary names and old checkpoints are removed, not the notes that somebody keeps in the folder."""
     run, arguments = setup(tmp_path, [1.0] * 11)
@@ -346,22 +443,257 @@ def test_the_optimizer_comes_back(tmp_path):
     """m, v and t are restored, and replace whatever the optimizer held."""
     params = model.init(CONFIG, np.random.default_rng(0))
     optimizer = optim.AdamW(params, 1e-2)
-    training.sft_training_step(params, CONFIG, optimizer, [([0], [1, 0])])
-    state = run_folder.State(step=7, measured_at=6, best=1.5, best_step=6, worse=0)
-    run_folder.save(tmp_path, params, CONFIG, TOKENIZER, optimizer, state)
+    for _ in range(2):
+        training.sft_training_step(params, CONFIG, optimizer, [([0], [1, 0])])
+    state = run_folder.State(step=2, measured_at=1, best=1.5, best_step=1, worse=0)
+    run = tmp_path / "run"
+    run_folder.create(run, {"arguments": ["sft"]}, {})
+    run_folder.save(run, params, CONFIG, TOKENIZER, optimizer, state)
     others = model.init(CONFIG, np.random.default_rng(1))
     again = optim.AdamW(others, 1e-2)
-    assert run_folder.restore(tmp_path / "step-000007", others, again) == state
-    assert again.state.keys() == optimizer.state.keys() and again.state["wte.weight"]["t"] == 1
+    again.state["wte.weight"] = {"u": np.ones(1)}
+    assert run_folder.restore(run / "step-000002", others, CONFIG, TOKENIZER, again) == state
+    assert again.state.keys() == optimizer.state.keys() and again.state["wte.weight"]["t"] == 2
     for name, moments in optimizer.state.items():
         assert again.state[name].keys() == moments.keys() == {"t", "m", "v"}
         assert all(np.array_equal(again.state[name][key], moments[key]) for key in moments)
         assert (others[name].data == params[name].data).all()
 
 
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory):
+    """A run that stopped after step 5, with its last checkpoint at step 4."""
+    run, (*model_parts, task, settings) = stoppable(tmp_path_factory.mktemp("stopped"))
+    with pytest.raises(KeyboardInterrupt):
+        loop.run_loop(run, *model_parts, task._replace(step=interrupting(task.step, 5)), settings)
+    return run
+
+
+def stoppable(tmp_path):
+    return setup(tmp_path, range(20, 0, -1), steps=6, evaluate_every=4)
+
+
+def rewritten(path, change):
+    """Write a safetensors file anew, with correct checksums, after a change of its arrays and metadata."""
+    arrays, metadata, _ = safetensors.read(path)
+    change(arrays, metadata)
+    path.write_bytes(safetensors.to_bytes(arrays, metadata))
+
+
+def in_state(**changes):
+    def change(arrays, metadata):
+        metadata["state"] = json.dumps({**json.loads(metadata["state"]), **changes}).replace('"1e400"', "1e400")
+
+    return lambda run: rewritten(run / "step-000004" / "state.safetensors", change)
+
+
+def in_arrays(name, new):
+    def change(arrays, metadata):
+        old = arrays.pop(name)
+        if new:
+            arrays[name] = new(old)
+
+    return lambda run: rewritten(run / "step-000004" / "state.safetensors", change)
+
+
+def in_run_json(run):
+    text = (run / "run.json").read_text()
+    (run / "run.json").write_text(text.replace('"sft"', '"sft", "--seed=1"'))
+
+
+def stripped_run_json(run):
+    content = json.loads((run / "run.json").read_text())
+    del content["sha256"]
+    (run / "run.json").write_text(json.dumps({**content, "arguments": ["sft", "--seed=1"]}))
+
+
+def stripped(name):
+    def strip(run):
+        path = run / "step-000004" / name
+        path.write_bytes(path.read_bytes().replace(b'sha256"', b'sha999"'))
+
+    return strip
+
+
+def lost_counts(run):
+    def change(arrays, metadata):
+        state = json.loads(metadata["state"])
+        del state["optimizer"]["wte.weight/t"]
+        metadata["state"] = json.dumps(state)
+
+    rewritten(run / "step-000004" / "state.safetensors", change)
+
+
+def other_model(run):
+    rewritten(
+        run / "step-000004" / "model.safetensors",
+        lambda arrays, _: arrays.update({"wpe.weight": arrays["wpe.weight"] + 1}),
+    )
+
+
+def other_heads(run):
+    """Four heads instead of two, with every checksum of version 0.1 correct."""
+    path = run / "step-000004" / "config.json"
+    path.write_text(path.read_text().replace('"n_head": 2', '"n_head": 4'))
+    sums = {"config.json": hashlib.sha256(path.read_bytes()).hexdigest()}
+    rewritten(path.with_name("model.safetensors"), lambda _, metadata: metadata.update(sums))
+    rewritten(path.with_name("state.safetensors"), lambda _, metadata: metadata.pop("model_sha256"))
+
+
+def appended(name, line):
+    return lambda run: (run / name).write_text(line + "\n" + (run / name).read_text())
+
+
+def fifo(name):
+    def replace(run):
+        (run / name).unlink()
+        os.mkfifo(run / name)
+
+    return replace
+
+
+WTE = "wte.weight"
+
+
+@pytest.mark.parametrize(
+    ("damage", "sentence"),
+    [
+        *((in_state(step=step), "a number in|a step in|is not JSON|that is infinite") for step in
+          ("4", {}, None, 10**400, 5, -1, 4.0, True, "1e400", float("inf"))),
+        *((in_state(best=best), "a number in|that is infinite") for best in ("1", None, [], float("nan"), "1e400")),
+        (in_state(best_step=7), "a step in"),
+        (in_state(worse=-1), "a number in"),
+        (in_state(optimizer={}), "what the optimizer remembers"),
+        (lost_counts, "wte.weight or what the optimizer remembers"),
+        (in_state(run="0" * 64), "run.json has been changed"),
+        (in_arrays("wte.weight/m", None), "wte.weight or what the optimizer remembers"),
+        (in_arrays("wte.weight/v", np.ravel), "wte.weight or what the optimizer remembers"),
+        (in_arrays("wte.weight/v", lambda x: x.astype("f8")), "wte.weight or what the optimizer remembers"),
+        (in_run_json, "run.json: does not match its SHA-256"),
+        (stripped_run_json, "run.json has been changed"),
+        (stripped("state.safetensors"), "has lost its checksums"),
+        (other_model, "is the training state of another model"),
+        (other_heads, "is not a model of this run"),
+        (appended("samples.jsonl", '{"step": 0, "pronpt": "a", "response": "b"}'), "line 1: 'prompt' is missing"),
+        (appended("samples.jsonl", '{"step": 0, "prompt": 1, "response": "b"}'), "line 1: 'prompt' is missing or of"),
+        (appended("metrics.jsonl", '{"step": 0, "eval_loss": ' + "[" * 980 + "]" * 980 + "}"), "line 1: is "),
+        (appended("metrics.jsonl", '{"step": 0, "eval_loss": "x"}'), "'eval_loss' is missing or of another"),
+        *((fifo(name), "is not a regular file") for name in (
+            "latest", "run.json", "metrics.jsonl", "samples.jsonl", "step-000004/state.safetensors",
+            "step-000004/model.safetensors", "step-000004/config.json", "step-000004/tokenizer.json")),
+    ],
+)  # fmt: skip
+def test_a_damaged_run_is_refused_before_it_moves(damage, sentence, stopped, tmp_path):
+    """Each file is checked in full against the run: a fault is a sentence, and neither waits nor trains."""
+    run, arguments = stoppable(tmp_path)
+    shutil.rmtree(run)
+    shutil.copytree(stopped, run)
+    damage(run)
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    with pytest.raises(checkpoint.CheckpointError, match=sentence) as caught:
+        run_folder.run_description(run)
+        loop.run_loop(run, *arguments)
+    assert len(str(caught.value)) < 2500 and not arguments[3].state
+    assert {path for path in run.rglob("*")} == before.keys() and not (run / "model").exists()
+
+
+@pytest.mark.parametrize("content", [None, "", "step-000002", "model"])
+def test_a_run_that_lost_its_pointer_is_not_begun_again(content, stopped, tmp_path):
+    """Without a usable `latest` nothing is cut or removed; the message names the newest checkpoint, which works."""
+    run, arguments = stoppable(tmp_path)
+    shutil.rmtree(run)
+    shutil.copytree(stopped, run)
+    (run / "latest").unlink()
+    if content is not None:
+        (run / "latest").write_text(content)
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    with pytest.raises(
+        checkpoint.CheckpointError, match="the newest is step-000004: to resume from it, write its name"
+    ):
+        loop.run_loop(run, *arguments)
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
+    (run / "latest").write_text("step-000004")
+    loop.run_loop(run, *arguments)
+    assert (run / "latest").read_text() == "model"
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "samples.jsonl", "step-000004", "latest"])
+def test_a_full_disk_names_the_file_and_how_to_resume(name, folder, whole, tmp_path, capsys, monkeypatch):
+    """A write that fails for want of space names its file, the last checkpoint and the command; that one works."""
+    run, sync = tmp_path / "run", os.fsync
+    full = lambda descriptor: re.search(rf"/\.?{name}", os.readlink(f"/proc/self/fd/{descriptor}"))  # noqa: E731
+
+    def failing(descriptor):
+        if (run / "step-000000").exists() and (run / "latest").exists() and full(descriptor):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        sync(descriptor)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", failing)
+        assert cli.main(dpo(folder, run, *SHORT)) == 2
+    error = capsys.readouterr().err
+    assert (
+        f"{run / name}: No space left on device; the last checkpoint is {run / 'step-000000'}; resume with: " in error
+    )
+    assert cli.main(["resume", str(run)]) == 0
+    assert (run / "model/model.safetensors").read_bytes() == (whole / "model/model.safetensors").read_bytes()
+
+
+@forks
+def test_a_killed_worker_leaves_a_way_on(folder, tmp_path, capsys, monkeypatch):
+    """The message of a run that has lost a worker ends with the command that resumes it."""
+
+    def kill(self, params, questions):
+        os.kill(self.others[0].pid, signal.SIGKILL)
+        os.waitid(os.P_PID, self.others[0].pid, os.WEXITED | os.WNOWAIT)
+
+    ask, calls = workers.Workers.ask, iter(range(99))
+
+    def asked(self, params, questions):
+        if next(calls) == 5:
+            kill(self, params, questions)
+        return ask(self, params, questions)
+
+    monkeypatch.setattr(cli.train, "worker_count", lambda params: 2)
+    monkeypatch.setattr(workers.Workers, "ask", asked)
+    assert cli.main(dpo(folder, tmp_path / "run", *SHORT)) == 2
+    assert "it has exited; the last checkpoint is" in (error := capsys.readouterr().err)
+    assert error.endswith(f"step-000004; resume with: minidpo resume {tmp_path / 'run'}\n")
+
+
+def test_a_missing_file_is_not_a_reason_to_resume(folder, whole, capsys):
+    """Only a fault of the run itself is followed by how to resume; a wrong path is not."""
+    assert cli.main(["dpo", "--data=missing", f"--init={folder / 'init'}", f"--out={whole}"]) == 2
+    assert "resume" not in capsys.readouterr().err
+
+
+def test_a_run_of_version_0_1_resumes_without_the_new_checksums(stopped, tmp_path):
+    """What version 0.1 wrote, without hashes of run.json and of the model, resumes to the same bytes."""
+    contents = []
+    for version in ("0.1", "now"):
+        run, arguments = stoppable(tmp_path / version)
+        shutil.rmtree(run)
+        shutil.copytree(stopped, run)
+        if version == "0.1":
+            content = json.loads((run / "run.json").read_text())
+            del content["sha256"]
+            (run / "run.json").write_text(json.dumps(content))
+
+            def change(arrays, metadata):
+                state = json.loads(metadata["state"])
+                del state["run"], metadata["model_sha256"]
+                metadata["state"] = json.dumps(state)
+
+            rewritten(run / "step-000004" / "state.safetensors", change)
+        loop.run_loop(run, *arguments)
+        contents.append((run / "step-000006" / "model.safetensors").read_bytes())
+    assert contents[0] == contents[1]
+
+
 def test_a_checkpoint_from_elsewhere_is_not_resumed(tmp_path):
     """A model with the state of another program, or none, is refused in one sentence."""
     params = model.init(CONFIG, np.random.default_rng(0))
+    run_folder.create(tmp_path / "run", {"arguments": ["sft"]}, {})
     for number, (arrays, state) in enumerate([
         ({}, {}),
         ({}, {**vars(run_folder.State()), "best": 1.0, "optimizer": [1]}),
@@ -369,6 +701,6 @@ def test_a_checkpoint_from_elsewhere_is_not_resumed(tmp_path):
         ({}, {"step": 1, "optimizer": {}, "more": 2}),
         ({}, {**vars(run_folder.State()), "best": 1.0, "step": "x", "optimizer": {}}),
     ]):  # fmt: skip
-        checkpoint.save(tmp_path / str(number), params, CONFIG, TOKENIZER, arrays, state)
+        checkpoint.save(tmp_path / "run" / str(number), params, CONFIG, TOKENIZER, arrays, state)
         with pytest.raises(checkpoint.CheckpointError, match="its training state does not belong to this run"):
-            run_folder.restore(tmp_path / str(number), params, optim.AdamW(params))
+            run_folder.restore(tmp_path / "run" / str(number), params, CONFIG, TOKENIZER, optim.AdamW(params))

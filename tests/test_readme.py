@@ -18,7 +18,8 @@ import minidpo
 from benchmarks import speed
 from benchmarks.workload import SIZES as SIZES_OF_SPEED
 from minidpo import Tensor, cli, explain, losses
-from minidpo.cli import desk, parser, train
+from minidpo.cli import desk, parser
+from minidpo.run import report
 from minidpo.theory import assumptions, equalities, frontier
 from test_demo import SIZES
 
@@ -170,7 +171,7 @@ def test_the_default_of_dpo_is_the_best_setting_that_is_always_healthy():
     rises = {
         good: [run["last"]["chosen_rise"] for run in results["runs"] if healthy(run) is good] for good in (False, True)
     }
-    assert max(rises[True]) < 0.0095 and sum(rise <= train.CHOSEN_LOSS_WARNING for rise in rises[False]) == 1
+    assert max(rises[True]) < 0.0095 and sum(rise <= report.CHOSEN_LOSS_WARNING for rise in rises[False]) == 1
     rows = re.findall(
         r"^\| (\S+) \| (\d+) \| (.*?) \| (.*?) \| (.*?) \| (.*?) \| (\d) of 3 \|$", BENCHMARKS, re.MULTILINE
     )

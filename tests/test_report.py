@@ -42,6 +42,29 @@ def test_the_report_shows_what_happened(run):
     assert [step in text for step in ("replies at step 0", "replies at step 2", "replies at step 4")] == [1, 1, 0]
 
 
+@pytest.mark.parametrize(
+    ("losses", "sentence"),
+    [
+        ([0.7, 0.8, 0.9], "THE RESULT IS THE MODEL THAT THE RUN BEGAN WITH"),
+        ([0.7, 0.7], "THE RESULT IS THE MODEL THAT THE RUN BEGAN WITH"),
+        ([0.7, 0.6, 0.9], "THE LOWEST HELD-OUT LOSS WAS AT THE FIRST EVALUATION"),
+        ([0.7], None),
+        ([0.7, 0.6], None),
+        ([0.7, 0.6, 0.5], None),
+    ],
+)
+def test_training_that_has_not_helped_is_said_in_capitals(run, losses, sentence):
+    """A result that is the first or the untrained model says so, with what helps."""
+    metrics = [{"step": step, "eval_loss": loss} for step, loss in enumerate(losses)]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in metrics))
+    report.write(run)
+    text = (run / "report.md").read_text()
+    assert [f"**Warning:** {said}." in text for said in report.warnings(metrics)] == [True] * bool(sentence)
+    assert text.count("**Warning:**") == bool(sentence)
+    if sentence:
+        assert f"**Warning:** {sentence}" in text and "a smaller --learning-rate" in text
+
+
 def test_the_text_of_models_is_escaped(run):
     """A reply neither clears the terminal that shows the report, nor turns the line around."""
     report.write(run)

@@ -38,13 +38,14 @@ BEGINNING = {
     "init": ["other"], "n_embd": [NEW, 12], "n_layer": [NEW, 2], "n_head": [NEW, 4], "n_positions": [NEW, 24],
     "replacement": [NEW, True],
 }  # fmt: skip
+TESTING = {"test_share": "leaves_a_part_for_the_test"}
 ROW_OPTIONS = {"strict": [True], "truncation": ["prompt", "response"]}
 SCORING = {"checkpoint": ["other"], "data": ["more"], "reference": ["init"], "beta": [1.5], **ROW_OPTIONS}
 CASES = {
     "pretrain": {**TRAINING, **BEGINNING, "blocks": [True]},
-    "sft": {**TRAINING, **BEGINNING, **ROW_OPTIONS, "responses": ["chosen"]},
+    "sft": {**TRAINING, **TESTING, **BEGINNING, **ROW_OPTIONS, "responses": ["chosen"]},
     "dpo": {
-        **TRAINING, **ROW_OPTIONS, "seed": [3], "init": ["other"], "reference": [None], "beta": [1.5],
+        **TRAINING, **TESTING, **ROW_OPTIONS, "seed": [3], "init": ["other"], "reference": [None], "beta": [1.5],
         "loss": ["ipo", "reference-free"], "label_smoothing": [0.2], "nll_weight": [2.0],
     },
     "evaluate": {**SCORING, "device": "moves_the_arrays", "json": "prints_the_result"},
@@ -217,6 +218,17 @@ def test_an_option_holds_out_a_share(name, root, tmp_path, monkeypatch):
         counts.append((len(held_out), len(trained)))
     (few, more), (many, fewer) = counts
     assert many > 1.5 * few and more > 1.3 * fewer
+
+
+@having("leaves_a_part_for_the_test")
+def test_an_option_leaves_a_part_for_the_test(name, root, tmp_path, monkeypatch):
+    """The test part shares no prompt with the others, and is measured once, after the last evaluation."""
+    batches, options = watched(monkeypatch), {**BASE[name], "data": "many", "held_out_data": None, "steps": 1}
+    options |= {"held_out_share": 0.2, "test_share": 0.3, "batch_size": 150, "out": "run"}
+    result_of(root, tmp_path, name, options)
+    held_out, trained, again, tested = batches[-4:]
+    assert held_out == again and trained and tested and not (held_out | trained) & tested
+    assert len(tested) > 0.5 * len(trained)
 
 
 @having("leaves_the_gradient")

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, TypeVar, get_args, get_type_hints
 import numpy
 
 from ..backend import device_fault
-from ..run import checkpoint
+from ..run.folder import way_on
 from ..run.workers import keep_memory
 from ..tokenizer import printable
 from .options import Default, Option, OptionError
@@ -198,11 +198,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except FloatingPointError as error:
         fault, status, resumable = str(error), 3, False
     except (OSError, ValueError) as error:
-        fault, resumable = str(error), False
+        fault, resumable = str(error), type(error) is OSError  # a full disk, a lost worker; a missing file is not one
         if isinstance(error, OSError) and error.filename:
             fault = f"{error.filename}: {error.strerror}"
-    if resumable and run and (run / "run.json").exists():
-        last = checkpoint.latest(run)
-        fault += (f"; the last checkpoint is {last}" if last != run else "") + f"; resume with: minidpo resume {run}"
-    print(printable(f"minidpo {name}: {fault}"), file=sys.stderr)
+    print(printable(f"minidpo {name}: {fault}{way_on(run) if resumable else ''}"), file=sys.stderr)
     return status

@@ -31,7 +31,7 @@ from . import options as o
 from .options import NO_MATPLOTLIB, Default
 from .parser import COMMANDS, arguments, command, flagged, parse
 
-CHOSEN_LOSS_WARNING = 0.025  # nats per token; `dpo` says so if the chosen responses have lost more than this
+LEAST_STEPS, MOST_STEPS = 10, 250  # between evaluations; within these, one follows each pass over the data
 
 
 class Training(NamedTuple):
@@ -45,7 +45,7 @@ class Training(NamedTuple):
     micro_batch_size: o.MicroBatchSize = None
     learning_rate: o.LearningRate = 4e-3
     warmup_steps: o.WarmupSteps = 50
-    evaluate_every: o.EvaluateEvery = 100
+    evaluate_every: Annotated[o.EvaluateEvery | None, Default("once in a pass over the data, 10 to 250")] = None
     patience: o.Patience = None
     device: o.Device = "cpu"
     resuming: bool = False
@@ -85,7 +85,7 @@ class Rows(NamedTuple):
         return {"tokenizer.json": tokenizer.to_json(), "set_aside.jsonl": self.set_aside}
 
 
-PRETRAIN = Training(steps=2000, batch_size=128, evaluate_every=250)
+PRETRAIN = Training(steps=2000, batch_size=128)
 SFT = Training(steps=800)
 DPO = Training(steps=100, learning_rate=5e-5, warmup_steps=10, evaluate_every=10)  # chosen by benchmarks/defaults.py
 NEW_MODEL = {"n_positions": 512, "n_embd": 64, "n_layer": 2, "n_head": 4}
@@ -174,24 +174,24 @@ def train(
     def rows(batch: list[int]) -> str:
         return f"{kind} {', '.join(dict.fromkeys(names[i] for i in sorted(batch)[:32]))}"
 
-    settings = Settings(**{name: getattr(run, name) for name in Settings._fields})
-    task = Task(len(names), step, lambda: evaluation(params, False), replies, rows)
+    every = run.evaluate_every or min(MOST_STEPS, max(LEAST_STEPS, len(names) // run.batch_size))
+    settings = Settings(**{name: getattr(run._replace(evaluate_every=every), name) for name in Settings._fields})
+    if run.warmup_steps > run.steps > 0:
+        highest = run.learning_rate * run.steps / run.warmup_steps
+        print(f"warning: --warmup-steps={run.warmup_steps} is more than --steps={run.steps}: the learning rate ends at "
+              f"{highest:.2g} and never reaches {run.learning_rate:g}", file=sys.stderr)  # fmt: skip
+    task = Task(len(names), step, lambda: evaluation(params, False), replies, rows, lambda: report.write(out))
     result = run_loop(out, params, config, tokenizer, optimizer, task, settings)
-    best = report.write(out)
+    metrics = json_lines(out / "metrics.jsonl")
+    best = report.best(metrics)
     print(f"the lowest held-out loss was {best['eval_loss']:.4f}, at step {best['step']}")
     print(f"its model is {result}; read {out / 'report.md'}")
     if test:
-        metrics = evaluation(model.placed(checkpoint.load(result).params, run.device), True)
-        write_whole(out / "test.json", (dumps(metrics, allow_nan=False) + "\n").encode())
-        print(f"its loss on the test rows, read now for the first time, is {metrics['loss']:.4f}: {out / 'test.json'}")
-    last = next(line for line in reversed(json_lines(out / "metrics.jsonl")) if "eval_loss" in line)
-    rise = max(line.get("eval_nll/chosen_rise", 0.0) for line in (best, last))
-    if rise > CHOSEN_LOSS_WARNING:
-        print(
-            f"warning: the chosen responses lost {rise:.2f} nats per token against the reference, more than "
-            f"{CHOSEN_LOSS_WARNING:g}; a smaller --learning-rate, fewer --steps, a larger --beta or --nll-weight helps",
-            file=sys.stderr,
-        )
+        numbers = evaluation(model.placed(checkpoint.load(result).params, run.device), True)
+        write_whole(out / "test.json", (dumps(numbers, allow_nan=False) + "\n").encode())
+        print(f"its loss on the test rows, read now for the first time, is {numbers['loss']:.4f}: {out / 'test.json'}")
+    for sentence in report.warnings(metrics):
+        print(f"warning: {sentence}", file=sys.stderr)
     return result
 
 
@@ -342,10 +342,12 @@ def resume(folder: o.OldRun) -> Any:
     for bit as those of a run that was never stopped, on the same machine with the same number of BLAS threads.
     """
     description = run_description(folder)
-    command_line = description["arguments"]
-    name = command_line[0]
+    name, *words = command_line = description["arguments"]
     if name not in COMMANDS or "resuming" not in signature(COMMANDS[name].function).parameters:
         raise CheckpointError(f"{folder / 'run.json'}: {name!a} is not a command that can be resumed")
+    for word in words:
+        if word.partition("=")[0] not in map(flagged, COMMANDS[name].options):
+            raise CheckpointError(f"{folder / 'run.json'}: {word!a} is not an option of {name}")
     _, values = parse([*command_line, f"--out={folder}"])
     if name in ("sft", "dpo") and not values["held_out_data"] and "split" not in description:
         raise CheckpointError(f"{folder}: version 0.1 began this run and held out other prompts; start a new run")

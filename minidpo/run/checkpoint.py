@@ -5,12 +5,13 @@ A checkpoint is one folder:
     model.safetensors    parameters under GPT-2's names, float32 or float64
     config.json          Hugging Face's config of a GPT-2
     tokenizer.json       the character vocabulary
-    state.safetensors    what a resumed run needs: optimizer arrays, and JSON in the header's metadata
+    state.safetensors    what a resumed run needs: optimizer arrays, JSON in the header's metadata, the model's SHA-256
 """
 
 import dataclasses
 import hashlib
 import json
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,7 +24,7 @@ from ..model import Config, Params, parameter_shapes
 from ..tensor import Tensor
 from ..tokenizer import END_OF_TEXT, Tokenizer
 from . import safetensors
-from .files import CheckpointError, json_object, read_text, write_folder, write_whole
+from .files import CheckpointError, json_object, read_bytes, read_text, write_folder, write_whole
 
 HUGGING_FACE = {
     "model_type": "gpt2",
@@ -41,8 +42,16 @@ HUGGING_FACE = {
     "eos_token_id": END_OF_TEXT,
 }
 
+# The fields that this model cannot vary.
 FIXED = ["model_type", "activation_function", "layer_norm_epsilon", "tie_word_embeddings", "scale_attn_weights"]
-FIXED += ["scale_attn_by_inverse_layer_idx", "add_cross_attention"]  # the fields that this model cannot vary
+FIXED += ["scale_attn_by_inverse_layer_idx", "add_cross_attention", "bos_token_id", "eos_token_id"]
+
+FOREIGN = {  # what may lie in a folder instead of model.safetensors
+    "model*.safetensors.index.json": "the index of weights in several files",
+    "model-*-of-*.safetensors": "one of several files of weights",
+    "pytorch_model*.bin*": "a pickle, which can run code and is never opened",
+}
+CONVERT = 'Save it again from Python with transformers: model.float().save_pretrained(FOLDER, max_shard_size="100GB")'
 
 
 class Checkpoint(NamedTuple):
@@ -72,8 +81,9 @@ def save(
     check_weights(weights, config, folder)
     try:
         training = json.dumps(dict(state or {}), allow_nan=False)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{folder}: the state is not JSON ({error})") from error
+    json_object(training, f"{folder}: the state")
     files = {
         "config.json": json.dumps({**HUGGING_FACE, **dataclasses.asdict(config)}, indent=2).encode(),
         "tokenizer.json": tokenizer.to_json().encode(),
@@ -81,7 +91,8 @@ def save(
     sums = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
     files["model.safetensors"] = safetensors.to_bytes(weights, {"format": "pt", **sums})
     optimizer_arrays = {name: to_host(x) for name, x in (arrays or {}).items()}
-    files["state.safetensors"] = safetensors.to_bytes(optimizer_arrays, {"state": training})
+    owner = {"state": training, "model_sha256": hashlib.sha256(files["model.safetensors"]).hexdigest()}
+    files["state.safetensors"] = safetensors.to_bytes(optimizer_arrays, owner)
     write_folder(folder, files)
 
 
@@ -101,8 +112,17 @@ def latest(folder: str | Path) -> Path:
         return folder
     name = read_text(pointer, most=255)
     if name in ("", ".", "..") or name != Path(name).name or not (folder / name).is_dir():
-        raise CheckpointError(f"{pointer}: names {name!a}, which is not a checkpoint beside it")
+        raise CheckpointError(f"{pointer}: names {name!a}, which is not a checkpoint beside it{newest(folder)}")
     return folder / name
+
+
+def newest(folder: Path) -> str:
+    """How to resume from the newest checkpoint after step 0 in a folder; "" if there is none."""
+    names = [path.name for path in folder.glob("step-*") if re.fullmatch(r"step-\d{6,}", path.name)]
+    name = max(names, key=lambda name: int(name[5:]), default="step-000000")
+    return (
+        f"; the newest is {name}: to resume from it, write its name into {folder / 'latest'}" if int(name[5:]) else ""
+    )
 
 
 def read_config(path: Path, document: str) -> Config:
@@ -128,9 +148,12 @@ def load(folder: str | Path, requires_grad: bool = False) -> Checkpoint:
     Weights that Hugging Face saved load too, without the prefix `transformer.`, the tied head and old files' buffers.
     """
     folder = latest(folder)
+    path = folder / "model.safetensors"
+    for pattern, what in FOREIGN.items() if not os.path.lexists(path) else ():
+        if any(folder.glob(pattern)):
+            raise CheckpointError(f"{path}: is missing, and {pattern} is {what}. {CONVERT}")
     documents = {name: read_text(folder / name) for name in ("config.json", "tokenizer.json")}
     config = read_config(folder / "config.json", documents["config.json"])
-    path = folder / "model.safetensors"
     stored, metadata, verified = safetensors.read(path)
     for name, document in documents.items():
         verified = verified and name in metadata
@@ -146,6 +169,9 @@ def load(folder: str | Path, requires_grad: bool = False) -> Checkpoint:
     check_weights(arrays, config, path)
     try:
         tokenizer = Tokenizer.from_json(documents["tokenizer.json"])
+        json_object(documents["tokenizer.json"], f"{folder / 'tokenizer.json'}:")
+    except CheckpointError:
+        raise
     except ValueError as error:
         raise CheckpointError(f"{folder / 'tokenizer.json'}: {error}") from error
     if tokenizer.vocab_size != config.vocab_size:
@@ -169,13 +195,19 @@ def check_weights(arrays: Mapping[str, numpy.ndarray], config: Config, path: Pat
     for name, shape in shapes.items():
         x = arrays[name]
         if x.shape != shape or x.dtype != dtype or dtype not in ("float32", "float64"):
+            half = f". It is in half precision. {CONVERT}" if x.dtype == "float16" else ""
             raise CheckpointError(
-                f"{path}: {name} is {x.dtype} {x.shape}; the config wants {shape}, and all float32 or all float64"
+                f"{path}: {name} is {x.dtype} {x.shape}; the config wants {shape}, and all float32 or all float64{half}"
             )
 
 
 def load_state(folder: str | Path) -> tuple[dict[str, numpy.ndarray], dict[str, Any]]:
-    """The `arrays` and the `state` that `save` wrote."""
+    """The `arrays` and the `state` that `save` wrote for this model. Version 0.1 wrote no hash of the model."""
     path = latest(folder) / "state.safetensors"
-    arrays, metadata, _ = safetensors.read(path)
+    arrays, metadata, verified = safetensors.read(path)
+    if not verified:
+        raise CheckpointError(f"{path}: has lost its checksums, with which every training state is written")
+    model = hashlib.sha256(read_bytes(path.with_name("model.safetensors"))).hexdigest()
+    if metadata.get("model_sha256", model) != model:
+        raise CheckpointError(f"{path}: is the training state of another model than the model.safetensors beside it")
     return arrays, json_object(metadata.get("state", ""), f"{path}: its training state")

@@ -5,28 +5,47 @@ import json
 import os
 import re
 import shutil
+import stat
+import sys
 import uuid
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
+
+MOST_LEVELS = 64  # of a JSON document
 
 
 class CheckpointError(ValueError):
-    """A file of a run or a checkpoint cannot be used; the message names the file and the fault."""
+    """A file of a run or a checkpoint cannot be used; the message names the file and the fault.
+
+    A message has at most about 2,000 characters: a damaged file may hold a string of ten megabytes.
+    """
+
+    def __init__(self, message: str):
+        super().__init__(message if len(message) <= 2000 else f"{message[:1200]} [...] {message[-600:]}")
 
 
 @contextlib.contextmanager
 def whole(path: Path) -> Iterator[Path]:
     """A temporary name beside `path`: renamed to it on success, removed on failure. Errors name `path`."""
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    with naming(path):
+        try:
+            yield temporary
+            temporary.replace(path)
+            sync_folder(path.parent)
+        finally:
+            remove(temporary)
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Let an error of the system, such as a full disk, name this path."""
     try:
-        yield temporary
-        temporary.replace(path)
-        sync_folder(path.parent)
+        yield
     except OSError as error:
         raise OSError(error.errno, error.strerror or str(error), str(path)) from error
-    finally:
-        remove(temporary)
 
 
 def write_whole(path: Path, content: bytes) -> None:
@@ -37,15 +56,20 @@ def write_whole(path: Path, content: bytes) -> None:
 
 def write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
     """Write a new folder with its files, and the folders above it; all the files are there, or there is no folder."""
-    new = [parent for parent in folder.parents if not parent.exists()]
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    for parent in new:
-        sync_folder(parent.parent)
+    make_parents(folder)
     with whole(folder) as temporary:
         temporary.mkdir()
         for name, content in files.items():
             write_synced(temporary / name, content)
         sync_folder(temporary)
+
+
+def make_parents(path: Path) -> None:
+    """Make the folders above a path, and wait until they are on the disk."""
+    new = [parent for parent in path.parents if not parent.exists()]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for parent in new:
+        sync_folder(parent.parent)
 
 
 def write_synced(path: Path, content: bytes) -> None:
@@ -80,26 +104,69 @@ def remove_leftovers(folder: Path) -> None:
             remove(leftover)
 
 
+def open_regular(path: Path) -> BinaryIO:
+    """A regular file, open to read; a pipe or a device is refused and never waited for."""
+    try:
+        file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise CheckpointError(f"{path}: is not a regular file")
+    return file
+
+
+def read_bytes(path: Path, most: int = 2**32) -> bytes:
+    """The content of a regular file of at most `most` bytes."""
+    with open_regular(path) as file:
+        try:
+            content = file.read(most + 1)
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
+    if len(content) > most:
+        raise CheckpointError(f"{path}: longer than {most} bytes")
+    return content
+
+
 def read_text(path: Path, most: int = 2**24) -> str:
     """The text of a UTF-8 file of at most `most` bytes."""
     try:
-        with path.open("rb") as file:
-            content = file.read(most + 1)
-        if len(content) > most:
-            raise CheckpointError(f"{path}: longer than {most} bytes")
-        return content.decode()
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
+        return read_bytes(path, most).decode()
     except UnicodeDecodeError as error:
         raise CheckpointError(f"{path}: is not text in UTF-8") from error
 
 
 def json_object(document: str | bytes, name: str) -> dict[str, Any]:
-    """The JSON object in a document from anywhere; errors begin with `name`."""
+    """The JSON object in a document from anywhere; errors begin with `name`.
+
+    No name occurs twice in it, every number fits a float, and it is at most `MOST_LEVELS` deep.
+    """
+
+    def unique(items: list[tuple[str, Any]]) -> dict[str, Any]:
+        if len(dict(items)) < len(items):
+            raise CheckpointError(
+                f"{name.rstrip(':')}: {Counter(key for key, _ in items).most_common(1)[0][0]!a} occurs twice"
+            )
+        return dict(items)
+
     try:
-        content = json.loads(document)
+        content = json.loads(document, object_pairs_hook=unique)
+    except CheckpointError:
+        raise
     except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, a number without end, or too deep
         raise CheckpointError(f"{name} is not JSON: corrupted, or another kind of file") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{name} is not a JSON object")
+    level: list[Any] = [content]
+    for _ in range(MOST_LEVELS):
+        if any(type(x) in (int, float) and not abs(x) <= sys.float_info.max for x in level):
+            raise CheckpointError(f"{name} has a number that is infinite or not a number")
+        level = [
+            x
+            for each in level
+            if isinstance(each, dict | list)
+            for x in (each.values() if isinstance(each, dict) else each)
+        ]
+    if level:
+        raise CheckpointError(f"{name} is deeper than {MOST_LEVELS} levels")
     return content

@@ -18,12 +18,15 @@ A checkpoint holds all that the next step depends on. The time is not in it.
 import contextlib
 import dataclasses
 import fcntl
+import glob
+import hashlib
 import json
 import math
+import os
 import platform
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +37,21 @@ from ..backend import array_module, to_host
 from ..model import Config, Params
 from ..tokenizer import Tokenizer
 from . import checkpoint
-from .files import CheckpointError, json_object, read_text, write_folder, write_whole
+from .files import (
+    CheckpointError,
+    json_object,
+    make_parents,
+    open_regular,
+    read_bytes,
+    read_text,
+    write_folder,
+    write_whole,
+)
 from .workers import blas
 
 RESULT = "model"
+AT_FIRST = {"run.json", "tokenizer.json", "set_aside.jsonl"}  # the files before the first step
+SAMPLE = ("prompt", "response")  # the texts of a line of samples.jsonl
 
 
 def environment() -> dict[str, Any]:
@@ -53,16 +67,45 @@ def environment() -> dict[str, Any]:
 
 
 def create(run: Path, description: Mapping[str, Any], files: Mapping[str, str]) -> None:
-    """Make a run's folder, with everything that is known before the first step."""
-    if run.exists():
+    """Make a run's folder, with everything that is known before the first step.
+
+    One process at a time makes a run in the folder above. Hidden folders of this run that are there then are from
+    processes that were killed, and are removed.
+    """
+    make_parents(run)
+    descriptor = os.open(run.parent, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        write_new(run, description, files)
+    finally:
+        os.close(descriptor)
+
+
+def write_new(run: Path, description: Mapping[str, Any], files: Mapping[str, str]) -> None:
+    """What `create` does while it is alone."""
+    if os.path.lexists(run):
         resume = f", or resume this one: minidpo resume {run}" if (run / "run.json").exists() else ""
         raise CheckpointError(f"{run} exists already: choose another folder{resume}")
-    document = json.dumps({**description, "environment": environment()}, indent=2)
+    for leftover in run.parent.glob(f".{glob.escape(run.name)}.*"):
+        ours = re.fullmatch(r"[0-9a-f]{32}", leftover.name[len(run.name) + 2 :]) and not leftover.is_symlink()
+        if ours and leftover.is_dir() and {path.name for path in leftover.iterdir()} <= AT_FIRST:
+            shutil.rmtree(leftover)
+    content = {**description, "environment": environment()}
+    document = json.dumps({**content, "sha256": description_sum(content)}, indent=2)
     write_folder(run, {name: text.encode() for name, text in {"run.json": document + "\n", **files}.items()})
 
 
+def description_sum(content: Mapping[str, Any]) -> str:
+    """SHA-256 of a run's description without its own sum."""
+    document = json.dumps({name: value for name, value in content.items() if name != "sha256"}, sort_keys=True)
+    return hashlib.sha256(document.encode()).hexdigest()
+
+
 def run_description(run: Path) -> dict[str, Any]:
-    """The description that `create` wrote, with at least "arguments" (strings) and "environment" (an object)."""
+    """The description that `create` wrote, with at least "arguments" (strings) and "environment" (an object).
+
+    Its checksum must match where there is one; version 0.1 wrote none.
+    """
     path = run / "run.json"
     if not path.exists():
         raise CheckpointError(f"{run} is not a run's folder: it has no run.json")
@@ -71,6 +114,8 @@ def run_description(run: Path) -> dict[str, Any]:
     strings = isinstance(arguments, list) and all(isinstance(argument, str) for argument in arguments)
     if not (arguments and strings and isinstance(description.get("environment"), dict)):
         raise CheckpointError(f"{path}: does not describe a run")
+    if description.get("sha256", description_sum(description)) != description_sum(description):
+        raise CheckpointError(f"{path}: does not match its SHA-256: it has been changed since the run began")
     return description
 
 
@@ -103,7 +148,18 @@ class State:
         self.measured_at = self.step
         self.worse = 0 if loss < self.best else self.worse + 1
         if not self.worse:
-            self.best, self.best_step = loss, self.step
+            self.best, self.best_step = float(loss), self.step
+
+    @classmethod
+    def read(cls, content: Mapping[str, Any], step: int) -> "State":
+        """The state of the checkpoint after a step; every field is there, of its type and in its range."""
+        state = cls(**{name: content[name] for name in vars(cls())})
+        counts = (state.step, state.measured_at, state.best_step, state.worse)
+        if [*map(type, counts), type(state.best)] != [int, int, int, int, float] or state.worse < 0:
+            raise ValueError(f"a number in {content!a}")
+        if not 0 <= state.best_step <= state.measured_at <= state.step == step:
+            raise ValueError(f"a step in {content!a}")
+        return state
 
 
 def optimizer_state(optimizer: optim.Optimizer) -> tuple[dict[str, numpy.ndarray], dict[str, int]]:
@@ -132,7 +188,9 @@ def save(
     if folder.exists():  # from a process that was killed before it could point to it
         shutil.rmtree(folder)
     arrays, numbers = optimizer_state(optimizer)
-    checkpoint.save(folder, params, config, tokenizer, arrays, {**vars(state), "optimizer": numbers})
+    owner = description_sum(run_description(run))
+    content = {**vars(state), "optimizer": numbers, "run": owner}
+    checkpoint.save(folder, params, config, tokenizer, arrays, content)
     checkpoint.point_to_latest(folder)
     prune(run, state)
 
@@ -145,53 +203,95 @@ def prune(run: Path, state: State) -> None:
             shutil.rmtree(folder)
 
 
+def way_on(run: Path | None) -> str:
+    """The rest of a sentence about a fault: how to resume the run, if there is one."""
+    if not (run and (run / "run.json").is_file()):
+        return ""
+    try:
+        last = checkpoint.latest(run)
+    except CheckpointError as error:
+        return f"; {error}"
+    return (f"; the last checkpoint is {last}" if last != run else "") + f"; resume with: minidpo resume {run}"
+
+
 def step_name(step: int) -> str:
     """The name of the checkpoint after a step."""
     return f"step-{step:06d}"
 
 
-def restore(folder: Path, params: Params, optimizer: optim.Optimizer) -> State:
-    """Set parameters and optimizer to those of a checkpoint that `save` wrote, and return its state."""
+def restore(folder: Path, params: Params, config: Config, tokenizer: Tokenizer, optimizer: optim.Optimizer) -> State:
+    """Set parameters and optimizer to those of a checkpoint that `save` wrote, and return its state.
+
+    Everything is checked against the run before anything moves: the run's options, the model, and what the optimizer
+    remembers, which must have the names, shapes and types that its own update gives.
+    """
     saved = checkpoint.load(folder)
     arrays, content = checkpoint.load_state(folder)
+    if saved.config != config or saved.tokenizer.characters != tokenizer.characters:
+        raise CheckpointError(f"{folder}: is not a model of this run, which has {config} and its own characters")
     try:
-        state = State(**{name: type(getattr(State, name))(content.pop(name)) for name in vars(State())})
-        optimizer.state.clear()
-        for key, value in [*arrays.items(), *content.pop("optimizer").items()]:
+        owner = description_sum(run_description(folder.parent))
+        if content.get("run", owner) != owner:  # version 0.1 wrote none
+            raise ValueError("run.json has been changed since it was written")
+        state = State.read(content, int(folder.name.removeprefix("step-")))
+        memory: dict[str, dict[str, Any]] = {name: {} for name in params}
+        for key, value in [*arrays.items(), *content["optimizer"].items()]:
             parameter, name = key.rsplit("/", 1)
-            xp = array_module(params[parameter].data)
-            optimizer.state.setdefault(parameter, {})[name] = value if isinstance(value, int) else xp.asarray(value)
+            memory[parameter][name] = value
         for name, p in params.items():
-            p.data = array_module(p.data).asarray(saved.params[name].data)
-        return state
+            fresh: dict[str, Any] = {}
+            if p.requires_grad and state.step:
+                optimizer.update(p.data, array_module(p.data).zeros_like(p.data), fresh)
+            if kinds(memory[name], state.step) != kinds(fresh, 1) or saved.params[name].dtype != p.dtype:
+                raise ValueError(f"{name} or what the optimizer remembers of it")
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"{folder}: its training state does not belong to this run ({error!r})") from error
+        raise CheckpointError(f"{folder}: its training state does not belong to this run ({error})") from error
+    optimizer.state.clear()
+    for name, p in params.items():
+        asarray = array_module(p.data).asarray
+        p.data = asarray(saved.params[name].data)
+        remembered = {key: x if isinstance(x, int) else asarray(x) for key, x in memory[name].items()}
+        optimizer.state |= {name: remembered} if remembered else {}
+    return state
 
 
-def json_lines(path: Path, content: bytes | None = None) -> list[dict[str, Any]]:
-    """The lines of a run's file, each an object with its step; no lines if there is no file."""
-    if content is None:
-        content = path.read_bytes() if path.exists() else b""
+def kinds(remembered: Mapping[str, Any], steps: int) -> dict[str, Any]:
+    """Names, shapes and types of arrays, and for a number whether it is a count of these steps."""
+    return {
+        name: (x.shape, str(x.dtype)) if hasattr(x, "shape") else (type(x), x == steps)
+        for name, x in remembered.items()
+    }
+
+
+def json_lines(path: Path, texts: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """The finished lines of a run's file: objects of a step, of texts with these names, and of numbers.
+
+    There are none if there is no file.
+    """
+    content, _, _ = read_bytes(path).rpartition(b"\n") if os.path.lexists(path) else (b"", b"", b"")
     lines = []
-    for number, text in enumerate(content.splitlines(), start=1):
-        lines.append(json_object(text, f"{path}, line {number}:"))
-        if type(lines[-1].get("step")) is not int:
+    for number, line in enumerate(content.splitlines(), start=1):
+        row = json_object(line, f"{path}, line {number}:")
+        if type(row.get("step")) is not int:
             raise CheckpointError(f"{path}, line {number}: has no step")
+        for name in (*texts, *row):
+            if type(row.get(name)) not in ((str,) if name in texts else (int, float)):
+                raise CheckpointError(f"{path}, line {number}: {name!a} is missing or of another type; delete the line")
+        lines.append(row)
     return lines
 
 
-def cut(path: Path, step: int) -> None:
+def cut(path: Path, step: int, texts: Sequence[str] = ()) -> None:
     """Remove the lines of a JSON Lines file that came after a step, and an unfinished line."""
-    if path.exists():
-        content, _, _ = path.read_bytes().rpartition(b"\n")
-        lines = [line for line in json_lines(path, content) if line["step"] <= step]
+    if os.path.lexists(path):
+        lines = [line for line in json_lines(path, texts) if line["step"] <= step]
         write_whole(path, "".join(json.dumps(line) + "\n" for line in lines).encode())
 
 
 @contextlib.contextmanager
 def alone(run: Path) -> Iterator[None]:
     """Keep other processes out of a run."""
-    with (run / "run.json").open("rb") as file:
+    with open_regular(run / "run.json") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:

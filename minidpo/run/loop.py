@@ -19,8 +19,8 @@ from ..model import Config, Params
 from ..tokenizer import Tokenizer
 from ..training import Metrics, batch_indices
 from . import checkpoint
-from .files import remove_leftovers
-from .folder import RESULT, State, alone, cut, prune, restore, save, step_name
+from .files import CheckpointError, naming, remove_leftovers
+from .folder import RESULT, SAMPLE, State, alone, cut, json_lines, prune, restore, save, step_name
 
 
 class Settings(NamedTuple):
@@ -43,6 +43,7 @@ class Task(NamedTuple):
     evaluate: Callable[[], Metrics]  # the run keeps the checkpoint with the lowest "loss"
     sample: Callable[[], list[dict[str, str]]]
     rows: Callable[[list[int]], str]  # names examples as a reader finds them in the data
+    report: Callable[[], object] = lambda: None  # writes it; called while no other process can enter the run
 
 
 class Progress:
@@ -102,13 +103,18 @@ def run_loop(
     with alone(run):
         remove_leftovers(run)
         if checkpoint.latest(run) == run / RESULT:
+            task.report()
             return run / RESULT
+        if checkpoint.latest(run) == run and (advice := checkpoint.newest(run)):
+            raise CheckpointError(f"{run / 'latest'}: is missing{advice}")
         if (run / RESULT).exists():  # from a process that was killed before it could point to it
             shutil.rmtree(run / RESULT)
         last = checkpoint.latest(run)
-        state = State() if last == run else restore(last, params, optimizer)
-        for path in (log, samples):
-            cut(path, -1 if last == run else state.step)
+        json_lines(log)  # a damaged line is refused before anything moves
+        json_lines(samples, SAMPLE)
+        state = State() if last == run else restore(last, params, config, tokenizer, optimizer)
+        cut(log, -1 if last == run else state.step)
+        cut(samples, -1 if last == run else state.step, SAMPLE)
         progress = Progress(run.name, settings.steps)
         indices: list[int] = []
         try:
@@ -143,12 +149,13 @@ def run_loop(
         best = checkpoint.load(run / step_name(state.best_step))
         checkpoint.save(run / RESULT, best.params, best.config, best.tokenizer)
         checkpoint.point_to_latest(run / RESULT)
+        task.report()
         return run / RESULT
 
 
 def append(path: Path, step: int, rows: Sequence[Mapping[str, Any]], synced: bool = False) -> None:
     """Add rows with their step to a JSON Lines file; if `synced`, wait until they are on the disk."""
-    with path.open("a") as file:
+    with naming(path), path.open("a") as file:
         file.writelines(json.dumps({"step": step, **row}, allow_nan=False) + "\n" for row in rows)
         if synced:
             file.flush()

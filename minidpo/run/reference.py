@@ -2,8 +2,10 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+
+import numpy
 
 from ..backend import Array, array_module, to_host
 from ..model import Config, Params
@@ -35,18 +37,37 @@ def cached_reference_logprobs(
 ) -> tuple[Array, Array]:
     """`reference_logprobs`, computed once and kept in a file; on one machine the bits are the same without it.
 
-    Raises CheckpointError if the file is corrupted, or was written for another reference, config, tokenizer or pairs.
+    Raises CheckpointError if the file is corrupted, fails `check_scores`, or was written for another reference, config,
+    tokenizer or pairs.
     """
     key = reference_key(reference, config, tokenizer, pairs)
     xp = array_module(reference["wte.weight"].data)
     if path.exists():
-        arrays, metadata, _ = safetensors.read(path)
+        arrays, metadata, verified = safetensors.read(path)
+        if not verified:
+            raise CheckpointError(f"{path}: has lost its checksums; delete it")
         if metadata.get("key") != key or arrays.keys() != {"ref_logp_w", "ref_logp_l"}:
             raise CheckpointError(
                 f"{path}: is stale: it was made with another reference, config, tokenizer or other pairs; delete it"
             )
+        check_scores(path, arrays, reference, config, pairs)
         return xp.asarray(arrays["ref_logp_w"]), xp.asarray(arrays["ref_logp_l"])
     ref_logp_w, ref_logp_l = reference_logprobs(reference, config, pairs)
     arrays = {"ref_logp_w": to_host(ref_logp_w), "ref_logp_l": to_host(ref_logp_l)}
     write_whole(path, safetensors.to_bytes(arrays, {"key": key}))
     return ref_logp_w, ref_logp_l
+
+
+def check_scores(
+    path: Path, arrays: Mapping[str, numpy.ndarray], reference: Params, config: Config, pairs: Sequence[Pair]
+) -> None:
+    """Refuse scores of another shape or type, or that are not the reference's: a few pairs are scored again."""
+    kinds = {((len(pairs),), str(reference["wte.weight"].dtype))}
+    if {(logp.shape, str(logp.dtype)) for logp in arrays.values()} != kinds:
+        raise CheckpointError(f"{path}: its scores have another shape or type than one number for each pair; delete it")
+    w, l = arrays["ref_logp_w"], arrays["ref_logp_l"]
+    few = {0, len(pairs) - 1, int(abs(w - l).argmax())} if pairs else set()  # where an exchange would show most
+    for i in few:
+        scores = [to_host(logp)[0] for logp in reference_logprobs(reference, config, [pairs[i]])]
+        if not numpy.allclose([w[i], l[i]], scores, rtol=1e-3, atol=1e-3):  # another machine changes the last bits
+            raise CheckpointError(f"{path}: its scores of pair {i} are not those of the reference; delete it")

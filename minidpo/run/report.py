@@ -9,7 +9,7 @@ from typing import Any
 from ..plots import Curve, Panel, installed, png
 from ..tokenizer import printable
 from .files import CheckpointError, write_whole
-from .folder import json_lines, run_description
+from .folder import SAMPLE, json_lines, run_description
 
 COLUMNS = {  # of the table of evaluations
     "step": "step",
@@ -20,6 +20,7 @@ COLUMNS = {  # of the table of evaluations
     "eval_logps/chosen": "log pi(chosen)",
     "eval_nll/chosen_rise": "rise of the chosen's nats per token",
 }
+CHOSEN_LOSS_WARNING = 0.025  # nats per token
 NO_CURVES = "There are no curves: they need matplotlib, which is in the `plot` extra."
 
 
@@ -29,6 +30,26 @@ def best(metrics: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
     if not evaluations:
         raise CheckpointError("metrics.jsonl holds no evaluation: there is nothing to report")
     return min(evaluations, key=lambda line: line["eval_loss"])
+
+
+def warnings(metrics: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What a reader of a result must know: the training has not helped, or chosen responses are less likely."""
+    lowest, evaluations = best(metrics), [line for line in metrics if "eval_loss" in line]
+    helps = "More data, a smaller --learning-rate, a smaller model or a smaller --evaluate-every helps"
+    sentences = []
+    if lowest is evaluations[0] and len(evaluations) > 1:
+        began = "THE RESULT IS THE MODEL THAT THE RUN BEGAN WITH: NO LATER EVALUATION HAD A LOWER HELD-OUT LOSS"
+        sentences.append(f"{began}. {helps}")
+    elif len(evaluations) > 2 and lowest is evaluations[1]:
+        first = "THE LOWEST HELD-OUT LOSS WAS AT THE FIRST EVALUATION, AND THE BEST MODEL MAY LIE BEFORE IT"
+        sentences.append(f"{first}. {helps}")
+    rise = max(line.get("eval_nll/chosen_rise", 0.0) for line in (lowest, evaluations[-1]))
+    if rise > CHOSEN_LOSS_WARNING:
+        sentences.append(
+            f"the chosen responses lost {rise:.2f} nats per token against the reference, more than "
+            f"{CHOSEN_LOSS_WARNING:g}; a smaller --learning-rate, fewer --steps, a larger --beta or --nll-weight helps"
+        )
+    return sentences
 
 
 def table(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str]) -> str:
@@ -47,7 +68,7 @@ def write(run: Path) -> Mapping[str, Any]:
     description = run_description(run)
     name = run.resolve().name
     metrics = json_lines(run / "metrics.jsonl")
-    samples = json_lines(run / "samples.jsonl")
+    samples = json_lines(run / "samples.jsonl", texts=SAMPLE)
     lowest = best(metrics)
     evaluations = [line for line in metrics if "eval_loss" in line]
     columns = {key: title for key, title in COLUMNS.items() if key in evaluations[0]}
@@ -58,6 +79,7 @@ def write(run: Path) -> Mapping[str, Any]:
         f"# {printable(name)}",
         f"    {printable(command)}",
         f"The result, `model`, is the checkpoint of step {lowest['step']}, which had the lowest held-out loss.",
+        *(f"**Warning:** {sentence}." for sentence in warnings(metrics)),
         table(rows, columns),
     ]
     if "rows" in description:

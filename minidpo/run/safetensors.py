@@ -11,16 +11,20 @@ from typing import Any, TypeGuard
 
 import numpy
 
-from .files import CheckpointError, json_object
+from .files import CheckpointError, json_object, open_regular
 
 DTYPES = {"F16": "<f2", "F32": "<f4", "F64": "<f8", "I8": "|i1", "I16": "<i2", "I32": "<i4", "I64": "<i8"}
 DTYPES |= {"U8": "|u1", "U16": "<u2", "U32": "<u4", "U64": "<u8", "BOOL": "|b1"}
 NAMES = {numpy.dtype(code): name for name, code in DTYPES.items()}
+SUMS = ("sha256", "header_sha256")  # the names of the checksums in the metadata
 MOST_HEADER = 100 * 2**20  # bytes; the limit of the format
 
 
 def to_bytes(arrays: Mapping[str, numpy.ndarray], metadata: Mapping[str, str]) -> bytes:
     """Arrays in the safetensors format; the metadata gains a SHA-256 of the data and one of the rest of the header."""
+    for key, value in metadata.items():
+        if not (isinstance(key, str) and isinstance(value, str)) or key in SUMS:
+            raise CheckpointError(f"metadata {key!a}: {value!a} cannot be written")
     entries: dict[str, Any] = {}
     chunks, end = [], 0
     for name, array in arrays.items():
@@ -50,7 +54,7 @@ def read(path: Path) -> tuple[dict[str, numpy.ndarray], dict[str, str], bool]:
         return CheckpointError(f"{path}: {sentence}")
 
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             size = os.fstat(file.fileno()).st_size
             if size < 8:
                 raise fault(f"{size} bytes are too few for a safetensors file")
@@ -64,7 +68,7 @@ def read(path: Path) -> tuple[dict[str, numpy.ndarray], dict[str, str], bool]:
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise fault("the metadata is not an object of strings")
-    sums = {key: metadata.pop(key) for key in ("sha256", "header_sha256") if key in metadata}
+    sums = {key: metadata.pop(key) for key in SUMS if key in metadata}
     if "sha256" in sums and sums["sha256"] != hashlib.sha256(data).hexdigest():
         raise fault("the data does not match its SHA-256: truncated or corrupted")
     if "header_sha256" in sums and sums["header_sha256"] != header_sum(metadata, header):
@@ -75,7 +79,8 @@ def read(path: Path) -> tuple[dict[str, numpy.ndarray], dict[str, str], bool]:
         fields = entry if isinstance(entry, dict) else {}
         dtype, shape, span = fields.get("dtype"), fields.get("shape"), fields.get("data_offsets")
         if not isinstance(dtype, str) or dtype not in DTYPES:
-            raise fault(f"{name!a} has dtype {dtype!a}, known are {', '.join(DTYPES)}")
+            half = ". It is in half precision: convert it to float32, model.float()" if dtype == "BF16" else ""
+            raise fault(f"{name!a} has dtype {dtype!a}, known are {', '.join(DTYPES)}{half}")
         if not (are_sizes(shape) and are_sizes(span)) or len(span) != 2:
             raise fault(f"{name!a} lacks a shape or a place in the data")
         count = math.prod(shape)

@@ -238,7 +238,8 @@ class Workers:
             with blas_threads(1):
                 replies = [self.share(params, questions[0])]
         finally:
-            answers = [json.loads(worker.answer.readline() or '{"failed": "it has exited"}') for worker in others]
+            lines = [worker.answer.readline() for worker in others]
+            answers = [json.loads(line if line.endswith("\n") else '{"failed": "it has exited"}') for line in lines]
         for worker, answer in zip(others, answers):
             if "not finite" in answer:
                 raise FloatingPointError(answer["not finite"])
