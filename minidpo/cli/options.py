@@ -125,7 +125,8 @@ Graph = Annotated[Path | None, Option("new file for the loss as a graph, .dot (G
 # Training.
 Seed = Annotated[int, Option("random seed", at_least(0, 2**63))]
 Device = Annotated[str, Option("device of the arrays: cpu, or cuda through CuPy", one_of("cpu", "cuda"), "NAME")]
-HeldOutShare = Annotated[float, Option("share of the data to hold out and measure on", between(0, 1))]
+HeldOutShare = Annotated[float, Option("share of the data to hold out and choose the best step on", between(0, 1))]
+TestShare = Annotated[float, Option("share of the data to measure the result on, once", between(0, 1, "["))]
 Steps = Annotated[int, Option("optimizer steps in all", at_least(0))]
 BatchSize = Annotated[int, Option("examples per step", at_least(1))]
 MicroBatchSize = Annotated[
