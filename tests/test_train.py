@@ -120,6 +120,17 @@ def test_sft_learns_completions_or_one_or_both_responses(folder, tmp_path):
         assert checkpoint.load(run).config == Config(tokenizer.vocab_size, 512, 8, 1, 2)
 
 
+def test_sft_reads_the_characters_of_the_rows_that_it_uses(tmp_path):
+    """A new model's vocabulary lacks the characters of rows that are set aside: it never learns them."""
+    rows = [*ROWS, {"prompt": "x" * 20, "chosen": "a", "rejected": "b"}, {"prompt": "y", "chosen": "", "rejected": "b"}]
+    rows += [{"prompt": "z", "chosen": c, "rejected": r} for c, r in ("ab", "ba")]
+    data = write(tmp_path / "pairs.jsonl", rows)
+    for truncation, characters in (("none", "\nabcd"), ("prompt", "\nabcdx")):
+        out = tmp_path / truncation
+        cli.sft(data=data, out=out, steps=0, n_positions=16, n_embd=8, n_head=2, n_layer=1, truncation=truncation)
+        assert checkpoint.load(out).tokenizer.characters == characters
+
+
 def test_sft_starts_from_a_model(folder, tmp_path):
     """SFT starts from --init, and measures the nats a token of held-out responses."""
     run = tmp_path / "run"

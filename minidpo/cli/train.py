@@ -261,10 +261,9 @@ def sft(
     """
     words = arguments("sft", locals())
     fields = preferences.fields_of(data)
-    texts = [] if beginning.init else preferences.read(data, fields)[0]
-    start, hashes = starting_model(
-        beginning, "".join(row.prompt + "".join(row.responses) for row in texts), NEW_MODEL, run
-    )
+    n_positions = beginning.n_positions or NEW_MODEL["n_positions"]
+    text = "" if beginning.init else preferences.usable_text(data, fields, n_positions, truncation)
+    start, hashes = starting_model(beginning, text, NEW_MODEL, run)
     rows = read_rows(data, run, test_share, truncation, strict, fields, start, start.config.n_positions)
     begin(out, words, run, {**hashes, **rows.description}, rows.files(start.tokenizer))
     count = 1 if responses == "chosen" else 2

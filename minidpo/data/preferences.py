@@ -354,6 +354,13 @@ def usable_rows(
     return Usable(data, ids, faults, document, summary + (f", {len(ids.truncated)} truncated" * bool(ids.truncated)))
 
 
+def usable_text(data: Path, fields: Sequence[str], n_positions: int, truncation: str) -> str:
+    """The text of a file's rows that a new model can use: its characters are the model's vocabulary."""
+    rows, _ = read(data, fields)
+    every = Tokenizer.from_text("".join(row.prompt + "".join(row.responses) for row in rows))
+    return "".join(row.prompt + "".join(row.responses) for row in encode(rows, every, n_positions, truncation).rows)
+
+
 def part(prompt: str, seed: int, held_out_share: float, test_share: float) -> int:
     """The part of a prompt: 0 to train on, 1 held out, 2 to test on. Other prompts have no influence on it."""
     u = int.from_bytes(hashlib.sha256(f"{seed} {prompt}".encode()).digest()[:8], "big") / 2**64  # in [0, 1]
