@@ -325,6 +325,29 @@ def test_unusable_rows_are_set_aside_or_refused(folder, tmp_path, capsys):
     assert "pairs.jsonl: 12 rows, 3 set aside" in (tmp_path / "run" / "report.md").read_text()
 
 
+def test_what_is_odd_about_rows_is_said_and_reported(tmp_path, capsys):
+    """Replaced characters, prompts without a newline and repeated prompts are in the output and in the report."""
+    start, run = tmp_path / "init", tmp_path / "run"
+    config, tokenizer = Config(7, 16, 8, 1, 2), Tokenizer.from_text("\nabcd", replacement=True)
+    checkpoint.save(start, model.init(config, np.random.default_rng(0)), config, tokenizer)
+    data = write(tmp_path / "pairs.jsonl", [*ROWS, {"prompt": "xyz", "chosen": "xyza", "rejected": "b"}])
+    words = [f"--data={data}", "--device=cpu"]
+    assert cli.main(["dpo", f"--init={start}", f"--out={run}", "--steps=0", *words]) == 0
+    error, report = capsys.readouterr().err, (run / "report.md").read_text()
+    remarks = ("warning: 6 of 92 characters (6.5%) are unknown and read as U+FFFD", "without a final newline",
+               "repeats the prompt")  # fmt: skip
+    assert all(remark in error and remark in report for remark in remarks) and error.count("\n") == 3
+    assert cli.main(["resume", str(run)]) == 0
+    assert cli.main(["evaluate", f"--checkpoint={start}", f"--reference={start}", *words]) == 0
+    error = capsys.readouterr().err
+    assert all(remark in error for remark in remarks)
+    assert cli.main(["sample", f"--checkpoint={start}", "--prompt=abx", "--samples=1"]) == 0
+    assert "the prompt: warning: 1 of 3 characters (33.3%)" in capsys.readouterr().err
+    (tmp_path / "texts.txt").write_text("ab\nbx\n")
+    texts = [f"--data={tmp_path / 'texts.txt'}", f"--init={start}", "--steps=0", f"--out={tmp_path / 'texts'}"]
+    assert cli.main(["pretrain", *texts]) == 0 and "1 of 4 characters" in capsys.readouterr().err
+
+
 def test_long_rows_follow_the_policy(folder, tmp_path, capsys):
     """A row that is longer than the context is set aside or cut, as --truncation says, and counted."""
     data = write(tmp_path / "pairs.jsonl", [*ROWS, {"prompt": "a" * 30, "chosen": "b", "rejected": "c"}])
