@@ -16,20 +16,22 @@ class UnknownCharacterError(ValueError):
 class Tokenizer:
     """Characters to ids and back: ids 1, 2, ... follow the order of `characters`, which must differ.
 
-    If U+FFFD is one of the characters, unknown characters are encoded as it instead of being refused.
+    With `replacement`, unknown characters are encoded as U+FFFD, which must be one of them, instead of being refused.
     """
 
-    def __init__(self, characters: str):
+    def __init__(self, characters: str, replacement: bool = False):
         if len(set(characters)) < len(characters):
             ((repeated, _),) = collections.Counter(characters).most_common(1)
             raise ValueError(f"characters must differ, but {repeated!a} occurs more than once")
-        self.characters = characters
+        if replacement and REPLACEMENT not in characters:
+            raise ValueError("a vocabulary with replacement needs U+FFFD")
+        self.characters, self.replacement = characters, replacement
         self._ids = {c: i for i, c in enumerate(characters, start=END_OF_TEXT + 1)}
 
     @classmethod
     def from_text(cls, text: str, replacement: bool = False) -> "Tokenizer":
         """The characters of `text` in Unicode order, and U+FFFD if `replacement`."""
-        return cls("".join(sorted(set(text) | ({REPLACEMENT} if replacement else set()))))
+        return cls("".join(sorted(set(text) | ({REPLACEMENT} if replacement else set()))), replacement)
 
     @property
     def vocab_size(self) -> int:
@@ -38,7 +40,7 @@ class Tokenizer:
 
     def encode(self, text: str, name: str = "the text") -> list[int]:
         """The ids of a text, without end-of-text; an error message calls the text by its name."""
-        unknown = self._ids.get(REPLACEMENT)
+        unknown = self._ids[REPLACEMENT] if self.replacement else None
         ids = [self._ids.get(c, unknown) for c in text]
         if None in ids:
             position = ids.index(None)
@@ -48,6 +50,15 @@ class Tokenizer:
                 "encodes unknown characters as U+FFFD"
             )
         return [i for i in ids if i is not None]
+
+    def replaced(self, texts: Iterable[str]) -> str:
+        """How many characters of texts are read as U+FFFD, in words; an empty string if all are known."""
+        count = collections.Counter(c for text in texts for c in text)
+        unknown, total = sum(n for c, n in count.items() if c not in self._ids), count.total()
+        if not (unknown and self.replacement):
+            return ""
+        warning = "warning: " if unknown > 0.01 * total else ""
+        return f"{warning}{unknown} of {total} characters ({unknown / total:.1%}) are unknown and read as U+FFFD"
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ids; end-of-text adds nothing to it."""
@@ -60,7 +71,8 @@ class Tokenizer:
 
     def to_json(self) -> str:
         """The vocabulary as JSON in ASCII."""
-        return json.dumps({"type": "characters", "characters": self.characters})
+        known = {"replacement": self.replacement} if REPLACEMENT in self.characters else {}
+        return json.dumps({"type": "characters", "characters": self.characters, **known})
 
     @classmethod
     def from_json(cls, document: str) -> "Tokenizer":
@@ -73,7 +85,11 @@ class Tokenizer:
             raise ValueError('a tokenizer must be a JSON object of "type": "characters"')
         if not isinstance(content.get("characters"), str):
             raise ValueError('a tokenizer\'s "characters" must be a string')
-        return cls(content["characters"])
+        old = REPLACEMENT in content["characters"]  # what it meant in version 0.1
+        replacement = content.get("replacement", old)
+        if not isinstance(replacement, bool):
+            raise ValueError('a tokenizer\'s "replacement" must be true or false')
+        return cls(content["characters"], replacement)
 
 
 def printable(text: str) -> str:

@@ -331,7 +331,8 @@ def test_strict_refuses_faults_and_the_default_lists_them(tmp_path):
     """Faults become JSON Lines, safe to print; with `strict` the first one is an error that says how many there are."""
     faults = [Fault(3, "is not JSON", "{"), Fault(5, "chosen is empty", "\u001b[31m")]
     lines = preferences.set_aside(tmp_path / "x.jsonl", faults, strict=False).splitlines()
-    assert [json.loads(line) for line in lines] == [{"file": "x.jsonl", **fault._asdict()} for fault in faults]
+    path = str(tmp_path / "x.jsonl")  # whole, since two files may have one name in two folders
+    assert [json.loads(line) for line in lines] == [{"file": path, **fault._asdict()} for fault in faults]
     assert "\x1b" not in "".join(lines)
     with pytest.raises(ValueError, match=r"x\.jsonl, line 3: is not JSON \(2 such rows; without --strict"):
         preferences.set_aside(tmp_path / "x.jsonl", faults, strict=True)
@@ -363,3 +364,21 @@ def test_collate_refuses(pairs, reference, sentence):
     """A batch needs three parts with a token in each, and none or two reference log-probabilities for each pair."""
     with pytest.raises(ValueError, match=sentence):
         preferences.collate(pairs, *reference)
+
+
+def test_remarks_about_usable_rows(tmp_path):
+    """Rows that are used but look odd are counted: no final newline, a repeated prompt, replaced characters."""
+    rows = [pair("ab\n", "cd", "d"), pair("ab", "c", "d"), pair("abc\n", "d", "abc\nd"), pair("\n", "c", "de")]
+    path = jsonl(tmp_path, *rows)
+    remarks = preferences.usable_rows(path, preferences.PAIRS, TOKENIZER, 20, "none", False).remarks
+    assert remarks == [
+        f"{path}: 1 of 4 rows have a prompt without a final newline, so that the response continues its last line "
+        "(first: line 2)",
+        f"{path}: 1 of 4 rows have a response that repeats the prompt, so that the model learns to say it again "
+        "(first: line 3)",
+    ]
+    path = jsonl(tmp_path, rows[0], rows[3])
+    assert not preferences.usable_rows(path, preferences.PAIRS, TOKENIZER, 20, "none", False).remarks
+    tokenizer = Tokenizer.from_text("abc\n", replacement=True)
+    (remark,) = preferences.usable_rows(path, preferences.PAIRS, tokenizer, 20, "none", False).remarks
+    assert remark == f"{path}: warning: 4 of 10 characters (40.0%) are unknown and read as U+FFFD"

@@ -57,6 +57,29 @@ def test_replacement_is_a_choice():
         Tokenizer.from_text("ab").encode("x")
 
 
+def test_a_replacement_character_in_a_text_does_not_switch_replacement_on():
+    """U+FFFD in the training text is a character like others, also after a round trip; version 0.1 wrote no switch."""
+    for replacement in (False, True):
+        tokenizer = Tokenizer.from_text("ab\ufffd", replacement)
+        again = Tokenizer.from_json(tokenizer.to_json())
+        assert (again.replacement, again.characters) == (replacement, "ab\ufffd")
+    with pytest.raises(UnknownCharacterError):
+        Tokenizer.from_text("ab\ufffd").encode("x")
+    assert Tokenizer.from_json('{"type": "characters", "characters": "ab\\ufffd"}').replacement
+    assert not Tokenizer.from_json('{"type": "characters", "characters": "ab"}').replacement
+    assert "replacement" not in Tokenizer("ab").to_json()
+    with pytest.raises(ValueError, match=r"needs U\+FFFD"):
+        Tokenizer("ab", replacement=True)
+
+
+def test_replaced_characters_are_counted():
+    """The sentence has the count and the share, and warns above 1 %."""
+    tokenizer = Tokenizer.from_text("ab", replacement=True)
+    assert tokenizer.replaced(["ab" * 49, "xa"]) == "1 of 100 characters (1.0%) are unknown and read as U+FFFD"
+    assert tokenizer.replaced(iter(["ab" * 49, "xy"])).startswith("warning: 2 of 100 characters (2.0%)")
+    assert tokenizer.replaced(["ab\ufffd", ""]) == tokenizer.replaced([]) == Tokenizer("a").replaced("b") == ""
+
+
 @pytest.mark.parametrize("bad", [-1, 3, 99])
 def test_an_id_outside_is_refused(bad):
     """Only ids of the vocabulary are decoded; -1 is not the last character."""
@@ -71,6 +94,8 @@ def test_an_id_outside_is_refused(bad):
         ("[1]", '"type": "characters"'),
         ('{"type": "BPE"}', '"type": "characters"'),
         ('{"type": "characters", "characters": 3}', "must be a string"),
+        ('{"type": "characters", "characters": "a\ufffd", "replacement": 1}', "true or false"),
+        ('{"type": "characters", "characters": "a", "replacement": true}', "needs U"),
         ('{"type": "characters", "characters": "aba"}', "'a' occurs more than once"),
         ("[" * 100_000, "must be JSON"),
     ],

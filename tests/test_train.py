@@ -121,6 +121,17 @@ def test_sft_learns_completions_or_one_or_both_responses(folder, tmp_path):
         assert checkpoint.load(run).config == Config(tokenizer.vocab_size, 512, 8, 1, 2)
 
 
+def test_sft_reads_the_characters_of_the_rows_that_it_uses(tmp_path):
+    """A new model's vocabulary lacks the characters of rows that are set aside: it never learns them."""
+    rows = [*ROWS, {"prompt": "x" * 20, "chosen": "a", "rejected": "b"}, {"prompt": "y", "chosen": "", "rejected": "b"}]
+    rows += [{"prompt": "z", "chosen": c, "rejected": r} for c, r in ("ab", "ba")]
+    data = write(tmp_path / "pairs.jsonl", rows)
+    for truncation, characters in (("none", "\nabcd"), ("prompt", "\nabcdx")):
+        out = tmp_path / truncation
+        cli.sft(data=data, out=out, steps=0, n_positions=16, n_embd=8, n_head=2, n_layer=1, truncation=truncation)
+        assert checkpoint.load(out).tokenizer.characters == characters
+
+
 def test_sft_starts_from_a_model(folder, tmp_path):
     """SFT starts from --init, and measures the nats per token of held-out responses."""
     run = tmp_path / "run"
@@ -314,6 +325,29 @@ def test_unusable_rows_are_set_aside_or_refused(folder, tmp_path, capsys):
     assert [line["line"] for line in set_aside] == [13, 14, 15] and set_aside[0]["text"] == "{"
     assert "not in the vocabulary" in set_aside[1]["reason"] and "repeats line 1" in set_aside[2]["reason"]
     assert "pairs.jsonl: 12 rows, 3 set aside" in (tmp_path / "run" / "report.md").read_text()
+
+
+def test_what_is_odd_about_rows_is_said_and_reported(tmp_path, capsys):
+    """Replaced characters, prompts without a newline and repeated prompts are in the output and in the report."""
+    start, run = tmp_path / "init", tmp_path / "run"
+    config, tokenizer = Config(7, 16, 8, 1, 2), Tokenizer.from_text("\nabcd", replacement=True)
+    checkpoint.save(start, model.init(config, np.random.default_rng(0)), config, tokenizer)
+    data = write(tmp_path / "pairs.jsonl", [*ROWS, {"prompt": "xyz", "chosen": "xyza", "rejected": "b"}])
+    words = [f"--data={data}", "--device=cpu"]
+    assert cli.main(["dpo", f"--init={start}", f"--out={run}", "--steps=0", *words]) == 0
+    error, report = capsys.readouterr().err, (run / "report.md").read_text()
+    remarks = ("warning: 6 of 92 characters (6.5%) are unknown and read as U+FFFD", "without a final newline",
+               "repeats the prompt")  # fmt: skip
+    assert all(remark in error and remark in report for remark in remarks) and error.count("\n") == 3
+    assert cli.main(["resume", str(run)]) == 0
+    assert cli.main(["evaluate", f"--checkpoint={start}", f"--reference={start}", *words]) == 0
+    error = capsys.readouterr().err
+    assert all(remark in error for remark in remarks)
+    assert cli.main(["sample", f"--checkpoint={start}", "--prompt=abx", "--samples=1"]) == 0
+    assert "the prompt: warning: 1 of 3 characters (33.3%)" in capsys.readouterr().err
+    (tmp_path / "texts.txt").write_text("ab\nbx\n")
+    texts = [f"--data={tmp_path / 'texts.txt'}", f"--init={start}", "--steps=0", f"--out={tmp_path / 'texts'}"]
+    assert cli.main(["pretrain", *texts]) == 0 and "1 of 4 characters" in capsys.readouterr().err
 
 
 def test_long_rows_follow_the_policy(folder, tmp_path, capsys):

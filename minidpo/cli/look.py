@@ -48,8 +48,8 @@ def scored_rows(
     rows = preferences.usable_rows(data, PAIRS, policy.tokenizer, n_positions, truncation, strict)
     for fault in rows.faults[:20]:
         print(f"{data}, line {fault.line}: set aside, {fault.reason}", file=sys.stderr)
-    if len(rows.faults) > 20:
-        print(f"{data}: {len(rows.faults) - 20} more rows are set aside", file=sys.stderr)
+    more = [f"{data}: {len(rows.faults) - 20} more rows are set aside"] * (len(rows.faults) > 20)
+    print("".join(f"{remark}\n" for remark in more + rows.remarks), end="", file=sys.stderr)
     return policy, ref, rows.ids, len(rows.faults)
 
 
@@ -120,6 +120,8 @@ def sample(
     Print texts that the model continues from the prompt, one a line; with --newline, its responses alone.
     """
     loaded = load(checkpoint, device=device)
+    if replaced := loaded.tokenizer.replaced([prompt]):
+        print(f"the prompt: {replaced}", file=sys.stderr)
     ids = [END_OF_TEXT, *loaded.tokenizer.encode(prompt + (TURN if newline else ""))]
     most, rng = max_new_tokens or loaded.config.n_positions, stream(seed, "samples")
     generation = generate(loaded.params, loaded.config, [ids] * samples, rng, most, temperature, top_k, top_p)
@@ -157,6 +159,8 @@ def pair_of_ids(prompt: str, chosen: str, rejected: str, tokenizer: Tokenizer, n
     encoded = preferences.encode(rows, tokenizer, n_positions)
     for fault in encoded.faults:
         raise ValueError(f"the prompt with the {('chosen', 'rejected')[fault.line]} response: {fault.reason}")
+    if replaced := tokenizer.replaced([prompt, chosen, rejected]):
+        print(f"the pair: {replaced}", file=sys.stderr)
     (x, w), (_, l) = encoded.ids
     return x, w, l
 

@@ -115,7 +115,8 @@ def same_vocabulary(folder: Path, loaded: Checkpoint, other_folder: Path, other:
 def begin(out: Path, words: list[str], run: Training, hashes: dict[str, str], files: dict[str, str]) -> None:
     """Make the run's folder, or check that the existing one was made from the same files and models."""
     if run.resuming:
-        for change in environment_changes(out, hashes):
+        inputs = {name: value for name, value in hashes.items() if name != "rows"}  # which follow from the rest
+        for change in environment_changes(out, inputs):
             print(f"{out}: {change}; the last bits of the result may differ", file=sys.stderr)
     else:
         create(out, {"arguments": words, **hashes}, files)
@@ -147,11 +148,15 @@ def read_rows(
     for path in filter(None, (data, run.held_out_data)):
         usable.append(preferences.usable_rows(path, fields, start.tokenizer, n_positions, truncation, strict))
         print(usable[-1].summary)
+        print("".join(f"{remark}\n" for remark in usable[-1].remarks), end="", file=sys.stderr)
     held_out_share, held_out = (0, usable[1]) if run.held_out_data else (run.held_out_share, None)
     parts, faults = preferences.parts(usable[0], held_out, run.seed, held_out_share, test_share)
     document = "".join(each.set_aside for each in usable) + preferences.set_aside(data, faults, strict)
     print(", ".join(f"{len(part.rows)} rows to {use}" for part, use in zip(parts, USES) if part.rows))
-    description = {**run.hashes(data), "rows": "; ".join(each.summary for each in usable)}
+    description = {
+        **run.hashes(data),
+        "rows": "; ".join(text for each in usable for text in (each.summary, *each.remarks)),
+    }
     train, held, test = parts
     return Rows(train, held, test, document, description if held_out else {**description, **SPLIT})
 
@@ -241,6 +246,8 @@ def pretrain(
         raise ValueError(f"a text has {longest - 1} characters, but {start.config.n_positions - 1} fit the context")
     size, ids = sum(p.data.size for p in start.params.values()), start.tokenizer.vocab_size
     print(f"{len(examples)} texts to train on, {len(held_out)} held out, {ids} ids, {size} parameters")
+    if replaced := start.tokenizer.replaced(halves[0] + halves[1]):
+        print(f"{data}: {replaced}", file=sys.stderr)
     if repeated := len(set(halves[0]) & set(halves[1])):
         print(f"{repeated} of the held-out texts are also trained on")
     begin(out, words, run, {**hashes, **run.hashes(data)}, {"tokenizer.json": start.tokenizer.to_json()})
@@ -261,10 +268,9 @@ def sft(
     """
     words = arguments("sft", locals())
     fields = preferences.fields_of(data)
-    texts = [] if beginning.init else preferences.read(data, fields)[0]
-    start, hashes = starting_model(
-        beginning, "".join(row.prompt + "".join(row.responses) for row in texts), NEW_MODEL, run
-    )
+    n_positions = beginning.n_positions or NEW_MODEL["n_positions"]
+    text = "" if beginning.init else preferences.usable_text(data, fields, n_positions, truncation)
+    start, hashes = starting_model(beginning, text, NEW_MODEL, run)
     rows = read_rows(data, run, test_share, truncation, strict, fields, start, start.config.n_positions)
     begin(out, words, run, {**hashes, **rows.description}, rows.files(start.tokenizer))
     count = 1 if responses == "chosen" else 2

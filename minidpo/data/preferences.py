@@ -21,7 +21,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy
 
 from ..scoring import collate as collate
-from ..tokenizer import END_OF_TEXT, Tokenizer, UnknownCharacterError
+from ..tokenizer import END_OF_TEXT, TURN, Tokenizer, UnknownCharacterError
 
 PAIRS = ("prompt", "chosen", "rejected")
 COMPLETIONS = ("prompt", "completion")
@@ -312,7 +312,7 @@ def set_aside(path: Path, faults: Sequence[Fault], strict: bool) -> str:
         raise ValueError(
             f"{path}, line {faults[0].line}: {faults[0].reason} ({number}; without --strict they are set aside)"
         )
-    return "".join(json.dumps({"file": path.name, **fault._asdict()}) + "\n" for fault in faults)
+    return "".join(json.dumps({"file": str(path), **fault._asdict()}) + "\n" for fault in faults)
 
 
 def read_texts(path: Path, blocks: bool) -> list[str]:
@@ -336,6 +336,7 @@ class Usable(NamedTuple):
     faults: list[Fault]
     set_aside: str  # the faults as JSON Lines
     summary: str
+    remarks: list[str]
 
 
 def usable_rows(
@@ -351,7 +352,31 @@ def usable_rows(
         first = max(faults, key=lambda fault: count[fault.reason], default=None)  # the first of the commonest
         raise ValueError(f"{data}: no row can be used" + (f" (line {first.line}: {first.reason})" if first else ""))
     summary = f"{data.name}: {len(ids.rows)} rows, {len(faults)} set aside"
-    return Usable(data, ids, faults, document, summary + (f", {len(ids.truncated)} truncated" * bool(ids.truncated)))
+    summary += f", {len(ids.truncated)} truncated" * bool(ids.truncated)
+    return Usable(data, ids, faults, document, summary, remarks(data, ids.rows, tokenizer))
+
+
+def remarks(path: Path, rows: Sequence[Row], tokenizer: Tokenizer) -> list[str]:
+    """Sentences about rows that can be used but may not be what their owner wanted."""
+    result = []
+    if replaced := tokenizer.replaced(text for row in rows for text in (row.prompt, *row.responses)):
+        result.append(f"{path}: {replaced}")
+    bare = [row.line for row in rows if not row.prompt.endswith(TURN)]
+    echoes = [row.line for row in rows if any(y.lstrip().startswith(row.prompt.strip() or "\0") for y in row.responses)]
+    for lines, fact in (
+        (bare, "have a prompt without a final newline, so that the response continues its last line"),
+        (echoes, "have a response that repeats the prompt, so that the model learns to say it again"),
+    ):
+        if lines:
+            result.append(f"{path}: {len(lines)} of {len(rows)} rows {fact} (first: line {lines[0]})")
+    return result
+
+
+def usable_text(data: Path, fields: Sequence[str], n_positions: int, truncation: str) -> str:
+    """The text of a file's rows that a new model can use: its characters are the model's vocabulary."""
+    rows, _ = read(data, fields)
+    every = Tokenizer.from_text("".join(row.prompt + "".join(row.responses) for row in rows))
+    return "".join(row.prompt + "".join(row.responses) for row in encode(rows, every, n_positions, truncation).rows)
 
 
 def part(prompt: str, seed: int, held_out_share: float, test_share: float) -> int:
