@@ -368,14 +368,15 @@ def test_collate_refuses(pairs, reference, sentence):
 
 def test_remarks_about_usable_rows(tmp_path):
     """Rows that are used but look odd are counted: no final newline, a repeated prompt, replaced characters."""
-    rows = [pair("ab\n", "cd", "d"), pair("ab", "c", "d"), pair("abc\n", "d", "abc\nd"), pair("\n", "c", "de")]
+    rows = [pair("ab\n", "cd", "d"), pair("ab", "c", "d"), pair("abc\n", "abc\nd", "d"), pair("\n", "c", "de")]
+    rows += [pair("de\n", "f", "de")]  # as it should be: repeating it is not preferred
     path = jsonl(tmp_path, *rows)
     remarks = preferences.usable_rows(path, preferences.PAIRS, TOKENIZER, 20, "none", False).remarks
     assert remarks == [
-        f"{path}: 1 of 4 rows have a prompt without a final newline, so that the response continues its last line "
+        f"{path}: 1 of 5 rows have a prompt without a final newline, so that the response continues its last line "
         "(first: line 2)",
-        f"{path}: 1 of 4 rows have a response that repeats the prompt, so that the model learns to say it again "
-        "(first: line 3)",
+        f"{path}: 1 of 5 rows have a chosen response or completion that repeats the prompt, so that the model "
+        "learns to say it again (first: line 3)",
     ]
     path = jsonl(tmp_path, rows[0], rows[3])
     assert not preferences.usable_rows(path, preferences.PAIRS, TOKENIZER, 20, "none", False).remarks

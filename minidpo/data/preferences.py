@@ -362,10 +362,13 @@ def remarks(path: Path, rows: Sequence[Row], tokenizer: Tokenizer) -> list[str]:
     if replaced := tokenizer.replaced(text for row in rows for text in (row.prompt, *row.responses)):
         result.append(f"{path}: {replaced}")
     bare = [row.line for row in rows if not row.prompt.endswith(TURN)]
-    echoes = [row.line for row in rows if any(y.lstrip().startswith(row.prompt.strip() or "\0") for y in row.responses)]
+    echoes = [row.line for row in rows if row.responses[0].lstrip().startswith(row.prompt.strip() or "\0")]
     for lines, fact in (
         (bare, "have a prompt without a final newline, so that the response continues its last line"),
-        (echoes, "have a response that repeats the prompt, so that the model learns to say it again"),
+        (
+            echoes,
+            "have a chosen response or completion that repeats the prompt, so that the model learns to say it again",
+        ),
     ):
         if lines:
             result.append(f"{path}: {len(lines)} of {len(rows)} rows {fact} (first: line {lines[0]})")
