@@ -204,7 +204,7 @@ def test_help_shows_the_commands_in_groups(capsys):
     for group, commands in re.findall(r"^(\w+): .*\n((?:  .*\n)+)", text, re.MULTILINE):
         groups[group] = re.findall(r"^  (\w+) ", commands, re.MULTILINE)
     assert groups == {
-        "learn": ["demo", "judge"],
+        "learn": ["demo", "data", "judge"],
         "train": ["pretrain", "sft", "dpo", "resume"],
         "look": ["evaluate", "score", "sample", "explain", "displacement"],
         "prove": ["check", "oracles", "exact", "frontier", "invariances"],

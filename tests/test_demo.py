@@ -192,3 +192,23 @@ def test_judge_wants_one_vocabulary(demo_run, tmp_path, capsys):
     checkpoint.save(tmp_path / "turned", loaded.params, loaded.config, turned)
     words = ["judge", "--checkpoint", str(folder / "dpo"), "--reference", str(tmp_path / "turned"), "--replies", "3"]
     assert cli.main(words) == 2 and "must share one" in capsys.readouterr().err
+
+
+def test_the_example_files_are_those_of_the_readme(tmp_path, monkeypatch, capsys):
+    """`minidpo data example` writes files that every command of the README can use, and replaces none."""
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["data", "example"]) == 0
+    for words in (
+        "pretrain --data names.txt --out names --steps 1",
+        "sft --data pairs.jsonl --out sft --steps 1 --strict --n-embd 8 --n-head 2",
+        "dpo --data pairs.jsonl --held-out-data more.jsonl --init sft --out dpo --steps 1 --strict",
+        "evaluate --checkpoint dpo --reference sft --data more.jsonl --strict",
+    ):
+        assert cli.main(words.split()) == 0
+    assert cli.main(["sample", "--checkpoint=dpo", "--newline", "--prompt=my order is late.", "--samples=1"]) == 0
+    before = {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+    assert {path.name for path in before} == {"names.txt", "pairs.jsonl", "more.jsonl"}
+    (tmp_path / "names.txt").unlink()
+    assert cli.main(["data", "example"]) == 2 and "exists already" in capsys.readouterr().err
+    assert not (tmp_path / "names.txt").exists()
+    assert all(path.read_bytes() == content for path, content in before.items() if path.exists())

@@ -1,6 +1,9 @@
 """Every line of a preference file becomes a row, or a fault that says why it cannot be used."""
 
+import bz2
+import gzip
 import json
+import lzma
 import re
 from pathlib import Path
 
@@ -10,7 +13,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from minidpo import preferences
-from minidpo.data.preferences import COMPLETIONS, Fault, Row, ShapeError
+from minidpo.data.preferences import COMPLETIONS, Fault, Row
 from minidpo.tokenizer import Tokenizer
 
 TOKENIZER = Tokenizer("abcdef\n")
@@ -52,7 +55,7 @@ def test_rows_come_with_their_line_numbers(tmp_path):
         ("null", "is not a JSON object"),
         (b'{"prompt": "\xff"}', r"is not UTF-8 \(byte 12\): save the file as UTF-8"),
         ('{"prompt": "a", "chosen": "b"}', "rejected is missing"),
-        ('{"chosen": "b", "rejected": "c"}', "prompt is missing"),
+        ('{"chosen": "b"}', "prompt, rejected are missing"),
         (pair(chosen=None), "chosen is not a string"),
         (pair(prompt=7), "prompt is not a string"),
         (pair(rejected={"role": "user"}), "rejected is not a string"),
@@ -118,6 +121,51 @@ def test_only_regular_files_are_read(tmp_path):
             function(Path("/dev/zero"))
 
 
+ROWS_AS_TEXT = f"{pair()}\n{pair('d')}\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "kind", "remedy"),
+    [
+        (f"[\n{pair()},\n{pair('d')}\n]\n".encode(), "is a JSON array", "jq -c '.[]'"),
+        (f"\ufeff[{pair()}, {pair('d')}]".encode(), "is a JSON array", "one a line"),
+        (("prompt,chosen,rejected\n" + "a,b,c\n" * 20_000).encode(), "is CSV", "read_csv"),
+        (b"prompt\tchosen\trejected\na\tb\tc\n", "is CSV", "JSON Lines"),
+        (ROWS_AS_TEXT.replace("\n", "\r").encode(), "carriage returns alone", "tr "),
+        (json.dumps(json.loads(pair()), indent=2).encode(), "over several lines", "jq -c"),
+        (ROWS_AS_TEXT.encode("utf-16"), "is text in UTF-16", "save it as UTF-8"),
+        (ROWS_AS_TEXT.encode("utf-16-be"), "is binary, or text in UTF-16", "save it as UTF-8"),
+        (ROWS_AS_TEXT.encode("utf-32-le"), "is binary, or text in UTF-16 or UTF-32", "save it as UTF-8"),
+        (gzip.compress(ROWS_AS_TEXT.encode()), "is compressed with gzip", "gunzip"),
+        (bz2.compress(ROWS_AS_TEXT.encode()), "is compressed with bzip2", "bunzip2"),
+        (lzma.compress(ROWS_AS_TEXT.encode()), "is compressed with xz", "unxz"),
+        (b"\x28\xb5\x2f\xfd....", "is compressed with zstd", "unzstd"),
+        (b"PK\x03\x04....", "is a ZIP archive", "unzip"),
+        (b"PAR1....PAR1", "is Parquet", "read_parquet"),
+        (b"ARROW1\0\0....", "is Arrow", "read_feather"),
+    ],
+)
+def test_another_format_is_refused_once_by_name(content, kind, remedy, tmp_path):
+    """A file that is not JSON Lines is refused whole, in one sentence with its format and the remedy."""
+    path = tmp_path / "pairs"
+    path.write_bytes(content)
+    for fields in (preferences.PAIRS, COMPLETIONS):
+        with pytest.raises(ValueError, match=f"{kind}.*{re.escape(remedy)}") as caught:
+            preferences.read(path, fields)
+        assert str(caught.value).startswith(str(path)) and len(str(caught.value)) < len(str(path)) + 250
+    if "UTF" in kind or "compressed" in kind:  # which a plain text may be too
+        with pytest.raises(ValueError, match=kind):
+            preferences.read_texts(path, blocks=False)
+
+
+def test_rows_decide_over_a_strange_beginning(tmp_path):
+    """A file of rows is read, whatever its first line is: that line alone is set aside."""
+    for line in ("prompt,chosen,rejected", "[1, 2]", "{", "nonsense", "# a comment", "x" * 2**21):
+        rows, faults = preferences.read(jsonl(tmp_path, line, pair()))
+        assert [row.line for row in rows] == [2] and [fault.line for fault in faults] == [1], line[:20]
+    assert preferences.read(jsonl(tmp_path)) == ([], [])
+
+
 @pytest.mark.parametrize(
     ("line", "name", "hint"),
     [
@@ -126,24 +174,45 @@ def test_only_regular_files_are_read(tmp_path):
         ('{"messages": []}', "conversational", "apply"),
         ('{"prompt": "a", "completion": "b", "label": true}', "unpaired-preference", 'as "chosen" and "rejected"'),
         ('{"prompt": "a", "completion": "b"}', "prompt-completion", "`sft` takes it"),
+        ('{"chosen": "ab", "rejected": "ac"}', "implicit-prompt", 'move .* into a "prompt"'),
         ('{"text": "a"}', "language-modeling", "pass that to `pretrain`"),
     ],
 )
-def test_other_shapes_are_refused_by_name(line, name, hint, tmp_path):
-    """A file in another of TRL's shapes is refused at the first such row; the message says how to convert it."""
-    with pytest.raises(ShapeError, match=f"line 3: this is the {name} shape; .*{hint}"):
-        preferences.read(jsonl(tmp_path, pair(), "", line))
+def test_other_shapes_are_set_aside_by_name(line, name, hint, tmp_path):
+    """A row in another of TRL's shapes is set aside alone; its reason names the shape and says how to convert it."""
+    rows, (fault,) = preferences.read(jsonl(tmp_path, pair(), "", line, pair("d")))
+    assert [row.line for row in rows] == [1, 4] and fault.line == 3
+    assert re.match(f"this is the {name} shape; .*{hint}", fault.reason), fault.reason
 
 
-def test_the_implicit_prompt_shape_is_refused_by_name(tmp_path):
-    """If no row has a prompt, the file has the implicit-prompt shape; if some have one, the others are faults."""
+@pytest.mark.parametrize("more", [{"messages": []}, {"completion": "x", "label": True}, {"text": "x", "id": [1]}])
+def test_columns_that_are_not_asked_for_are_ignored(more, tmp_path):
+    """Columns beside good strings change nothing, whatever their names and values."""
+    path = jsonl(tmp_path, pair(**more), pair("d", **more))
+    rows, faults = preferences.read(path)
+    assert [row.responses for row in rows] == [("b", "c")] * 2 and not faults
+    assert preferences.fields_of(path) == preferences.PAIRS
+    more.pop("completion", None)
+    completion = json.dumps({"prompt": "a", "completion": "b", "chosen": [], **more})
+    rows, faults = preferences.read(jsonl(tmp_path, completion), COMPLETIONS)
+    assert [row.responses for row in rows] == [("b",)] and not faults
+    assert preferences.fields_of(jsonl(tmp_path, completion)) == COMPLETIONS
+
+
+def test_the_shape_of_most_rows_is_the_file_s(tmp_path):
+    """A stray row of the other shape at the beginning of a file is the one that is set aside."""
+    completion = '{"prompt": "a", "completion": "b"}'
+    assert preferences.fields_of(jsonl(tmp_path, completion, pair(), pair("d"))) == preferences.PAIRS
+    assert preferences.fields_of(jsonl(tmp_path, pair(), completion, completion)) == COMPLETIONS
+
+
+def test_a_file_without_a_usable_row_is_refused_with_its_commonest_fault(tmp_path):
+    """One sentence says why no row can be used: the reason that most rows have, at its first line."""
     bare = '{"chosen": "ab", "rejected": "ac"}'
-    with pytest.raises(
-        ShapeError, match=r'line 2: no row has a prompt, this is the implicit-prompt shape; move .* "prompt"'
-    ):
-        preferences.read(jsonl(tmp_path, "nonsense", bare, bare))
-    rows, faults = preferences.read(jsonl(tmp_path, bare, pair()))
-    assert len(rows) == 1 and faults[0].reason == "prompt is missing"
+    with pytest.raises(ValueError, match=r'line 2: this is the implicit-prompt shape; move .* "prompt"'):
+        preferences.usable_rows(
+            jsonl(tmp_path, '{"prompt": 1}', bare, bare), preferences.PAIRS, TOKENIZER, 8, "none", False
+        )
 
 
 def test_completions_may_repeat(tmp_path):
@@ -223,6 +292,15 @@ def test_responses_that_truncation_makes_equal_are_a_fault():
     assert not encoded.rows and encoded.faults[0].reason.startswith("chosen and rejected have the same ids")
     with pytest.raises(ValueError, match="truncation must be one of none, prompt, response, not 'left'"):
         preferences.encode([], TOKENIZER, 3, "left")
+
+
+def test_truncated_rows_are_rows_that_are_used():
+    """Rows that were cut are counted among the rows in use; a cut row that was then set aside is not."""
+    rows = [row("aaaaaa", "b", "c"), row("a", "bbbbbb", "bbbbbbc", line=2), row("aaaaaaa", "b", "c", line=3)]
+    rows += [row("daaaaaa", "b", "d", line=4), row("eaaaaaa", "d", "b", line=5), row("a", "d", "e", line=6)]
+    encoded = preferences.encode(rows, TOKENIZER, 4, "prompt")
+    assert [fault.line for fault in encoded.faults] == [2, 3, 4, 5]
+    assert [row.line for row in encoded.rows] == [1, 6] and encoded.truncated == [1]
 
 
 items_with_two_keys = st.lists(st.sampled_from("abcdefgh"), min_size=2).filter(lambda items: len(set(items)) > 1)

@@ -121,7 +121,7 @@ def test_pictures_are_small():
 def test_the_figures_of_the_demo_are_those_that_its_benchmark_wrote():
     """Table and dialogue are of the committed runs; the replies are those of the first seed."""
     assert [run["seed"] for run in RUNS] == [0, 1, 2]
-    block = re.search(r"```\n(.*\(ordinary\)\n.*?)```", README, re.DOTALL)[1].splitlines()
+    block = next(part for part in README.split("```") if "(ordinary)\n" in part).strip("\n").splitlines()
     assert len(block) == 16 and set(block) <= set(RUNS[0]["dialogue"])
     names = {"true reward": "reward", "well formed": "well_formed", "on topic": "on_topic", "KL to SFT, nats": "kl"}
     names |= {name: name.replace(" ", "_") for name in ("polite", "wrongly declined", "wrongly answered")}

@@ -8,7 +8,7 @@ import shutil
 import numpy as np
 import pytest
 
-from minidpo import checkpoint, cli, losses, model, training
+from minidpo import checkpoint, cli, losses, model, preferences, scoring, training
 from minidpo.cli import parser, train
 from minidpo.model import Config
 from minidpo.run import report
@@ -19,6 +19,7 @@ from minidpo.tokenizer import Tokenizer
 TOKENIZER = Tokenizer("\nabcd")
 CONFIG = Config(TOKENIZER.vocab_size, 16, 8, 1, 2)
 ROWS = [{"prompt": x + y + "\n", "chosen": y + "d", "rejected": "cc"} for x in "abc" for y in "abcd"]
+PROMPTS = [x + y for x in "abcd" for y in "abcd"]
 SHORT = ["--steps=4", "--evaluate-every=2", "--batch-size=3"]
 SMALL = ["--n-embd=8", "--n-layer=1", "--n-head=2"]
 
@@ -208,8 +209,20 @@ def test_sft_and_dpo_hold_out_the_same_prompts(folder, tmp_path):
             words = [command, f"--data={folder / 'pairs.jsonl'}", f"--out={run}", f"--seed={seed}", "--steps=0", *more]
             assert cli.main([*words, "--held-out-share=0.4"]) == 0
             held_out.append({line["prompt"] for line in lines(run / "samples.jsonl")})
-    assert all(held_out[i] == held_out[i + 1] and len(held_out[i]) == 5 for i in (0, 2, 4))
+    assert all(held_out[i] == held_out[i + 1] and len(held_out[i]) >= 3 for i in (0, 2, 4))
     assert held_out[0] != held_out[2] != held_out[4]
+
+
+def test_a_prompt_s_part_depends_on_no_other_prompt(tmp_path):
+    """A row more or less, usable in one command and not in another, moves no other prompt to another part."""
+    data = tmp_path / "pairs.jsonl"
+    run = train.Training(held_out_share=0.4)
+    everything = split(write(data, ROWS), run, 0.4)
+    parts = {row.prompt: i for i, part in enumerate(everything[:3]) for row in part.rows}
+    assert set(parts.values()) == {0, 1, 2}
+    for row in ROWS:
+        others = split(write(data, [other for other in ROWS if other != row]), run, 0.4)
+        assert all(parts[row.prompt] == i for i, part in enumerate(others[:3]) for row in part.rows)
 
 
 def evaluated(folder, data, capsys, *more, command="evaluate"):
@@ -316,25 +329,84 @@ def test_long_rows_follow_the_policy(folder, tmp_path, capsys):
     assert [json.loads(line)["truncated"] for line in capsys.readouterr().out.splitlines()] == [False] * 12 + [True]
 
 
-def test_prompts_that_truncation_makes_equal_are_on_one_side(tmp_path):
-    """Prompts that truncation makes equal are on one side of the split, as the model sees them."""
-    rows = [{"prompt": f"{x}{'b' * 9}", "chosen": y, "rejected": "dd"} for x in "abcd" for y in ("a", "b", "c")]
-    rows += [{"prompt": "ccc", "chosen": y, "rejected": "dd"} for y in ("a", "b")]
-    data = write(tmp_path / "pairs.jsonl", rows)
-    start, run = checkpoint.Checkpoint({}, CONFIG, TOKENIZER, True), train.Training(held_out_share=0.5)
+def split(data, run, test_share=0.0, truncation="prompt"):
+    """The rows of a run whose model has eight positions."""
+    start = checkpoint.Checkpoint({}, CONFIG, TOKENIZER, True)
+    return train.read_rows(data, run, test_share, truncation, False, train.PAIRS, start, 8)
 
-    def split(data, run):
-        return train.read_rows(data, run, "prompt", False, train.PAIRS, start, 8)
 
-    halves = split(data, run)
-    assert not {tuple(x) for x, *_ in halves.train.ids} & {tuple(x) for x, *_ in halves.held_out.ids}
-    held_out = write(tmp_path / "held.jsonl", [{"prompt": "x" + "b" * 9, "chosen": "d", "rejected": "a"}])
-    data = write(tmp_path / "train.jsonl", rows[:1])
-    with pytest.raises(ValueError, match=r"held\.jsonl: no row can be used"):
-        split(data, run._replace(held_out_data=held_out))
-    write(held_out, [{"prompt": "d" + "b" * 9, "chosen": "d", "rejected": "aa"}])
-    with pytest.raises(ValueError, match="line 1: this prompt is in"):
-        split(data, run._replace(held_out_data=held_out))
+def disjoint(rows):
+    """No prompt is in two parts, as written or as ids, and no part is empty."""
+    for name in (lambda row, ids: row.prompt, lambda row, ids: tuple(ids[0])):
+        a, b, c = ({name(*each) for each in zip(part.rows, part.ids)} for part in rows[:3])
+        assert a and b and c and not (a & b or a & c or b & c)
+
+
+def test_a_prompt_is_in_one_part_as_written_and_as_cut(tmp_path):
+    """Rows with one prompt are in one part, though it is cut to different lengths, and however it was written."""
+    rows = [{"prompt": "bbbb" + x, "chosen": y, "rejected": "dd"} for x in PROMPTS for y in ("a", "b", "cccc")]
+    data, run = write(tmp_path / "pairs.jsonl", rows), train.Training(held_out_share=0.3)
+    result = split(data, run, 0.3)
+    assert not result.set_aside
+    disjoint(result)
+    rows += [{"prompt": "dbbbb" + x, "chosen": y, "rejected": "dd"} for x in PROMPTS for y in ("d", "c", "aaaa")]
+    result = split(write(data, rows), run, 0.3)
+    disjoint(result)
+    leaks = [line for line in map(json.loads, result.set_aside.splitlines()) if "another part" in line["reason"]]
+    assert leaks and all("has the ids of line" in line["reason"] for line in leaks)
+
+
+def test_two_files_have_no_prompt_in_common(tmp_path):
+    """A prompt of the held-out file may not be in the other file, as written or as cut."""
+    held_out = tmp_path / "held.jsonl"
+    data, run = write(tmp_path / "train.jsonl", [{"prompt": "a" + "b" * 9, "chosen": "b", "rejected": "dd"}]), []
+    for prompt, chosen in (("a" + "b" * 9, "cccc"), ("d" + "b" * 9, "a")):
+        write(held_out, [{"prompt": prompt, "chosen": chosen, "rejected": "aa"}])
+        run = train.Training(held_out_data=held_out)
+        with pytest.raises(ValueError, match="line 1: this prompt is in"):
+            split(data, run)
+    write(held_out, [{"prompt": "c", "chosen": "d", "rejected": "aa"}])
+    assert [row.prompt for row in split(data, run).held_out.rows] == ["c"]
+
+
+def test_an_empty_part_is_refused_with_what_to_do(folder, tmp_path, capsys):
+    """A part without a prompt is refused before anything is begun."""
+    words = ["dpo", f"--data={folder / 'pairs.jsonl'}", f"--init={folder / 'init'}", f"--out={tmp_path / 'run'}"]
+    for more, part in (("--held-out-share=0.001", "hold out"), ("--held-out-share=0.999", "train on"),
+                       ("--test-share=0.001", "test on")):  # fmt: skip
+        assert cli.main([*words, more]) == 2
+        error = capsys.readouterr().err
+        assert f"none of its 12 different prompts is one to {part}: add prompts, change --held-out-share" in error
+        assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("command", ["sft", "dpo"])
+def test_the_test_rows_are_read_once_at_the_end(command, folder, tmp_path, monkeypatch, capsys):
+    """Test rows are neither trained on nor held out; the result's loss on them is measured at the end."""
+    seen = []
+    nll, evaluation = training.held_out_nll, training.preference_evaluation
+    monkeypatch.setattr(training, "held_out_nll", lambda p, c, rows: seen.append(rows) or nll(p, c, rows))
+    monkeypatch.setattr(
+        training, "preference_evaluation", lambda p, c, rows, *a: seen.append(rows.pairs) or evaluation(p, c, rows, *a)
+    )
+    run = tmp_path / "run"
+    settings = {"steps": 2, "evaluate_every": 1, "test_share": 0.3, "held_out_share": 0.3, "out": run, "seed": 1}
+    getattr(cli, command)(data=folder / "pairs.jsonl", init=folder / "init", **settings)
+    texts = [{TOKENIZER.decode(row[0]) for row in rows} for rows in seen]
+    expected = [
+        {row["prompt"] for row in ROWS if preferences.part(row["prompt"], 1, 0.3, 0.3) == part} for part in range(3)
+    ]
+    assert texts == [expected[1]] * 3 + [expected[2]] and all(expected)
+    result = checkpoint.load(run)
+    if command == "sft":
+        loss = nll(result.params, CONFIG, seen[-1])
+        assert json.loads((run / "test.json").read_text())["loss"] == pytest.approx(loss)
+    else:
+        start = checkpoint.load(folder / "init").params
+        batch = scoring.collate(seen[-1], *training.reference_logprobs(start, CONFIG, seen[-1]))
+        expected = evaluation(result.params, CONFIG, batch, 0.1)
+        assert json.loads((run / "test.json").read_text()) == pytest.approx(expected)
+    assert "its loss on the test rows, read now for the first time, is" in capsys.readouterr().out
 
 
 def test_a_wrong_input_is_one_sentence(folder, tmp_path, capsys):
@@ -445,16 +517,17 @@ def test_a_run_resumes_with_its_own_arguments(folder, tmp_path, monkeypatch):
 
 
 VERSION_0_1 = """
-dpo --data={0}/pairs.jsonl --held-out-share=0.1 --steps=4 --batch-size=3 --learning-rate=0.0003 --warmup-steps=10
---evaluate-every=2 --device=cpu --truncation=none --seed=0 --init={0}/init --beta=0.2 --loss=reference-free
---label-smoothing=0.0 --nll-weight=2.0
+dpo --data={0}/pairs.jsonl --held-out-share=0.1 --held-out-data={1} --steps=4 --batch-size=3 --learning-rate=0.0003
+--warmup-steps=10 --evaluate-every=2 --device=cpu --truncation=none --seed=0 --init={0}/init --beta=0.2
+--loss=reference-free --label-smoothing=0.0 --nll-weight=2.0
 """
 
 
 def test_a_run_of_version_0_1_resumes(folder, tmp_path, monkeypatch):
     """The arguments that version 0.1 wrote mean the same, whatever the defaults are today."""
     run = tmp_path / "run"
-    words = VERSION_0_1.format(folder).split()
+    held_out = write(tmp_path / "held.jsonl", [{"prompt": "d", "chosen": "a", "rejected": "bb"}])
+    words = VERSION_0_1.format(folder, held_out).split()
     batches = []
     right = training.preference_evaluation
     monkeypatch.setattr(training, "preference_evaluation", lambda *args: batches.append(args[3:]) or right(*args))
@@ -471,6 +544,21 @@ def test_a_run_of_version_0_1_resumes(folder, tmp_path, monkeypatch):
     assert cli.main(["resume", str(run)]) == 0
     assert (run / "model" / "model.safetensors").read_bytes() == finished
     assert {(beta, nll_weight) for beta, _, nll_weight in batches} == {(0.2, 2.0)}
+
+
+@pytest.mark.parametrize("command", ["sft", "dpo"])
+def test_a_split_of_version_0_1_is_refused(command, folder, tmp_path, capsys):
+    """A run that held out a share in version 0.1 does not resume: its split cannot be had again."""
+    run = tmp_path / "run"
+    words = [command, f"--data={folder / 'pairs.jsonl'}", f"--init={folder / 'init'}", f"--out={run}", "--steps=0"]
+    assert cli.main(words) == 0 and cli.main(["resume", str(run)]) == 0
+    description = json.loads((run / "run.json").read_text())
+    del description["split"], description["sha256"]
+    (run / "run.json").write_text(json.dumps(description))
+    capsys.readouterr()
+    assert cli.main(["resume", str(run)]) == 2
+    error = capsys.readouterr().err
+    assert "version 0.1 began this run and held out other prompts; start a new run" in error and error.count("\n") == 1
 
 
 @pytest.mark.slow

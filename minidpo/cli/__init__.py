@@ -1,10 +1,10 @@
 """The commands, as functions: `minidpo dpo --beta 0.2` on the command line is `cli.dpo(beta=0.2)` in Python."""
 
-from .desk import demo, judge
+from .desk import data, demo, judge
 from .look import displacement, evaluate, explain, sample, score
 from .parser import main
 from .prove import check, exact, frontier, invariances, oracles
 from .train import dpo, pretrain, resume, sft
 
-__all__ = ["check", "demo", "displacement", "dpo", "evaluate", "exact", "explain", "frontier"]
+__all__ = ["check", "data", "demo", "displacement", "dpo", "evaluate", "exact", "explain", "frontier"]
 __all__ += ["invariances", "judge", "main", "oracles", "pretrain", "resume", "sample", "score", "sft"]

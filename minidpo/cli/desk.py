@@ -28,6 +28,7 @@ STAGES = {"pretrain": "base", "sft": "SFT", "dpo": "DPO"}
 JUDGED = ("well_formed", "on_topic", "polite", "wrongly_declined", "wrongly_answered")
 COLUMNS = {"model": "model", "reward": "true reward", "reward_error": "+-"}
 COLUMNS |= {name: name.replace("_", " ") for name in JUDGED} | {"kl": "KL to SFT"}
+NAMES = "ada alan alonzo andrey anna carl claude david donald emmy ernst grace henri ida joan john karen leon mary ruth"
 
 
 class Sizes(NamedTuple):
@@ -108,6 +109,18 @@ def demo(*, out: o.NewRun = Path("demo"), seed: o.Seed = 0, sizes: Sizes | None 
         COMMANDS[name].function(**values)
     conclude(out, seed, sizes)
     return out
+
+
+@command("learn")
+def data(what: o.Example) -> None:
+    """Write small files to try the other commands with."""
+    files = {Path("names.txt"): NAMES.replace(" ", "\n") + "\n"}
+    for name, prompts, count in zip(("pairs.jsonl", "more.jsonl"), world.split(0), (200, 50)):
+        rows = world.preferences(prompts, count, stream(0, what, name))
+        files[Path(name)] = "".join(json.dumps({**row, "prompt": row["prompt"] + TURN}) + "\n" for row in rows)
+    o.announce(*files)
+    for path, content in files.items():
+        write_whole(path, content.encode())
 
 
 def verdict(model: Checkpoint, reference: Checkpoint, prompts: Sequence[str], seed: int) -> dict[str, Any]:

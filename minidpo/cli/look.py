@@ -45,10 +45,12 @@ def scored_rows(
     ref = load(reference, device=device) if reference else policy
     same_vocabulary(checkpoint, policy, reference or checkpoint, ref)
     n_positions = min(policy.config.n_positions, ref.config.n_positions)
-    ids, faults, _ = preferences.usable_rows(data, PAIRS, policy.tokenizer, n_positions, truncation, strict)
-    for fault in faults:
+    rows = preferences.usable_rows(data, PAIRS, policy.tokenizer, n_positions, truncation, strict)
+    for fault in rows.faults[:20]:
         print(f"{data}, line {fault.line}: set aside, {fault.reason}", file=sys.stderr)
-    return policy, ref, ids, len(faults)
+    if len(rows.faults) > 20:
+        print(f"{data}: {len(rows.faults) - 20} more rows are set aside", file=sys.stderr)
+    return policy, ref, rows.ids, len(rows.faults)
 
 
 @command("look")

@@ -115,6 +115,7 @@ Checkpoint = Annotated[Path, Option("checkpoint or run folder of the model", pat
 Checkpoints = Annotated[Sequence[Path], Option("checkpoints or run folders to compare", path, several=True)]
 Reference = Annotated[Path, Option("checkpoint or run folder of the reference", path)]
 NewRun = Annotated[Path, Option("folder for the results; must not exist yet", path)]
+Example = Annotated[str, Option("word for pairs.jsonl, more.jsonl and names.txt", one_of("example"), "example")]
 OldRun = Annotated[Path, Option("run folder (its --out)", path, "RUN")]
 Folder = Annotated[Path, Option("folder for frontier.json and, with matplotlib, frontier.png", path)]
 Plot = Annotated[Path | None, Option("new PNG file for the curves of beta; needs matplotlib", path)]
@@ -124,7 +125,8 @@ Graph = Annotated[Path | None, Option("new file for the loss as a graph, .dot (G
 # Training.
 Seed = Annotated[int, Option("random seed", at_least(0, 2**63))]
 Device = Annotated[str, Option("device of the arrays: cpu, or cuda through CuPy", one_of("cpu", "cuda"), "NAME")]
-HeldOutShare = Annotated[float, Option("share of the data to hold out and measure on", between(0, 1))]
+HeldOutShare = Annotated[float, Option("share of the data to hold out and choose the best step on", between(0, 1))]
+TestShare = Annotated[float, Option("share of the data to measure the result on, once", between(0, 1, "["))]
 Steps = Annotated[int, Option("optimizer steps in all", at_least(0))]
 BatchSize = Annotated[int, Option("examples per step", at_least(1))]
 MicroBatchSize = Annotated[

@@ -66,7 +66,7 @@ def command(group: str) -> Callable[[Callable[..., T]], Callable[..., T]]:
             with numpy.errstate(all="ignore"):  # a number that is not finite is an error with its own sentence
                 return function(**values)
 
-        checked.__signature__ = flat  # type: ignore[attr-defined]
+        checked.__dict__["__signature__"] = flat
         COMMANDS[function.__name__] = Command(group, checked, options)
         return checked
 
@@ -131,7 +131,7 @@ def overview() -> argparse.ArgumentParser:
     for group, title in GROUPS.items():
         text += f"{group}: {title}\n"
         for name, known in COMMANDS.items():
-            summary = (inspect.getdoc(known.function) or "").partition(".\n")[0]
+            summary = (inspect.getdoc(known.function) or "").partition(".\n")[0].removesuffix(".")
             text += f"  {name:<14}{summary[0].lower()}{summary[1:]}\n" if known.group == group else ""
         text += "\n"
     text += "minidpo COMMAND --help explains the options of a command."

@@ -4,6 +4,7 @@ import hashlib
 import sys
 from collections.abc import Callable, Sequence
 from inspect import signature
+from json import dumps
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -13,10 +14,11 @@ from ..data import preferences
 from ..data.preferences import PAIRS, Encoded
 from ..generation import generate
 from ..losses import Choice
-from ..model import Config
+from ..model import Config, Params
 from ..plots import installed
 from ..run import checkpoint, report
 from ..run.checkpoint import Checkpoint, CheckpointError
+from ..run.files import write_whole
 from ..run.folder import create, environment_changes, json_lines, run_description
 from ..run.loop import Settings, Task, run_loop
 from ..run.reference import cached_reference_logprobs, fingerprint
@@ -66,10 +68,11 @@ class Beginning(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """Rows to train on and rows held out, and what a run's folder keeps about them."""
+    """Rows to train on, held out and to test on, and what a run's folder keeps about them."""
 
     train: Encoded
     held_out: Encoded
+    test: Encoded
     set_aside: str  # JSON Lines
     description: dict[str, str]  # hashes of the files, and how many rows were used
 
@@ -87,6 +90,8 @@ SFT = Training(steps=800)
 DPO = Training(steps=100, learning_rate=5e-5, warmup_steps=10, evaluate_every=10)  # chosen by benchmarks/defaults.py
 NEW_MODEL = {"n_positions": 512, "n_embd": 64, "n_layer": 2, "n_head": 4}
 BEGINNING = Beginning()
+USES = ("train on", "hold out", "test on")
+SPLIT = {"split": "SHA-256 of seed and prompt"}  # in run.json, where a version that splits otherwise can tell
 
 
 def load(folder: Path, requires_grad: bool = False, device: str = "cpu") -> Checkpoint:
@@ -134,39 +139,32 @@ def starting_model(
 
 
 def read_rows(
-    data: Path, run: Training, truncation: str, strict: bool, fields: Sequence[str], start: Checkpoint, n_positions: int
-) -> Rows:
-    """Read, validate, encode and split rows: by their prompts, as the model sees them."""
-    counts: list[str] = []
-
-    def encoded(path: Path) -> tuple[Encoded, str]:
-        ids, faults, set_aside = preferences.usable_rows(path, fields, start.tokenizer, n_positions, truncation, strict)
-        count = f"{path.name}: {len(ids.rows)} rows, {len(faults)} set aside"
-        counts.append(count + (f", {len(ids.truncated)} truncated" if ids.truncated else ""))
-        print(counts[-1])
-        return ids, set_aside
-
-    train, set_aside = encoded(data)
-    if run.held_out_data:
-        held_out, more = encoded(run.held_out_data)
-        prompts = {tuple(x) for x, *_ in train.ids}
-        leak = next((row.line for row, (x, *_) in zip(held_out.rows, held_out.ids) if tuple(x) in prompts), None)
-        if leak is not None:
-            raise ValueError(f"{run.held_out_data}, line {leak}: this prompt is in {data} too")
-        return Rows(train, held_out, set_aside + more, {**run.hashes(data), "rows": "; ".join(counts)})
-    pairs, rng = list(zip(train.rows, train.ids)), stream(run.seed, "split")
-    halves = preferences.split(pairs, run.held_out_share, rng, lambda pair: tuple(pair[1][0]))
-    train, held_out = (Encoded([row for row, _ in half], [ids for _, ids in half], [], []) for half in halves)
-    print(f"{len(train.rows)} rows to train on, {len(held_out.rows)} held out")
-    return Rows(train, held_out, set_aside, {**run.hashes(data), "rows": counts[0]})
+    data: Path, run: Training, test_share: float, truncation: str, strict: bool, fields: Sequence[str],
+    start: Checkpoint, n_positions: int,
+) -> Rows:  # fmt: skip
+    """Read, validate, encode and split rows: by their prompts, as written."""
+    usable = []
+    for path in filter(None, (data, run.held_out_data)):
+        usable.append(preferences.usable_rows(path, fields, start.tokenizer, n_positions, truncation, strict))
+        print(usable[-1].summary)
+    held_out_share, held_out = (0, usable[1]) if run.held_out_data else (run.held_out_share, None)
+    parts, faults = preferences.parts(usable[0], held_out, run.seed, held_out_share, test_share)
+    document = "".join(each.set_aside for each in usable) + preferences.set_aside(data, faults, strict)
+    print(", ".join(f"{len(part.rows)} rows to {use}" for part, use in zip(parts, USES) if part.rows))
+    description = {**run.hashes(data), "rows": "; ".join(each.summary for each in usable)}
+    train, held, test = parts
+    return Rows(train, held, test, document, description if held_out else {**description, **SPLIT})
 
 
 def train(
     out: Path, start: Checkpoint, optimizer: optim.Optimizer, step: Callable[[list[int]], training.Metrics],
-    evaluation: Callable[[], training.Metrics], prompts: Sequence[list[int]], kind: str, names: Sequence[str],
-    run: Training,
+    evaluation: Callable[[Params, bool], training.Metrics], prompts: Sequence[list[int]], kind: str,
+    names: Sequence[str], run: Training, test: bool,
 ) -> Path:  # fmt: skip
-    """Train on examples with these names, report, and warn if chosen responses have become much less likely."""
+    """Train on examples with these names, report, and warn if chosen responses have become much less likely.
+
+    The evaluation takes parameters, and whether to measure them on the held-out or, once at the end, on the test rows.
+    """
     params, config, tokenizer, _ = start
 
     def replies() -> list[dict[str, str]]:
@@ -176,13 +174,21 @@ def train(
     def rows(batch: list[int]) -> str:
         return f"{kind} {', '.join(dict.fromkeys(names[i] for i in sorted(batch)[:32]))}"
 
+    def finish() -> None:
+        if test:
+            metrics = evaluation(model.placed(checkpoint.load(out).params, run.device), True)
+            write_whole(out / "test.json", (dumps(metrics, allow_nan=False) + "\n").encode())
+            loss = f"{metrics['loss']:.4f}: {out / 'test.json'}"
+            print(f"its loss on the test rows, read now for the first time, is {loss}")
+        report.write(out)
+
     every = run.evaluate_every or min(MOST_STEPS, max(LEAST_STEPS, len(names) // run.batch_size))
     settings = Settings(**{name: getattr(run._replace(evaluate_every=every), name) for name in Settings._fields})
     if run.warmup_steps > run.steps > 0:
         highest = run.learning_rate * run.steps / run.warmup_steps
         print(f"warning: --warmup-steps={run.warmup_steps} is more than --steps={run.steps}: the learning rate ends at "
               f"{highest:.2g} and never reaches {run.learning_rate:g}", file=sys.stderr)  # fmt: skip
-    task = Task(len(names), step, evaluation, replies, rows, lambda: report.write(out))
+    task = Task(len(names), step, lambda: evaluation(params, False), replies, rows, finish)
     result = run_loop(out, params, config, tokenizer, optimizer, task, settings)
     metrics = json_lines(out / "metrics.jsonl")
     best = report.best(metrics)
@@ -195,7 +201,7 @@ def train(
 
 def likelihood_run(
     out: Path, start: Checkpoint, examples: Sequence[Example], held_out: Sequence[Example],
-    prompts: Sequence[list[int]], kind: str, names: Sequence[str], run: Training,
+    prompts: Sequence[list[int]], kind: str, names: Sequence[str], run: Training, test: Sequence[Example] = (),
 ) -> Path:  # fmt: skip
     """Train on the likelihood of examples, which is what `pretrain` and `sft` share."""
     params, config = start.params, start.config
@@ -207,11 +213,11 @@ def likelihood_run(
             params, config, optimizer, batch, 1.0, run.micro_batch_size, workers.nll_sweep
         )
 
-    def evaluation() -> training.Metrics:
-        return {"loss": training.held_out_nll(params, config, held_out)}
+    def evaluation(params: Params, on_test: bool) -> training.Metrics:
+        return {"loss": training.held_out_nll(params, config, test if on_test else held_out)}
 
     with Workers(worker_count(params)) as workers:
-        return train(out, start, optimizer, step, evaluation, prompts, kind, names, run)
+        return train(out, start, optimizer, step, evaluation, prompts, kind, names, run, bool(test))
 
 
 @command("train")
@@ -249,7 +255,8 @@ def pretrain(
 @command("train")
 def sft(
     *, data: o.Examples, out: o.NewRun, responses: o.Responses = "both", strict: o.Strict = False,
-    truncation: o.Truncation = "none", beginning: Beginning = BEGINNING, run: Training = SFT,
+    truncation: o.Truncation = "none", test_share: o.TestShare = 0.0, beginning: Beginning = BEGINNING,
+    run: Training = SFT,
 ) -> Path:  # fmt: skip
     """Fine-tune a model on responses, or train a new one.
 
@@ -262,12 +269,13 @@ def sft(
     start, hashes = starting_model(
         beginning, "".join(row.prompt + "".join(row.responses) for row in texts), NEW_MODEL, run
     )
-    rows = read_rows(data, run, truncation, strict, fields, start, start.config.n_positions)
+    rows = read_rows(data, run, test_share, truncation, strict, fields, start, start.config.n_positions)
     begin(out, words, run, {**hashes, **rows.description}, rows.files(start.tokenizer))
     count = 1 if responses == "chosen" else 2
     names = [str(row.line) for row in rows.train.rows for _ in row.responses[:count]]
-    examples, held_out = ([(x, y) for x, *ys in half.ids for y in ys[:count]] for half in (rows.train, rows.held_out))
-    return likelihood_run(out, start, examples, held_out, rows.prompts(), "lines", names, run)
+    parts = ([(x, y) for x, *ys in part.ids for y in ys[:count]] for part in (rows.train, rows.held_out, rows.test))
+    examples, held_out, test = parts
+    return likelihood_run(out, start, examples, held_out, rows.prompts(), "lines", names, run, test)
 
 
 def preference_loss(loss: str | Loss, label_smoothing: float) -> Loss:
@@ -285,7 +293,7 @@ def dpo(
     *, data: o.Pairs, init: o.Init, out: o.NewRun,
     reference: Annotated[o.Reference | None, Default("the model of --init")] = None, beta: o.Beta = 0.1,
     loss: o.LossName = "dpo", label_smoothing: o.LabelSmoothing = 0.0, nll_weight: o.NllWeight = 0.0,
-    strict: o.Strict = False, truncation: o.Truncation = "none", run: Training = DPO,
+    strict: o.Strict = False, truncation: o.Truncation = "none", test_share: o.TestShare = 0.0, run: Training = DPO,
 ) -> Path:  # fmt: skip
     """Train a model to prefer the chosen responses of pairs.
 
@@ -301,7 +309,7 @@ def dpo(
         same_vocabulary(init, start, reference, other)
     objective = preference_loss(loss, label_smoothing)
     n_positions = min(config.n_positions, ref_config.n_positions)
-    rows = read_rows(data, run, truncation, strict, PAIRS, start, n_positions)
+    rows = read_rows(data, run, test_share, truncation, strict, PAIRS, start, n_positions)
     hashes = {"init_sha256": fingerprint(policy), "reference_sha256": fingerprint(ref_params)}
     begin(out, words, run, {**hashes, **rows.description}, rows.files(tokenizer))
     pairs: list[Any] = [*rows.train.ids, *rows.held_out.ids]
@@ -318,12 +326,16 @@ def dpo(
         settings = beta, objective, nll_weight, 1.0, run.micro_batch_size, workers.dpo_sweep
         return training.dpo_training_step(policy, ref_params, config, optimizer, batch, *settings)
 
-    def evaluation() -> training.Metrics:
-        return training.preference_evaluation(policy, config, held_out, beta, objective, nll_weight)
+    def evaluation(params: Params, on_test: bool) -> training.Metrics:
+        batch = held_out
+        if on_test:
+            test: list[Any] = rows.test.ids
+            batch = collate(test, *map(to_host, training.reference_logprobs(ref_params, ref_config, test)))
+        return training.preference_evaluation(params, config, batch, beta, objective, nll_weight)
 
     with Workers(worker_count(policy)) as workers:
-        names = [str(row.line) for row in rows.train.rows]
-        return train(out, start, optimizer, step, evaluation, rows.prompts(), "lines", names, run)
+        names, test = [str(row.line) for row in rows.train.rows], bool(rows.test.rows)
+        return train(out, start, optimizer, step, evaluation, rows.prompts(), "lines", names, run, test)
 
 
 @command("train")
@@ -333,12 +345,14 @@ def resume(folder: o.OldRun) -> Any:
     Continue from the last checkpoint of a run, with the options that the run was started with. Its weights end bit
     for bit as those of a run that was never stopped, on the same machine with the same number of BLAS threads.
     """
-    command_line = run_description(folder)["arguments"]
-    name, *words = command_line
+    description = run_description(folder)
+    name, *words = command_line = description["arguments"]
     if name not in COMMANDS or "resuming" not in signature(COMMANDS[name].function).parameters:
         raise CheckpointError(f"{folder / 'run.json'}: {name!a} is not a command that can be resumed")
     for word in words:
         if word.partition("=")[0] not in map(flagged, COMMANDS[name].options):
             raise CheckpointError(f"{folder / 'run.json'}: {word!a} is not an option of {name}")
     _, values = parse([*command_line, f"--out={folder}"])
+    if name in ("sft", "dpo") and not values["held_out_data"] and "split" not in description:
+        raise CheckpointError(f"{folder}: version 0.1 began this run and held out other prompts; start a new run")
     return COMMANDS[name].function(**values, resuming=True)

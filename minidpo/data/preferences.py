@@ -5,14 +5,18 @@ A file is JSON Lines, in TRL's format: `{"prompt": ..., "chosen": ..., "rejected
 so a prompt that should end in a newline contains one. Every line that cannot be used becomes a `Fault` with its reason.
 """
 
+import collections
 import contextlib
+import hashlib
 import itertools
 import json
 import os
+import re
 import stat
 from collections.abc import Callable, Hashable, Sequence
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy
 
@@ -23,6 +27,19 @@ PAIRS = ("prompt", "chosen", "rejected")
 COMPLETIONS = ("prompt", "completion")
 MAX_LINE_BYTES = 2**20  # without the newline
 TRUNCATIONS = ("none", "prompt", "response")
+
+TO_LINES = "to_json(..., orient='records', lines=True)"
+KINDS = {  # of files that begin with these bytes, and what makes text of them
+    b"\x1f\x8b": ("compressed with gzip", "decompress it with gunzip"),
+    b"BZh91AY&SY": ("compressed with bzip2", "decompress it with bunzip2"),
+    b"\xfd7zXZ": ("compressed with xz", "decompress it with unxz"),
+    b"\x28\xb5\x2f\xfd": ("compressed with zstd", "decompress it with unzstd"),
+    b"PK\x03\x04": ("a ZIP archive", "unzip it"),
+    b"PAR1": ("Parquet", "convert it with pandas.read_parquet(...)." + TO_LINES),
+    b"ARROW1\0": ("Arrow", "convert it with pandas.read_feather(...)." + TO_LINES),
+}
+ANY_OBJECT = re.compile(rb"^[ \t]*\{.*\}[ \t\r]*$", re.MULTILINE)  # a line that is one
+ONE_OBJECT = "a file of pairs has one JSON object on each line (JSON Lines)"
 
 T = TypeVar("T")
 
@@ -44,28 +61,25 @@ class Fault(NamedTuple):
     text: str
 
 
-class ShapeError(ValueError):
-    """The file has another of TRL's shapes; the message names it and says how to convert it."""
-
-
 class Encoded(NamedTuple):
     """Rows as ids."""
 
     rows: list[Row]
     ids: list[tuple[list[int], ...]]  # prompt and responses of each row
     faults: list[Fault]
-    truncated: list[int]  # line numbers of the rows that were cut to fit the context
+    truncated: list[int]  # line numbers of those of these rows that were cut to fit the context
 
 
 def read(path: Path, fields: Sequence[str] = PAIRS) -> tuple[list[Row], list[Fault]]:
     """Read a JSON Lines file: the rows that can be used, and the lines that cannot.
 
     A line is a fault if it is not a JSON object in UTF-8 of at most `MAX_LINE_BYTES`, if a field is missing or not a
-    string, if a response is empty, or if chosen equals rejected. Empty lines are skipped.
-    Raises ShapeError if the file has another of TRL's shapes.
+    string, if a response is empty, or if chosen equals rejected. A fault in another of TRL's shapes names that shape
+    and says how to convert it. Empty lines are skipped, and so are columns that are not in `fields`.
     """
     entries: list[Row | Fault] = []
     with open_regular(path) as file:
+        refuse_other_formats(path, file)
         for line in itertools.count(1):
             content = file.readline(MAX_LINE_BYTES + 2)
             if not content:
@@ -75,40 +89,65 @@ def read(path: Path, fields: Sequence[str] = PAIRS) -> tuple[list[Row], list[Fau
                 while content and not content.endswith(b"\n"):
                     content = file.readline(MAX_LINE_BYTES)
             elif content.strip():
-                entries.append(row_or_fault(path, line, content, fields))
+                entries.append(row_or_fault(line, content, fields))
     rows = [entry for entry in entries if isinstance(entry, Row)]
     faults = [entry for entry in entries if isinstance(entry, Fault)]
-    promptless = next((fault for fault in faults if fault.reason == "prompt is missing"), None)
-    if promptless and not rows and "chosen" in fields:
-        raise ShapeError(
-            f"{path}, line {promptless.line}: no row has a prompt, this is the implicit-prompt shape; "
-            'move what chosen and rejected have in common at the beginning into a "prompt"'
-        )
     return rows, faults
 
 
-def open_regular(path: Path) -> BinaryIO:
-    """Open a file for reading; raises ValueError for a pipe or device, which cannot be read twice or never ends."""
+def open_regular(path: Path) -> BufferedReader:
+    """Open a file of text in UTF-8 for reading.
+
+    Raises ValueError for a pipe or device, which cannot be read twice or never ends, and for a known binary format.
+    """
     file = path.open("rb")
-    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+    fault, status = "", os.fstat(file.fileno())
+    if not stat.S_ISREG(status.st_mode):
+        fault = "is not a regular file: save its content in one and pass that"
+    else:
+        head = file.peek(256)
+        kind = next((kind for first_bytes, kind in KINDS.items() if head.startswith(first_bytes)), None)
+        marked = head[:2] in (b"\xff\xfe", b"\xfe\xff") and status.st_size % 2 == 0
+        if kind is None and (marked or head.count(0) * 8 > len(head)):
+            kind = "text in UTF-16" if marked else "binary, or text in UTF-16 or UTF-32", "save it as UTF-8"
+        fault = f"is {kind[0]}, not text in UTF-8: {kind[1]}" if kind else ""
+    if fault:
         file.close()
-        raise ValueError(f"{path} is not a regular file: save its content in one and pass that")
+        raise ValueError(f"{path} {fault}")
     return file
 
 
+def refuse_other_formats(path: Path, file: BufferedReader) -> None:
+    """Raise ValueError if a file's beginning shows that it is not JSON Lines, with what to do; then rewind it."""
+    head = file.read(MAX_LINE_BYTES).removeprefix(b"\xef\xbb\xbf").strip()
+    file.seek(0)
+    kind = ""
+    if re.match(rb"\[\s*(\{|\Z)", head):
+        kind = "is a JSON array: write its objects one a line, with jq -c '.[]'"
+    elif b"\r" in head and b"\n" not in head:
+        kind = "ends its lines with carriage returns alone: convert it with tr '\\r' '\\n'"
+    elif head and len(head.partition(b"\n")[0]) < MAX_LINE_BYTES // 2 and not re.search(ANY_OBJECT, head):
+        kind = "is CSV, another table or plain text: convert it with pandas.read_csv(...)." + TO_LINES
+        if head.startswith(b"{"):
+            kind = "has JSON objects that are broken off or go over several lines: write each on one, with jq -c ."
+    if kind:
+        raise ValueError(f"{path} {kind}; {ONE_OBJECT}")
+
+
 def fields_of(path: Path) -> tuple[str, ...]:
-    """`PAIRS` or `COMPLETIONS`, according to the first object in the file that has a response."""
+    """`PAIRS` or `COMPLETIONS`, whichever more of the file's rows have."""
+    votes = 0  # of rows for PAIRS, less those for COMPLETIONS
     with open_regular(path) as file:
         for content in iter(lambda: file.readline(MAX_LINE_BYTES + 2), b""):
             with contextlib.suppress(ValueError, RecursionError):
                 document = json.loads(content.decode("utf-8-sig"))
-                if isinstance(document, dict) and document.keys() & {"chosen", "rejected", "completion"}:
-                    return PAIRS if document.keys() & {"chosen", "rejected"} else COMPLETIONS
-    return PAIRS
+                keys = document.keys() if isinstance(document, dict) else set()
+                votes += 1 if {"chosen", "rejected"} <= keys else -1 if "completion" in keys else 0
+    return PAIRS if votes >= 0 else COMPLETIONS
 
 
-def row_or_fault(path: Path, line: int, content: bytes, fields: Sequence[str]) -> Row | Fault:
-    """Parse one line; raises ShapeError if it has another shape."""
+def row_or_fault(line: int, content: bytes, fields: Sequence[str]) -> Row | Fault:
+    """Parse one line."""
     text = content.decode("utf-8", errors="backslashreplace").removeprefix("\ufeff").rstrip("\r\n")
 
     def fault(reason: str) -> Fault:
@@ -126,9 +165,10 @@ def row_or_fault(path: Path, line: int, content: bytes, fields: Sequence[str]) -
         return fault("is JSON that Python cannot read: a number has too many digits, or the nesting is too deep")
     if not isinstance(document, dict):
         return fault("is not a JSON object")
-    shape, hint = other_shape(document, fields)
-    if shape:
-        raise ShapeError(f"{path}, line {line}: this is the {shape} shape; {hint}")
+    if any(not isinstance(document.get(name), str) for name in fields):
+        shape, hint = other_shape(document, fields)
+        if shape:
+            return fault(f"this is the {shape} shape; {hint}")
     missing = [name for name in fields if name not in document]
     if missing:
         return fault(f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing")
@@ -163,6 +203,8 @@ def other_shape(document: dict[str, Any], fields: Sequence[str]) -> tuple[str, s
         return "unpaired-preference", 'put two responses to the same prompt into one row, as "chosen" and "rejected"'
     if "completion" in document and "chosen" in fields and not {"chosen", "rejected"} & document.keys():
         return "prompt-completion", "it has one response per prompt; `sft` takes it as its --data"
+    if "prompt" not in document and {"chosen", "rejected"} <= document.keys() and "chosen" in fields:
+        return "implicit-prompt", 'move what chosen and rejected have in common at the beginning into a "prompt"'
     if "text" in document and not set(fields) & document.keys():
         return "language-modeling", "write each text on a line of a plain text file and pass that to `pretrain`"
     return "", ""
@@ -199,15 +241,16 @@ def encode(rows: Sequence[Row], tokenizer: Tokenizer, n_positions: int, truncati
             )
             encoded.faults.append(Fault(row.line, reason, row.text))
             continue
-        if len(x) + longest > limit:
+        too_long = len(x) + longest > limit
+        if too_long:
             x, ys = cut(x, ys, limit, truncation)
-            encoded.truncated.append(row.line)
         if len(ys) == 2 and ys[0] == ys[1]:
             reason = "chosen and rejected have the same ids, after truncation or replacement"
             encoded.faults.append(Fault(row.line, reason, row.text))
             continue
         encoded.rows.append(row)
         encoded.ids.append((x, *ys))
+        encoded.truncated.extend([row.line] * too_long)
     return consistent(encoded) if all(len(row.responses) == 2 for row in rows) else encoded
 
 
@@ -228,7 +271,7 @@ def consistent(encoded: Encoded) -> Encoded:
     first_lines: dict[tuple[tuple[int, ...], ...], int] = {}
     for key, row in zip(keys, encoded.rows):
         first_lines.setdefault(key, row.line)
-    result = Encoded([], [], list(encoded.faults), encoded.truncated)
+    result = Encoded([], [], list(encoded.faults), [])
     for key, row, ids in zip(keys, encoded.rows, encoded.ids):
         x, w, l = key
         first, opposite = first_lines[key], first_lines.get((x, l, w))
@@ -240,7 +283,8 @@ def consistent(encoded: Encoded) -> Encoded:
         else:
             result.rows.append(row)
             result.ids.append(ids)
-    return result
+    usable = {row.line for row in result.rows}
+    return result._replace(truncated=[line for line in encoded.truncated if line in usable])
 
 
 def split(
@@ -277,22 +321,74 @@ def read_texts(path: Path, blocks: bool) -> list[str]:
         try:
             content = file.read().decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
         except UnicodeDecodeError as error:
-            raise ValueError(f"{path}: byte {error.start} is not UTF-8") from error
+            raise ValueError(f"{path}: byte {error.start} is not UTF-8: save the file as UTF-8") from error
     texts = [text.strip("\n") for text in content.split("\n\n" if blocks else "\n") if text.strip("\n")]
     if not texts:
         raise ValueError(f"{path}: there is no text in it")
     return texts
 
 
+class Usable(NamedTuple):
+    """The rows of a file that can be used, the others with their reasons, and what is said of them."""
+
+    path: Path
+    ids: Encoded
+    faults: list[Fault]
+    set_aside: str  # the faults as JSON Lines
+    summary: str
+
+
 def usable_rows(
     data: Path, fields: Sequence[str], tokenizer: Tokenizer, n_positions: int, truncation: str, strict: bool
-) -> tuple[Encoded, list[Fault], str]:
-    """The rows of a file that can be used, the others with their reasons, and those as JSON Lines to keep."""
+) -> Usable:
+    """Read and encode a file; raises ValueError if no row can be used."""
     rows, faults = read(data, fields)
     ids = encode(rows, tokenizer, n_positions, truncation)
     faults = sorted(faults + ids.faults)
     document = set_aside(data, faults, strict)
     if not ids.rows:
-        reason = f" (line {faults[0].line}: {faults[0].reason})" if faults else ""
-        raise ValueError(f"{data}: no row can be used{reason}")
-    return ids, faults, document
+        count = collections.Counter(fault.reason for fault in faults)
+        first = max(faults, key=lambda fault: count[fault.reason], default=None)  # the first of the commonest
+        raise ValueError(f"{data}: no row can be used" + (f" (line {first.line}: {first.reason})" if first else ""))
+    summary = f"{data.name}: {len(ids.rows)} rows, {len(faults)} set aside"
+    return Usable(data, ids, faults, document, summary + (f", {len(ids.truncated)} truncated" * bool(ids.truncated)))
+
+
+def part(prompt: str, seed: int, held_out_share: float, test_share: float) -> int:
+    """The part of a prompt: 0 to train on, 1 held out, 2 to test on. Other prompts have no influence on it."""
+    u = int.from_bytes(hashlib.sha256(f"{seed} {prompt}".encode()).digest()[:8], "big") / 2**64  # in [0, 1]
+    return 1 if u < held_out_share else 2 if u >= 1 - test_share else 0
+
+
+def parts(
+    train: Usable, held_out: Usable | None, seed: int, held_out_share: float, test_share: float
+) -> tuple[list[Encoded], list[Fault]]:
+    """Rows to train on, held out and to test on, in three disjoint sets of prompts; rows that would join two sets.
+
+    Prompts are compared as written. Those that are equal only as ids, cut or with replaced characters, are set aside in
+    the later part. A file of held-out rows replaces the share, and may have no prompt in common with the other file.
+    """
+    rows = [(part(row.prompt, seed, held_out_share, test_share), row, ids) for row, ids in zip(*train.ids[:2])]
+    if held_out:
+        prompts = {row.prompt for row in train.ids.rows} | {tuple(x) for x, *_ in train.ids.ids}
+        for row, (x, *_) in zip(*held_out.ids[:2]):
+            if {row.prompt, tuple(x)} & prompts:
+                raise ValueError(f"{held_out.path}, line {row.line}: this prompt is in {train.path} too")
+    result, faults = [Encoded([], [], [], []) for _ in range(3)], []
+    owners: dict[tuple[int, ...], tuple[int, int]] = {}  # part and line of the first row with the ids of a prompt
+    for number, row, ids in sorted(rows, key=lambda entry: entry[0]):
+        owner, line = owners.setdefault(tuple(ids[0]), (number, row.line))
+        if owner == number:
+            result[number].rows.append(row)
+            result[number].ids.append(ids)
+        else:
+            faults.append(Fault(row.line, f"has the ids of line {line}'s prompt, which is in another part", row.text))
+    if held_out:
+        result[1] = held_out.ids
+    for each, name, share in zip(result, ("train on", "hold out", "test on"), (1, 1, test_share)):
+        if share and not each.rows:
+            raise ValueError(
+                f"{train.path}: none of its {len({row.prompt for _, row, _ in rows})} different prompts is one to "
+                f"{name}: add prompts, change --held-out-share, --test-share or --seed, or pass --held-out-data"
+            )
+    return result, faults

@@ -1,0 +1,347 @@
+"""The wiring between each option and the number that it should change: a command against its twin.
+
+Every case runs a command of two steps, and twin.py computes the same numbers on its own. An option without a case
+fails by its name. Then the chain of the demo, and what is cached.
+"""
+
+import json
+from dataclasses import asdict
+
+import numpy as np
+import pytest
+
+from device_double import ndarray
+from minidpo import checkpoint, cli, generation, model, scoring, training
+from minidpo.cli import parser, train
+from minidpo.explain import displacement
+from minidpo.run import report, safetensors
+from minidpo.run.folder import json_lines
+from minidpo.run.reference import cached_reference_logprobs
+from test_demo import SIZES
+from twin import CONFIG, LETTERS, differences, encoded, expected, ids, logprobs, prepared, reference_scores, weights
+
+STEPS = {"pretrain": 4, "sft": 12, "dpo": 2}
+TINY = SIZES._replace(texts=20, completions=20, pairs=12, held_out=6, replies=6, steps=STEPS)
+
+# ---- the cases: for each option of a command the values to try, or the name of a test ------------------------------
+# A dict before the values is set for the case and for what it is compared with.
+
+NEW = {"init": None, "n_embd": 8, "n_layer": 1, "n_head": 2, "n_positions": 20}  # a new model, not that of --init
+RISING = {"learning_rate": 0.5, "steps": 5}  # the held-out loss rises, so that patience ends
+TRAINING = {
+    "seed": [NEW, 3], "held_out_data": ["held_too"], "steps": [3], "batch_size": [3],
+    "learning_rate": [0.02], "warmup_steps": [{"steps": 3}, 2], "evaluate_every": [2], "patience": [RISING, 1],
+    "data": ["more"], "out": "names_the_folder", "held_out_share": "holds_out_a_share",
+    "micro_batch_size": "leaves_the_gradient", "device": "moves_the_arrays",
+}  # fmt: skip
+BEGINNING = {
+    "init": ["other"], "n_embd": [NEW, 12], "n_layer": [NEW, 2], "n_head": [NEW, 4], "n_positions": [NEW, 24],
+    "replacement": [NEW, True],
+}  # fmt: skip
+ROW_OPTIONS = {"strict": [True], "truncation": ["prompt", "response"]}
+SCORING = {"checkpoint": ["other"], "data": ["more"], "reference": ["init"], "beta": [1.5], **ROW_OPTIONS}
+CASES = {
+    "pretrain": {**TRAINING, **BEGINNING, "blocks": [True]},
+    "sft": {**TRAINING, **BEGINNING, **ROW_OPTIONS, "responses": ["chosen"]},
+    "dpo": {
+        **TRAINING, **ROW_OPTIONS, "seed": [3], "init": ["other"], "reference": [None], "beta": [1.5],
+        "loss": ["ipo", "reference-free"], "label_smoothing": [0.2], "nll_weight": [2.0],
+    },
+    "evaluate": {**SCORING, "device": "moves_the_arrays", "json": "prints_the_result"},
+    "score": {**SCORING, "device": "moves_the_arrays"},
+    "sample": {
+        "checkpoint": ["other"], "prompt": ["bad"], "newline": [True], "samples": [200],
+        "temperature": [0.3], "top_k": [2], "top_p": [0.5], "seed": "draws_other_texts",
+        "max_new_tokens": "bounds_the_texts", "device": "moves_the_arrays",
+    },
+    "judge": {"checkpoint": [["desk_other"]], "reference": ["desk"], "replies": [3], "seed": [1]},
+    "explain": {
+        "checkpoint": ["other"], "prompt": ["dd"], "chosen": ["bca"], "rejected": ["aa"],
+        "newline": [True], "reference": [None], "beta": [1.5], "learning_rate": [1e-5],
+        "json": "prints_the_result", "html": "writes_a_page", "graph": "writes_a_graph",
+    },
+    "displacement": {**SCORING, "learning_rate": [1e-4]},
+}  # fmt: skip
+SHORT = {"data": "pairs", "held_out_data": "held", "init": "init", "out": "run", "steps": 2, "batch_size": 4, "seed": 0,
+         "evaluate_every": 1, "warmup_steps": 0, "learning_rate": 0.05}  # fmt: skip
+BOTH = {"checkpoint": "init", "reference": "other", "data": "pairs"}
+BASE = {
+    "pretrain": SHORT, "sft": SHORT, "dpo": {**SHORT, "reference": "other", "beta": 0.5}, "evaluate": BOTH,
+    "score": BOTH, "displacement": BOTH, "sample": {"checkpoint": "init", "prompt": "ab", "samples": 400,
+    "max_new_tokens": 1}, "judge": {"checkpoint": ["desk"], "reference": "desk_other", "replies": 6},
+    "explain": {"checkpoint": "init", "reference": "other", "prompt": "ab", "chosen": "dc", "rejected": "bba"},
+}  # fmt: skip
+
+
+def test_every_option_has_a_case():
+    """A new option of a training or measuring command needs a case here."""
+    assert {name for name, known in parser.COMMANDS.items() if known.group in ("train", "look")} <= {*CASES, "resume"}
+    for name, cases in CASES.items():
+        assert set(cases) == set(parser.COMMANDS[name].options), name
+    assert all(f"test_an_option_{case}" in globals() for case, _ in OTHERS)
+
+
+# ---- what a command gives -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return prepared(tmp_path_factory.mktemp("wiring"))
+
+
+@pytest.fixture(autouse=True)
+def plain(monkeypatch):
+    """One process, no curves; `displacement` returns its numbers."""
+    monkeypatch.setattr(train, "worker_count", lambda params: 1)
+    monkeypatch.setattr(report, "installed", lambda: False)
+    monkeypatch.setattr(displacement, "meter_as_text", lambda steps: [asdict(step) for step in steps])
+
+
+def result_of(root, out, name, values):
+    """What a command line returns, or "refused" for a row that cannot be used."""
+    words = [name]
+    for option, value in values.items():
+        if option in ("data", "held_out_data") and value:
+            value = root / f"{value}.{'txt' if name == 'pretrain' else 'jsonl'}"
+        elif option in ("init", "reference", "checkpoint") and value:
+            value = [root / each for each in value] if isinstance(value, list) else root / value
+        elif option in ("out", "html", "graph"):
+            value = out / value
+        flag = parser.flagged(option)
+        if isinstance(value, list):
+            words += [flag, *map(str, value)]
+        elif value is not None:
+            words += [flag if value is True else f"{flag}={value}"]
+    _, arguments = parser.parse(words)
+    try:
+        return parser.COMMANDS[name].function(**arguments)
+    except ValueError as error:
+        if "without --strict" not in str(error):
+            raise
+        return "refused"
+
+
+def outcome(root, out, name, values):
+    """The numbers that a command line gives; those of a training run are in its folder."""
+    result = result_of(root, out, name, values)
+    if result == "refused":
+        return {"refused": True}
+    if name == "sample":
+        begin, texts = "" if values.get("newline") else values["prompt"], result
+        assert all(text.startswith(begin) for text in texts)
+        firsts = [text.removeprefix(begin)[:1] for text in texts]
+        return {"count": len(texts), "frequencies": np.array([firsts.count(c) / len(texts) for c in ["", *LETTERS]])}
+    if "out" not in values:
+        return {"numbers": result}
+    run = out / values["out"]
+    lines = json_lines(run / "metrics.jsonl")
+    saved = checkpoint.load(run / f"step-{lines[-1]['step']:06d}")
+    params = {key: p.data for key, p in saved.params.items()} if values.get("init") else {}
+    return {"vocabulary": saved.tokenizer.characters, "config": vars(saved.config), "lines": lines, "params": params}
+
+
+TRIED = [
+    pytest.param(name, option, value, case[0] if isinstance(case[0], dict) else {}, id=f"{name} {option}={value}")
+    for name, cases in CASES.items()
+    for option, case in cases.items()
+    for value in (case if isinstance(case, list) else [])
+    if not isinstance(value, dict)
+]
+
+
+@pytest.mark.parametrize(("name", "option", "value", "before"), TRIED)
+def test_an_option_changes_what_its_help_says(name, option, value, before, root, tmp_path):
+    """A command gives its twin's numbers, and the option changes them."""
+    base = {**BASE[name], **before}
+    options = {**base, option: value}
+    rel = 0.08 if name == "sample" else 1e-6 if options.get("init", True) else 2e-3  # a new model has float32
+    right = expected(root, name, options)
+    assert differences(outcome(root, tmp_path, name, options), right, rel) == []
+    assert differences(expected(root, name, base), right, rel) != []
+
+
+def test_a_step_is_clipped_in_every_base_case(root):
+    """Clipping scales the two gradients of a base case by different factors, so it shows even under AdamW."""
+    for name in ("pretrain", "sft", "dpo"):
+        lines = expected(root, name, BASE[name])["lines"]
+        factors = [min(1, 1 / line["grad_norm"]) for line in lines if "grad_norm" in line]
+        assert min(factors) < 0.9 * max(factors), name
+
+
+# ---- options whose result is not a number ---------------------------------------------------------------------------
+
+OTHERS = [(case, name) for name, cases in CASES.items() for case in cases.values() if isinstance(case, str)]
+
+
+def having(case):
+    """The commands with an option of this case."""
+    return pytest.mark.parametrize("name", [name for each, name in OTHERS if each == case])
+
+
+def recorded(monkeypatch, module, name, record):
+    """Let a function record its arguments."""
+    function = getattr(module, name)
+    monkeypatch.setattr(module, name, lambda *args, **words: record(*args) or function(*args, **words))
+
+
+@having("names_the_folder")
+def test_an_option_names_the_folder(name, root, tmp_path):
+    """Everything that a run writes is in the folder of --out."""
+    result = result_of(root, tmp_path, name, {**BASE[name], "out": "there"})
+    assert [path.name for path in tmp_path.iterdir()] == ["there"] and result.parent == tmp_path / "there"
+
+
+def watched(monkeypatch):
+    """The prompts of each evaluation and each step, as they come; a text alone is its own."""
+    batches = []
+    places = {"sft_training_step": 3, "dpo_training_step": 4, "held_out_nll": 2, "preference_evaluation": 2}
+    for function, place in places.items():
+
+        def record(*args, place=place):
+            examples = getattr(args[place], "pairs", args[place])
+            batches.append({tuple(y if len(x) == 1 else x) for x, y, *_ in examples})
+
+        recorded(monkeypatch, training, function, record)
+    return batches
+
+
+@having("holds_out_a_share")
+def test_an_option_holds_out_a_share(name, root, tmp_path, monkeypatch):
+    """No prompt or text is both trained on and held out, and a larger share holds out more of them."""
+    batches, counts = watched(monkeypatch), []
+    for share in (0.2, 0.6):
+        options = {**BASE[name], "data": "many", "held_out_data": None, "held_out_share": share, "steps": 1}
+        result_of(root, tmp_path, name, {**options, "batch_size": 150, "out": f"run{share}"})
+        held_out, trained, _ = batches[-3:]
+        assert trained and held_out and not trained & held_out
+        counts.append((len(held_out), len(trained)))
+    (few, more), (many, fewer) = counts
+    assert many > 1.5 * few and more > 1.3 * fewer
+
+
+@having("leaves_the_gradient")
+def test_an_option_leaves_the_gradient(name, root, tmp_path, monkeypatch):
+    """Micro-batches give the result of the batch, from forward passes of that many examples."""
+    sizes = set()
+    for function in ("shared_logprobs", "packed_logprobs"):
+        recorded(monkeypatch, training, function, lambda params, _, examples: sizes.add(
+            len(examples) if params["wte.weight"].requires_grad else 0))  # fmt: skip
+    options = {**BASE[name], "micro_batch_size": 3}
+    assert differences(outcome(root, tmp_path, name, options), expected(root, name, BASE[name]), 1e-6) == []
+    assert sizes - {0} == {3, 1}
+
+
+@having("moves_the_arrays")
+def test_an_option_moves_the_arrays(name, root, tmp_path, monkeypatch, cupy):
+    """With --device cuda every forward pass has the device's arrays, and the result is the same."""
+    right = expected(root, name, BASE[name])
+    kinds = set()
+    for module in (model, scoring, generation):
+        recorded(monkeypatch, module, "row_logits", lambda params, *_: kinds.add(type(params["wte.weight"].data)))
+    assert differences(outcome(root, tmp_path, name, {**BASE[name], "device": "cuda"}), right, 0.08) == []
+    assert kinds == {ndarray}
+
+
+@having("prints_the_result")
+def test_an_option_prints_the_result(name, root, tmp_path, capsys):
+    """With --json the output is the result, which is that of the twin."""
+    result = result_of(root, tmp_path, name, {**BASE[name], "json": True})
+    assert json.loads(capsys.readouterr().out) == json.loads(json.dumps(result))
+    assert differences({"numbers": result}, expected(root, name, BASE[name]), 1e-6) == []
+
+
+@having("writes_a_page")
+def test_an_option_writes_a_page(name, root, tmp_path):
+    """The page shows the pair of the command."""
+    facts = result_of(root, tmp_path, name, {**BASE[name], "html": "pair.html"})
+    assert [path.name for path in tmp_path.iterdir()] == ["pair.html"]
+    assert facts["says"].split(":")[0] in (tmp_path / "pair.html").read_text()
+
+
+@having("writes_a_graph")
+def test_an_option_writes_a_graph(name, root, tmp_path):
+    """The graph ends in the loss of the pair."""
+    facts = result_of(root, tmp_path, name, {**BASE[name], "graph": "loss.dot", "beta": 0.7})
+    assert f"neg\\ndata {facts['loss']:.4g}" in (tmp_path / "loss.dot").read_text()
+
+
+@having("draws_other_texts")
+def test_an_option_draws_other_texts(name, root, tmp_path):
+    """One seed gives the same texts again, another gives others."""
+    options = {**BASE[name], "samples": 20, "max_new_tokens": 8}
+    texts = [result_of(root, tmp_path, name, {**options, "seed": seed}) for seed in (0, 0, 1)]
+    assert texts[0] == texts[1] != texts[2]
+
+
+@having("bounds_the_texts")
+def test_an_option_bounds_the_texts(name, root, tmp_path):
+    """A response has at most N tokens, by default those that fit the context, and the likeliest do not depend on N."""
+    for most in (None, 3, 6):
+        texts = result_of(root, tmp_path, name, {**BASE[name], "max_new_tokens": most})
+        longest = max(len(text) - len(BASE[name]["prompt"]) for text in texts)
+        assert longest == most if most else 6 < longest <= CONFIG.n_positions + 1 - 3
+
+
+# ---- the chain of the demo, and what is cached ----------------------------------------------------------------------
+
+
+def test_each_stage_of_the_demo_begins_from_the_weights_that_it_names(tmp_path):
+    """Base, SFT, DPO: a stage begins from the model before it, and the reference of DPO and of the KL is SFT."""
+    desk = cli.demo(out=tmp_path / "desk", sizes=TINY)
+    base, sft, dpo = (weights(desk, stage) for stage in ("pretrain", "sft", "dpo"))
+    letters = checkpoint.load(desk / "sft").tokenizer.characters
+
+    def held_out(kind, *fields):
+        rows = map(json.loads, (desk / "data" / f"{kind}_held_out.jsonl").read_text().splitlines())
+        return [([0, *ids(row["prompt"], letters)], [*ids(row[name], letters), 0]) for row in rows for name in fields]
+
+    examples = held_out("completions", "completion")
+    nats = -logprobs(*base, examples).data.sum() / sum(len(y) for _, y in examples)
+    first, *_ = json_lines(desk / "sft" / "metrics.jsonl")
+    assert first["eval_loss"] == pytest.approx(nats, rel=1e-5)
+    chosen, rejected = held_out("pairs", "chosen"), held_out("pairs", "rejected")
+    first, *_ = json_lines(desk / "dpo" / "metrics.jsonl")
+    assert first["eval_logps/chosen"] == pytest.approx(logprobs(*sft, chosen).data.mean(), rel=1e-5)
+    assert first["eval_rewards/ties"] == 1 and first["eval_rewards/chosen"] == first["eval_rewards/rejected"] == 0
+    scores, _, _ = safetensors.read(desk / "dpo" / "reference.safetensors")
+    for side, texts in (("w", chosen), ("l", rejected)):  # the held-out pairs come last
+        right = logprobs(*sft, texts).data
+        assert scores[f"ref_logp_{side}"][-len(texts) :] == pytest.approx(right, rel=1e-5)
+        assert logprobs(*base, texts).data != pytest.approx(right, rel=1e-4)
+    best = min(
+        (line for line in json_lines(desk / "dpo" / "metrics.jsonl") if "eval_loss" in line),
+        key=lambda line: line["eval_loss"],
+    )
+    ratio = (logprobs(*dpo, chosen).data - logprobs(*sft, chosen).data).mean()
+    assert best["eval_rewards/chosen"] == pytest.approx(0.2 * ratio, rel=1e-3, abs=1e-5)
+    kls = [row["kl"] for row in json.loads((desk / "results.json").read_text())["models"]]
+    assert kls[1] == pytest.approx(0, abs=1e-4) and abs(kls[0]) > 1e-3
+
+
+def test_reference_scores_are_cached_in_the_order_of_the_pairs(root, tmp_path):
+    """Computed, written and read back, each score belongs to its pair and its side."""
+    pairs = [tuple(pair) for _, *pair in encoded("pairs", {}, CONFIG.n_positions)]
+    saved, path = checkpoint.load(root / "other"), tmp_path / "scores.safetensors"
+    for _ in range(2):
+        scores = cached_reference_logprobs(path, saved.params, CONFIG, saved.tokenizer, pairs)
+        for actual, right in zip(scores, reference_scores(root, "other", pairs)):
+            assert actual == pytest.approx(right, rel=1e-9)
+
+
+def test_a_step_gets_the_reference_scores_of_its_pairs(root, tmp_path, monkeypatch):
+    """In the dpo command too, after a step and after a resume: the reference is not the policy of now."""
+    batches = []
+
+    def record(*args):
+        batches.append(args[4])
+        if len(batches) == 3:
+            raise KeyboardInterrupt
+
+    recorded(monkeypatch, training, "dpo_training_step", record)
+    with pytest.raises(KeyboardInterrupt):
+        result_of(root, tmp_path, "dpo", {**BASE["dpo"], "steps": 4})
+    cli.resume(tmp_path / "run")
+    assert len(batches) == 5 and batches[2].pairs == batches[3].pairs
+    for pairs, *scores in batches:
+        for actual, right in zip(scores, reference_scores(root, "other", pairs), strict=True):
+            assert actual == pytest.approx(right, rel=1e-9)
