@@ -84,9 +84,6 @@ def test_the_commands_exist(tmp_path, monkeypatch):
     lines = [line for page in PAGES.values() for line in page.splitlines() if line.startswith("minidpo ")]
     commands = list(dict.fromkeys(tuple(shlex.split(line)[1:]) for line in lines))
     assert {name for name, *_ in commands} >= {"demo", "check", "explain", "sft", "dpo", "evaluate", "sample", "judge"}
-    row = '{{"prompt": "my order is late.{0}\\n", "chosen": "sorry{0}", "rejected": "no{0}"}}\n'
-    for name in ("pairs.jsonl", "more.jsonl"):
-        (tmp_path / name).write_text("".join(row.format(i) for i in range(6)))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(desk, "FULL", SIZES)
     monkeypatch.setattr(equalities, "EQUALITIES", equalities.EQUALITIES[:3])

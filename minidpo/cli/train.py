@@ -179,22 +179,26 @@ def train(
     def rows(batch: list[int]) -> str:
         return f"{kind} {', '.join(dict.fromkeys(names[i] for i in sorted(batch)[:32]))}"
 
+    def finish() -> None:
+        if test:
+            metrics = evaluation(model.placed(checkpoint.load(out).params, run.device), True)
+            write_whole(out / "test.json", (dumps(metrics, allow_nan=False) + "\n").encode())
+            loss = f"{metrics['loss']:.4f}: {out / 'test.json'}"
+            print(f"its loss on the test rows, which chose nothing, is {loss}")
+        report.write(out)
+
     every = run.evaluate_every or min(MOST_STEPS, max(LEAST_STEPS, len(names) // run.batch_size))
     settings = Settings(**{name: getattr(run._replace(evaluate_every=every), name) for name in Settings._fields})
     if run.warmup_steps > run.steps > 0:
         highest = run.learning_rate * run.steps / run.warmup_steps
         print(f"warning: --warmup-steps={run.warmup_steps} is more than --steps={run.steps}: the learning rate ends at "
               f"{highest:.2g} and never reaches {run.learning_rate:g}", file=sys.stderr)  # fmt: skip
-    task = Task(len(names), step, lambda: evaluation(params, False), replies, rows, lambda: report.write(out))
+    task = Task(len(names), step, lambda: evaluation(params, False), replies, rows, finish)
     result = run_loop(out, params, config, tokenizer, optimizer, task, settings)
     metrics = json_lines(out / "metrics.jsonl")
     best = report.best(metrics)
     print(f"the lowest held-out loss was {best['eval_loss']:.4f}, at step {best['step']}")
     print(f"its model is {result}; read {out / 'report.md'}")
-    if test:
-        numbers = evaluation(model.placed(checkpoint.load(result).params, run.device), True)
-        write_whole(out / "test.json", (dumps(numbers, allow_nan=False) + "\n").encode())
-        print(f"its loss on the test rows, read now for the first time, is {numbers['loss']:.4f}: {out / 'test.json'}")
     for sentence in report.warnings(metrics):
         print(f"warning: {sentence}", file=sys.stderr)
     return result
