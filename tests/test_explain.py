@@ -197,7 +197,8 @@ def test_the_four_ways_agree(ids, seed):
     logp_w, logp_l = scoring.shared_logprobs(params, CONFIG, [ids])
     losses.dpo_loss(logp_w, logp_l, [view.ref_logp_w], [view.ref_logp_l], view.beta).loss.backward()
     for row, p in zip(rows[-len(params) :], params.values(), strict=True):
-        close(abs(row.autograd), abs(p.grad).max(), rtol=1e-9, atol=1e-14)  # the entry with the largest gradient
+        # the entry with the largest gradient; equal responses leave only rounding
+        close(abs(row.autograd), abs(p.grad).max(), rtol=1e-9, atol=1e-13)
 
 
 def test_the_difference_is_as_fine_as_beta_asks():
