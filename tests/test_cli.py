@@ -250,7 +250,7 @@ def test_python_calls_are_command_lines(trained, capsys):
     assert capsys.readouterr().out.splitlines() == printed
     assert "samples" in inspect.signature(cli.sample).parameters
     assert inspect.signature(cli.dpo).parameters["steps"].default == parser.COMMANDS["dpo"].options["steps"].default
-    assert "learning_rate: typing.Annotated[float, 'peak learning rate" in str(inspect.signature(cli.dpo))
+    assert "Annotated[float, 'peak learning rate" in str(inspect.signature(cli.dpo))
     with pytest.raises(TypeError, match="unexpected keyword argument 'bta'"):
         cli.dpo(data="d", init="i", out="o", bta=1)
     with pytest.raises(TypeError, match="missing a required argument: 'init'"):
