@@ -150,8 +150,8 @@ class Choice:
     def __post_init__(self) -> None:
         if self.name not in LOSSES:
             raise ValueError(f"there is no loss {self.name!r}: choose from {', '.join(LOSSES)}")
-        per_pair = {"logp_w", "logp_l", "ref_logp_w", "ref_logp_l", "beta", "probability", "weight"}
-        unknown = self.options.keys() - (inspect.signature(LOSSES[self.name]).parameters.keys() - per_pair)
+        not_options = {"logp_w", "logp_l", "ref_logp_w", "ref_logp_l", "beta", "probability", "weight"}
+        unknown = self.options.keys() - (inspect.signature(LOSSES[self.name]).parameters.keys() - not_options)
         if unknown:
             raise ValueError(f"the loss {self.name} has no option {sorted(unknown)[0]}")
 

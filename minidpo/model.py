@@ -194,10 +194,8 @@ def row_logits(params: Params, config: Config, rows: Rows, attention: Attention 
     attention = attention or rows.attention(last)
     wanted = None if rows.wanted is None else xp.asarray(rows.wanted)
     x = ops.embedding(params["wte.weight"], rows.tokens) + ops.embedding(params["wpe.weight"], rows.positions)
-    for i in range(config.n_layer):  # after the last attention no row needs another
-        x = layer(
-            params, config, i, x, attention, wanted if i == last else None
-        )  # (N, C) -> (N, C), in the last layer (M, C)
+    for i in range(config.n_layer):  # after the last attention no row needs another: (N, C) -> (M, C)
+        x = layer(params, config, i, x, attention, wanted if i == last else None)
     x = ops.layer_norm(x, params["ln_f.weight"], params["ln_f.bias"])
     return x @ ops.transpose(params["wte.weight"])  # (M, C) -> (M, V)
 

@@ -145,7 +145,7 @@ def verdict(model: Checkpoint, reference: Checkpoint, prompts: Sequence[str], se
 
 
 def as_text(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The verdicts as a table, one column a model."""
+    """The verdicts as a table, one column per model."""
     width = max(8, *(len(str(row["model"])) + 2 for row in rows))
     lines = []
     for name, title in COLUMNS.items():

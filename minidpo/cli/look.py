@@ -117,7 +117,7 @@ def sample(
 ) -> list[str]:  # fmt: skip
     """Sample texts from a model.
 
-    Print texts that the model continues from the prompt, one a line; with --newline, its responses alone.
+    Print texts that the model continues from the prompt, one per line; with --newline, its responses alone.
     """
     loaded = load(checkpoint, device=device)
     if replaced := loaded.tokenizer.replaced([prompt]):

@@ -107,7 +107,7 @@ def frontier(*, out: o.Folder = Path("frontier"), worlds: o.Worlds = 5, seed: o.
 
     Run DPO, IPO, policy gradients, preferred fine-tuning, unlikelihood and best-of-N in small worlds, with exact true
     reward and exact KL to the reference, and print how far each ends below the best that its KL could buy. It takes
-    about seven seconds a world.
+    about seven seconds per world.
     """
     table, picture = out / "frontier.json", out / "frontier.png"
     out.mkdir(parents=True, exist_ok=True)

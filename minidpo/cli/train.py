@@ -90,7 +90,6 @@ SFT = Training(steps=800)
 DPO = Training(steps=100, learning_rate=5e-5, warmup_steps=10, evaluate_every=10)  # chosen by benchmarks/defaults.py
 NEW_MODEL = {"n_positions": 512, "n_embd": 64, "n_layer": 2, "n_head": 4}
 BEGINNING = Beginning()
-USES = ("train on", "hold out", "test on")
 SPLIT = {"split": "SHA-256 of seed and prompt"}  # in run.json, where a version that splits otherwise can tell
 
 
@@ -152,7 +151,7 @@ def read_rows(
     held_out_share, held_out = (0, usable[1]) if run.held_out_data else (run.held_out_share, None)
     parts, faults = preferences.parts(usable[0], held_out, run.seed, held_out_share, test_share)
     document = "".join(each.set_aside for each in usable) + preferences.set_aside(data, faults, strict)
-    print(", ".join(f"{len(part.rows)} rows to {use}" for part, use in zip(parts, USES) if part.rows))
+    print(", ".join(f"{len(part.rows)} rows to {use}" for part, use in zip(parts, preferences.USES) if part.rows))
     description = {
         **run.hashes(data),
         "rows": "; ".join(text for each in usable for text in (each.summary, *each.remarks)),

@@ -27,6 +27,7 @@ PAIRS = ("prompt", "chosen", "rejected")
 COMPLETIONS = ("prompt", "completion")
 MAX_LINE_BYTES = 2**20  # without the newline
 TRUNCATIONS = ("none", "prompt", "response")
+USES = ("train on", "hold out", "test on")  # of the parts
 
 TO_LINES = "to_json(..., orient='records', lines=True)"
 KINDS = {  # of files that begin with these bytes, and what makes text of them
@@ -413,7 +414,7 @@ def parts(
             faults.append(Fault(row.line, f"has the ids of line {line}'s prompt, which is in another part", row.text))
     if held_out:
         result[1] = held_out.ids
-    for each, name, share in zip(result, ("train on", "hold out", "test on"), (1, 1, test_share)):
+    for each, name, share in zip(result, USES, (1, 1, test_share)):
         if share and not each.rows:
             raise ValueError(
                 f"{train.path}: none of its {len({row.prompt for _, row, _ in rows})} different prompts is one to "

@@ -44,7 +44,7 @@ class Graph:
         return sum(node.kept for node in self.nodes)
 
     def __str__(self) -> str:
-        """A table, one node a line."""
+        """A table, one node per line."""
         lines = [f"{'node':>5} {'op':<16} {'operands':<28} {'shape':<16} {'kept, bytes':>12} {'|gradient|':>11}"]
         for node in self.nodes:
             operands = ", ".join(map(str, node.parents))

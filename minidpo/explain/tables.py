@@ -32,7 +32,7 @@ def aligned(view: PairView) -> str:
 
 
 def tokens_as_text(view: PairView) -> str:
-    """One token a line: the shared ones, then the rest of the chosen and of the rejected response."""
+    """One token per line: the shared ones, then the rest of the chosen and of the rejected response."""
     titles = ("p", "log pi", "log ref", "ratio", "so far", "dL/dlogp", "|dL/ds|")
     lines = [f"{'':<20}" + "".join(f"{title:>10}" for title in titles) + "  logits up / down, -dL/ds"]
     sides = (("chosen", view.chosen), ("rejected", view.rejected))

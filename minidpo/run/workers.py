@@ -110,9 +110,8 @@ def portable(loss: Loss) -> tuple[str, dict[str, Any] | None] | None:
     options = dict(loss.options) if isinstance(loss, Choice) else None
     member = LOSSES[loss.name] if isinstance(loss, Choice) else loss
     names = [name for name, known in LOSSES.items() if known is member]
-    ours = getattr(member, "__module__", "").startswith(
-        __name__.partition(".")[0] + "."
-    )  # these depend on their arguments alone
+    # a loss of this package depends on its arguments alone
+    ours = getattr(member, "__module__", "").startswith(__name__.partition(".")[0] + ".")
     try:
         json.dumps(options)
     except TypeError:
@@ -170,7 +169,7 @@ class Workers:
         if self.count == 1 or named is None:
             return dpo_sweep(policy, config, batch, beta, loss, nll_weight, micro_batch_size)
         pairs, *refs = batch
-        whole = {
+        common = {
             "config": dataclasses.asdict(config),
             "beta": float(beta),
             "loss": named,
@@ -181,7 +180,7 @@ class Workers:
         ref_logp_w, ref_logp_l = map(to_host, refs)
         questions = [
             {
-                **whole,
+                **common,
                 "pairs": [pairs[i] for i in part],
                 "ref_logp_w": ref_logp_w[part].tolist(),
                 "ref_logp_l": ref_logp_l[part].tolist(),
@@ -197,9 +196,9 @@ class Workers:
         if self.count == 1:
             return nll_sweep(params, config, examples, micro_batch_size)
         tokens = sum(len(y) for _, y in examples)
-        whole = {"config": dataclasses.asdict(config), "micro_batch_size": micro_batch_size, "tokens": tokens}
+        common = {"config": dataclasses.asdict(config), "micro_batch_size": micro_batch_size, "tokens": tokens}
         parts = shares([len(x) + len(y) for x, y in examples], self.count)
-        return sum(self.ask(params, [{**whole, "examples": [examples[i] for i in part]} for part in parts]))
+        return sum(self.ask(params, [{**common, "examples": [examples[i] for i in part]} for part in parts]))
 
     def share(self, params: Params, question: dict[str, Any]) -> Any:
         """Answer one question: `grad` of the parameters gets the share's gradient; the reply can be written as JSON."""
@@ -228,9 +227,8 @@ class Workers:
         others = self.others[: len(questions) - 1]
         for name, p in params.items() if others else ():
             self.weights[name][...] = p.data
-        for worker, line in zip(
-            others, [json.dumps(question) for question in questions[1:]]
-        ):  # serialise all before sending any
+        lines = [json.dumps(question) for question in questions[1:]]  # all, before any is sent
+        for worker, line in zip(others, lines):
             with contextlib.suppress(BrokenPipeError):  # the missing answer says so
                 worker.ask.write(line + "\n")
                 worker.ask.flush()

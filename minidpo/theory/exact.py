@@ -12,7 +12,7 @@ from typing import Any
 from .. import ops
 from ..backend import Array, array_module
 from ..model import Config, Params, forward
-from ..scoring import checked
+from ..scoring import Pick, checked, token_logprobs
 from ..tensor import Tensor
 from ..tokenizer import END_OF_TEXT
 
@@ -72,17 +72,15 @@ def exact_logprobs(
     texts = [[*x, *p] for x in prompts for p in longest]
     tokens = [text + [END_OF_TEXT] * (T - len(text)) for text in texts]  # nothing attends to the pads
     logits = forward(params, config, tokens)  # (P M, T) -> (P M, T, V)
-    V = config.vocab_size
-    picks, segments = [], []
+    picks: list[Pick] = []
     for b, x in enumerate(prompts):
         for i, y in enumerate(responses):
             for t, token in enumerate(y):
                 n, place = home[tuple(y[:t])]
-                picks.append(((b * len(longest) + n) * T + len(x) - 1 + place) * V + token)
-                segments.append(b * len(responses) + i)
-    flat = ops.reshape(ops.log_softmax(logits), (len(texts) * T * V,))  # (P M, T, V) -> (P M T V,)
-    index = array_module(flat.data).asarray(picks)
-    logp = ops.segment_sum(flat[index], segments, len(prompts) * len(responses))  # (K,) -> (P N,)
+                row = (b * len(longest) + n) * T + len(x) - 1 + place
+                picks.append((row, token, b * len(responses) + i))
+    logp = token_logprobs(ops.reshape(logits, (len(texts) * T, config.vocab_size)), picks)  # (P M T, V) -> (K,)
+    logp = ops.segment_sum(logp, [number for _, _, number in picks], len(prompts) * len(responses))  # (K,) -> (P N,)
     return ops.reshape(logp, (len(prompts), len(responses)))  # (P N,) -> (P, N)
 
 

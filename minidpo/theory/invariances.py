@@ -195,7 +195,7 @@ def table(seed: int) -> list[Invariance]:
 
 
 def as_text(rows: Sequence[Invariance]) -> str:
-    """One invariance a line, with the size of both changes."""
+    """One invariance per line, with the size of both changes."""
     lines = [f"{'what changes':<40}{'holds for':<28}{'by':>9}   {'breaks for':<30}{'by':>9}"]
     lines += [f"{row.name:<40}{row.holds:<28}{row.held:>9.1e}   {row.breaks:<30}{row.broke:>9.1e}" for row in rows]
     return "\n".join(lines)

@@ -111,7 +111,7 @@ def verdicts(params: Params, config: Config, prompt: Ids, cap: int) -> list[Verd
 
 
 def as_text(table: list[Verdict]) -> str:
-    """A table of the verdicts, one a line."""
+    """A table of the verdicts, one per line."""
     lines = [f"{'way to score':<26}{'sum of exp(score)':>18}{'off by (nats)':>16}"]
     for verdict in table:
         lines.append(f"{verdict.name:<26}{verdict.total_probability:>18.10f}{verdict.chain_rule_gap:>16.2e}")
