@@ -1,11 +1,18 @@
 """minidpo: preference optimisation from scratch, every derivative in plain sight."""
 
-from . import explain, generation, gradcheck, losses, model, ops, optim, scoring, training
-from .data import preferences, world
-from .model import Config
-from .run import checkpoint
-from .tensor import Tensor
-from .theory import exact
+import sys
+
+try:
+    from . import explain, generation, gradcheck, losses, model, ops, optim, scoring, training
+    from .data import preferences, world
+    from .model import Config
+    from .run import checkpoint
+    from .tensor import Tensor
+    from .theory import exact
+except KeyboardInterrupt:
+    if sys.argv[0] == "-m" or sys.argv[0].endswith("minidpo"):  # Ctrl-C, and the command line is about to start
+        raise SystemExit(130) from None
+    raise
 
 __all__ = [
     "Config",

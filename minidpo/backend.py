@@ -55,11 +55,21 @@ def refuse_dtype(x: Any) -> NoReturn:
 
 
 def asarray(x: Any) -> Array:
-    """An array as it is; anything else (a number, a list) as a NumPy array.
+    """An array as it is; anything else (a number, a list, another library's array on the host) as a NumPy array.
 
-    Raises TypeError if `x` does not consist of numbers, or is narrower than float32.
+    Raises TypeError if `x` does not consist of numbers, is narrower than float32, or is on a device or in a graph of
+    another library.
     """
-    array = x if type(x) is numpy.ndarray else array_module(x).asarray(x)
+    try:
+        array = x if type(x) is numpy.ndarray else array_module(x).asarray(x)
+    except Exception as error:
+        if hasattr(x, "dtype") and type(x).__module__.partition(".")[0] not in ("numpy", "cupy", "minidpo"):
+            raise TypeError(
+                f"NumPy cannot read this {type(x).__module__}.{type(x).__name__} of {x.dtype}: convert it first, as "
+                "with .detach().float().cpu().numpy() in PyTorch; inside a traced function (jax.grad) there are no "
+                "numbers to read"
+            ) from error
+        raise
     if array.dtype.char not in NUMBERS:
         refuse_dtype(x if hasattr(x, "dtype") else array)
     return array

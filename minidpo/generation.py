@@ -82,7 +82,7 @@ def generate(
     params: Params,
     config: Config,
     prompt: Sequence[Any],
-    rng: numpy.random.Generator,
+    rng: numpy.random.Generator | Sequence[numpy.random.Generator],
     max_new_tokens: int,
     temperature: float = 1.0,
     top_k: int | None = None,
@@ -95,8 +95,9 @@ def generate(
     token. `top_k` keeps the k likeliest tokens. Of these, `top_p` keeps the fewest likeliest that have at least this
     probability together.
 
-    Each step takes one uniform number per prompt, even for a prompt that is still being read or a response that has
-    ended. So among prompts of one length, a response does not depend on when the others end.
+    `rng` is one generator for all prompts or one for each. With its own, a response does not depend on the other
+    prompts. A common one gives each step a number per prompt, also for a prompt that is still being read or a response
+    that has ended; so among prompts of one length, a response does not depend on when the others end.
 
     Source: Fan et al. 2018 (arXiv 1805.04833) for top-k, Holtzman et al. 2020 (arXiv 1904.09751) for top-p.
     """
@@ -121,6 +122,8 @@ def generate(
             raise ValueError(
                 f"prompt {b} has {length} tokens, but the model's n_positions = {config.n_positions}: shorten it"
             )
+    if not isinstance(rng, numpy.random.Generator) and len(rng) != len(texts):
+        raise ValueError(f"there are {len(rng)} random generators for {len(texts)} prompts: give one, or one for each")
     done = [False] * len(texts)
     logprobs: list[list[float]] = [[] for _ in texts]
     limit = min(max(lengths) + max_new_tokens, config.n_positions + 1)  # tokens of a text
@@ -128,10 +131,15 @@ def generate(
     tokens = numpy.array([text[: min(lengths)] for text in texts])
     while not all(done):
         logp = to_host(ops.log_softmax(cache.extend(tokens)).data)  # (B, T) -> (B, V)
-        new = draw(logp, rng.random(len(texts)), temperature, top_k, top_p)
         t = cache.length
+        drawing = [t >= length and not over for length, over in zip(lengths, done)]
+        if isinstance(rng, numpy.random.Generator):
+            uniform = rng.random(len(texts))
+        else:
+            uniform = numpy.array([own.random() if now else 0.0 for own, now in zip(rng, drawing)])
+        new = draw(logp, uniform, temperature, top_k, top_p)
         for b, text in enumerate(texts):
-            if t >= lengths[b] and not done[b]:
+            if drawing[b]:
                 text.append(int(new[b]))
                 logprobs[b].append(float(logp[b, new[b]]))
                 done[b] = text[-1] == END_OF_TEXT or len(text) == min(lengths[b] + max_new_tokens, limit)

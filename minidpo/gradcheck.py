@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy
 
-from .backend import Array, array_module
+from .backend import Array, array_module, asarray
 from .tensor import Tensor
 
 STEP = {"central": 1e-6, "complex": 1e-20}
@@ -90,9 +90,13 @@ def check_vjp(
         raise TypeError("check_vjp varies plain arrays: pass the .data of a Tensor")
     raw = getattr(raw_op, "raw", raw_op)
     name = getattr(raw, "__name__", repr(raw))
-    xs = [x.astype("float64") if _varied(x) else x for x in arrays]
+    xs = [asarray(x) if hasattr(x, "dtype") else x for x in arrays]
+    xs = [x.astype("float64") if _varied(x) else x for x in xs]
     before = [array_module(x).array(x) if _varied(x) else x for x in xs]
-    y, vjp = raw(*xs, **options)
+    returned = raw(*xs, **options)
+    if not (isinstance(returned, tuple) and len(returned) == 2 and callable(returned[1])):
+        raise TypeError(f"{name} returns {type(returned).__name__}, not its value and its vjp: return y, vjp")
+    y, vjp = returned
     xp = array_module(y)
     finite = xp.isfinite(y)
     if not (finite | (y == -math.inf)).all().item() or (y.size and not finite.any().item()):

@@ -20,6 +20,7 @@ so that a checkpoint of ours is a GPT-2 checkpoint:
 """
 
 import math
+import operator
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -45,9 +46,10 @@ class Config:
     n_head: int
 
     def __post_init__(self) -> None:
-        for name, size in vars(self).items():
-            if type(size) is not int or size < 1:
+        for name, size in list(vars(self).items()):
+            if isinstance(size, bool) or not hasattr(size, "__index__") or size < 1:
                 raise ValueError(f"{name} must be a positive integer, not {size!r}")
+            object.__setattr__(self, name, operator.index(size))  # NumPy's integers become Python's
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd = {self.n_embd} must be a multiple of n_head = {self.n_head}")
 
@@ -145,10 +147,10 @@ def placed(params: Params, device: str) -> Params:
     return {name: Tensor(xp.asarray(p.data), p.requires_grad) for name, p in params.items()}
 
 
-def check_length(length: int, config: Config) -> None:
-    """Raise ValueError if a text has more tokens than the model has positions."""
+def check_length(length: int, config: Config, name: str = "a text") -> None:
+    """Raise ValueError if a text of this name has more tokens than the model has positions."""
     if length > config.n_positions:
-        raise ValueError(f"a text of {length} tokens is longer than the model's n_positions = {config.n_positions}")
+        raise ValueError(f"{name} of {length} tokens is longer than the model's n_positions = {config.n_positions}")
 
 
 def batch_rows(tokens: Any, config: Config, real: Any = None) -> Rows:
@@ -162,11 +164,14 @@ def batch_rows(tokens: Any, config: Config, real: Any = None) -> Rows:
     if real is None:
         check_length(T, config)
         return Rows(tokens, xp.tile(xp.arange(T), B), [(slice(0, B * T), slice(0, B * T), B)] if B * T else [])
+    real = asarray(real)
+    if real.dtype.kind not in "biu" or not ((real == 0) | (real == 1)).all():
+        raise ValueError("`real` is true or 1 at tokens, false or 0 at pads: not an additive mask, not other numbers")
     positions: list[int] = []
     blocks: list[Block] = []
-    for b, row in enumerate(asarray(real).tolist()):
+    for b, row in enumerate((real == 1).tolist()):
         length, first = row.count(True), row.index(True) if True in row else 0
-        check_length(length, config)
+        check_length(length, config, f"row {b}: a text")
         if not all(row[first : first + length]):
             raise ValueError(f"row {b} has a pad between two real tokens: pads belong before or after a text")
         positions += [*[0] * first, *range(length), *[0] * (T - first - length)]

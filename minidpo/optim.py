@@ -147,7 +147,10 @@ def clip_global_norm(params: dict[str, Tensor], max_norm: float) -> float:
     squares = to_host(array_module(*squares).stack(squares)).tolist()  # a device waits once, not once each
     culprits = [name for name, square in zip(graded.values(), squares) if not math.isfinite(square)]
     if culprits:
-        raise FloatingPointError(f"the gradient is not finite in {', '.join(culprits)}")
+        finite = all(array_module(p.grad).isfinite(p.grad).all() for p in graded)
+        more = f" and {len(culprits) - 3} more" if len(culprits) > 3 else ""
+        fault = "has a norm beyond the largest float64" if finite else "is not finite"
+        raise FloatingPointError(f"the gradient {fault} in {', '.join(culprits[:3])}{more}")
     norm = math.sqrt(math.fsum(squares))
     if norm > max_norm:
         for p in graded:

@@ -80,7 +80,7 @@ def shared_logprobs(params: Params, config: Config, pairs: Sequence[Pair]) -> tu
     """
     layout = Layout()
     for b, (x, w, l) in enumerate(checked(pairs)):
-        check_length(len(x) + max(len(w), len(l)) - 1, config)
+        check_length(len(x) + max(len(w), len(l)) - 1, config, f"pair {b}: a text")
         chosen = len(layout.tokens)  # the first row of each part
         prompt = chosen + len(w) - 1
         rejected = prompt + len(x)
@@ -102,9 +102,10 @@ def packed_logprobs(params: Params, config: Config, examples: Sequence[tuple[Seq
     means, or score one example at a time.
     """
     layout = Layout()
-    by_length = sorted(checked(examples), key=text_length)
+    for b, example in enumerate(checked(examples)):
+        check_length(text_length(example) - 1, config, f"example {b}: a text")
+    by_length = sorted(examples, key=text_length)
     for length, group in groupby(by_length, key=text_length):
-        check_length(length - 1, config)
         start = len(layout.tokens)
         for x, y in group:
             first = len(layout.tokens) + len(x) - 1  # the row that predicts y_1

@@ -20,7 +20,7 @@ import itertools
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol, cast
 
-from .backend import NUMBERS, Array, array_module, asarray, refuse_dtype
+from .backend import Array, array_module, asarray, on_host
 
 Vjp = Callable[[Array], tuple[Any, ...]]  # one array or None per operand
 Operator = Callable[..., "Tensor"]
@@ -39,16 +39,26 @@ OPS: dict[str, Op] = {}
 _creation = itertools.count()
 
 
+def refusal(advice: str) -> Callable[..., NoReturn]:
+    """A method that raises TypeError with this advice."""
+
+    def refuse(*operands: Any) -> NoReturn:
+        raise TypeError(advice)
+
+    return refuse
+
+
 class Tensor:
     """An array that remembers how it was made.
 
-    `data` is the array itself, not a copy. With `requires_grad`, `backward` leaves the derivative in `grad`; only real
-    floating-point numbers can have one (else TypeError). Arithmetic and indexing build a graph; everything else
-    is in `ops`: write `ops.sum(x)`, not `x.sum()` or `np.sum(x)`. Tensors compare by identity.
+    `data` is the array itself, not a copy: do not write into it between an op and `backward`, whose derivatives would
+    be of the new values. (What an op returns is read-only; indices and keys are copied.) With `requires_grad`,
+    `backward` leaves the derivative in `grad`; only real floating-point numbers can have one (else TypeError).
+    Arithmetic and indexing build a graph; everything else is in `ops`: write `ops.sum(x)`, not `x.sum()` or
+    `np.sum(x)`. Tensors compare by identity.
     """
 
     __slots__ = ("__weakref__", "creation", "data", "grad", "op", "parents", "requires_grad", "vjp")
-    __array_ufunc__ = None  # array + tensor is left to Tensor.__radd__
     __add__: Operator  # the operators are attached in ops.py
     __radd__: Operator
     __sub__: Operator
@@ -100,6 +110,9 @@ class Tensor:
     def __float__(self) -> float:
         return float(self.item())
 
+    def __int__(self) -> int:
+        return int(self.item())
+
     def __len__(self) -> int:
         return len(self.data)
 
@@ -110,7 +123,22 @@ class Tensor:
         """Refuse to become an array: NumPy would drop the graph without a word."""
         raise TypeError("NumPy functions do not work on a Tensor: use those of minidpo.ops, or its .data")
 
-    if not TYPE_CHECKING:  # so that mypy still reports an attribute that does not exist
+    def __array_ufunc__(self, ufunc: Any, method: str, *operands: Any, **options: Any) -> "Tensor":
+        """Let np.exp(x), array + x and the like be ours; refuse those that have no op."""
+        name = {"subtract": "sub", "multiply": "mul", "divide": "div", "negative": "neg"}.get(
+            ufunc.__name__, ufunc.__name__
+        )
+        if method != "__call__" or options or name not in OPS:
+            self.__array__()
+        return OPS[name](*operands)
+
+    if not TYPE_CHECKING:  # so that mypy still reports what does not exist
+        __lt__ = __le__ = __gt__ = __ge__ = refusal("a comparison has no derivative: compare x.data")
+        __setitem__ = __delitem__ = refusal("a Tensor never changes: change the array before you make a Tensor of it")
+        __rpow__ = refusal("a ** x is not an op of minidpo: write ops.exp(x * math.log(a))")
+        __abs__ = __round__ = __mod__ = __rmod__ = __floordiv__ = __rfloordiv__ = refusal(
+            "minidpo.ops has no such function: x.data is the tensor's array"
+        )
 
         def __getattr__(self, name: str) -> NoReturn:
             """Answer NumPy's and PyTorch's attributes with the name of ours."""
@@ -240,14 +268,10 @@ def parents_gradients(node: Tensor, g: Array) -> Iterator[tuple[Tensor, Array]]:
 
 
 def unwrapped(operand: Any) -> Any:
-    """Return what an array function takes: a Tensor's array, a list as an array, anything else unchanged."""
+    """Return what an array function takes: a Tensor's array, a list or another library's as an array, else itself."""
     if isinstance(operand, Tensor):
         return operand.data
-    if isinstance(operand, list):
-        return asarray(operand)
-    if hasattr(operand, "dtype") and operand.dtype.char not in NUMBERS:
-        refuse_dtype(operand)
-    return operand
+    return asarray(operand) if isinstance(operand, list) or hasattr(operand, "dtype") else operand
 
 
 def op(function: Callable[..., tuple[Array, Vjp]]) -> Op:
@@ -268,7 +292,11 @@ def op(function: Callable[..., tuple[Array, Vjp]]) -> Op:
         parents = tuple([x if isinstance(x, Tensor) and x.requires_grad else None for x in operands])
         if all(parent is None for parent in parents):
             return Tensor(y)  # a constant: without a graph, the vjp and the arrays that it keeps are dropped
-        return Tensor(y, requires_grad=True, parents=parents, vjp=vjp, op=name)
+        result = Tensor(y, requires_grad=True, parents=parents, vjp=vjp, op=name)
+        if on_host(result.data):
+            result.data = result.data.view()  # y may be an operand
+            result.data.flags.writeable = False
+        return result
 
     registered = cast(Op, lifted)
     registered.raw = function

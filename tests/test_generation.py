@@ -56,17 +56,34 @@ def test_a_response_is_complete(prompts, seed, cap):
 def test_a_prompt_s_sample_does_not_depend_on_when_others_end(prompts, seed):
     """Equal random numbers give a prompt the same response alone and among other prompts of its length."""
 
-    class OneNumberPerStep:
+    class OneNumberPerStep(np.random.Generator):
         def random(self, n):
             return np.full(n, self.numbers.random())
 
     def sample(prompts):
-        rng = OneNumberPerStep()
+        rng = OneNumberPerStep(np.random.PCG64())
         rng.numbers = np.random.default_rng(seed)
         return generate(small(), CONFIG, prompts, rng, 9).responses
 
     equal = [prompt for prompt in prompts if len(prompt) == len(prompts[0])]
     assert sample(equal) == [sample([prompt])[0] for prompt in equal]
+
+
+@given(prompts=prompts, seed=st.integers(0, 99))
+def test_a_prompt_with_its_own_generator_does_not_depend_on_the_others(prompts, seed):
+    """With a generator for each, a prompt has the same response alone and among prompts of any lengths."""
+
+    def rngs():
+        return [np.random.default_rng([seed, b]) for b in range(len(prompts))]
+
+    together = generate(small(), CONFIG, prompts, rngs(), 3).responses
+    assert together == [generate(small(), CONFIG, [x], [rng], 3).responses[0] for x, rng in zip(prompts, rngs())]
+
+
+def test_generators_are_one_or_one_for_each_prompt():
+    """A number of generators other than one, or one for each prompt, is refused with both numbers."""
+    with pytest.raises(ValueError, match="there are 2 random generators for 1 prompts"):
+        generate(small(), CONFIG, [[1]], [np.random.default_rng(0)] * 2, 3)
 
 
 def test_each_prompt_has_its_own_random_numbers():

@@ -263,3 +263,9 @@ def test_constants_alone_cannot_be_checked():
     """Without a parameter that requires a gradient there is nothing to check."""
     with pytest.raises(ValueError, match="no parameter requires a gradient"):
         check_gradient(two_layers, {"w": Tensor(S), "b": Tensor(S[0])}, np.random.default_rng(0))
+
+
+def test_a_function_without_a_vjp_is_told_what_to_return():
+    """A function that returns its value alone is answered with what check_vjp needs."""
+    with pytest.raises(TypeError, match="sin returns ndarray, not its value and its vjp: return y, vjp"):
+        gradcheck.check_vjp(np.sin, np.ones(3), rng=np.random.default_rng(0))

@@ -13,8 +13,8 @@ SPINE = "tensor ops gradcheck losses model scoring optim training".split()
 LEANS_ON = "backend tokenizer generation streams plots".split()
 # lines of Python at most: a ceiling is raised in the open, in the change that needs it, with the reason in its commit
 CEILINGS = {
-    "spine": 2200,
-    "leans on": 550,
+    "spine": 2250,
+    "leans on": 560,
     "family": 500,
     "data": 700,  # every foreign format has a name and a remedy
     "theory": 1500,

@@ -207,6 +207,8 @@ def test_frozen_is_a_copy_without_a_graph():
         (np.array([[1, -1]]), None, IndexError, "index -1"),
         (np.array([1, 2]), None, ValueError, "tokens must be (B, T), not (2,)"),
         (np.array([[1, 2]]), np.array([[True]]), ValueError, "and `real` the same, not (1, 1)"),
+        (np.array([[1, 2]]), np.array([[1, 2]]), ValueError, "not an additive mask, not other numbers"),
+        (np.array([[1, 2]]), np.zeros((1, 2)), ValueError, "not an additive mask, not other numbers"),
         (np.array([[1, 2, 3]]), np.array([[True, False, True]]), ValueError, "row 0 has a pad between"),
         (np.array([[1, 2, 3, 4]]), np.array([[False, True, False, True]]), ValueError, "row 0 has a pad between"),
     ],
@@ -230,6 +232,20 @@ def test_wrong_sizes_are_refused(sizes, sentence):
     """Sizes that fit no model are refused where they are stated."""
     with pytest.raises(ValueError, match=sentence):
         Config(*sizes)
+
+
+@pytest.mark.parametrize("kind", [int, "uint8", list])
+def test_ones_and_zeros_are_a_mask(kind):
+    """A mask of ones and zeros is one of true and false."""
+    tokens, real = np.array([[0, 1, 2]]), np.array([[False, True, True]])
+    ones = real.astype(int).tolist() if kind is list else real.astype(kind)
+    close(logits(tokens, ones), logits(tokens, real), atol=0)
+
+
+def test_a_size_may_be_an_integer_of_numpy():
+    """Sizes are kept as Python's integers, which JSON can write."""
+    config = model.Config(np.int64(7), *map(np.int32, (8, 4, 1, 2)))
+    assert config == model.Config(7, 8, 4, 1, 2) and {type(size) for size in vars(config).values()} == {int}
 
 
 @pytest.mark.parametrize("real", [None, np.ones((2, 4), bool)], ids=["one block", "two blocks"])

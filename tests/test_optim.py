@@ -257,3 +257,13 @@ def test_schedule():
     assert optim.warmup_cosine(99, 12, peak=0.4, warmup_steps=4, final=0.1) == pytest.approx(0.1)
     assert optim.warmup_cosine(0, 10, peak=0.4) == 0.4
     assert optim.warmup_cosine(3, 4, peak=0.4, warmup_steps=4) == 0.4
+
+
+def test_a_norm_that_overflows_is_told_from_a_gradient_that_is_not_finite():
+    """The message says which of both it is, and names three parameters and the number of the others."""
+    params = {f"w{i}": Tensor(np.ones(2), requires_grad=True) for i in range(5)}
+    for value, fault in ((1e200, "has a norm beyond the largest float64"), (np.inf, "is not finite")):
+        for p in params.values():
+            p.grad = np.full(2, value)
+        with np.errstate(over="ignore"), pytest.raises(FloatingPointError, match=f"{fault} in w0, w1, w2 and 2 more"):
+            optim.clip_global_norm(params, 1.0)

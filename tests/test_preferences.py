@@ -4,6 +4,7 @@ import bz2
 import gzip
 import json
 import lzma
+import os
 import re
 from pathlib import Path
 
@@ -158,6 +159,27 @@ def test_another_format_is_refused_once_by_name(content, kind, remedy, tmp_path)
             preferences.read_texts(path, blocks=False)
 
 
+def test_a_text_is_known_by_the_line_that_it_begins_on(tmp_path):
+    """Lines and blocks of a text file are numbered by their first line, whatever is empty between them."""
+    path = tmp_path / "texts"
+    path.write_bytes(b"\n\na\r\nb\n\n\n\nc\n")
+    assert preferences.read_texts(path, blocks=False) == {3: "a", 4: "b", 8: "c"}
+    assert preferences.read_texts(path, blocks=True) == {3: "a\nb", 8: "c"}
+
+
+def test_a_pipe_is_not_waited_for(tmp_path):
+    """A pipe in place of a file of pairs is refused at once, though nobody writes into it."""
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ValueError, match="pipe is not a regular file"):
+        preferences.read(tmp_path / "pipe")
+
+
+def test_a_path_may_be_a_text(tmp_path):
+    """A file can be named by a text."""
+    path = jsonl(tmp_path, pair())
+    assert preferences.read(str(path)) == preferences.read(path)
+
+
 def test_rows_decide_over_a_strange_beginning(tmp_path):
     """A file of rows is read, whatever its first line is: that line alone is set aside."""
     for line in ("prompt,chosen,rejected", "[1, 2]", "{", "nonsense", "# a comment", "x" * 2**21):
@@ -174,6 +196,8 @@ def test_rows_decide_over_a_strange_beginning(tmp_path):
         ('{"messages": []}', "conversational", "apply"),
         ('{"prompt": "a", "completion": "b", "label": true}', "unpaired-preference", 'as "chosen" and "rejected"'),
         ('{"prompt": "a", "completion": "b"}', "prompt-completion", "`sft` takes it"),
+        ('{"question": "a", "chosen": "ab", "rejected": "ac"}', "instruction", 'rename "question" to "prompt"'),
+        ('{"instruction": "a", "chosen": "b", "rejected": "c"}', "instruction", 'rename "instruction" to'),
         ('{"chosen": "ab", "rejected": "ac"}', "implicit-prompt", 'move .* into a "prompt"'),
         ('{"text": "a"}', "language-modeling", "pass that to `pretrain`"),
     ],

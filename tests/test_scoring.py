@@ -89,13 +89,16 @@ def test_a_pad_that_is_impossible_costs_nothing(monkeypatch):
         assert (logp.data == right.data).all()
 
 
+TOO_LONG = r"a text of 9 tokens is longer than the model's n_positions = 8"
+
+
 @pytest.mark.parametrize("route", ROUTES)
 def test_a_text_may_end_one_past_the_context(route):
     """A text may end one past the context, because its last token is not an input."""
     fits, too_long = ([1, 2, 3, 4], [1, 1, 1, 1, 0], [2]), ([1, 2, 3, 4], [2], [1, 1, 1, 1, 1, 0])
     logp_w, _ = route(small(), CONFIG, [fits])
     close(logp_w.data, chain_rule_logprob(small(), CONFIG, fits[0], fits[1]))
-    with pytest.raises(ValueError, match="a text of 9 tokens is longer than the model's n_positions = 8"):
+    with pytest.raises(ValueError, match=TOO_LONG):
         route(small(), CONFIG, [too_long])
 
 
@@ -103,7 +106,7 @@ def test_a_packed_text_may_end_one_past_the_context():
     """A packed text may end one past the context too, and no further."""
     params, fits = small(), ([1, 2, 3, 4], [1, 1, 1, 1, 0])
     close(scoring.packed_logprobs(params, CONFIG, [fits]).data.sum(), chain_rule_logprob(params, CONFIG, *fits))
-    with pytest.raises(ValueError, match="a text of 9 tokens is longer than the model's n_positions = 8"):
+    with pytest.raises(ValueError, match=TOO_LONG):
         scoring.packed_logprobs(params, CONFIG, [fits, ([1], [1] * 9)])
 
 

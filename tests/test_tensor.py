@@ -306,12 +306,89 @@ def test_two_ops_of_one_name_are_refused():
 
 
 @pytest.mark.parametrize(
-    "function", [np.asarray, np.sum, np.mean, np.transpose, np.exp, lambda t: np.dot(t, t), lambda t: np.array([t, t])]
+    "function",
+    [
+        *(np.asarray, np.sum, np.mean, np.transpose, np.abs, lambda t: np.dot(t, t), lambda t: np.array([t, t])),
+        *(lambda t: np.exp(t, where=[True, False]), lambda t: np.add.reduce(t), lambda t: np.maximum(t, 0)),
+    ],
 )
 def test_numpy_functions_refuse_a_tensor(function):
-    """NumPy functions refuse a Tensor: they would lose its graph without a word."""
-    with pytest.raises(TypeError):
+    """NumPy functions that are no op of ours refuse a Tensor: they would lose its graph without a word."""
+    with pytest.raises(TypeError, match=r"use those of minidpo\.ops, or its \.data"):
         function(leaf([1.0, 2.0]))
+
+
+@pytest.mark.parametrize(
+    ("function", "ours"),
+    [
+        (np.exp, ops.exp),
+        (np.tanh, ops.tanh),
+        (np.negative, ops.neg),
+        (lambda x: np.subtract(3.0, x), lambda x: 3.0 - x),
+    ],
+)
+def test_a_numpy_function_that_is_an_op_builds_a_graph(function, ours):
+    """np.exp(x) is ops.exp(x), with its derivative."""
+    x, y = leaf([1.0, 2.0]), leaf([1.0, 2.0])
+    for result in (function(x), ours(y)):
+        result.backward([3.0, -1.0])
+    np.testing.assert_array_equal(x.grad, y.grad)
+
+
+@pytest.mark.parametrize(
+    ("function", "sentence"),
+    [
+        (lambda x: x > 0, "a comparison has no derivative"),
+        (lambda x: 1 <= x, "a comparison has no derivative"),
+        (lambda x: np.array([1.0, 2.0]) < x, r"use those of minidpo\.ops"),
+        (abs, "minidpo.ops has no such function"),
+        (lambda x: x % 2, "minidpo.ops has no such function"),
+        (lambda x: 2**x, r"write ops\.exp"),
+        (lambda x: x.__setitem__(0, 1.0), "a Tensor never changes"),
+    ],
+)
+def test_what_is_not_an_op_is_refused_with_what_to_write(function, sentence):
+    """A first guess of a NumPy user that has no op is answered with ours."""
+    with pytest.raises(TypeError, match=sentence):
+        function(leaf([1.0, 2.0]))
+
+
+def test_a_single_entry_is_a_python_number():
+    """int(x) and float(x) are the entry of a tensor with one."""
+    assert (int(leaf([2.5])), float(leaf(2.5))) == (2, 2.5)
+
+
+def test_what_an_op_returns_cannot_be_written_into():
+    """A value between an op and the backward pass is read-only, so that it keeps its gradient; an operand is not."""
+    array = np.array([1.0, 2.0])
+    x = leaf(array)
+    for y in (ops.exp(x), ops.reshape(x, (2, 1)), x[:1]):
+        with pytest.raises(ValueError, match="read-only"):
+            y.data[...] = 0.0
+    array[0] = 5.0
+
+
+class Foreign:
+    """An array of another library: NumPy can read it, or refuses with words of that library."""
+
+    def __init__(self, array, error=None):
+        self.array, self.dtype, self.shape, self.error = array, f"other.{array.dtype}", array.shape, error
+
+    def __array__(self, *args, **kwargs):
+        if self.error:
+            raise self.error
+        return self.array
+
+
+def test_an_array_of_another_library_is_read_on_the_host():
+    """An op takes what NumPy can read; what it cannot, because of a graph or a device, is refused in one sentence."""
+    numbers = np.array([1.0, 2.0])
+    np.testing.assert_array_equal(ops.exp(Foreign(numbers)).data, np.exp(numbers))
+    np.testing.assert_array_equal((leaf(numbers) * Foreign(numbers)).data, numbers**2)
+    with pytest.raises(TypeError, match=r"NumPy cannot read this test_tensor\.Foreign of other\.float64: convert it"):
+        ops.exp(Foreign(numbers, RuntimeError("Can't call numpy() on Tensor that requires grad")))
+    with pytest.raises(TypeError, match="float16 is too narrow"):
+        ops.exp(Foreign(numbers.astype("float16")))
 
 
 @pytest.mark.parametrize(

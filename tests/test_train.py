@@ -379,7 +379,7 @@ def disjoint(rows):
 def test_a_prompt_is_in_one_part_as_written_and_as_cut(tmp_path):
     """Rows with one prompt are in one part, though it is cut to different lengths, and however it was written."""
     rows = [{"prompt": "bbbb" + x, "chosen": y, "rejected": "dd"} for x in PROMPTS for y in ("a", "b", "cccc")]
-    data, run = write(tmp_path / "pairs.jsonl", rows), train.Training(held_out_share=0.3)
+    data, run = write(tmp_path / "pairs.jsonl", rows), train.Training(held_out_share=0.3, seed=1)
     result = split(data, run, 0.3)
     assert not result.set_aside
     disjoint(result)

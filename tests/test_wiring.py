@@ -52,13 +52,15 @@ CASES = {
     "sample": {
         "checkpoint": ["other"], "prompt": ["bad"], "newline": [True], "samples": [200],
         "temperature": [0.3], "top_k": [2], "top_p": [0.5], "seed": "draws_other_texts",
-        "max_new_tokens": "bounds_the_texts", "device": "moves_the_arrays",
+        "max_new_tokens": "bounds_the_texts", "device": "moves_the_arrays", "prompt_file": "reads_a_file",
+        "escapes": "reads_escapes",
     },
     "judge": {"checkpoint": [["desk_other"]], "reference": ["desk"], "replies": [3], "seed": [1]},
     "explain": {
         "checkpoint": ["other"], "prompt": ["dd"], "chosen": ["bca"], "rejected": ["aa"],
         "newline": [True], "reference": [None], "beta": [1.5], "learning_rate": [1e-5],
-        "json": "prints_the_result", "html": "writes_a_file", "graph": "writes_a_file",
+        "json": "prints_the_result", "html": "writes_a_file", "graph": "writes_a_file", "prompt_file": "reads_a_file",
+        "escapes": "reads_escapes",
     },
     "displacement": {**SCORING, "learning_rate": [1e-4]},
 }  # fmt: skip
@@ -282,6 +284,23 @@ def test_an_option_bounds_the_texts(name, root, tmp_path):
         texts = result_of(root, tmp_path, name, {**BASE[name], "max_new_tokens": most})
         longest = max(len(text) - len(BASE[name]["prompt"]) for text in texts)
         assert longest == most if most else 6 < longest <= CONFIG.n_positions + 1 - 3
+
+
+@having("reads_a_file")
+def test_an_option_reads_a_file(name, root, tmp_path):
+    """A prompt from a file gives what the same prompt gives on the command line."""
+    (tmp_path / "prompt").write_text(BASE[name]["prompt"])
+    result = result_of(root, tmp_path, name, {**BASE[name], "prompt": None, "prompt_file": tmp_path / "prompt"})
+    assert result == result_of(root, tmp_path, name, BASE[name])
+
+
+@having("reads_escapes")
+def test_an_option_reads_escapes(name, root, tmp_path):
+    r"""With --escapes \n is a newline, in the prompt and in the responses."""
+    texts = {key: "a\nb" for key in ("prompt", "chosen") if key in BASE[name]}
+    escaped = {key: r"a\nb" for key in texts} | {"escapes": True}
+    result = result_of(root, tmp_path, name, {**BASE[name], **escaped})
+    assert result == result_of(root, tmp_path, name, {**BASE[name], **texts})
 
 
 # ---- the chain of the demo, and what is cached ----------------------------------------------------------------------

@@ -190,7 +190,7 @@ def facts(folder: Path, seed: int, metrics: Mapping[str, Mapping[str, float]], s
         return [(row.prompt.removesuffix(TURN), row.responses) for row in usable]
 
     train, held_out = world.split(seed)
-    texts = preferences.read_texts(folder / "data" / "texts_held_out.txt", blocks=True)
+    texts = preferences.read_texts(folder / "data" / "texts_held_out.txt", blocks=True).values()
     texts_nll = -math.fsum(world.corpus_logprob(text, train) for text in texts) / sum(len(text) + 1 for text in texts)
     replies = [(x, y) for x, (y,) in rows("completions_held_out.jsonl", preferences.COMPLETIONS)]
     replies_nats = -math.fsum(math.log(world.desk(world.PROMPTS[x])[y]) for x, y in replies)

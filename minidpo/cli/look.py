@@ -2,6 +2,7 @@
 
 import functools
 import math
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
@@ -11,13 +12,13 @@ from typing import Annotated, Any
 
 from .. import losses, optim, training
 from ..data import preferences
-from ..data.preferences import PAIRS, Encoded, Row
+from ..data.preferences import PAIRS, Encoded
 from ..explain import displacement as first_order
 from ..explain import double, four_ways, page, pair, tables
 from ..explain import graph as graph_of
 from ..generation import generate
 from ..run.checkpoint import Checkpoint, CheckpointError
-from ..run.files import write_whole
+from ..run.files import read_text, write_whole
 from ..run.folder import run_description
 from ..scoring import Pair, collate, shared_logprobs
 from ..streams import stream
@@ -30,6 +31,7 @@ from .train import load, same_vocabulary
 
 BETA = 0.1  # where neither an option nor a run gives one
 RATE = 1e-6
+AT_ONCE = 32  # texts that are sampled together
 PLAIN = {"loss": "dpo", "nll-weight": "0.0", "label-smoothing": "0.0"}  # the DPO loss and nothing else
 NLL_WEIGHTS = (0.0, 0.02, 0.05, 0.1, 0.5)
 
@@ -111,23 +113,54 @@ def score(
 
 @command("look")
 def sample(
-    *, checkpoint: o.Checkpoint, prompt: o.Prompt = "", newline: o.Newline = False, samples: o.Samples = 5,
-    seed: o.Seed = 0, max_new_tokens: o.MaxNewTokens = None, temperature: o.Temperature = 1.0, top_k: o.TopK = None,
-    top_p: o.TopP = None, device: o.Device = "cpu",
+    *, checkpoint: o.Checkpoint, prompt: o.Prompt = "", prompt_file: o.PromptFile = None, escapes: o.Escapes = False,
+    newline: o.Newline = False, samples: o.Samples = 5, seed: o.Seed = 0, max_new_tokens: o.MaxNewTokens = None,
+    temperature: o.Temperature = 1.0, top_k: o.TopK = None, top_p: o.TopP = None, device: o.Device = "cpu",
 ) -> list[str]:  # fmt: skip
     """Sample texts from a model.
 
-    Print texts that the model continues from the prompt, one per line; with --newline, its responses alone.
+    Print texts that the model continues from the prompt, one per line; with --newline, its responses alone. The first
+    text is the same whatever the number of texts.
     """
     loaded = load(checkpoint, device=device)
-    if replaced := loaded.tokenizer.replaced([prompt]):
+    params, config, tokenizer, _ = loaded
+    prompt = prompt_text(prompt, prompt_file, escapes)
+    if replaced := tokenizer.replaced([prompt]):
         print(f"the prompt: {replaced}", file=sys.stderr)
-    ids = [END_OF_TEXT, *loaded.tokenizer.encode(prompt + (TURN if newline else ""))]
-    most, rng = max_new_tokens or loaded.config.n_positions, stream(seed, "samples")
-    generation = generate(loaded.params, loaded.config, [ids] * samples, rng, most, temperature, top_k, top_p)
-    texts = [("" if newline else prompt) + loaded.tokenizer.decode(response) for response in generation.responses]
-    print("\n".join(map(printable, texts)))
+    ids = [END_OF_TEXT, *encoded(tokenizer, prompt + (TURN if newline else ""), "the prompt")]
+    most, texts = max_new_tokens or config.n_positions, list[str]()
+    for start in range(0, samples, AT_ONCE):
+        rngs = [stream(seed, "samples", i) for i in range(start, min(start + AT_ONCE, samples))]
+        generation = generate(params, config, [ids] * len(rngs), rngs, most, temperature, top_k, top_p)
+        new = [("" if newline else prompt) + tokenizer.decode(response) for response in generation.responses]
+        print("\n".join(map(printable, new)), flush=True)
+        texts += new
     return texts
+
+
+def prompt_text(prompt: str, prompt_file: Path | None, escapes: bool) -> str:
+    """The prompt, from the command line, a file or the standard input."""
+    if prompt_file is None:
+        return unescaped(prompt) if escapes else prompt
+    if prompt or escapes:
+        raise ValueError("--prompt-file is read as it is, in place of --prompt and --escapes")
+    most = preferences.MAX_LINE_BYTES
+    return sys.stdin.read(most) if str(prompt_file) == "-" else read_text(prompt_file, most)
+
+
+def unescaped(text: str) -> str:
+    r"""The text with \n as a newline, \t as a tab and \\ as a backslash."""
+    return re.sub(r"\\([nt\\])", lambda match: {"n": "\n", "t": "\t"}.get(match[1], match[1]), text)
+
+
+def encoded(tokenizer: Tokenizer, text: str, name: str) -> list[int]:
+    """The ids of a text from the command line."""
+    if "\\" in text and "\\" not in tokenizer.characters and not tokenizer.replacement:
+        raise ValueError(
+            f"{name} has a backslash, which the model does not know: --escapes reads \\n as a newline, --prompt-file "
+            "takes the prompt from a file"
+        )
+    return tokenizer.encode(text, name)
 
 
 def run_settings(checkpoint: Path, reference: Path | None, beta: float | None) -> tuple[Path, float, str]:
@@ -155,21 +188,26 @@ def run_settings(checkpoint: Path, reference: Path | None, beta: float | None) -
 
 def pair_of_ids(prompt: str, chosen: str, rejected: str, tokenizer: Tokenizer, n_positions: int) -> Pair:
     """The ids of a prompt and its two responses."""
-    rows = [Row(number, prompt, (response,), "") for number, response in enumerate((chosen, rejected))]
-    encoded = preferences.encode(rows, tokenizer, n_positions)
-    for fault in encoded.faults:
-        raise ValueError(f"the prompt with the {('chosen', 'rejected')[fault.line]} response: {fault.reason}")
     if replaced := tokenizer.replaced([prompt, chosen, rejected]):
         print(f"the pair: {replaced}", file=sys.stderr)
-    (x, w), (_, l) = encoded.ids
+    x = [END_OF_TEXT, *encoded(tokenizer, prompt, "the prompt")]
+    w = [*encoded(tokenizer, chosen, "the chosen response"), END_OF_TEXT]
+    l = [*encoded(tokenizer, rejected, "the rejected response"), END_OF_TEXT]
+    name, y = ("chosen", w) if len(w) >= len(l) else ("rejected", l)
+    if len(x) + len(y) > n_positions + 1:
+        raise ValueError(
+            f"the prompt with the {name} response has {len(x) + len(y)} tokens, but only {n_positions + 1} fit the "
+            "context: shorten one of them"
+        )
     return x, w, l
 
 
 @command("look")
 def explain(
-    *, checkpoint: o.Checkpoint, prompt: o.Prompt, chosen: o.Chosen, rejected: o.Rejected, newline: o.Newline = False,
-    reference: OwnReference = None, beta: OwnBeta = None, learning_rate: o.StepRate = RATE, json: o.Json = False,
-    html: o.Html = None, graph: o.Graph = None,
+    *, checkpoint: o.Checkpoint, prompt: o.Prompt = "", prompt_file: o.PromptFile = None, chosen: o.Chosen,
+    rejected: o.Rejected, escapes: o.Escapes = False, newline: o.Newline = False, reference: OwnReference = None,
+    beta: OwnBeta = None, learning_rate: o.StepRate = RATE, json: o.Json = False, html: o.Html = None,
+    graph: o.Graph = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Show every gradient of one preference pair.
 
@@ -185,7 +223,10 @@ def explain(
     same_vocabulary(checkpoint, loaded, reference, ref)
     policy, config, tokenizer = loaded.params, loaded.config, loaded.tokenizer
     n_positions = min(config.n_positions, ref.config.n_positions)
-    ids = pair_of_ids(prompt + (TURN if newline else ""), chosen, rejected, tokenizer, n_positions)
+    prompt = prompt_text(prompt, prompt_file, escapes and not prompt_file) + (TURN if newline else "")
+    if escapes:
+        chosen, rejected = unescaped(chosen), unescaped(rejected)
+    ids = pair_of_ids(prompt, chosen, rejected, tokenizer, n_positions)
     view = pair(policy, ref.params, config, *ids, beta, tokenizer, ref.config)
     ways = four_ways(policy, config, view)
     optimizers: list[Callable[..., optim.Optimizer]] = [optim.SGD, functools.partial(optim.AdamW, weight_decay=0.0)]

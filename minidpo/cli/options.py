@@ -6,6 +6,7 @@ A command annotates its parameters with these names, and parser.py makes the com
 import math
 import os
 import sys
+import tempfile
 from argparse import ArgumentTypeError
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -161,6 +162,8 @@ Json = Annotated[bool, Option("print one JSON object instead of tables", flag)]
 Prompt = Annotated[str, Option("text of the prompt", text)]
 Chosen = Annotated[str, Option("text of the preferred response", text)]
 Rejected = Annotated[str, Option("text of the other response", text)]
+PromptFile = Annotated[Path | None, Option("file with the text of the prompt, - for the standard input", path)]
+Escapes = Annotated[bool, Option("read \\n, \\t and \\\\ in these texts as newline, tab and backslash", flag)]
 Newline = Annotated[bool, Option("end the prompt with a newline, after which a response begins", flag)]
 Samples = Annotated[int, Option("number of texts to sample", at_least(1))]
 MaxNewTokens = Annotated[int | None, Option("maximum new tokens per text", at_least(1)), Default("all that fit")]
@@ -179,8 +182,10 @@ def check_output(output: Path) -> None:
     folder = output.absolute().parent
     if os.path.lexists(output):
         raise ValueError(f"{output}: exists already; delete it or choose another name")
-    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
-        raise ValueError(f"{output}: cannot be written, its folder is missing or read-only")
+    try:
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise ValueError(f"{output}: cannot be written, its folder is missing or read-only") from error
 
 
 def announce(*outputs: Path | None) -> None:

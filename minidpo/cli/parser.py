@@ -186,6 +186,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return result if isinstance(result, int) else 0
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if run is None:
+            return 141  # as `head` expects of what it reads from
         fault, status = "the reader of its output closed the pipe", 141
     except KeyboardInterrupt:
         fault, status = "interrupted", 130

@@ -162,10 +162,10 @@ def read_rows(
 
 def train(
     out: Path, start: Checkpoint, optimizer: optim.Optimizer, step: Callable[[list[int]], training.Metrics],
-    evaluation: Callable[[Params, bool], training.Metrics], prompts: Sequence[list[int]], kind: str,
-    names: Sequence[str], run: Training, test: bool,
+    evaluation: Callable[[Params, bool], training.Metrics], prompts: Sequence[list[int]], names: Sequence[str],
+    run: Training, test: bool,
 ) -> Path:  # fmt: skip
-    """Train on examples with these names, report, and warn if chosen responses have become much less likely.
+    """Train on examples from these lines, report, and warn if chosen responses have become much less likely.
 
     The evaluation takes parameters, and whether to measure them on the held-out or, once at the end, on the test rows.
     """
@@ -176,7 +176,7 @@ def train(
         return [{"prompt": tokenizer.decode(x), "response": tokenizer.decode(y)} for x, y in zip(prompts, responses)]
 
     def rows(batch: list[int]) -> str:
-        return f"{kind} {', '.join(dict.fromkeys(names[i] for i in sorted(batch)[:32]))}"
+        return f"lines {', '.join(dict.fromkeys(names[i] for i in sorted(batch)[:32]))}"
 
     def finish() -> None:
         if test:
@@ -205,7 +205,7 @@ def train(
 
 def likelihood_run(
     out: Path, start: Checkpoint, examples: Sequence[Example], held_out: Sequence[Example],
-    prompts: Sequence[list[int]], kind: str, names: Sequence[str], run: Training, test: Sequence[Example] = (),
+    prompts: Sequence[list[int]], names: Sequence[str], run: Training, test: Sequence[Example] = (),
 ) -> Path:  # fmt: skip
     """Train on the likelihood of examples, which is what `pretrain` and `sft` share."""
     params, config = start.params, start.config
@@ -221,7 +221,17 @@ def likelihood_run(
         return {"loss": training.held_out_nll(params, config, test if on_test else held_out)}
 
     with Workers(worker_count(params)) as workers:
-        return train(out, start, optimizer, step, evaluation, prompts, kind, names, run, bool(test))
+        return train(out, start, optimizer, step, evaluation, prompts, names, run, bool(test))
+
+
+def text_examples(path: Path, texts: Sequence[tuple[int, str]], start: Checkpoint) -> list[Example]:
+    """Texts as examples for a model; raises ValueError with the line of one that it cannot read."""
+    most = start.config.n_positions - 1
+    for line, text in texts:
+        start.tokenizer.encode(text, f"the text of {path}, line {line},")
+        if len(text) > most:
+            raise ValueError(f"{path}, line {line}: the text has {len(text)} characters, but {most} fit the context")
+    return training.line_examples([text for _, text in texts], start.tokenizer)
 
 
 @command("train")
@@ -237,25 +247,25 @@ def pretrain(
     words = arguments("pretrain", locals())
     texts = preferences.read_texts(data, blocks)
     if run.held_out_data:
-        halves = texts, preferences.read_texts(run.held_out_data, blocks)
+        other = preferences.read_texts(run.held_out_data, blocks)
+        halves = list(texts.items()), list(other.items())
     else:
-        halves = preferences.split(texts, run.held_out_share, stream(run.seed, "split"))
-    longest = max(map(len, halves[0] + halves[1])) + 1
-    sizes = {**NEW_MODEL, "n_positions": longest, "n_layer": 3}
-    start, hashes = starting_model(beginning, "".join(texts), sizes, run)
-    examples, held_out = (training.line_examples(half, start.tokenizer) for half in halves)
-    longest = max(len(y) for _, y in examples + held_out)
-    if longest > start.config.n_positions:
-        raise ValueError(f"a text has {longest - 1} characters, but {start.config.n_positions - 1} fit the context")
+        rng = stream(run.seed, "split")
+        halves = preferences.split(list(texts.items()), run.held_out_share, rng, lambda item: item[1])
+    train_texts, held_out_texts = ([text for _, text in half] for half in halves)
+    sizes = {**NEW_MODEL, "n_positions": max(map(len, train_texts + held_out_texts)) + 1, "n_layer": 3}
+    start, hashes = starting_model(beginning, "".join(texts.values()), sizes, run)
+    examples = text_examples(data, halves[0], start)
+    held_out = text_examples(run.held_out_data or data, halves[1], start)
     size, ids = sum(p.data.size for p in start.params.values()), start.tokenizer.vocab_size
     print(f"{len(examples)} texts to train on, {len(held_out)} held out, {ids} ids, {size} parameters")
-    if replaced := start.tokenizer.replaced(halves[0] + halves[1]):
+    if replaced := start.tokenizer.replaced(train_texts + held_out_texts):
         print(f"{data}: {replaced}", file=sys.stderr)
-    if repeated := len(set(halves[0]) & set(halves[1])):
+    if repeated := len(set(train_texts) & set(held_out_texts)):
         print(f"{repeated} of the held-out texts are also trained on")
     begin(out, words, run, {**hashes, **run.hashes(data)}, {"tokenizer.json": start.tokenizer.to_json()})
-    names = [ascii(text[:40]) for text in halves[0]]
-    return likelihood_run(out, start, examples, held_out, [[END_OF_TEXT]] * 5, "texts", names, run)
+    names = [str(line) for line, _ in halves[0]]
+    return likelihood_run(out, start, examples, held_out, [[END_OF_TEXT]] * 5, names, run)
 
 
 @command("train")
@@ -280,7 +290,7 @@ def sft(
     names = [str(row.line) for row in rows.train.rows for _ in row.responses[:count]]
     parts = ([(x, y) for x, *ys in part.ids for y in ys[:count]] for part in (rows.train, rows.held_out, rows.test))
     examples, held_out, test = parts
-    return likelihood_run(out, start, examples, held_out, rows.prompts(), "lines", names, run, test)
+    return likelihood_run(out, start, examples, held_out, rows.prompts(), names, run, test)
 
 
 def preference_loss(loss: str | Loss, label_smoothing: float) -> Loss:
@@ -340,7 +350,7 @@ def dpo(
 
     with Workers(worker_count(policy)) as workers:
         names, test = [str(row.line) for row in rows.train.rows], bool(rows.test.rows)
-        return train(out, start, optimizer, step, evaluation, rows.prompts(), "lines", names, run, test)
+        return train(out, start, optimizer, step, evaluation, rows.prompts(), names, run, test)
 
 
 @command("train")

@@ -25,6 +25,7 @@ from ..tokenizer import END_OF_TEXT, TURN, Tokenizer, UnknownCharacterError
 
 PAIRS = ("prompt", "chosen", "rejected")
 COMPLETIONS = ("prompt", "completion")
+PROMPTS = ("instruction", "question", "query", "input", "context", "user")  # what other data sets call a prompt
 MAX_LINE_BYTES = 2**20  # without the newline
 TRUNCATIONS = ("none", "prompt", "response")
 USES = ("train on", "hold out", "test on")  # of the parts
@@ -71,7 +72,7 @@ class Encoded(NamedTuple):
     truncated: list[int]  # line numbers of those of these rows that were cut to fit the context
 
 
-def read(path: Path, fields: Sequence[str] = PAIRS) -> tuple[list[Row], list[Fault]]:
+def read(path: str | Path, fields: Sequence[str] = PAIRS) -> tuple[list[Row], list[Fault]]:
     """Read a JSON Lines file: the rows that can be used, and the lines that cannot.
 
     A line is a fault if it is not a JSON object in UTF-8 of at most `MAX_LINE_BYTES`, if a field is missing or not a
@@ -96,12 +97,12 @@ def read(path: Path, fields: Sequence[str] = PAIRS) -> tuple[list[Row], list[Fau
     return rows, faults
 
 
-def open_regular(path: Path) -> BufferedReader:
+def open_regular(path: str | Path) -> BufferedReader:
     """Open a file of text in UTF-8 for reading.
 
     Raises ValueError for a pipe or device, which cannot be read twice or never ends, and for a known binary format.
     """
-    file = path.open("rb")
+    file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))  # a pipe may never answer
     fault, status = "", os.fstat(file.fileno())
     if not stat.S_ISREG(status.st_mode):
         fault = "is not a regular file: save its content in one and pass that"
@@ -118,7 +119,7 @@ def open_regular(path: Path) -> BufferedReader:
     return file
 
 
-def refuse_other_formats(path: Path, file: BufferedReader) -> None:
+def refuse_other_formats(path: str | Path, file: BufferedReader) -> None:
     """Raise ValueError if a file's beginning shows that it is not JSON Lines, with what to do; then rewind it."""
     head = file.read(MAX_LINE_BYTES).removeprefix(b"\xef\xbb\xbf").strip()
     file.seek(0)
@@ -135,7 +136,7 @@ def refuse_other_formats(path: Path, file: BufferedReader) -> None:
         raise ValueError(f"{path} {kind}; {ONE_OBJECT}")
 
 
-def fields_of(path: Path) -> tuple[str, ...]:
+def fields_of(path: str | Path) -> tuple[str, ...]:
     """`PAIRS` or `COMPLETIONS`, whichever more of the file's rows have."""
     votes = 0  # of rows for PAIRS, less those for COMPLETIONS
     with open_regular(path) as file:
@@ -204,6 +205,9 @@ def other_shape(document: dict[str, Any], fields: Sequence[str]) -> tuple[str, s
         return "unpaired-preference", 'put two responses to the same prompt into one row, as "chosen" and "rejected"'
     if "completion" in document and "chosen" in fields and not {"chosen", "rejected"} & document.keys():
         return "prompt-completion", "it has one response per prompt; `sft` takes it as its --data"
+    other = next((name for name in PROMPTS if isinstance(document.get(name), str)), None)
+    if other and "prompt" not in document and set(fields[1:]) <= document.keys():
+        return "instruction", f'rename "{other}" to "prompt"'
     if "prompt" not in document and {"chosen", "rejected"} <= document.keys() and "chosen" in fields:
         return "implicit-prompt", 'move what chosen and rejected have in common at the beginning into a "prompt"'
     if "text" in document and not set(fields) & document.keys():
@@ -316,14 +320,18 @@ def set_aside(path: Path, faults: Sequence[Fault], strict: bool) -> str:
     return "".join(json.dumps({"file": str(path), **fault._asdict()}) + "\n" for fault in faults)
 
 
-def read_texts(path: Path, blocks: bool) -> list[str]:
-    """The lines of a file that are not empty, or its blocks of lines."""
+def read_texts(path: Path, blocks: bool) -> dict[int, str]:
+    """The lines of a file that are not empty, or its blocks of lines, by the number of their first line."""
     with open_regular(path) as file:
         try:
             content = file.read().decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
         except UnicodeDecodeError as error:
             raise ValueError(f"{path}: byte {error.start} is not UTF-8: save the file as UTF-8") from error
-    texts = [text.strip("\n") for text in content.split("\n\n" if blocks else "\n") if text.strip("\n")]
+    texts, line, separator = {}, 1, "\n\n" if blocks else "\n"
+    for text in content.split(separator):
+        if text.strip("\n"):
+            texts[line + len(text) - len(text.lstrip("\n"))] = text.strip("\n")
+        line += (text + separator).count("\n")
     if not texts:
         raise ValueError(f"{path}: there is no text in it")
     return texts
@@ -385,7 +393,7 @@ def usable_text(data: Path, fields: Sequence[str], n_positions: int, truncation:
 
 def part(prompt: str, seed: int, held_out_share: float, test_share: float) -> int:
     """The part of a prompt: 0 to train on, 1 held out, 2 to test on. Other prompts have no influence on it."""
-    u = int.from_bytes(hashlib.sha256(f"{seed} {prompt}".encode()).digest()[:8], "big") / 2**64  # in [0, 1]
+    u = int.from_bytes(hashlib.sha256(f"{seed}:{prompt}".encode()).digest()[:8], "big") / 2**64  # in [0, 1]
     return 1 if u < held_out_share else 2 if u >= 1 - test_share else 0
 
 

@@ -163,8 +163,8 @@ def pair(
     Without a tokenizer, tokens are named by their ids, as #7. Raises FloatingPointError if a log-probability is not
     finite. Source: Rafailov et al. 2023 (arXiv 2305.18290), section 4, "What does the DPO update do?".
     """
-    x, w, l = ids = (list(map(int, prompt)), list(map(int, chosen)), list(map(int, rejected)))
-    collate([ids])  # raises an error if a part is empty
+    ((x, w, l),) = collate([(prompt, chosen, rejected)]).pairs
+    ids = (x, w, l)
     logits = context_logits(double(policy, False), config, ids)
     ref_logits = context_logits(double(reference, False), reference_config or config, ids)
     token_logps = [logp.data for logp in context_logprobs(logits, ids)]

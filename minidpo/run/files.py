@@ -1,6 +1,7 @@
 """Files and folders that are written whole or not at all, and read within bounds."""
 
 import contextlib
+import errno
 import json
 import os
 import re
@@ -67,6 +68,8 @@ def write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
 def make_parents(path: Path) -> None:
     """Make the folders above a path, and wait until they are on the disk."""
     new = [parent for parent in path.parents if not parent.exists()]
+    if not path.parents[len(new)].is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, "is not a folder", str(path.parents[len(new)]))
     path.parent.mkdir(parents=True, exist_ok=True)
     for parent in new:
         sync_folder(parent.parent)
