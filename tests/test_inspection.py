@@ -135,7 +135,7 @@ def test_a_pair_that_cannot_be_explained_is_one_sentence(run, capsys, tmp_path):
     """A pair or a file that cannot be used is one sentence, and nothing is written."""
     for arguments, sentence in (
         (["--prompt=a", "--chosen=bz", "--rejected=c"], "character 'z' at position 1 of the chosen response"),
-        (["--prompt=a", "--chosen=b", f"--rejected={'c' * 30}"], "the prompt with the rejected response: has"),
+        (["--prompt=a", "--chosen=b", f"--rejected={'c' * 30}"], "the prompt with the rejected response has"),
         ([*PAIR, f"--graph={tmp_path / 'loss.svg'}"], "is written as .dot (Graphviz) or .mmd (Mermaid)"),
         ([*PAIR, f"--reference={tmp_path / 'none'}"], "cannot be read"),
         ([*PAIR, f"--html={tmp_path}"], "exists already"),
