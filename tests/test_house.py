@@ -19,12 +19,12 @@ CEILINGS = {
     "data": 700,  # every foreign format has a name and a remedy
     "theory": 1500,
     "explain": 850,
-    "verify": 1100,
+    "verify": 2000,  # three frameworks, seven layouts, and a name for what each gradient says
     "audit": 700,
     "run": 1500,  # damaged and edited runs are checked in full before anything moves
     "cli": 1450,  # `minidpo data example`, and a third part of the data, for the test
 }
-PACKAGE = 10_400
+PACKAGE = 12_700
 ROOMS = ("data", "theory", "explain", "verify", "audit", "run", "cli")
 ARROWS: set[tuple[str, str]] = set()  # between rooms, beside those to data and those of cli
 PATHS = sorted(SOURCE.rglob("*.py"))

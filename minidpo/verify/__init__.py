@@ -1,1 +1,8 @@
-"""What verifies code against independent oracles; here, random arguments for every operation."""
+"""Verify anybody's preference optimisation against oracles that are independent of it."""
+
+from .logprob_check import labels as labels
+from .logprob_check import logprobs as logprobs
+from .loss_check import loss as loss
+from .report import Finding as Finding
+from .report import Report as Report
+from .step_check import step as step

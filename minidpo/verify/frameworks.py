@@ -1,0 +1,147 @@
+"""Arrays and derivatives of the subject's own framework: NumPy, PyTorch or JAX."""
+
+import contextlib
+import importlib
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy
+
+from ..backend import Array
+
+Call = Callable[..., Any]
+STEP = 1e-5  # of central differences, where there is no autograd
+
+
+class Framework:
+    """NumPy; the others override what differs."""
+
+    name = "numpy"
+
+    def array(self, x: Any, dtype: str | None = None) -> Any:
+        """A new array of the framework."""
+        return numpy.array(x, dtype=dtype)
+
+    def host(self, x: Any) -> Array:
+        """Its values, in NumPy."""
+        return numpy.asarray(x)
+
+    def session(self) -> contextlib.AbstractContextManager[Any]:
+        """Within it, float64 is float64, and arithmetic does not warn."""
+        return numpy.errstate(all="ignore")
+
+    def seeded(self, seed: int) -> None:
+        """Give the framework's global random numbers a seed, where it has them."""
+        numpy.random.seed(seed)
+
+    def in_graph(self, x: Any) -> bool | None:
+        """Whether a value has a derivative; None where that cannot be told."""
+        return None
+
+    def jacobian(self, f: Call, arrays: Sequence[Array]) -> list[list[Array | None]]:
+        """d f(arrays)_k / d arrays_i as [k][i]; None where the framework knows of no dependence.  f(...) is (K,)"""
+        return differences(lambda *xs: self.host(f(*map(self.array, xs))), arrays)
+
+
+class Torch(Framework):
+    name = "torch"
+
+    def __init__(self) -> None:
+        self.torch = importlib.import_module("torch")
+
+    def array(self, x: Any, dtype: str | None = None) -> Any:
+        made = self.torch.tensor(numpy.ascontiguousarray(x))
+        return made.to(getattr(self.torch, dtype)) if dtype else made
+
+    def host(self, x: Any) -> Array:
+        x = self.torch.as_tensor(x).detach().cpu()
+        return (x.double() if x.is_floating_point() else x).numpy()
+
+    def seeded(self, seed: int) -> None:
+        numpy.random.seed(seed)
+        self.torch.manual_seed(seed)
+
+    def in_graph(self, x: Any) -> bool | None:
+        return bool(getattr(x, "requires_grad", False))
+
+    def jacobian(self, f: Call, arrays: Sequence[Array]) -> list[list[Array | None]]:
+        leaves = [self.array(x).requires_grad_() for x in arrays]
+        y = f(*leaves)
+        rows: list[list[Array | None]] = []
+        for k in range(y.numel()):
+            grads: Sequence[Any] = [None] * len(leaves)
+            if y.requires_grad:
+                grads = self.torch.autograd.grad(y.reshape(-1)[k], leaves, retain_graph=True, allow_unused=True)
+            rows.append([None if g is None else self.host(g) for g in grads])
+        return rows
+
+
+class Jax(Framework):
+    name = "jax"
+
+    def __init__(self) -> None:
+        self.jax = importlib.import_module("jax")
+
+    def array(self, x: Any, dtype: str | None = None) -> Any:
+        return self.jax.numpy.asarray(x, dtype=dtype)
+
+    def host(self, x: Any) -> Array:
+        jnp = self.jax.numpy
+        x = jnp.asarray(x)
+        return numpy.asarray(x.astype("float64") if jnp.issubdtype(x.dtype, jnp.floating) else x)
+
+    @contextlib.contextmanager
+    def session(self) -> Any:
+        with numpy.errstate(all="ignore"), self.jax.enable_x64(True):
+            yield
+
+    def jacobian(self, f: Call, arrays: Sequence[Array]) -> list[list[Array | None]]:
+        y, pull = self.jax.vjp(lambda *xs: self.jax.numpy.asarray(f(*xs)), *map(self.array, arrays))
+        unit = self.array(numpy.eye(y.size).reshape(y.size, *y.shape), y.dtype)
+        rows = [self.host(each) for each in self.jax.vmap(pull)(unit)]
+        return [[each[k] for each in rows] for k in range(y.size)]
+
+
+FRAMEWORKS: dict[str, Callable[[], Framework]] = {"numpy": Framework, "torch": Torch, "jax": Jax}
+
+
+def candidates(name: str | None) -> list[Framework]:
+    """The framework of a name; without one, NumPy, then those that the caller has imported."""
+    if name is not None:
+        if name not in FRAMEWORKS:
+            raise ValueError(f"framework must be one of {', '.join(FRAMEWORKS)}, not {name!r}")
+        return [FRAMEWORKS[name]()]
+    return [make() for known, make in FRAMEWORKS.items() if known == "numpy" or known in sys.modules]
+
+
+def differences(f: Call, arrays: Sequence[Array]) -> list[list[Array | None]]:
+    """The derivatives of f by central differences: [k][i] for output k and array i."""
+    columns = []
+    for i, x in enumerate(arrays):
+        moved = [numpy.array(each, dtype="float64") for each in arrays]
+        column = []
+        for j in range(x.size):
+            ends = []
+            for h in (STEP, -STEP):
+                moved[i].reshape(-1)[j] = x.reshape(-1)[j] + h
+                ends.append(numpy.asarray(f(*moved), dtype="float64").reshape(-1))
+            moved[i].reshape(-1)[j] = x.reshape(-1)[j]
+            column.append((ends[0] - ends[1]) / (2 * STEP))
+        columns.append(numpy.array(column))  # (size, K)
+    count = columns[0].shape[1]
+    return [[column[:, k].reshape(x.shape) for column, x in zip(columns, arrays)] for k in range(count)]
+
+
+def leading(result: Any) -> Any:
+    """The loss or score in what a subject returns: its first entry, or the one that is called so."""
+    for name in ("loss", "losses", "logps", "logprobs"):
+        if isinstance(result, dict) and name in result:
+            return result[name]
+        if not isinstance(result, dict) and not hasattr(result, "__array__") and hasattr(result, name):
+            return getattr(result, name)
+    if isinstance(result, dict):
+        return next(iter(result.values()))
+    if isinstance(result, tuple) or (isinstance(result, list) and result and hasattr(result[0], "shape")):
+        return result[0] if not hasattr(result, "shape") else result
+    return result

@@ -1,0 +1,518 @@
+"""Somebody's log-probability of a response, read cell by cell from its gradient.
+
+For a score that is a sum of w log pi[t, v], the gradient in row t of the logits is w (onehot(v) - softmax): so it says
+which (row, token) entered, with which weight. Our batches have no token twice in a text, so a token names its place.
+"""
+
+import inspect
+import math
+import traceback
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy
+
+from ..backend import Array
+from .frameworks import Framework, candidates, differences, leading
+from .loss_check import close
+from .report import Report
+from .texts import EOS, LAYOUTS, Model, Texts, V, arguments_of, located, random_texts
+
+Cells = dict[tuple[int, int], float]  # (row, token) of one text -> weight
+
+
+def traced(call: Callable[[], Any], models: Sequence[Model]) -> tuple[Any, list[list[Array | None]]]:
+    """What a call returns, and its derivatives in the logits of each call of the models: [output][call]."""
+    framework, kept = models[0].framework, []
+    for model in models:
+        model.calls.clear()
+    result = call()
+    kept = [list(model.calls) for model in models]
+
+    def again(*logits: Any, numbers: bool = False) -> Any:
+        rest = list(logits)
+        for model, calls in zip(models, kept):
+            own, rest = rest[: len(calls)], rest[len(calls) :]
+            model.calls.clear()
+            model.moved, model.leaves = (own, None) if numbers else (None, own)
+        try:
+            y = leading(call())
+        finally:
+            for model in models:
+                model.moved = model.leaves = None
+        return numpy.asarray(framework.host(y)).reshape(-1) if numbers else flat(y)
+
+    bases = [values for calls in kept for _, values, _ in calls]
+    rows = framework.jacobian(again, bases) if framework.name != "numpy" else []
+    if framework.name == "numpy" or not any(g is not None and g.any() for row in rows for g in row):
+        rows = [[None] * len(bases)] * len(rows) if rows else differences(lambda *x: again(*x, numbers=True), bases)
+    for model, calls in zip(models, kept):
+        model.calls[:] = calls
+    return result, rows
+
+
+def numerical(call: Callable[[], Any], model: Model) -> list[list[Array | None]]:
+    """The same derivatives by central differences, for a score that was computed without a graph."""
+    calls = list(model.calls)
+
+    def by_hand(*logits: Any) -> Any:
+        model.calls.clear()
+        model.moved = list(logits)
+        try:
+            return model.framework.host(leading(call())).reshape(-1)
+        finally:
+            model.moved = None
+
+    rows = differences(by_hand, [values for _, values, _ in calls])
+    model.calls[:] = calls
+    return rows
+
+
+def flat(y: Any) -> Any:
+    """A value of any shape as a row of numbers."""
+    return y.reshape(-1) if hasattr(y, "reshape") else y
+
+
+def cells(gradient: Array, logits: Array) -> tuple[Cells, str]:
+    """The weights w of (row, token) in a sum of w log pi, and what is wrong if it is no such sum.  (T, V), (T, V)"""
+    found: Cells = {}
+    for t in numpy.flatnonzero(abs(gradient).max(axis=-1) > 1e-7):
+        g = gradient[t]
+        p = numpy.exp(logits[t] - numpy.logaddexp.reduce(logits[t]))
+        total = float(numpy.median(-g / p))  # most tokens enter through the softmax alone
+        weights = g + total * p
+        entered = numpy.flatnonzero(abs(weights) > 1e-4 * max(1e-3, abs(weights).max()))
+        if abs(total) < 1e-9 and len(entered) < V // 2:
+            return {}, "logits are added up without log_softmax"
+        if not 1 <= len(entered) <= V // 2 or abs(weights.sum() - total) > 1e-4 * max(1e-3, abs(total)):
+            return {}, "it is not a sum of log-probabilities"
+        for v in entered:
+            found[int(t), int(v)] = float(weights[v])
+    return found, ""
+
+
+def places(row: list[int], found: Cells) -> tuple[int, dict[int, float], dict[int, int]]:
+    """The shift that most cells have (0: row t - 1 predicts token t), the weight of each place, and the strange tokens.
+
+    A strange token is not the one at any place near its row; it is given by row.
+    """
+    shifts = [t + 1 - p for t, v in found for p, token in enumerate(row) if token == v and abs(t + 1 - p) <= 2]
+    shift = max(sorted(set(shifts), key=abs), key=shifts.count) if shifts else 0
+    counted: dict[int, float] = {}
+    strange: dict[int, int] = {}
+    for (t, v), weight in found.items():
+        place = t + 1 - shift
+        if 0 <= place < len(row) and row[place] == v:
+            counted[place] = counted.get(place, 0.0) + weight
+        else:
+            strange[t] = v
+    return shift, counted, strange
+
+
+def expected_scores(texts: Texts, model: Model, whole: bool = False) -> Array:
+    """The log-probability of each response, or `whole` text, under the logits that the subject was given."""
+    scores = []
+    for x, y in zip(texts.prompts, texts.responses):
+        x, y = (x[:1], x[1:] + y) if whole else (x, y)
+        call, b, start = located(x + y, model)
+        logits = model.calls[call][1][b, start + len(x) - 1 : start + len(x) + len(y) - 1]
+        logp = logits - numpy.logaddexp.reduce(logits, axis=-1, keepdims=True)
+        scores.append(logp[numpy.arange(len(y)), y].sum())
+    return numpy.array(scores)
+
+
+def logprobs(fn: Any, layout: Any = "labels", framework: str | None = None) -> Report:
+    """Check a function that gives log pi(y|x), the sum over the tokens of a response, end-of-text included.
+
+    `layout` says how `fn` is called:
+
+        "labels"          fn(logits, labels): labels[b, t] is the token at t, -100 where nothing counts; fn shifts
+        "labels_shifted"  the same after its caller has shifted
+        "mask"            fn(logits, ids, mask): mask[b, t] is about the token at t; fn shifts
+        "prompt_lengths"  fn(logits, ids, prompt_lengths, lengths)
+        "model"           fn(model, prompt_ids, response_ids): (1, Tp), (1, Tr); model(ids) -> logits
+        "strings"         fn(model, tokenizer, prompt, response), with a model and a tokenizer called as Hugging Face's
+        a function        from `Texts` to the arguments of fn, a tuple; `texts.logits(ids)` gives logits
+
+    logits are (B, T, V), everything else (B, T) or (B,) integers. `fn` returns (B,), or a tuple that begins with it.
+    """
+    report = Report(getattr(fn, "__name__", type(fn).__name__))
+    if not callable(layout) and layout not in LAYOUTS:
+        raise ValueError(f"layout must be one of {', '.join(LAYOUTS)} or a function, not {layout!r}")
+    for each in candidates(framework):
+        report.traceback = ""
+        with each.session():
+            try:
+                _check(fn, layout, each, report)
+            except Exception:
+                report.traceback = traceback.format_exc(limit=-4)
+                continue
+            break
+    if report.traceback:
+        report.fault("not_callable", "it could not be called in this layout: see its traceback")
+    return report
+
+
+SIZES = ((3, 4), (5, 2), (2, 6), (4, 1))
+
+
+def _check(fn: Any, layout: Any, framework: Framework, report: Report) -> None:
+    """Everything that is tried on a scorer."""
+    rng = numpy.random.default_rng(0)
+    for what, sizes, pad in (
+        ("texts of unequal length", SIZES, V - 1),
+        ("pads that have the id of end-of-text", SIZES, EOS),
+        ("prompts and responses of one token", ((1, 1), (4, 4), (1, 2), (3, 5)), V - 1),
+    ):
+        texts, model = random_texts(rng, sizes, pad), Model(framework, 7)
+        report.tried.append(what)
+        _read(fn, layout, texts, model, report)
+        if report.findings:
+            return
+    _extremes(fn, layout, framework, report, rng, whole=any(r.code == "prompt_counted_cancels" for r in report.remarks))
+
+
+def _read(fn: Any, layout: Any, texts: Texts, model: Model, report: Report) -> None:
+    """Call the subject on a batch of texts, and say which cells it counted."""
+    framework = model.framework
+    call = arguments_of(layout, texts, model)
+    outputs = []
+    for _ in range(2):
+        model.calls.clear()
+        outputs.append(numpy.asarray(framework.host(leading(call(fn))), dtype="float64"))
+    right = expected_scores(texts, model)
+    if outputs[0].shape != outputs[1].shape or not close(outputs[0], outputs[1], 1e-9):
+        fresh = arguments_of(layout, texts, model)
+        model.calls.clear()
+        third = numpy.asarray(framework.host(leading(fresh(fn))), dtype="float64")
+        if third.shape == outputs[0].shape and close(third, outputs[0], 1e-9):
+            report.fault("inputs_changed", "it writes into its arguments: called again, it counts other tokens")
+        else:
+            report.fault("not_repeatable", "called again with the same numbers it gives another result")
+        return
+    call = arguments_of(layout, texts, model)
+    result, rows = traced(lambda: call(fn), [model])
+    score = numpy.asarray(framework.host(leading(result)), dtype="float64")
+    B = len(right)
+    if all(g is None for row in rows for g in row):
+        report.fault("no_gradient", "no gradient reaches the logits: was it run without a graph?")
+        rows = numerical(lambda: call(fn), model)
+    _shape(report, texts, model, score, rows, right)
+    if score.shape not in ((B,), (B, 1)):
+        return
+    counted = [_cells_of(b, texts, model, rows[b], report) for b in range(B)]
+    if any(each is None for each in counted):
+        _not_cells(report, texts, model, score, right)
+        return
+    _say(report, texts, [each for each in counted if each is not None], inspect_average(fn, result))
+    report.picture = report.picture or picture(texts, [each for each in counted if each is not None])
+    if not report.findings and not report.remarks and not close(score, right):
+        worst = int(numpy.argmax(abs(score - right)))
+        report.fault("wrong_value", "its value is not what its gradient says", float(right[worst]), float(score[worst]))
+
+
+def inspect_average(fn: Any, result: Any) -> str:
+    """The name of a parameter that turns the sum into a mean, if there is one."""
+    try:
+        names = inspect.signature(fn).parameters
+    except (TypeError, ValueError):
+        return ""
+    return next((name for name in names if "average" in name or "mean" in name or "normali" in name), "")
+
+
+def _shape(
+    report: Report, texts: Texts, model: Model, score: Array, rows: list[list[Array | None]], right: Array
+) -> None:
+    """Say what is wrong with a score that is not one number for each text."""
+    B, T = texts.ids.shape
+    if score.shape in ((B,), (B, 1)):
+        return
+    if score.size == 1:
+        value = float(score.reshape(-1)[0])
+        if close(value, right.sum()):
+            report.fault(
+                "sum_over_batch", "it is one number, the sum over the texts: DPO needs one for each", None, None
+            )
+        elif close(value, right.mean()):
+            report.fault("sum_over_batch", "it is one number, the mean over the texts: DPO needs one for each")
+        elif close(value, right.sum() / texts.mask.sum()):
+            report.fault("mean_for_sum", "it is one number, the mean over all tokens of the batch")
+        else:
+            report.fault("sum_over_batch", "it is one number for the whole batch", right.tolist(), value)
+        return
+    if score.ndim == 2 and score.shape[0] == B and score.shape[1] in (T, T - 1):
+        report.fault("never_summed", f"it returns {score.shape}, a number for each token, never summed")
+        return
+    if score.ndim == 1 and score.shape[0] in (T, T - 1):
+        report.fault("wrong_axis", f"it returns {score.shape}: it is summed over the texts, not over their tokens")
+        return
+    report.fault("wrong_value", f"it returns {score.shape}, not ({B},)")
+
+
+def _cells_of(b: int, texts: Texts, model: Model, row: list[Array | None], report: Report) -> Cells | None:
+    """The cells of one text's score, by its places; None if it is no sum of log-probabilities."""
+    call, own, start = located(texts.prompts[b] + texts.responses[b], model)
+    gathered: Cells = {}
+    for number, gradient in enumerate(row):
+        if gradient is None:
+            continue
+        for other in range(len(gradient)):
+            if not gradient[other].any():
+                continue
+            found, fault = cells(gradient[other], model.calls[number][1][other])
+            if fault:
+                report.picture = report.picture or fault
+                return None
+            if (number, other) != (call, own) and not _twin(model, number, other, call, own):
+                report.fault("wrong_axis", f"the score of text {b} counts tokens of another text")
+                continue
+            for (t, v), weight in found.items():
+                gathered[t - start, v] = gathered.get((t - start, v), 0.0) + weight
+    return gathered
+
+
+def _twin(model: Model, number: int, other: int, call: int, own: int) -> bool:
+    """Whether two rows of calls begin with the same tokens, as where prompt and text are computed apart."""
+    a, b = model.calls[number][0][other].tolist(), model.calls[call][0][own].tolist()
+    return a[: len(b)] == b[: len(a)]
+
+
+def _not_cells(report: Report, texts: Texts, model: Model, score: Array, right: Array) -> None:
+    """Name a score that is no sum of log-probabilities."""
+    fault, report.picture = report.picture, ""
+    x, mask = model.calls[0][1], texts.mask
+    numbers = {"expected": right.tolist(), "found": score.reshape(-1).tolist()}
+    if x.shape[:2] == texts.ids.shape:
+        for axis, name, rows in (
+            *((1, "the places of a text", x[:, :end]) for end in (None, -1)), (0, "the texts of the batch", x),
+        ):  # fmt: skip
+            logp = rows - numpy.logaddexp.reduce(rows, axis=axis, keepdims=True)
+            taken = numpy.take_along_axis(logp[:, : x.shape[1] - 1], texts.ids[:, 1:, None], axis=-1)[..., 0]
+            if close(score.reshape(-1), (taken * mask[:, 1:]).sum(axis=1), 1e-5):
+                report.fault("wrong_axis", f"the softmax runs over {name}, not over the vocabulary", **numbers)
+                return
+        p = numpy.exp(x - numpy.logaddexp.reduce(x, axis=-1, keepdims=True))
+        taken = numpy.take_along_axis(p[:, :-1], texts.ids[:, 1:, None], axis=-1)[..., 0]
+        if close(score.reshape(-1), (taken * mask[:, 1:]).sum(axis=1), 1e-5):
+            report.fault("wrong_value", "probabilities are added up, not their logarithms", **numbers)
+            return
+    if close(score.reshape(-1), right, 1e-6):
+        report.fault("wrong_gradient", "its value is right and its gradient is not that of a sum of log-probabilities")
+    else:
+        report.fault("wrong_value", fault or "it is not a sum of log-probabilities", **numbers)
+
+
+def _say(report: Report, texts: Texts, counted: list[Cells], average: str) -> None:
+    """Compare what was counted with what counts, and name the difference."""
+    empty = [not found and len(y) > 1 for found, y in zip(counted, texts.responses)]
+    if any(empty) or not any(counted):
+        report.fault("wrong_value", f"nothing of text {empty.index(True) if any(empty) else 0} is counted")
+        return
+    rows_of_responses = [{p - 1 for p in range(n, end)} for n, end in zip(texts.prompt_lengths, texts.lengths)]
+    foreign = [sum(t + 1 >= len(row) or row[t + 1] != v for t, v in found) for found, row in zip(counted, texts.ids)]
+    if all({t for t, _ in found} == rows for found, rows in zip(counted, rows_of_responses)) and (
+        2 * sum(foreign) > sum(map(len, counted))
+    ):
+        report.fault("tokens_not_used", "the text's tokens are never looked up: other tokens are counted in their rows")
+        return
+    weights = [numpy.array(list(found.values())) for found in counted if found]
+    size = [float(numpy.median(each)) for each in weights]
+    if all(s < 0 for s in size):
+        report.fault("negative_logprob", "the sign is missing: it gives -log pi(y|x)")
+    means = [len(y) for y, found in zip(texts.responses, counted) if found]
+    T = texts.ids.shape[1]
+    if all(close(abs(s), 1 / n, 1e-4) for s, n in zip(size, means)) and any(n > 1 for n in means):
+        if average:
+            report.remark("mean_by_length_option", f"the option {average} divides by the length: DPO sums")
+        report.fault("mean_for_sum", "it is the mean over the response's tokens, and DPO sums them", 1.0, size)
+    elif not all(close(abs(s), 1.0, 1e-4) for s in size):
+        if all(close(abs(s) * len(w), 1.0, 1e-3) or close(abs(s) * T, 1.0, 1e-3) for s, w in zip(size, weights)):
+            report.fault("mean_for_sum", "it is a mean over tokens, and DPO sums them", 1.0, size)
+        elif all(close(abs(s) * (T - 1), 1.0, 1e-3) or close(abs(s) * sum(means), 1.0, 1e-3) for s in size):
+            report.fault("mean_for_sum", "it is divided by a number of tokens, and DPO sums them", 1.0, size)
+        else:
+            report.fault("wrong_value", "each log-probability is multiplied by a factor", 1.0, size)
+    elif any(abs(w / s - 1).max() > 1e-3 for w, s in zip(weights, size)):
+        report.fault("wrong_value", "tokens are counted with unequal weights", 1.0, weights[0].tolist())
+    shifts, prompts, pads, fillers, missing, strange = [], [], [], [], [], []
+    for b, found in enumerate(counted):
+        n, length = int(texts.prompt_lengths[b]), int(texts.lengths[b])
+        row = texts.ids[b].tolist()
+        shift, places_counted, odd = places(row, found)
+        wanted = set(range(n, length))
+        shifts.append(shift)
+        prompts.append({p for p in places_counted if p < n})
+        pads.append({p for p in places_counted if p >= length})
+        missing.append(wanted - set(places_counted))
+        response_rows = {p - 1 + shift for p in wanted}
+        fillers.append({t: v for t, v in odd.items() if t not in response_rows})
+        strange.append({t: v for t, v in odd.items() if t in response_rows})
+    shift = max(sorted(set(shifts), key=abs), key=shifts.count)
+    if shift == 1:
+        report.fault("no_shift", "row t is read for token t: it must be row t - 1, which has not seen it")
+    elif shift == -1:
+        report.fault("shifted_twice", "row t - 2 is read for token t: it is shifted twice")
+    elif shift == 2:
+        report.fault("no_shift", "row t + 1 is read for token t: it is shifted in the wrong direction")
+    elif shift == -2:
+        report.fault("shifted_twice", "row t - 3 is read for token t: it is shifted too often")
+    lengths, starts = texts.lengths, texts.prompt_lengths
+    B = len(counted)
+    if all(m and len(m) == len(range(starts[b], lengths[b])) for b, m in enumerate(missing)) and any(prompts):
+        report.fault(
+            "mask_inverted", "the prompt and the pads are counted and the response is not: the mask is inverted"
+        )
+        return
+    if any(missing):
+        if all(m <= {starts[b]} for b, m in enumerate(missing)):
+            report.fault("first_token_missing", "the first token of a response is not counted")
+        elif all(m <= {lengths[b] - 1} for b, m in enumerate(missing)):
+            report.fault("last_token_missing", "the last token of a response, end-of-text, is not counted")
+        elif not shift or any(len(m) > 2 for m in missing):
+            firsts = [starts[b] in m for b, m in enumerate(missing)]
+            code = "first_token_missing" if all(f or not m for f, m in zip(firsts, missing)) else "last_token_missing"
+            if not all(f or not m for f, m in zip(firsts, missing)) and not all(
+                (lengths[b] - 1) in m or not m for b, m in enumerate(missing)
+            ):
+                code = "wrong_value"
+            report.fault(code, "tokens of a response are not counted", None, [sorted(m) for m in missing])
+    if any(pads) or any(fillers):
+        most = max(len(p) + len(f) for p, f in zip(pads, fillers))
+        if most == 1:
+            report.fault("pad_counted", "one pad after the response is counted")
+        else:
+            token = next((v for f in fillers for v in f.values()), None)
+            as_what = "" if token is None else f" as token {token}"
+            report.fault("pads_counted", f"places where nothing counts are counted{as_what}")
+    whole = [prompts[b] >= set(range(1, starts[b])) for b in range(B)]
+    asked = [b for b in range(B) if starts[b] > 1]
+    if any(prompts):
+        if all(prompts[b] for b in asked):
+            what = "the prompt is" if all(whole) else "tokens of the prompt are"
+            if any(finding.code == "mean_for_sum" for finding in report.findings):
+                report.fault("prompt_counted_on_one_side", f"{what} counted, too, which does not cancel in a mean")
+            else:
+                report.remark(
+                    "prompt_counted_cancels",
+                    f"{what} counted, too: it cancels in the DPO loss of sums, not in means, in IPO by length or in "
+                    "logged log-probabilities",
+                )
+        else:
+            report.fault("prompt_counted_on_one_side", "the prompt is counted in some texts and not in others")
+    if any(strange) and not report.findings:
+        report.fault("wrong_value", "other tokens than those of the text are counted")
+
+
+def picture(texts: Texts, counted: list[Cells]) -> str:
+    """The places of each text: what was counted above what should have been."""
+    lines = ["counted (#) and what counts (=), by place; p prompt, r response, . pad"]
+    for b, found in enumerate(counted):
+        n, length, row = int(texts.prompt_lengths[b]), int(texts.lengths[b]), texts.ids[b].tolist()
+        _, places_counted, _ = places(row, found)
+        kinds = "".join("p" if t < n else "r" if t < length else "." for t in range(len(row)))
+        lines.append(f"  text {b}  {kinds}")
+        lines.append("          " + "".join("#" if t in places_counted else " " for t in range(len(row))))
+        lines.append("          " + "".join("=" if n <= t < length else " " for t in range(len(row))))
+    return "\n".join(lines)
+
+
+def _extremes(
+    fn: Any, layout: Any, framework: Framework, report: Report, rng: numpy.random.Generator, whole: bool
+) -> None:
+    """Very large logits, a long text, a pad with probability 0, and half precision; `whole` if prompts count, too."""
+
+    def score(texts: Texts, model: Model, narrow: str = "") -> tuple[Array, Array]:
+        if narrow:
+            array = framework.array
+            framework.array = lambda x, dtype=None: array(x, narrow if dtype == "float64" else dtype)  # type: ignore
+        try:
+            y = numpy.asarray(framework.host(leading(arguments_of(layout, texts, model)(fn))), dtype="float64")
+        finally:
+            if narrow:
+                del framework.array
+        return y.reshape(-1), expected_scores(texts, model, whole)
+
+    report.tried.append("logits of 1e4; a response of 400 tokens; pads of probability 0")
+    texts = random_texts(rng, SIZES, V - 1)
+    found, right = score(texts, Model(framework, 8, scale=1e4))
+    _far(report, found, right, "with logits of 1e4")
+    length = 400
+    long = Texts([[1, 2]], [[*rng.integers(1, V, length - 1).tolist(), EOS]], V - 1)
+    found, right = score(long, Model(framework, 9))
+    _far(report, found, right, f"for a response of {length} tokens")
+    found, right = score(texts, NeverPads(framework, 10, texts))
+    if numpy.isnan(found).any() and numpy.isfinite(right).all():
+        report.remark(
+            "nan_where_a_pad_is_minus_infinity", "where a pad has log-probability -inf it is nan: 0 * -inf; select"
+        )
+    for narrow in ("float16", "bfloat16") if framework.name != "numpy" else ():
+        try:
+            found, right = score(texts, Model(framework, 11), narrow)
+        except Exception:  # a type that the subject does not take
+            continue
+        if not (abs(found - right) < 0.1).all():
+            off = float(numpy.nanmax(abs(found - right))) if not numpy.isnan(found).all() else math.nan
+            report.remark("not_stable_in_half_precision", f"with logits in {narrow} it is off by {off:.3g} nats")
+
+
+class NeverPads(Model):
+    """A model that gives the pad probability 0."""
+
+    def __init__(self, framework: Framework, seed: int, texts: Texts):
+        super().__init__(framework, seed)
+        self.pad = texts.pad
+
+    def values(self, ids: Array) -> Array:
+        made = super().values(ids)
+        made[..., self.pad] = -math.inf
+        made[(ids == EOS) | (ids == self.pad), EOS] = -math.inf  # after a text: a label of -100 may be read as token 0
+        return made
+
+
+def _far(report: Report, found: Array, right: Array, where: str) -> None:
+    """Name a score that is lost far out."""
+    if found.shape != right.shape or close(found, right, 1e-5):
+        return
+    i = int(numpy.argmax(numpy.where(numpy.isfinite(found), abs(found - right), math.inf)))
+    numbers = {"expected": float(right[i]), "found": float(found[i])}
+    if not numpy.isfinite(found).all():
+        report.fault("unstable", f"{where} it is {found[i]}", **numbers)
+    elif found[i] > right[i]:
+        report.fault("capped", f"{where} no token's log-probability is as low as it should be", **numbers)
+    else:
+        report.fault("unstable", f"{where} it is wrong", **numbers)
+
+
+def labels(ids: Any, labels: Any, prompt_lengths: Any, lengths: Any) -> Report:
+    """Check somebody's labels, (B, T): the token at each place of a response, -100 where nothing counts.
+
+    `ids` is (B, T); text b has `prompt_lengths[b]` tokens of prompt and `lengths[b]` tokens in all.
+    """
+    report = Report("labels", ["the places that will count, if the scorer shifts"])
+    ids, labels = numpy.asarray(ids), numpy.asarray(labels)
+    starts, ends = numpy.asarray(prompt_lengths), numpy.asarray(lengths)
+    if not ids.shape == labels.shape == (len(starts), ids.shape[-1]) or starts.shape != ends.shape:
+        raise ValueError(
+            f"ids and labels must be (B, T) and the lengths (B,), not {ids.shape}, {labels.shape}, {starts.shape}"
+        )
+    texts = Texts.__new__(Texts)
+    texts.prompts = [row[:n].tolist() for row, n in zip(ids, starts)]
+    texts.responses = [row[n:end].tolist() for row, n, end in zip(ids, starts, ends)]
+    texts.pad, texts.ids = -1, ids
+    real = labels != -100
+    for b, t in numpy.argwhere(real):
+        if labels[b, t] != ids[b, t]:
+            ahead = t + 1 < ids.shape[1] and (labels[b, :-1] == ids[b, 1:])[real[b, :-1]].all()
+            if ahead:
+                report.fault(
+                    "shifted_twice", "labels[b, t] is the token at t + 1: a scorer that shifts will shift again"
+                )
+            else:
+                report.fault("wrong_value", f"labels[{b}, {t}] is another token", int(ids[b, t]), int(labels[b, t]))
+            return report
+    counted = [{(int(t) - 1, int(ids[b, t]) if (ids[b] == ids[b, t]).sum() == 1 else -1 - int(t)): 1.0
+                for t in numpy.flatnonzero(real[b])} for b in range(len(ids))]  # fmt: skip
+    texts.ids = numpy.array([[v if (row == v).sum() == 1 else -1 - t for t, v in enumerate(row)] for row in ids])
+    _say(report, texts, counted, "")
+    report.picture = picture(texts, counted)
+    return report

@@ -1,0 +1,72 @@
+"""What a check found: data first, then as text."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from ..tokenizer import printable
+
+
+class Finding(NamedTuple):
+    """One thing that is wrong, or worth knowing."""
+
+    code: str  # stable, for programs: the lists are in this folder's README.md
+    sentence: str
+    expected: Any = None  # a number, or None
+    found: Any = None
+
+    def __str__(self) -> str:
+        numbers = "" if self.found is None else f" (expected {_short(self.expected)}, found {_short(self.found)})"
+        return f"{self.code}: {self.sentence}{numbers}"
+
+
+@dataclass
+class Report:
+    """What was tried on a subject, and what came back."""
+
+    subject: str
+    tried: list[str] = field(default_factory=list)
+    findings: list[Finding] = field(default_factory=list)  # faults, the likeliest cause first
+    remarks: list[Finding] = field(default_factory=list)  # true, worth knowing, no fault
+    picture: str = ""
+    traceback: str = ""  # of the subject, if it could not be called
+
+    @property
+    def right(self) -> bool:
+        return not self.findings
+
+    def fault(self, code: str, sentence: str, expected: Any = None, found: Any = None) -> None:
+        """Add a finding, once for each code."""
+        if code not in {finding.code for finding in self.findings}:
+            self.findings.append(Finding(code, sentence, expected, found))
+
+    def remark(self, code: str, sentence: str, expected: Any = None, found: Any = None) -> None:
+        """Add a remark, once for each code."""
+        if code not in {remark.code for remark in self.remarks}:
+            self.remarks.append(Finding(code, sentence, expected, found))
+
+    def assert_right(self) -> None:
+        """Raise AssertionError, with the whole report as its text, if anything is wrong."""
+        if not self.right:
+            raise AssertionError(str(self))
+
+    def as_dict(self) -> dict[str, Any]:
+        """All of it as dicts, lists, strings and numbers, which `json.dumps` takes."""
+        rows = {name: [row._asdict() for row in getattr(self, name)] for name in ("findings", "remarks")}
+        return {"subject": self.subject, "right": self.right, "tried": self.tried, **rows, "traceback": self.traceback}
+
+    def __str__(self) -> str:
+        lines = [f"{printable(self.subject)}: {'right' if self.right else 'WRONG'}"]
+        lines += [f"  {printable(str(finding))}" for finding in self.findings]
+        lines += [f"  remark, {printable(str(remark))}" for remark in self.remarks]
+        lines += ["  tried: " + "; ".join(self.tried)] if self.tried else []
+        lines += ["", self.picture] if self.picture else []
+        lines += ["", self.traceback] if self.traceback else []
+        return "\n".join(lines)
+
+
+def _short(value: Any) -> str:
+    """A number or a few of them, in six digits."""
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return f"[{', '.join(map(_short, value[:4]))}{', ...' if len(value) > 4 else ''}]"
+    return f"{value:.6g}" if isinstance(value, int | float) else str(value)

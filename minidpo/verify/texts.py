@@ -1,0 +1,235 @@
+"""Texts, models and a tokenizer of ours, in the shapes in which other people's functions take them."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy
+
+from ..backend import Array
+from .frameworks import Framework, leading
+
+V, EOS = 29, 0  # the vocabulary of all texts here, and end-of-text
+LAYOUTS = ("labels", "labels_shifted", "mask", "prompt_lengths", "model", "strings")
+
+
+@dataclass
+class Texts:
+    """Prompts and responses, and their padded batch; each response ends in end-of-text."""
+
+    prompts: list[list[int]]
+    responses: list[list[int]]
+    pad: int  # the id that fills up the batch
+    ids: Array = field(init=False)  # (B, T)
+    logits: Callable[[Any], Any] = field(init=False)  # ids of any rows -> logits, in the subject's framework
+
+    def __post_init__(self) -> None:
+        rows = [x + y for x, y in zip(self.prompts, self.responses)]
+        T = max(map(len, rows)) + 1  # the longest text has one pad, the others more
+        self.ids = numpy.array([row + [self.pad] * (T - len(row)) for row in rows])
+
+    @property
+    def prompt_lengths(self) -> Array:
+        return numpy.array([len(x) for x in self.prompts])
+
+    @property
+    def lengths(self) -> Array:
+        return self.prompt_lengths + [len(y) for y in self.responses]
+
+    @property
+    def mask(self) -> Array:
+        """1 at the tokens of the responses."""
+        places = numpy.arange(self.ids.shape[1])
+        return ((places >= self.prompt_lengths[:, None]) & (places < self.lengths[:, None])).astype("int64")
+
+    @property
+    def labels(self) -> Array:
+        """The token at each place of a response, -100 elsewhere."""
+        return numpy.where(self.mask == 1, self.ids, -100)
+
+    @property
+    def prompt_ids(self) -> list[list[int]]:
+        return self.prompts
+
+    @property
+    def response_ids(self) -> list[list[int]]:
+        return self.responses
+
+
+def random_texts(rng: numpy.random.Generator, sizes: Sequence[tuple[int, int]], pad: int) -> Texts:
+    """Texts of (prompt, response) lengths; no token occurs twice in one, and the last is end-of-text."""
+    prompts, responses = [], []
+    for n, m in sizes:
+        tokens = (1 + rng.permutation(V - 2))[: n + m - 1].tolist()
+        prompts.append(tokens[:n])
+        responses.append([*tokens[n:], EOS])
+    return Texts(prompts, responses, pad)
+
+
+class Model:
+    """Logits that depend on the whole text up to each place, kept call by call."""
+
+    def __init__(self, framework: Framework, seed: int, scale: float = 1.5):
+        self.framework, self.seed, self.scale = framework, seed, scale
+        self.calls: list[tuple[Array, Array, Any]] = []  # ids (B, T), logits (B, T, V) in NumPy and in the framework
+        self.moved: list[Array] | None = None  # logits to return in place of the model's own, call by call
+        self.leaves: list[Any] | None = None  # the same, in the framework
+
+    def values(self, ids: Array) -> Array:
+        """The logits of each place, (B, T) -> (B, T, V)."""
+        made = numpy.empty((*ids.shape, V))
+        for b, row in enumerate(ids.tolist()):
+            for t in range(len(row)):
+                made[b, t] = (
+                    numpy.random.default_rng([self.seed, *(i % 2**32 for i in row[: t + 1])]).normal(size=V)
+                    * self.scale
+                )
+        return made
+
+    def __call__(self, ids: Any = None, *rest: Any, **words: Any) -> Any:
+        ids = next(iter(words.values())) if ids is None else ids
+        host = numpy.asarray(self.framework.host(ids)).astype("int64")
+        number = len(self.calls)
+        if self.leaves is not None:
+            logits = self.leaves[number]
+        else:
+            values = self.values(host) if self.moved is None else self.moved[number]
+            logits = self.framework.array(values, "float64")
+            if hasattr(logits, "requires_grad_"):
+                logits.requires_grad_()
+        shaped = self.framework.host(logits) if self.leaves is None else numpy.empty(0)
+        self.calls.append((host, shaped, logits))
+        return logits
+
+
+def located(text: list[int], model: Model) -> tuple[int, int, int]:
+    """The call, the row and the place at which a text begins, with or without its last token."""
+    for length in (len(text), len(text) - 1):
+        for number, (ids, _, _) in enumerate(model.calls):
+            for b, row in enumerate(ids.tolist()):
+                for start in range(len(row) - length + 1):
+                    if row[start : start + length] == text[:length]:
+                        return number, b, start
+    raise LookupError(f"the model was never called with the text {text}")
+
+
+def arguments_of(layout: Any, texts: Texts, model: Model) -> Callable[[Any], Any]:
+    """How a subject of a layout is called."""
+    framework, array = model.framework, model.framework.array
+    if callable(layout):
+        texts.logits = model
+
+        def adapted(fn: Any) -> Any:
+            given = layout(texts)
+            positional, words = given if isinstance(given, tuple) and isinstance(given[-1], dict) else (given, {})
+            return fn(*positional, **words)
+
+        return adapted
+    if layout in ("model", "strings"):
+
+        def one_by_one(fn: Any) -> Any:
+            return stacked(framework, [fn(*call) for call in of_models(layout, texts, model)])
+
+        return one_by_one
+    ids, labels, mask = array(texts.ids), array(texts.labels), array(texts.mask)
+    if layout == "labels":
+        return lambda fn: fn(model(ids), labels)
+    if layout == "labels_shifted":
+        return lambda fn: fn(model(ids)[:, :-1], array(texts.labels[:, 1:]))
+    if layout == "mask":
+        return lambda fn: fn(model(ids), ids, mask)
+    if layout == "prompt_lengths":
+        return lambda fn: fn(model(ids), ids, array(texts.prompt_lengths), array(texts.lengths))
+    raise ValueError(f"layout must be one of {', '.join(LAYOUTS)} or a function, not {layout!r}")
+
+
+def of_models(layout: str, texts: Texts, model: Model) -> list[tuple[Any, ...]]:
+    """The arguments of one call for each text."""
+    array = model.framework.array
+    if layout == "model":
+        body = module(model)
+        return [(body, array([x]), array([y])) for x, y in zip(texts.prompts, texts.responses)]
+    words = [chr(ord("a") + i) if i < 26 else chr(ord("A") + i - 26) for i in range(V)]
+    tokenizer = Characters(words, model.framework)
+    body, spelled = module(model, Output), tokenizer.decode
+    return [(body, tokenizer, spelled(x), spelled(y[:-1])) for x, y in zip(texts.prompts, texts.responses)]
+
+
+class Output:
+    """What a model of Hugging Face returns, as far as a scorer needs it."""
+
+    def __init__(self, logits: Any):
+        self.logits = logits
+
+    def __getitem__(self, key: Any) -> Any:
+        return self.logits if key in (0, "logits") else None
+
+
+def module(model: Model, wrap: Callable[[Any], Any] = lambda logits: logits) -> Any:
+    """The model as a torch.nn.Module in PyTorch, else as a function."""
+
+    def forward(ids: Any = None, *rest: Any, **words: Any) -> Any:
+        return wrap(model(words.pop("input_ids", None) if ids is None else ids))
+
+    if model.framework.name != "torch":
+        return forward
+    torch: Any = model.framework.torch  # type: ignore[attr-defined]
+
+    class Module(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.unused = torch.nn.Parameter(torch.zeros(1, dtype=torch.float64))
+            self.device = torch.device("cpu")
+
+        def forward(self, *ids: Any, **words: Any) -> Any:
+            return forward(*ids, **words)
+
+    return Module()
+
+
+class Characters:
+    """A tokenizer of letters with the call of Hugging Face's; "a" is end-of-text."""
+
+    def __init__(self, words: list[str], framework: Framework):
+        self.words, self.framework = words, framework
+        self.eos_token, self.pad_token = words[EOS], words[EOS]
+        self.eos_token_id = self.pad_token_id = EOS
+
+    def encode(self, text: str, add_special_tokens: bool = True, return_tensors: Any = None) -> Any:
+        ids = [self.words.index(letter) for letter in text]
+        return self.framework.array([ids]) if return_tensors else ids
+
+    def __call__(self, text: Any, return_tensors: Any = None, **options: Any) -> Any:
+        rows = [self.encode(each) for each in ([text] if isinstance(text, str) else text)]
+        longest = max(map(len, rows))
+        mask = [[1] * len(row) + [0] * (longest - len(row)) for row in rows]
+        rows = [row + [EOS] * (longest - len(row)) for row in rows]
+        if return_tensors:
+            return Encoding(input_ids=self.framework.array(rows), attention_mask=self.framework.array(mask))
+        first = isinstance(text, str)
+        return Encoding(input_ids=rows[0] if first else rows, attention_mask=mask[0] if first else mask)
+
+    def decode(self, ids: Any, **options: Any) -> str:
+        return "".join(self.words[int(i)] for i in ids)
+
+
+class Encoding(dict[str, Any]):
+    """Entries that are attributes, too."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in self:
+            raise AttributeError(name)
+        return self[name]
+
+    def to(self, *device: Any) -> "Encoding":
+        return self
+
+
+def stacked(framework: Framework, scores: list[Any]) -> Any:
+    """Scores of single texts as one array."""
+    scores = [leading(score) for score in scores]
+    if framework.name == "numpy":
+        return numpy.array([numpy.asarray(score, dtype="float64").reshape(-1)[0] for score in scores])
+    library = framework.torch if framework.name == "torch" else framework.jax.numpy  # type: ignore[attr-defined]
+    make = library.as_tensor if framework.name == "torch" else library.asarray
+    return library.stack([make(score).reshape(-1)[0] for score in scores])

@@ -1,0 +1,260 @@
+"""Other people's losses, scorers and steps: the right ones pass, the wrong ones are named."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+
+import strangers
+from minidpo import losses, verify
+from minidpo.verify import logprob_check, loss_check, texts
+
+SLOW = [pytest.mark.slow]  # XLA compiles every shape
+
+
+def subject(kind, name, function, framework, options, truth, note):
+    marks = SLOW if framework == "jax" else []
+    return pytest.param(kind, function, framework, options, truth, note, marks=marks, id=name)
+
+
+@pytest.mark.parametrize(
+    ("kind", "function", "framework", "options", "truth", "note"), [subject(*row) for row in strangers.SUBJECTS]
+)
+def test_a_stranger_s_code_is_named(kind, function, framework, options, truth, note):
+    """What is right raises no alarm; what is wrong is named first by its cause, and serves its reader as data."""
+    if framework != "numpy":
+        pytest.importorskip(framework)
+    report = getattr(verify, kind)(function, framework=framework, **options)
+    codes = [finding.code for finding in report.findings]
+    assert report.right if truth == "right" else codes and codes[0] in truth, f"{report}\n{truth}: {note}"
+    remarks = {remark.code for remark in report.remarks}
+    if truth == "right" and framework != "jax":  # XLA may turn a product with a mask into a choice
+        for remark in ("prompt_counted_cancels", "rewards_without_beta", "nan_where_a_pad_is_minus_infinity"):
+            assert (remark in remarks) == (remark in note), report
+    assert json.loads(json.dumps(report.as_dict()))["right"] is report.right
+    if not report.right:
+        with pytest.raises(AssertionError) as caught:
+            report.assert_right()
+        assert codes[0] in str(caught.value)
+
+
+def test_sixty_wrong_subjects_and_twenty_five_right_ones_are_tried():
+    """The strangers are many, of three frameworks and of every kind."""
+    wrong = [row for row in strangers.SUBJECTS if row[5] != "right"]
+    assert len(wrong) >= 60 and len(strangers.SUBJECTS) - len(wrong) >= 25
+    assert {row[3] for row in wrong} == {"numpy", "torch", "jax"} and {row[0] for row in wrong} == {
+        "loss", "logprobs", "step",
+    }  # fmt: skip
+
+
+# ---- losses ---------------------------------------------------------------------------------------------------------
+
+
+def ours(w, l, rw, rl, beta):
+    return losses.dpo_loss(w, l, rw, rl, beta).loss.data
+
+
+@pytest.mark.parametrize("beta", [0.01, 0.1, 1.0, 5.0])
+def test_our_loss_is_right(beta):
+    """The DPO loss of this package passes, at any beta."""
+    report = verify.loss(ours, beta=beta)
+    assert report.right and "numpy" in str(report), report
+
+
+@pytest.mark.parametrize("name", [name for name in losses.LOSSES if name not in ("dpo", "reference_free")])
+def test_our_other_losses_are_named(name):
+    """Another loss of the registry is recognised as that loss, or as what it is a case of."""
+    try:
+        choice = losses.Choice(name)
+        choice(*loss_check.random_pairs(np.random.default_rng(0), 5), beta=0.1)
+    except (TypeError, ValueError):
+        pytest.skip("it needs more than four numbers")
+    report = verify.loss(lambda *x: choice(*x[:4], beta=x[4]).loss.data)
+    assert not report.right
+    assert report.findings[0].code not in ("not_callable", "not_repeatable", "inputs_changed"), report
+
+
+def eq7(w, l, rw, rl, beta):
+    return np.logaddexp(0, -beta * ((w - rw) - (l - rl))).mean()
+
+
+@pytest.mark.parametrize(
+    ("function", "options"),
+    [
+        (lambda rw, rl, w, l, beta: eq7(w, l, rw, rl, beta),
+         {"arguments": "ref_logp_w, ref_logp_l, logp_w, logp_l, beta"}),
+        (lambda *, pi_w, pi_l, ref_w, ref_l, tau: eq7(pi_w, pi_l, ref_w, ref_l, tau),
+         {"arguments": {"pi_w": "logp_w", "pi_l": "logp_l", "ref_w": "ref_logp_w", "ref_l": "ref_logp_l",
+                        "tau": "beta"}}),
+        (lambda chosen, rejected, beta: np.logaddexp(0, beta * (rejected - chosen)),
+         {"arguments": lambda w, l, rw, rl, beta: (w - rw, l - rl, beta)}),
+        (lambda pi, ref, beta: eq7(pi["w"], pi["l"], ref["w"], ref["l"], beta),
+         {"arguments": lambda w, l, rw, rl, beta: ({"w": w, "l": l}, {"w": rw, "l": rl}, beta)}),
+        (lambda w, l, rw, rl, beta: [float(eq7(*x, beta)) for x in zip(w, l, rw, rl)],
+         {"arguments": lambda w, l, rw, rl, beta: (w.tolist(), l.tolist(), rw.tolist(), rl.tolist(), beta)}),
+        (lambda w, l, rw, rl: eq7(w, l, rw, rl, 0.3), {"beta": 0.3}),
+        (lambda w, l, rw, rl, label_smoothing=0.0, beta=0.1: eq7(w, l, rw, rl, beta) + label_smoothing, {}),
+        (lambda w, l, rw, rl, beta: {"loss": eq7(w, l, rw, rl, beta), "rewards": beta * (w - rw)}, {}),
+    ],
+)  # fmt: skip
+def test_a_loss_of_another_signature_can_be_adapted(function, options):
+    """Another order, other names, margins, records, lists, beta in the object: each is right, adapted or as it is."""
+    verify.loss(function, **options).assert_right()
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (lambda w, l, rw, rl, beta: eq7(w, l, rw, rl, 0.37), "computes with 0.37"),
+        (lambda *x: 0.8 * eq7(*x) + 0.2 * eq7(x[1], x[0], x[3], x[2], x[4]), "smoothed, with 0.2"),
+        (lambda w, l, rw, rl, beta: eq7(w - 3 / beta, l, rw, rl, beta), "3 is subtracted from z"),
+        (lambda w, l, rw, rl, beta: eq7(w, l, rw, rl, 2 * beta), "multiplied by 0.2, not by beta = 0.1"),
+        (lambda w, l, rw, rl, beta: eq7(w, l, 0 * rw, 0 * rl, beta), "do not enter"),
+        (lambda w, l, rw, rl, beta: eq7(w, l, rw, 2 * rl, beta), "2 ref_logp_l"),
+        (lambda w, l, rw, rl, beta: np.minimum(eq7(w, l, rw, rl, beta), 9.0), "never exceeds 9"),
+        (lambda w, l, rw, rl, beta: 1 / 0, "could not be called"),
+    ],
+)  # fmt: skip
+def test_the_numbers_of_a_wrong_loss_are_read_from_it(change, sentence):
+    """Which beta, smoothing, target margin or cap a loss has is in its sentence."""
+    report = verify.loss(change)
+    assert not report.right and sentence in str(report), report
+    assert ("ZeroDivisionError" in report.traceback) == ("called" in sentence)
+
+
+def test_a_loss_is_tried_with_the_frameworks_that_are_there(monkeypatch):
+    """Without a framework NumPy comes first, then what the caller has imported; a wrong name is refused."""
+    monkeypatch.delitem(sys.modules, "torch", raising=False)
+    monkeypatch.delitem(sys.modules, "jax", raising=False)
+    report = verify.loss(lambda *x: x[0].backward())
+    assert [finding.code for finding in report.findings] == ["not_callable"]
+    with pytest.raises(ValueError, match="framework must be one of numpy, torch, jax, not 'tensorflow'"):
+        verify.loss(ours, framework="tensorflow")
+    with pytest.raises(ValueError, match="beta must be positive"):
+        verify.loss(ours, beta=0.0)
+
+
+# ---- log-probabilities ----------------------------------------------------------------------------------------------
+
+
+def logp_of(logits, ids):
+    logits = np.asarray(logits, dtype="float64")
+    return np.take_along_axis(logits - np.logaddexp.reduce(logits, axis=-1, keepdims=True), ids[..., None], -1)[..., 0]
+
+
+def of_model(model, prompt, response, first=0, last=None, shift=1):
+    ids = np.concatenate([prompt, response], axis=1)
+    logp = logp_of(model(ids)[:, : ids.shape[1] - shift], ids[:, shift:])
+    return logp[:, prompt.shape[1] - shift :][:, first:last].sum(axis=1)
+
+
+def of_strings(model, tokenizer, prompt, response, end=True):
+    x, y = (tokenizer(text)["input_ids"] for text in (prompt, response))
+    y = [*y, tokenizer.eos_token_id] if end else y
+    ids = np.array([[*x, *y]])
+    return logp_of(model(input_ids=ids).logits[0, len(x) - 1 : -1], ids[0, len(x) :]).sum()
+
+
+@pytest.mark.parametrize(
+    ("function", "layout", "code"),
+    [
+        (of_model, "model", None),
+        (lambda *x: of_model(*x, first=1), "model", "first_token_missing"),
+        (lambda *x: of_model(*x, last=-1), "model", "last_token_missing"),
+        (lambda *x: of_model(*x, shift=0), "model", "no_shift"),
+        (lambda *x: of_model(*x) / x[2].shape[1], "model", "mean_for_sum"),
+        (lambda *x: -of_model(*x), "model", "negative_logprob"),
+        (lambda m, x, y: of_model(m, x[:, :1], np.concatenate([x[:, 1:], y], axis=1)), "model", None),
+        (of_strings, "strings", None),
+        (lambda *x: of_strings(*x, end=False), "strings", "last_token_missing"),
+    ],
+)
+def test_a_scorer_that_calls_a_model_is_read_from_the_logits_that_it_got(function, layout, code):
+    """A function of a model, or of a model and strings, is named like one of logits."""
+    report = verify.logprobs(function, layout=layout)
+    assert [finding.code for finding in report.findings] == ([] if code is None else [code]), report
+
+
+def halves(texts):
+    """A layout of another's: padding on the left, and a mask of the response."""
+    width = int(texts.lengths.max())
+    rows = [[texts.pad] * (width - len(x) - len(y)) + x + y for x, y in zip(texts.prompts, texts.responses)]
+    mask = np.array([[0] * (width - len(y)) + [1] * len(y) for y in texts.responses])
+    ids = np.array(rows)
+    return texts.logits(ids), ids, mask
+
+
+def masked(logits, ids, mask):
+    return (logp_of(logits[:, :-1], ids[:, 1:]) * mask[:, 1:]).sum(axis=1)
+
+
+def test_a_layout_may_be_a_function():
+    """Left padding, made by the caller's own function, is read like right padding."""
+    verify.logprobs(masked, layout=halves).assert_right()
+    late = verify.logprobs(lambda logits, ids, mask: masked(logits, ids, np.roll(mask, 1, axis=1)), layout=halves)
+    assert [finding.code for finding in late.findings] == ["first_token_missing"]
+    with pytest.raises(ValueError, match="layout must be one of labels"):
+        verify.logprobs(masked, layout="packed")
+
+
+def test_the_picture_shows_what_was_counted():
+    """The report draws, place by place, what was counted and what counts."""
+    report = verify.logprobs(lambda logits, ids, mask: masked(logits, ids, np.roll(mask, 1, axis=1)), layout="mask")
+    lines = report.picture.splitlines()
+    assert lines[1:4] == ["  text 0  ppprrrr..", "              #### ", "             ====  "]
+    assert [finding.code for finding in report.findings] == ["first_token_missing", "pad_counted"]
+
+
+def test_cells_are_read_exactly():
+    """From the gradient of a weighted sum of log-probabilities each (row, token) and its weight come back."""
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(6, texts.V))
+    p = np.exp(logits - np.logaddexp.reduce(logits, axis=-1, keepdims=True))
+    wanted = {(0, 3): 1.0, (2, 5): -0.25, (2, 7): 2.0, (5, 0): 1 / 3}
+    gradient = np.zeros_like(logits)
+    for (t, v), weight in wanted.items():
+        gradient[t] += weight * (np.eye(texts.V)[v] - p[t])
+    found, fault = logprob_check.cells(gradient, logits)
+    assert found == pytest.approx(wanted) and fault == ""
+    assert logprob_check.cells(np.eye(texts.V)[:6], logits)[1] == "logits are added up without log_softmax"
+    assert logprob_check.cells(rng.normal(size=logits.shape), logits)[1] == "it is not a sum of log-probabilities"
+
+
+def test_labels_are_checked_without_a_scorer():
+    """Labels of a collator are compared with the places that count."""
+    ids = np.array([[5, 6, 7, 8, 0, 9], [5, 4, 3, 0, 9, 9]])
+    right = np.where([[0, 0, 1, 1, 1, 0], [0, 0, 1, 1, 0, 0]], ids, -100)
+    lengths = {"prompt_lengths": [2, 2], "lengths": [5, 4]}
+    assert verify.labels(ids, right, **lengths).right
+    for labels, code in (
+        (np.where(ids == 0, -100, right), "last_token_missing"),
+        (np.where([[0, 0, 0, 1, 1, 0], [0, 0, 0, 1, 0, 0]], ids, -100), "first_token_missing"),
+        (np.where([[0, 0, 1, 1, 1, 1], [0, 0, 1, 1, 1, 0]], ids, -100), "pad_counted"),
+        (np.concatenate([right[:, 1:], np.full((2, 1), -100)], axis=1), "shifted_twice"),
+        (np.where([[1, 1, 0, 0, 0, 1], [1, 1, 0, 0, 1, 1]], ids, -100), "mask_inverted"),
+        (np.where(right == 8, 7, right), "wrong_value"),
+    ):
+        report = verify.labels(ids, labels, **lengths)
+        assert report.findings and report.findings[0].code == code, (code, report)
+    whole = verify.labels(ids, np.where([[0, 1, 1, 1, 1, 0], [0, 1, 1, 1, 0, 0]], ids, -100), **lengths)
+    assert whole.right and whole.remarks[0].code == "prompt_counted_cancels"
+
+
+# ---- steps, in NumPy ------------------------------------------------------------------------------------------------
+
+
+def numpy_step(policy, reference, batch, beta, sign=1.0):
+    w, l, rw, rl = (
+        masked(model(batch[f"{side}_ids"]), batch[f"{side}_ids"], batch[f"{side}_mask"])
+        for model in (policy, reference)
+        for side in ("chosen", "rejected")
+    )
+    return eq7(w, l, rw, rl, sign * beta)
+
+
+def test_a_step_in_numpy_is_checked_by_its_value_and_differences():
+    """A step without autograd is right by its value; its gradient is taken numerically."""
+    verify.step(numpy_step).assert_right()
+    swapped = verify.step(lambda *x: numpy_step(*x, sign=-1.0))
+    assert [finding.code for finding in swapped.findings] == ["pair_swapped"]
