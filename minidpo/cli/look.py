@@ -19,6 +19,7 @@ from ..generation import generate
 from ..run.checkpoint import Checkpoint, CheckpointError
 from ..run.files import write_whole
 from ..run.folder import run_description
+from ..run.tasks import counted
 from ..scoring import Pair, collate, shared_logprobs
 from ..streams import stream
 from ..theory import no_never_yes
@@ -65,10 +66,11 @@ def evaluate(
     """
     policy, ref, rows, faults = scored_rows(checkpoint, reference, data, truncation, strict, device)
     pairs: list[Any] = rows.ids
-    ref_logp_w, ref_logp_l = training.reference_logprobs(ref.params, ref.config, pairs)
+    ref_logp_w, ref_logp_l = training.reference_logprobs(ref.params, ref.config, counted(pairs, "reference: pairs"))
     batch = collate(pairs, ref_logp_w, ref_logp_l)
     metrics: dict[str, Any] = {"pairs": len(pairs), "set_aside": faults, "truncated": len(rows.truncated)}
-    metrics |= training.preference_evaluation(policy.params, policy.config, batch, beta)
+    watch = functools.partial(counted, what="policy: pairs")
+    metrics |= training.preference_evaluation(policy.params, policy.config, batch, beta, watch=watch)
     metrics |= {"ref_logps/chosen": ref_logp_w.mean().item(), "ref_logps/rejected": ref_logp_l.mean().item()}
     if json:
         print(dumps(metrics, allow_nan=False))
@@ -233,7 +235,7 @@ def displacement(
         policy, ref, rows, _ = scored_rows(checkpoint, reference, data, truncation, strict)
         pairs: list[Any] = rows.ids
         models, rate = (policy.params, ref.params, policy.config), learning_rate or RATE
-        steps = first_order.meter(*models, pairs, beta, rate, ref.config)
+        steps = first_order.meter(*models, counted(pairs, "pairs"), beta, rate, ref.config)
         print(f"reference {reference}; beta {beta:g}\n{note}".rstrip())
         table = first_order.meter_as_text(steps)
     print(table)
