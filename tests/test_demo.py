@@ -1,5 +1,6 @@
 """The demo, on a small scale: three models, the same customers, the same random numbers."""
 
+import itertools
 import json
 import math
 import re
@@ -126,8 +127,26 @@ def test_the_facts_are_exact(demo_run):
         world.judgement(p["prompt"][:-1], p["chosen"]).reward - world.judgement(p["prompt"][:-1], p["rejected"]).reward
         for p in pairs
     ]
-    right, ties = np.mean(np.array(gaps) > 0), np.mean(np.array(gaps) == 0)
-    assert f"the true reward {right:.3f}, and has {ties:.3f} ties" in printed
+    gaps = np.array(gaps, dtype=float)
+    assert f"the true reward ranks {np.mean(np.heaviside(gaps, 0.5)):.3f}. Labels" in printed
+    assert f"any ranking can expect is {np.mean(1 / (1 + np.exp(-abs(gaps)))):.3f}" in printed
+
+
+def test_no_ranking_can_expect_more_than_the_true_reward():
+    """The ceiling is the mean over draws of the labels, and the largest over all rankings of a few responses."""
+    rewards, rng = np.array([0.0, 1.0, 1.0, 3.0]), np.random.default_rng(0)
+    pairs = [(i, j) for i in range(4) for j in range(i)]
+    gaps = np.array([rewards[i] - rewards[j] for i, j in pairs])
+    chance = 1 / (1 + np.exp(-gaps))  # that i is preferred to j
+    expected = [
+        np.mean([chance[n] if order[i] > order[j] else 1 - chance[n] for n, (i, j) in enumerate(pairs)])
+        for order in itertools.permutations(range(4))
+    ]
+    most = np.mean(np.maximum(chance, 1 - chance))
+    assert max(expected) == pytest.approx(most)
+    labels = rng.random((20_000, len(pairs))) < chance
+    agree = np.where(gaps == 0, 0.5, labels == (gaps > 0))
+    assert abs(agree.mean() - most) < 5 * agree.mean(axis=1).std() / math.sqrt(len(labels))
 
 
 def test_the_report_has_what_was_printed(demo_run):

@@ -198,15 +198,17 @@ def facts(folder: Path, seed: int, metrics: Mapping[str, Mapping[str, float]], s
     replies_nats = -math.fsum(math.log(world.desk(world.PROMPTS[x])[y]) for x, y in replies)
     replies_nll = replies_nats / sum(len(y) + 1 for _, y in replies)
     pairs = rows("pairs_held_out.jsonl", preferences.PAIRS)
-    gaps = [world.judgement(x, w).reward - world.judgement(x, l).reward for x, (w, l) in pairs]
+    chances = [world.preference_probability(x, w, l) for x, (w, l) in pairs]  # of each label; 1/2 is a tie
+    true = statistics.fmean((p > 0.5) + (p == 0.5) / 2 for p in chances)
+    implicit = metrics["dpo"]["eval_rewards/accuracies"] + metrics["dpo"]["eval_rewards/ties"] / 2
     return [
         f"base model: {metrics['pretrain']['eval_loss']:.4f} nats per token on held-out texts; the grammar itself "
         f"{texts_nll:.4f} on these, its exact entropy {world.corpus_entropy(train):.4f}",
         f"SFT model: {metrics['sft']['eval_loss']:.4f} nats per token on replies to held-out prompts; the desk itself "
         f"{replies_nll:.4f} on these, its exact entropy {world.reply_entropy(held_out):.4f}",
-        f"DPO model: implicit reward ranks {metrics['dpo']['eval_rewards/accuracies']:.3f} of the held-out pairs as "
-        f"labelled; the true reward {sum(gap > 0 for gap in gaps) / len(gaps):.3f}, and has "
-        f"{sum(gap == 0 for gap in gaps) / len(gaps):.3f} ties",
+        f"DPO model: implicit reward ranks {implicit:.3f} of the held-out pairs as labelled, where a tie counts one "
+        f"half; the true reward ranks {true:.3f}. Labels are drawn by chance: the most that any ranking can expect is "
+        f"{statistics.fmean(max(p, 1 - p) for p in chances):.3f}",
         f"the desk, whose replies the SFT model learns, has a mean true reward of {world.desk_reward(held_out):.2f}",
     ]
 
