@@ -141,13 +141,27 @@ def test_the_figures_of_the_demo_are_those_that_its_benchmark_wrote():
         for cell, values in zip(cells.split(" | "), columns, strict=True):
             mean, spread = (float(number) for number in cell.split(" ± "))
             assert abs(mean - statistics.fmean(values)) < 0.00501 and abs(spread - statistics.stdev(values)) < 0.00501
+    (ranges,) = re.findall(r"^\| lowest and highest seed \| (.*) \|$", section, re.MULTILINE)
+    rewards = [[model["reward"] for model in (*run["models"], run["collapse"])] for run in RUNS]
+    ends = [(f"{min(column):.2f}", f"{max(column):.2f}") for column in zip(*rewards)]
+    assert ranges == " | ".join(map(", ".join, ends))
+    assert f"Its true reward is anywhere from {ends[3][0]} to {ends[3][1]} in these three" in " ".join(README.split())
+    spreads = [statistics.stdev(column) for column in zip(*rewards)]
+    assert max(spreads) == spreads[3]  # "How far differs most between seeds"
     accuracies = {
-        stage: statistics.fmean(run["measured"][stage]["eval_rewards/accuracies"] for run in RUNS)
+        stage: statistics.fmean(
+            run["measured"][stage]["eval_rewards/accuracies"] + run["measured"][stage]["eval_rewards/ties"] / 2
+            for run in RUNS
+        )
         for stage in ("collapse", "dpo")
     }
+    true, most = zip(
+        *(map(float, re.findall(r"(?:true reward ranks|can expect is) (.....)", run["facts"][2])) for run in RUNS)
+    )
     prose = " ".join(section.split())
     assert f"ranks {accuracies['collapse']:.2f} of the held-out pairs as labelled" in prose
-    assert f"DPO model's {accuracies['dpo']:.2f}" in prose
+    assert f"DPO model's {accuracies['dpo']:.2f}, the true reward {statistics.fmean(true):.2f}, ties" in prose
+    assert f"no ranking can expect more than {statistics.fmean(most):.2f}" in prose
     (seconds,) = re.findall(r"It takes (about \d+ CPU seconds)", inspect.getdoc(cli.demo))
     assert f"The demo takes {seconds} (`minidpo --help` names the processor)" in prose
     assert statistics.fmean(run["collapse"]["well_formed"] for run in RUNS) < 0.5  # "more than half ... gibberish"

@@ -58,7 +58,9 @@ def test_each_task_has_a_process_with_one_blas_thread(processes):
     assert first is None and time.monotonic() - started < 0.55
     pids = tasks.results([os.getpid, partial(time.sleep, 60)], "left early")
     next(pids)
+    started = time.monotonic()
     pids.close()
+    assert time.monotonic() - started < 30
     with pytest.raises(ChildProcessError):
         os.waitpid(-1, os.WNOHANG)
 
