@@ -96,7 +96,7 @@ def dpo_training_step(
             - nll_weight mean_t log pi(y_w,t | x, y_w,<t)
 
     `sweep` may share the pairs out to several processes. Raises FloatingPointError if loss or gradient is not finite;
-    no parameter has changed in that case.
+    no parameter has changed in that case. The metrics hold both terms: loss = `loss/dpo` + nll_weight `loss/nll`.
     Source: Rafailov et al. 2023 (arXiv 2305.18290), section 4; the second term after Pang et al. 2024 (arXiv
     2404.19733), here a mean over the batch's tokens.
     """
@@ -106,6 +106,9 @@ def dpo_training_step(
     grad_norm = optim.clip_global_norm(policy, max_norm)
     optimizer.step()
     metrics = preference_metrics(*[numpy.array(column) for column in swept])
+    if nll_weight:
+        nll = -math.fsum(swept.logp_w) / sum(len(w) for _, w, _ in batch.pairs)
+        metrics |= {"loss/dpo": swept.objective - nll_weight * nll, "loss/nll": nll}
     tokens = sum(len(w) + len(l) for _, w, l in batch.pairs)
     return {**metrics, "grad_norm": grad_norm, "learning_rate": optimizer.learning_rate, "tokens": tokens}
 
@@ -171,6 +174,8 @@ def preference_evaluation(
     tokens = sum(len(w) for _, w, _ in batch.pairs)
     chosen_nll = -float(to_host(logp_w.data).sum(dtype="float64")) / tokens
     ref_nll = -float(to_host(batch.ref_logp_w).sum(dtype="float64")) / tokens
+    if nll_weight:
+        metrics |= {"loss/dpo": metrics["loss"], "loss/nll": chosen_nll}
     metrics["loss"] += nll_weight * chosen_nll
     metrics |= {"nll/chosen": chosen_nll, "nll/chosen_rise": chosen_nll - ref_nll}
     culprits = [name for name, value in metrics.items() if not math.isfinite(value)]

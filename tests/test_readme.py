@@ -155,13 +155,12 @@ def test_the_figures_of_the_demo_are_those_that_its_benchmark_wrote():
         )
         for stage in ("collapse", "dpo")
     }
-    true, most = zip(
-        *(map(float, re.findall(r"(?:true reward ranks|can expect is) (.....)", run["facts"][2])) for run in RUNS)
-    )
+    shares = [re.findall(r"(?:true reward ranks|can expect is) (.....)", run["facts"][2]) for run in RUNS]
+    true, most = (statistics.fmean(map(float, column)) for column in zip(*shares, strict=True))
     prose = " ".join(section.split())
     assert f"ranks {accuracies['collapse']:.2f} of the held-out pairs as labelled" in prose
-    assert f"DPO model's {accuracies['dpo']:.2f}, the true reward {statistics.fmean(true):.2f}, ties" in prose
-    assert f"no ranking can expect more than {statistics.fmean(most):.2f}" in prose
+    assert f"DPO model's {accuracies['dpo']:.2f}, the true reward {true:.2f}, ties" in prose
+    assert f"no ranking can expect more than {most:.2f}" in prose
     (seconds,) = re.findall(r"It takes (about \d+ CPU seconds)", inspect.getdoc(cli.demo))
     assert f"The demo takes {seconds} (`minidpo --help` names the processor)" in prose
     assert statistics.fmean(run["collapse"]["well_formed"] for run in RUNS) < 0.5  # "more than half ... gibberish"
