@@ -8,7 +8,7 @@ import re
 import numpy as np
 import pytest
 
-from minidpo import checkpoint, cli, world
+from minidpo import checkpoint, cli, plots, world
 from minidpo.cli import desk, parser
 from minidpo.streams import stream
 from minidpo.theory.exact import chain_rule_logprob
@@ -155,7 +155,25 @@ def test_the_report_has_what_was_printed(demo_run):
     written = (folder / "report.md").read_text()
     for line in printed[printed.index("three models answer") :].splitlines()[2:12]:
         assert line in written
+    assert ("![true reward](demo.png)" in written) == (folder / "demo.png").exists() == plots.installed()
     assert "| SFT |" in written and ("![curves](curves.png)" in written) == (folder / "curves.png").exists()
+
+
+def test_the_picture_is_the_result(demo_run):
+    """The picture has the true reward of each model, two standard errors each way, and the mean of the desk."""
+    rows = json.loads((demo_run[0] / "results.json").read_text())["models"]
+    panel = desk.rewards(rows, 0, 30)
+    (curve,) = panel.curves
+    assert panel.places == ["base", "SFT", "DPO"] and list(curve.x) == [0, 1, 2]
+    assert curve.y == [row["reward"] for row in rows] and curve.error == [2 * row["reward_error"] for row in rows]
+    assert panel.level == world.desk_reward(world.split(0)[1]) and "30 replies" in panel.ylabel
+    figure = pytest.importorskip("matplotlib.figure")
+    axes = figure.Figure().subplots()
+    plots.draw(axes, panel)
+    assert [label.get_text() for label in axes.get_xticklabels()] == panel.places
+    (bars,) = [c for c in axes.collections if hasattr(c, "get_segments")]
+    ends = [[y for _, y in segment] for segment in bars.get_segments()]
+    assert np.allclose(ends, [[y - e, y + e] for y, e in zip(curve.y, curve.error)])
 
 
 def test_it_resumes_where_it_was_stopped(demo_run, tmp_path, capsys, monkeypatch):

@@ -12,8 +12,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from .. import plots
 from ..data import preferences, world
 from ..generation import generate
+from ..plots import Curve, Panel
 from ..run import checkpoint, report
 from ..run.checkpoint import Checkpoint
 from ..run.files import remove_leftovers, write_whole
@@ -213,6 +215,17 @@ def facts(folder: Path, seed: int, metrics: Mapping[str, Mapping[str, float]], s
     ]
 
 
+def rewards(rows: Sequence[Mapping[str, Any]], seed: int, count: int) -> Panel:
+    """A diagram of the models' true rewards, with two standard errors, beside the desk's."""
+    reward, error = [row["reward"] for row in rows], [2 * row["reward_error"] for row in rows]
+    curve = Curve("two standard errors each way", range(len(rows)), reward, "o", error=error)
+    desk, names = world.desk_reward(world.split(seed)[1]), [row["model"] for row in rows]
+    ylabel = f"mean over {count} replies, from -4 to 3"
+    return Panel(
+        "true reward", "", ylabel, [curve], level=desk, level_label="the replies that SFT learns", places=names
+    )
+
+
 def conclude(folder: Path, seed: int, sizes: Sizes) -> None:
     """Judge the models, print their replies side by side, and write the report."""
     models = {stage: checkpoint.load(folder / stage) for stage in STAGES}
@@ -239,6 +252,8 @@ def conclude(folder: Path, seed: int, sizes: Sizes) -> None:
         "\n".join(f"- {sentence}" for sentence in sentences),
         "\n".join(f"    {line}" for line in dialogue),
     ]
+    if plots.picture(folder / "demo.png", [rewards(table, seed, len(prompts))], transparent=True):
+        parts.insert(2, "![true reward](demo.png)")
     parts.append("![curves](curves.png)" if report.curves(folder / "curves.png", metrics) else report.NO_CURVES)
     write_whole(folder / "report.md", ("\n\n".join(parts) + "\n").encode())
     means = [{name: value for name, value in row.items() if name != "replies"} for row in table]
