@@ -242,7 +242,7 @@ def test_the_example_files_are_those_of_the_readme(tmp_path, monkeypatch, capsys
         "pretrain --data names.txt --out names --steps 1",
         "sft --data pairs.jsonl --out sft --steps 1 --strict --n-embd 8 --n-head 2",
         "dpo --data pairs.jsonl --held-out-data more.jsonl --init sft --out dpo --steps 1 --strict",
-        "evaluate --checkpoint dpo --reference sft --data more.jsonl --strict",
+        "evaluate --checkpoint dpo --data more.jsonl --strict",
     ):
         assert cli.main(words.split()) == 0
     assert cli.main(["sample", "--checkpoint=dpo", "--newline", "--prompt=my order is late.", "--samples=1"]) == 0
