@@ -79,7 +79,7 @@ def draw(axes: Any, panel: Panel) -> None:
     ends = []
     for curve in panel.curves:
         color = INK if curve.faint else next(colors)
-        width, alpha, layer = (0.8, 0.6, 2) if curve.faint else (1.8, 1.0, 3)
+        width, alpha, layer = (0.6, 0.45, 2) if curve.faint else (1.8, 1.0, 3)
         dash, size = (next(dashes), 4) if curve.joined else ("none", 6)
         axes.plot(
             curve.x, curve.y, label=curve.label, color=color, alpha=alpha, zorder=layer,

@@ -119,7 +119,7 @@ def test_panels_have_the_level_that_a_run_began_at():
     both = [{**METRICS[0], "eval_loss/dpo": math.log(2), "eval_loss/nll": 3.0}, *METRICS[1:]]
     loss, dpo, nll, _ = report.panels("x", both)
     assert [(panel.ylabel, panel.level) for panel in (loss, dpo, nll)] == [
-        ("", None), ("nats per pair", math.log(2)), ("nats per token", None)
+        ("nats", None), ("nats per pair", math.log(2)), ("nats per token", None)
     ]  # fmt: skip
     (loss,) = report.panels("x", [{"step": 0, "eval_loss": 3.0}, {"step": 1, "loss": 2.5}])
     assert (loss.ylabel, loss.level) == ("nats per token", None)

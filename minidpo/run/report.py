@@ -117,7 +117,7 @@ def panels(name: str, metrics: Sequence[Mapping[str, Any]]) -> list[Panel]:
     dpo = math.isclose(first.get("eval_loss/dpo", first["eval_loss"]), math.log(2), rel_tol=1e-6)
     unit, level = ("nats per pair", math.log(2)) if dpo else ("" if pairs else "nats per token", None)
     diagrams = [
-        ("loss", "" if both else unit, ["loss"], None if both else level, "log 2"),
+        ("loss", unit.removesuffix(" per pair" * both), ["loss"], None if both else level, "log 2"),
         ("DPO term of the loss", unit, ["loss/dpo"], level, "log 2"),
         ("likelihood term of the loss", "nats per token", ["loss/nll"], None, ""),
         ("reward accuracy", "share of pairs", ["rewards/accuracies"], 0.5, "one half"),
