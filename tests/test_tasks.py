@@ -91,6 +91,15 @@ def test_silence_is_broken(processes, impatient, capsys, monkeypatch):
     assert capsys.readouterr().err == "\r\x1b[Kletters: 0 of 1\r\x1b[K"
 
 
+def test_loops_over_small_products_have_one_blas_thread():
+    """While items are counted NumPy has one BLAS thread, and afterwards as many as before."""
+    library = workers.blas()
+    if library is None:
+        pytest.skip("this BLAS cannot be asked")
+    before = library.get()
+    assert [library.get() for _ in tasks.counted("ab", "letters")] == [1, 1] and library.get() == before
+
+
 def test_a_line_of_a_run_ends_the_silence(capsys, monkeypatch):
     """Steps of a run in a log break the silence on stderr; its evaluations begin a new one."""
     monkeypatch.setattr(tasks, "SILENCE", 30.0)

@@ -31,11 +31,15 @@ def tell(text: str) -> None:
 
 
 def counted(items: Collection[T], what: str) -> Iterator[T]:
-    """Pass items on, and tell how many are done."""
+    """Pass items on, and tell how many are done; until the last, NumPy has one BLAS thread.
+
+    The products of a single pair are small, and on a busy machine threads that wait for each other cost the most.
+    """
     printed()
-    for done, item in enumerate(items):
-        tell(f"{what}: {done} of {len(items)}")
-        yield item
+    with blas_threads(1):
+        for done, item in enumerate(items):
+            tell(f"{what}: {done} of {len(items)}")
+            yield item
     tell("")
 
 
