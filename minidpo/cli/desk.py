@@ -99,7 +99,7 @@ def demo(*, out: o.NewRun = Path("demo"), seed: o.Seed = 0, sizes: Sizes | None 
 
     Make a small world, a support desk whose true reward is known; pre-train a model on it, fine-tune it, and run DPO.
     Then give all three models the same held-out prompts with the same random numbers, and print how good their replies
-    truly are. It takes about 100 CPU seconds.
+    truly are. It takes about 240 CPU seconds.
     """
     if not resuming:
         create(out, {"arguments": ["demo", f"--seed={seed}"]}, {})
