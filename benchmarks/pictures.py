@@ -2,7 +2,7 @@
 
 python -m benchmarks.pictures
 
-Needs the `plot` extra; the scripts take about two minutes.
+Needs the `plot` extra.
 """
 
 import importlib

@@ -34,6 +34,7 @@ class Curve(NamedTuple):
     marker: str | None = None
     faint: bool = False  # thin and grey, below the others
     joined: bool = True  # False: points without a line
+    error: Sequence[float] = ()  # half the length of the bar at each point
 
 
 class Panel(NamedTuple):
@@ -46,6 +47,7 @@ class Panel(NamedTuple):
     scale: str = "linear"  # of the x axis
     level: float | None = None  # height of a dashed horizontal line
     level_label: str = ""
+    places: Sequence[str] = ()  # names of x = 0, 1, 2, ...
 
 
 def installed() -> bool:
@@ -77,12 +79,14 @@ def draw(axes: Any, panel: Panel) -> None:
     ends = []
     for curve in panel.curves:
         color = INK if curve.faint else next(colors)
-        width, alpha, layer = (0.8, 0.6, 2) if curve.faint else (1.8, 1.0, 3)
+        width, alpha, layer = (0.6, 0.45, 2) if curve.faint else (1.8, 1.0, 3)
         dash, size = (next(dashes), 4) if curve.joined else ("none", 6)
         axes.plot(
             curve.x, curve.y, label=curve.label, color=color, alpha=alpha, zorder=layer,
             linestyle=dash, linewidth=width, marker=curve.marker, markersize=size,
         )  # fmt: skip
+        if curve.error:
+            axes.errorbar(curve.x, curve.y, curve.error, fmt="none", ecolor=color, capsize=4)
         ends += [(y, curve.label, color) for y in [y for y in curve.y if math.isfinite(y)][-1:]]
     if not named_at_ends(panel):
         axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2)
@@ -92,6 +96,9 @@ def draw(axes: Any, panel: Panel) -> None:
         ends.append((panel.level, panel.level_label, INK))
     axes.set_title(printable(panel.title), parse_math=False)
     axes.set(xlabel=panel.xlabel, ylabel=panel.ylabel, xscale=panel.scale)
+    if panel.places:
+        axes.set_xticks(range(len(panel.places)), panel.places)
+        axes.margins(x=0.1)
     low, high = axes.get_ylim()
     ends = [((y - low) / (high - low), textwrap.fill(label, 20), color) for y, label, color in sorted(ends)]
     heights = apart([y for y, _, _ in ends], [1 + label.count("\n") for _, label, _ in ends])
@@ -111,9 +118,9 @@ def apart(heights: Sequence[float], lines: Sequence[int]) -> list[float]:
     return heights
 
 
-def picture(path: Path, panels: Sequence[Panel]) -> bool:
+def picture(path: Path, panels: Sequence[Panel], transparent: bool = False) -> bool:
     """Draw panels into a file; without matplotlib, write nothing and return False."""
     if not installed():
         return False
-    path.write_bytes(png(panels))
+    path.write_bytes(png(panels, transparent))
     return True

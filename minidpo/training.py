@@ -6,7 +6,7 @@ end-of-text, so that the model learns to begin. Metrics that TRL also reports ha
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy
@@ -23,6 +23,7 @@ from .tokenizer import END_OF_TEXT, Tokenizer
 CACHED = 2**18  # numbers in an MLP's hidden layer, 4 n_embd per token: arrays of this size fit a processor's cache
 Example = tuple[list[int], list[int]]  # ids of prompt and response
 Metrics = dict[str, float]
+Watch = Callable[[Any], Iterable[Any]]  # passes items on one by one, and may tell how many there have been
 # maps the four log-probabilities and beta to a mean over pairs
 Loss = Callable[[Any, Any, Any, Any, float], PreferenceLoss]
 
@@ -95,7 +96,7 @@ def dpo_training_step(
             - nll_weight mean_t log pi(y_w,t | x, y_w,<t)
 
     `sweep` may share the pairs out to several processes. Raises FloatingPointError if loss or gradient is not finite;
-    no parameter has changed in that case.
+    no parameter has changed in that case. The metrics hold both terms: loss = `loss/dpo` + nll_weight `loss/nll`.
     Source: Rafailov et al. 2023 (arXiv 2305.18290), section 4; the second term after Pang et al. 2024 (arXiv
     2404.19733), here a mean over the batch's tokens.
     """
@@ -105,11 +106,14 @@ def dpo_training_step(
     grad_norm = optim.clip_global_norm(policy, max_norm)
     optimizer.step()
     metrics = preference_metrics(*[numpy.array(column) for column in swept])
+    if nll_weight:
+        nll = -math.fsum(swept.logp_w) / sum(len(w) for _, w, _ in batch.pairs)
+        metrics |= {"loss/dpo": swept.objective - nll_weight * nll, "loss/nll": nll}
     tokens = sum(len(w) + len(l) for _, w, l in batch.pairs)
     return {**metrics, "grad_norm": grad_norm, "learning_rate": optimizer.learning_rate, "tokens": tokens}
 
 
-def reference_logprobs(reference: Params, config: Config, pairs: Sequence[Pair]) -> tuple[Array, Array]:
+def reference_logprobs(reference: Params, config: Config, pairs: Iterable[Pair]) -> tuple[Array, Array]:
     """log pi_ref(y_w|x) and log pi_ref(y_l|x), each pair scored alone.  -> (B,), (B,)
 
     The last bits of a matrix product depend on how many rows share it: a pair scored alone always gets the same bits.
@@ -153,15 +157,16 @@ def preference_evaluation(
     beta: float = 0.1,
     loss: Loss = losses.dpo_loss,
     nll_weight: float = 0.0,
+    watch: Watch = iter,
 ) -> Metrics:
     """The metrics of a batch that holds the reference's log-probabilities, without a step.
 
     Each pair is scored alone. If the reference's were too, a policy equal to it has only ties under `dpo_loss`.
-    Also gives the chosen responses' mean loss in nats per token, and its rise against the reference. Raises
-    FloatingPointError if a metric is not finite.
+    Also gives the chosen responses' mean loss in nats per token, and its rise against the reference. `watch` sees the
+    pairs go by. Raises FloatingPointError if a metric is not finite.
     """
     constants = {name: p.detach() for name, p in policy.items()}
-    logp_w, logp_l = map(Tensor, reference_logprobs(constants, config, batch.pairs))
+    logp_w, logp_l = map(Tensor, reference_logprobs(constants, config, watch(batch.pairs)))
     batch = with_reference(batch, {}, config, policy)
     out = loss(logp_w, logp_l, batch.ref_logp_w, batch.ref_logp_l, beta)
     columns = (to_host(x.data).astype("float64") for x in (out.reward_w, out.reward_l, logp_w, logp_l))
@@ -169,6 +174,8 @@ def preference_evaluation(
     tokens = sum(len(w) for _, w, _ in batch.pairs)
     chosen_nll = -float(to_host(logp_w.data).sum(dtype="float64")) / tokens
     ref_nll = -float(to_host(batch.ref_logp_w).sum(dtype="float64")) / tokens
+    if nll_weight:
+        metrics |= {"loss/dpo": metrics["loss"], "loss/nll": chosen_nll}
     metrics["loss"] += nll_weight * chosen_nll
     metrics |= {"nll/chosen": chosen_nll, "nll/chosen_rise": chosen_nll - ref_nll}
     culprits = [name for name, value in metrics.items() if not math.isfinite(value)]
@@ -226,11 +233,13 @@ def sft_training_step(
     return {"loss": loss, "grad_norm": grad_norm, "learning_rate": optimizer.learning_rate, "tokens": tokens}
 
 
-def held_out_nll(params: Params, config: Config, examples: Sequence[Example], batch_size: int = 64) -> float:
-    """`nll` of many examples, batch by batch, every token counted once."""
+def held_out_nll(
+    params: Params, config: Config, examples: Sequence[Example], batch_size: int = 64, watch: Watch = iter
+) -> float:
+    """`nll` of many examples, batch by batch, every token counted once; `watch` sees the batches go by."""
     constants = {name: p.detach() for name, p in params.items()}
     total, tokens = 0.0, 0
-    for start in range(0, len(examples), batch_size):
+    for start in watch(range(0, len(examples), batch_size)):
         logp = packed_logprobs(constants, config, examples[start : start + batch_size])
         total, tokens = total - float(logp.data.sum().item()), tokens + logp.shape[0]
     return total / tokens

@@ -1,9 +1,10 @@
-"""Hypothesis profiles, and a stand-in for CuPy.
+"""Hypothesis profiles, a stand-in for CuPy, and silence.
 
 `pytest --hypothesis-profile=thorough` draws new inputs each time. The other profiles repeat theirs, so only a change
 of the code changes the outcome.
 """
 
+import math
 import os
 import sys
 
@@ -11,11 +12,18 @@ import pytest
 from hypothesis import settings
 
 from device_double import cupy as double
+from minidpo.run import tasks
 
 settings.register_profile("dev", max_examples=20, derandomize=True, deadline=None)
 settings.register_profile("ci", max_examples=100, derandomize=True, deadline=None)
 settings.register_profile("thorough", max_examples=2000, derandomize=False, deadline=None, print_blob=True)
 settings.load_profile("ci" if os.environ.get("CI") else "dev")
+
+
+@pytest.fixture(autouse=True)
+def no_progress(monkeypatch):
+    """Without lines that only a slow machine prints, so that tests can say what is on stderr."""
+    monkeypatch.setattr(tasks, "SILENCE", math.inf)
 
 
 @pytest.fixture

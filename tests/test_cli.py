@@ -421,7 +421,7 @@ def quick(monkeypatch):
 
     monkeypatch.setattr(assumptions, "finite_margins", nothing)
     monkeypatch.setattr(dynamics, "beta_early_and_late", nothing)
-    monkeypatch.setattr(assumptions, "what_breaks_it", lambda world, seed: [])
+    monkeypatch.setattr(assumptions, "cases", lambda world, seed: [])
     monkeypatch.setattr(frontier, "run", lambda seeds: [frontier.Point("a kind", 0.1, seeds[0], 1.0, 2.0, 0.5)])
     monkeypatch.setattr(plots, "png", lambda panels: b"a picture")
     monkeypatch.setattr(plots, "installed", lambda: True)

@@ -1,5 +1,6 @@
 """The demo, on a small scale: three models, the same customers, the same random numbers."""
 
+import itertools
 import json
 import math
 import re
@@ -7,7 +8,7 @@ import re
 import numpy as np
 import pytest
 
-from minidpo import checkpoint, cli, world
+from minidpo import checkpoint, cli, plots, world
 from minidpo.cli import desk, parser
 from minidpo.streams import stream
 from minidpo.theory.exact import chain_rule_logprob
@@ -126,8 +127,26 @@ def test_the_facts_are_exact(demo_run):
         world.judgement(p["prompt"][:-1], p["chosen"]).reward - world.judgement(p["prompt"][:-1], p["rejected"]).reward
         for p in pairs
     ]
-    right, ties = np.mean(np.array(gaps) > 0), np.mean(np.array(gaps) == 0)
-    assert f"the true reward {right:.3f}, and has {ties:.3f} ties" in printed
+    gaps = np.array(gaps, dtype=float)
+    assert f"the true reward ranks {np.mean(np.heaviside(gaps, 0.5)):.3f}. Labels" in printed
+    assert f"any ranking can expect is {np.mean(1 / (1 + np.exp(-abs(gaps)))):.3f}" in printed
+
+
+def test_no_ranking_can_expect_more_than_the_true_reward():
+    """The ceiling is the mean over draws of the labels, and the largest over all rankings of a few responses."""
+    rewards, rng = np.array([0.0, 1.0, 1.0, 3.0]), np.random.default_rng(0)
+    pairs = [(i, j) for i in range(4) for j in range(i)]
+    gaps = np.array([rewards[i] - rewards[j] for i, j in pairs])
+    chance = 1 / (1 + np.exp(-gaps))  # that i is preferred to j
+    expected = [
+        np.mean([chance[n] if order[i] > order[j] else 1 - chance[n] for n, (i, j) in enumerate(pairs)])
+        for order in itertools.permutations(range(4))
+    ]
+    most = np.mean(np.maximum(chance, 1 - chance))
+    assert max(expected) == pytest.approx(most)
+    labels = rng.random((20_000, len(pairs))) < chance
+    agree = np.where(gaps == 0, 0.5, labels == (gaps > 0))
+    assert abs(agree.mean() - most) < 5 * agree.mean(axis=1).std() / math.sqrt(len(labels))
 
 
 def test_the_report_has_what_was_printed(demo_run):
@@ -136,7 +155,25 @@ def test_the_report_has_what_was_printed(demo_run):
     written = (folder / "report.md").read_text()
     for line in printed[printed.index("three models answer") :].splitlines()[2:12]:
         assert line in written
+    assert ("![true reward](demo.png)" in written) == (folder / "demo.png").exists() == plots.installed()
     assert "| SFT |" in written and ("![curves](curves.png)" in written) == (folder / "curves.png").exists()
+
+
+def test_the_picture_is_the_result(demo_run):
+    """The picture has the true reward of each model, two standard errors each way, and the mean of the desk."""
+    rows = json.loads((demo_run[0] / "results.json").read_text())["models"]
+    panel = desk.rewards(rows, 0, 30)
+    (curve,) = panel.curves
+    assert panel.places == ["base", "SFT", "DPO"] and list(curve.x) == [0, 1, 2]
+    assert curve.y == [row["reward"] for row in rows] and curve.error == [2 * row["reward_error"] for row in rows]
+    assert panel.level == world.desk_reward(world.split(0)[1]) and "30 replies" in panel.ylabel
+    figure = pytest.importorskip("matplotlib.figure")
+    axes = figure.Figure().subplots()
+    plots.draw(axes, panel)
+    assert [label.get_text() for label in axes.get_xticklabels()] == panel.places
+    (bars,) = [c for c in axes.collections if hasattr(c, "get_segments")]
+    ends = [[y for _, y in segment] for segment in bars.get_segments()]
+    assert np.allclose(ends, [[y - e, y + e] for y, e in zip(curve.y, curve.error)])
 
 
 def test_it_resumes_where_it_was_stopped(demo_run, tmp_path, capsys, monkeypatch):
@@ -205,7 +242,7 @@ def test_the_example_files_are_those_of_the_readme(tmp_path, monkeypatch, capsys
         "pretrain --data names.txt --out names --steps 1",
         "sft --data pairs.jsonl --out sft --steps 1 --strict --n-embd 8 --n-head 2",
         "dpo --data pairs.jsonl --held-out-data more.jsonl --init sft --out dpo --steps 1 --strict",
-        "evaluate --checkpoint dpo --reference sft --data more.jsonl --strict",
+        "evaluate --checkpoint dpo --data more.jsonl --strict",
     ):
         assert cli.main(words.split()) == 0
     assert cli.main(["sample", "--checkpoint=dpo", "--newline", "--prompt=my order is late.", "--samples=1"]) == 0

@@ -14,15 +14,15 @@ LEANS_ON = "backend tokenizer generation streams plots".split()
 # lines of Python at most: a ceiling is raised in the open, in the change that needs it, with the reason in its commit
 CEILINGS = {
     "spine": 2250,
-    "leans on": 560,
+    "leans on": 575,
     "family": 500,
     "data": 700,  # every foreign format has a name and a remedy
     "theory": 1500,
     "explain": 850,
     "verify": 2000,  # three frameworks, seven layouts, and a name for what each gradient says
     "audit": 700,
-    "run": 1500,  # damaged and edited runs are checked in full before anything moves
-    "cli": 1450,  # `minidpo data example`, and a third part of the data, for the test
+    "run": 1600,  # damaged and edited runs are checked in full before anything moves; tasks shared out to processes
+    "cli": 1500,  # `minidpo data example`, and a third part of the data, for the test
 }
 PACKAGE = 12_700
 ROOMS = ("data", "theory", "explain", "verify", "audit", "run", "cli")

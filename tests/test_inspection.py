@@ -125,6 +125,34 @@ def test_a_reference_of_its_own_and_of_another_shape(run, capsys):
     assert "is not there; give --reference" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("command", ["evaluate", "score"])
+def test_evaluate_knows_what_the_run_was_made_with(command, run, capsys, tmp_path):
+    """Reference and beta are those of the run unless given, and stderr says so; a missing one is named."""
+    words = [command, f"--data={run.parent / 'pairs.jsonl'}", f"--checkpoint={run}"]
+    init, other = f"--reference={run.parent / 'init'}", [f"--reference={run}", "--beta=0.3"]
+
+    def printed(*more):
+        assert cli.main([*words, *more]) == 0
+        return capsys.readouterr()
+
+    own = printed(*([] if command == "evaluate" else [init]))
+    asked = printed(init, "--beta=0.7")
+    assert own.out == asked.out != printed(*other).out
+    taken = f"--reference {run.parent / 'init'} --beta 0.7" if command == "evaluate" else "--beta 0.7"
+    assert f"{run}: its run had {taken}\n" in own.err and "its run had" not in asked.err
+    words[2] = f"--checkpoint={run.parent / 'init'}"
+    assert "its run had" not in printed(init).err and printed(init).out == printed(init, "--beta=0.1").out
+    if command == "evaluate":
+        assert cli.main(words) == 2
+        error = capsys.readouterr().err
+        assert "is not from a run of dpo" in error and "give --reference" in error and error.count("\n") == 1
+        (run.parent / "init").rename(run.parent / "elsewhere")
+        assert cli.main([*words[:2], f"--checkpoint={run}"]) == 2
+        error = capsys.readouterr().err
+        (run.parent / "elsewhere").rename(run.parent / "init")
+        assert "is not there; give --reference" in error and error.count("\n") == 1
+
+
 def test_identical_responses_can_be_looked_at(run, capsys):
     """A pair of identical responses can be explained: its step predicts no change."""
     facts = explained(capsys, f"--checkpoint={run}", "--prompt=a", "--chosen=bd", "--rejected=bd")

@@ -87,7 +87,7 @@ def test_the_commands_exist(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(desk, "FULL", SIZES)
     monkeypatch.setattr(equalities, "EQUALITIES", equalities.EQUALITIES[:3])
-    monkeypatch.setattr(assumptions, "what_breaks_it", lambda world, seed: [])
+    monkeypatch.setattr(assumptions, "cases", lambda world, seed: [])
     steps = ["--steps", "1"]
     shorter = {"check": ["--cases", "1"], "sft": steps, "dpo": steps, "judge": ["--replies", "5"]}
     for command in commands:
@@ -107,6 +107,16 @@ def test_what_a_page_names_exists():
             assert name in parser.COMMANDS, f"{page}: {name}"
         for name in re.findall(r"tests/(\w+\.py)", text):
             assert (ROOT / "tests" / name).exists(), name
+
+
+def test_durations_are_cpu_seconds():
+    """A page or a help says how long something takes in CPU seconds, which others' work on the machine leaves alone."""
+    helps = [parser.parser(name).format_help() for name in parser.COMMANDS]
+    texts = [" ".join(text.split()) for text in (*PAGES.values(), *helps)]
+    number = r"(?:\d|\b(?:about an?|two|three|five|seven|ten|few|several|half a))"
+    times = [each for text in texts for each in re.findall(rf"{number} ((?:CPU )?(?:second|minute|hour)s?)\b", text)]
+    assert len(times) >= 4 and set(times) == {"CPU seconds"}
+    assert "CPU seconds there are of an AMD EPYC" in parser.overview().format_help()
 
 
 def test_pictures_are_small():
@@ -131,15 +141,28 @@ def test_the_figures_of_the_demo_are_those_that_its_benchmark_wrote():
         for cell, values in zip(cells.split(" | "), columns, strict=True):
             mean, spread = (float(number) for number in cell.split(" ± "))
             assert abs(mean - statistics.fmean(values)) < 0.00501 and abs(spread - statistics.stdev(values)) < 0.00501
+    (ranges,) = re.findall(r"^\| lowest and highest seed \| (.*) \|$", section, re.MULTILINE)
+    rewards = [[model["reward"] for model in (*run["models"], run["collapse"])] for run in RUNS]
+    ends = [(f"{min(column):.2f}", f"{max(column):.2f}") for column in zip(*rewards)]
+    assert ranges == " | ".join(map(", ".join, ends))
+    assert f"Its true reward is anywhere from {ends[3][0]} to {ends[3][1]} in these three" in " ".join(README.split())
+    spreads = [statistics.stdev(column) for column in zip(*rewards)]
+    assert max(spreads) == spreads[3]  # "How far differs most between seeds"
     accuracies = {
-        stage: statistics.fmean(run["measured"][stage]["eval_rewards/accuracies"] for run in RUNS)
+        stage: statistics.fmean(
+            run["measured"][stage]["eval_rewards/accuracies"] + run["measured"][stage]["eval_rewards/ties"] / 2
+            for run in RUNS
+        )
         for stage in ("collapse", "dpo")
     }
+    shares = [re.findall(r"(?:true reward ranks|can expect is) (.....)", run["facts"][2]) for run in RUNS]
+    true, most = (statistics.fmean(map(float, column)) for column in zip(*shares, strict=True))
     prose = " ".join(section.split())
     assert f"ranks {accuracies['collapse']:.2f} of the held-out pairs as labelled" in prose
-    assert f"DPO model's {accuracies['dpo']:.2f}" in prose
-    seconds = [run["seconds"] for run in RUNS]
-    assert f"The demo took {min(seconds):.0f} to {max(seconds):.0f} seconds" in prose
+    assert f"DPO model's {accuracies['dpo']:.2f}, the true reward {true:.2f}, ties" in prose
+    assert f"no ranking can expect more than {most:.2f}" in prose
+    (seconds,) = re.findall(r"It takes (about \d+ CPU seconds)", inspect.getdoc(cli.demo))
+    assert f"The demo takes {seconds} (`minidpo --help` names the processor)" in prose
     assert statistics.fmean(run["collapse"]["well_formed"] for run in RUNS) < 0.5  # "more than half ... gibberish"
     assert accuracies["collapse"] > accuracies["dpo"] - 0.05  # "as good as the good model's"
 

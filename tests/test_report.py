@@ -4,6 +4,7 @@ import importlib.util
 import json
 import math
 
+import numpy as np
 import pytest
 
 from minidpo import checkpoint, plots
@@ -109,13 +110,32 @@ def test_curves(run):
 def test_panels_have_the_level_that_a_run_began_at():
     """log 2 under the DPO loss at policy = reference and nowhere else; one half for accuracy; units on the axes."""
     loss, accuracy = report.panels("x", [{**METRICS[0], "eval_loss": math.log(2)}, *METRICS[1:]])
-    assert (loss.ylabel, loss.level) == ("nats a pair", math.log(2))
+    assert (loss.ylabel, loss.level) == ("nats per pair", math.log(2))
     assert (accuracy.ylabel, accuracy.level) == ("share of pairs", 0.5)
     assert [(curve.label, curve.faint) for curve in loss.curves] == [("batch", True), ("held out", False)]
+    assert accuracy.curves[1].y == [0.5, 0.75, 0.7]  # the policy begins with nothing but ties
     loss, _ = report.panels("x", METRICS)
     assert (loss.ylabel, loss.level) == ("", None)
+    both = [{**METRICS[0], "eval_loss/dpo": math.log(2), "eval_loss/nll": 3.0}, *METRICS[1:]]
+    loss, dpo, nll, _ = report.panels("x", both)
+    assert [(panel.ylabel, panel.level) for panel in (loss, dpo, nll)] == [
+        ("nats", None), ("nats per pair", math.log(2)), ("nats per token", None)
+    ]  # fmt: skip
     (loss,) = report.panels("x", [{"step": 0, "eval_loss": 3.0}, {"step": 1, "loss": 2.5}])
     assert (loss.ylabel, loss.level) == ("nats per token", None)
+
+
+def test_noisy_batches_are_below_their_running_mean():
+    """Batches are pale, their running mean is a curve of its own, and held-out values have markers."""
+    rng = np.random.default_rng(0)
+    noisy = rng.normal(size=100)
+    lines = [{"step": i + 1, "loss": y} for i, y in enumerate(noisy)]
+    (panel,) = report.panels("x", [{"step": 0, "eval_loss": 3.0}, *lines, {"step": 100, "eval_loss": 2.0}])
+    batch, mean, held_out = panel.curves
+    assert (batch.faint, batch.marker, mean.faint, mean.marker, held_out.marker) == (True, None, False, None, "o")
+    assert mean.label == "mean of 5 batches" and list(mean.x) == list(range(5, 101))
+    assert mean.y == pytest.approx(np.convolve(noisy, np.ones(5) / 5, "valid"))
+    assert report.running_mean([1.0, 2.0, 6.0], 1) == [1.0, 2.0, 6.0]
 
 
 def luminance(color):

@@ -419,7 +419,7 @@ def test_the_test_rows_are_read_once_at_the_end(command, folder, tmp_path, monke
     """Test rows are neither trained on nor held out; the result's loss on them is measured at the end."""
     seen = []
     nll, evaluation = training.held_out_nll, training.preference_evaluation
-    monkeypatch.setattr(training, "held_out_nll", lambda p, c, rows: seen.append(rows) or nll(p, c, rows))
+    monkeypatch.setattr(training, "held_out_nll", lambda p, c, rows, **w: seen.append(rows) or nll(p, c, rows))
     monkeypatch.setattr(
         training, "preference_evaluation", lambda p, c, rows, *a: seen.append(rows.pairs) or evaluation(p, c, rows, *a)
     )
@@ -564,7 +564,7 @@ def test_a_run_of_version_0_1_resumes(folder, tmp_path, monkeypatch):
     words = VERSION_0_1.format(folder, held_out).split()
     batches = []
     right = training.preference_evaluation
-    monkeypatch.setattr(training, "preference_evaluation", lambda *args: batches.append(args[3:]) or right(*args))
+    monkeypatch.setattr(training, "preference_evaluation", lambda *args: batches.append(args[3:6]) or right(*args))
     assert cli.main([*words, f"--out={run}"]) == 0
     finished = (run / "model" / "model.safetensors").read_bytes()
     description = json.loads((run / "run.json").read_text())

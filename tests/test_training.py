@@ -147,13 +147,26 @@ def test_a_dpo_step_descends_the_paper_s_loss(batch, beta, nll_weight):
         params, reference, CONFIG, Still(params), collate(batch), beta, nll_weight=nll_weight
     )
     by_step, others = gradients(params), small(1)
-    total, tokens = 0.0, sum(len(w) for _, w, _ in batch)
+    total, nll, tokens = 0.0, 0.0, sum(len(w) for _, w, _ in batch)
     for x, w, l in batch:
         logp_w, logp_l = (sequence_logprob(others, CONFIG, [x], [y]) for y in (w, l))
         ref_w, ref_l = (chain_rule_logprob(reference, CONFIG, x, y) for y in (w, l))
         z = beta * ((logp_w - ref_w) - (logp_l - ref_l))
         total = total + ops.sum(-ops.logsigmoid(z)) / len(batch) - ops.sum(logp_w) * (nll_weight / tokens)
+        nll -= logp_w.item() / tokens
     total.backward()
+    held_out = training.preference_evaluation(
+        others,
+        CONFIG,
+        collate(batch, *training.reference_logprobs(reference, CONFIG, batch)),
+        beta,
+        nll_weight=nll_weight,
+    )
+    for each in (metrics, held_out):
+        assert ("loss/dpo" in each, "loss/nll" in each) == (nll_weight > 0,) * 2
+        close(each.get("loss/dpo", each["loss"]), total.item() - nll_weight * nll, rtol=1e-10, atol=1e-12)
+        close(each.get("loss/nll", nll), nll, rtol=1e-10)
+        close(each["loss"], each.get("loss/dpo", each["loss"]) + nll_weight * each.get("loss/nll", 0), rtol=1e-12)
     close(metrics["loss"], total.item(), rtol=1e-10, atol=1e-12)
     for name, p in others.items():
         close(by_step[name], p.grad, rtol=1e-7, atol=1e-9)

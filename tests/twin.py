@@ -137,6 +137,8 @@ def preference(leaves, config, pairs, options, ref_params):
         "rewards/rejected": reward_l.mean(), "rewards/accuracies": (z > 0).mean(),
         "logps/chosen": logp_w.data.mean(), "logps/rejected": logp_l.data.mean(),
     }  # fmt: skip
+    if weight:
+        metrics |= {"loss/dpo": loss, "loss/nll": -logp_w.data.sum() / tokens}
     return {key: float(value) for key, value in metrics.items()}, root
 
 

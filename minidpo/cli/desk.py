@@ -8,15 +8,19 @@ import math
 import shlex
 import statistics
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from .. import plots
 from ..data import preferences, world
 from ..generation import generate
+from ..plots import Curve, Panel
 from ..run import checkpoint, report
 from ..run.checkpoint import Checkpoint
 from ..run.files import remove_leftovers, write_whole
 from ..run.folder import create, json_lines
+from ..run.tasks import results
 from ..scoring import packed_logprobs
 from ..streams import stream
 from ..tokenizer import END_OF_TEXT, TURN, printable
@@ -62,16 +66,16 @@ def make_data(folder: Path, seed: int, sizes: Sizes) -> None:
         return "".join(json.dumps({**row, "prompt": row["prompt"] + TURN}) + "\n" for row in examples)
 
     files = {
-        "texts.txt": texts(sizes.texts, "train"),
-        "texts_held_out.txt": texts(sizes.held_out, "held out"),
-        "completions.jsonl": rows(world.supervised, train, sizes.completions, "train"),
-        "completions_held_out.jsonl": rows(world.supervised, held_out, sizes.held_out, "held out"),
-        "pairs.jsonl": rows(world.preferences, train, sizes.pairs, "train"),
-        "pairs_held_out.jsonl": rows(world.preferences, held_out, sizes.held_out, "held out"),
+        "texts.txt": partial(texts, sizes.texts, "train"),
+        "texts_held_out.txt": partial(texts, sizes.held_out, "held out"),
+        "completions.jsonl": partial(rows, world.supervised, train, sizes.completions, "train"),
+        "completions_held_out.jsonl": partial(rows, world.supervised, held_out, sizes.held_out, "held out"),
+        "pairs.jsonl": partial(rows, world.preferences, train, sizes.pairs, "train"),
+        "pairs_held_out.jsonl": partial(rows, world.preferences, held_out, sizes.held_out, "held out"),
     }
     folder.mkdir(exist_ok=True)
     remove_leftovers(folder)
-    for name, content in files.items():
+    for name, content in zip(files, results(list(files.values()), "the desk's texts")):
         write_whole(folder / name, content.encode())
 
 
@@ -95,7 +99,7 @@ def demo(*, out: o.NewRun = Path("demo"), seed: o.Seed = 0, sizes: Sizes | None 
 
     Make a small world, a support desk whose true reward is known; pre-train a model on it, fine-tune it, and run DPO.
     Then give all three models the same held-out prompts with the same random numbers, and print how good their replies
-    truly are. It takes about a minute on two idle cores.
+    truly are. It takes about 240 CPU seconds.
     """
     if not resuming:
         create(out, {"arguments": ["demo", f"--seed={seed}"]}, {})
@@ -170,13 +174,13 @@ def judge(
     """
     prompts = held_out_prompts(seed, replies)
     anchor = load(reference)
-    rows = []
-    for folder in checkpoint:
-        model = load(folder)
+    models = [load(folder) for folder in checkpoint]
+    for folder, model in zip(checkpoint, models):
         if not set("".join(prompts) + TURN) <= set(model.tokenizer.characters):
             raise ValueError(f"{folder}: lacks characters of the demo's world, so it is not a model of it")
         same_vocabulary(folder, model, reference, anchor)
-        rows.append({"model": printable(folder.resolve().name), **verdict(model, anchor, prompts, seed)})
+    verdicts = results([partial(verdict, model, anchor, prompts, seed) for model in models], "judge")
+    rows = [{"model": printable(folder.resolve().name), **row} for folder, row in zip(checkpoint, verdicts)]
     print(as_text(rows).replace("KL to SFT", f"KL to {printable(reference.resolve().name)}"))
     return rows
 
@@ -196,25 +200,41 @@ def facts(folder: Path, seed: int, metrics: Mapping[str, Mapping[str, float]], s
     replies_nats = -math.fsum(math.log(world.desk(world.PROMPTS[x])[y]) for x, y in replies)
     replies_nll = replies_nats / sum(len(y) + 1 for _, y in replies)
     pairs = rows("pairs_held_out.jsonl", preferences.PAIRS)
-    gaps = [world.judgement(x, w).reward - world.judgement(x, l).reward for x, (w, l) in pairs]
+    chances = [world.preference_probability(x, w, l) for x, (w, l) in pairs]  # of each label; 1/2 is a tie
+    true = statistics.fmean((p > 0.5) + (p == 0.5) / 2 for p in chances)
+    implicit = metrics["dpo"]["eval_rewards/accuracies"] + metrics["dpo"]["eval_rewards/ties"] / 2
     return [
         f"base model: {metrics['pretrain']['eval_loss']:.4f} nats per token on held-out texts; the grammar itself "
         f"{texts_nll:.4f} on these, its exact entropy {world.corpus_entropy(train):.4f}",
         f"SFT model: {metrics['sft']['eval_loss']:.4f} nats per token on replies to held-out prompts; the desk itself "
         f"{replies_nll:.4f} on these, its exact entropy {world.reply_entropy(held_out):.4f}",
-        f"DPO model: implicit reward ranks {metrics['dpo']['eval_rewards/accuracies']:.3f} of the held-out pairs as "
-        f"labelled; the true reward {sum(gap > 0 for gap in gaps) / len(gaps):.3f}, and has "
-        f"{sum(gap == 0 for gap in gaps) / len(gaps):.3f} ties",
+        f"DPO model: implicit reward ranks {implicit:.3f} of the held-out pairs as labelled, where a tie counts one "
+        f"half; the true reward ranks {true:.3f}. Labels are drawn by chance: the most that any ranking can expect is "
+        f"{statistics.fmean(max(p, 1 - p) for p in chances):.3f}",
         f"the desk, whose replies the SFT model learns, has a mean true reward of {world.desk_reward(held_out):.2f}",
     ]
+
+
+def rewards(rows: Sequence[Mapping[str, Any]], seed: int, count: int) -> Panel:
+    """A diagram of the models' true rewards, with two standard errors, beside the desk's."""
+    reward, error = [row["reward"] for row in rows], [2 * row["reward_error"] for row in rows]
+    curve = Curve("two standard errors each way", range(len(rows)), reward, "o", error=error)
+    desk, names = world.desk_reward(world.split(seed)[1]), [row["model"] for row in rows]
+    ylabel = f"mean over {count} replies, from -4 to 3"
+    return Panel(
+        "true reward", "", ylabel, [curve], level=desk, level_label="the replies that SFT learns", places=names
+    )
 
 
 def conclude(folder: Path, seed: int, sizes: Sizes) -> None:
     """Judge the models, print their replies side by side, and write the report."""
     models = {stage: checkpoint.load(folder / stage) for stage in STAGES}
     prompts = held_out_prompts(seed, sizes.replies)
-    rows = {stage: verdict(models[stage], models["sft"], prompts, seed) for stage in STAGES}
     metrics = {stage: json_lines(folder / stage / "metrics.jsonl") for stage in STAGES}
+    best = {stage: report.best(lines) for stage, lines in metrics.items()}
+    tasks = [partial(verdict, model, models["sft"], prompts, seed) for model in models.values()]
+    *verdicts, sentences = results([*tasks, partial(facts, folder, seed, best, models["sft"])], "judging the models")
+    rows = dict(zip(STAGES, verdicts))
     dialogue: list[str] = []
     for name in world.SLICES:
         for i in [i for i, x in enumerate(prompts) if world.PROMPTS[x].slice == name][:2]:
@@ -223,7 +243,6 @@ def conclude(folder: Path, seed: int, sizes: Sizes) -> None:
                 reply = rows[stage]["replies"][i]
                 dialogue.append(f"  {model:<5}{world.judgement(prompts[i], reply).reward:+d}  {printable(reply)}")
     table = [{**row, "model": STAGES[stage]} for stage, row in rows.items()]
-    sentences = facts(folder, seed, {stage: report.best(lines) for stage, lines in metrics.items()}, models["sft"])
     print(f"\nthe three models answer {len(prompts)} prompts that are new to them; the true reward comes first\n")
     print("\n".join([*dialogue, "", as_text(table), "", *sentences]))
     parts = [
@@ -233,9 +252,11 @@ def conclude(folder: Path, seed: int, sizes: Sizes) -> None:
         "\n".join(f"- {sentence}" for sentence in sentences),
         "\n".join(f"    {line}" for line in dialogue),
     ]
+    if plots.picture(folder / "demo.png", [rewards(table, seed, len(prompts))], transparent=True):
+        parts.insert(2, "![true reward](demo.png)")
     parts.append("![curves](curves.png)" if report.curves(folder / "curves.png", metrics) else report.NO_CURVES)
     write_whole(folder / "report.md", ("\n\n".join(parts) + "\n").encode())
     means = [{name: value for name, value in row.items() if name != "replies"} for row in table]
-    results = {"models": means, "dialogue": dialogue, "facts": sentences}
-    write_whole(folder / "results.json", (json.dumps(results, indent=2) + "\n").encode())
+    document = {"models": means, "dialogue": dialogue, "facts": sentences}
+    write_whole(folder / "results.json", (json.dumps(document, indent=2) + "\n").encode())
     print(f"\neverything is in {folder}; start with {folder / 'report.md'}")

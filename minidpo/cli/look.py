@@ -20,6 +20,7 @@ from ..generation import generate
 from ..run.checkpoint import Checkpoint, CheckpointError
 from ..run.files import read_text, write_whole
 from ..run.folder import run_description
+from ..run.tasks import counted
 from ..scoring import Pair, collate, shared_logprobs
 from ..streams import stream
 from ..theory import no_never_yes
@@ -36,6 +37,7 @@ PLAIN = {"loss": "dpo", "nll-weight": "0.0", "label-smoothing": "0.0"}  # the DP
 NLL_WEIGHTS = (0.0, 0.02, 0.05, 0.1, 0.5)
 
 OwnReference = Annotated[o.Reference | None, Default("that of the dpo run, or the policy itself")]
+RunReference = Annotated[o.Reference | None, Default("that of the dpo run")]
 OwnBeta = Annotated[o.Beta | None, Default(f"that of the dpo run, or {BETA:g}")]
 
 
@@ -57,20 +59,22 @@ def scored_rows(
 
 @command("look")
 def evaluate(
-    *, checkpoint: o.Checkpoint, reference: o.Reference, data: o.Pairs, beta: o.Beta = BETA, strict: o.Strict = False,
-    truncation: o.Truncation = "none", device: o.Device = "cpu", json: o.Json = False,
+    *, checkpoint: o.Checkpoint, data: o.Pairs, reference: RunReference = None, beta: OwnBeta = None,
+    strict: o.Strict = False, truncation: o.Truncation = "none", device: o.Device = "cpu", json: o.Json = False,
 ) -> dict[str, Any]:  # fmt: skip
     """Measure a policy against its reference on pairs.
 
     Print the DPO loss alone, implicit rewards, accuracy (ties are counted beside it, not in it), log-probabilities,
     and the rise of the chosen responses' loss against the reference in nats per token.
     """
+    reference, beta = given_or_of_run(checkpoint, reference, beta)
     policy, ref, rows, faults = scored_rows(checkpoint, reference, data, truncation, strict, device)
     pairs: list[Any] = rows.ids
-    ref_logp_w, ref_logp_l = training.reference_logprobs(ref.params, ref.config, pairs)
+    ref_logp_w, ref_logp_l = training.reference_logprobs(ref.params, ref.config, counted(pairs, "reference: pairs"))
     batch = collate(pairs, ref_logp_w, ref_logp_l)
     metrics: dict[str, Any] = {"pairs": len(pairs), "set_aside": faults, "truncated": len(rows.truncated)}
-    metrics |= training.preference_evaluation(policy.params, policy.config, batch, beta)
+    watch = functools.partial(counted, what="policy: pairs")
+    metrics |= training.preference_evaluation(policy.params, policy.config, batch, beta, watch=watch)
     metrics |= {"ref_logps/chosen": ref_logp_w.mean().item(), "ref_logps/rejected": ref_logp_l.mean().item()}
     if json:
         print(dumps(metrics, allow_nan=False))
@@ -83,7 +87,7 @@ def evaluate(
 @command("look")
 def score(
     *, checkpoint: o.Checkpoint, data: o.Pairs,
-    reference: Annotated[o.Reference | None, Default("no reference, no rewards")] = None, beta: o.Beta = BETA,
+    reference: Annotated[o.Reference | None, Default("no reference, no rewards")] = None, beta: OwnBeta = None,
     strict: o.Strict = False, truncation: o.Truncation = "none", device: o.Device = "cpu",
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Print the log-probabilities of each pair.
@@ -91,6 +95,8 @@ def score(
     Print one JSON object per line, one for each pair of a file: its line number, log pi of both responses and, with
     --reference, the same under the reference, the implicit rewards and the DPO loss.
     """
+    if reference:
+        reference, beta = given_or_of_run(checkpoint, reference, beta)
     policy, ref, rows, _ = scored_rows(checkpoint, reference, data, truncation, strict, device)
     pairs: list[Any] = rows.ids
     table = []
@@ -98,7 +104,7 @@ def score(
         logp_w, logp_l = training.reference_logprobs(policy.params, policy.config, [ids])
         scores: dict[str, Any] = {"line": row.line, "truncated": row.line in rows.truncated}
         scores |= {"logps/chosen": logp_w.item(), "logps/rejected": logp_l.item()}
-        if reference:
+        if reference and beta:
             ref_logp_w, ref_logp_l = training.reference_logprobs(ref.params, ref.config, [ids])
             out = losses.dpo_loss(logp_w, logp_l, ref_logp_w, ref_logp_l, beta)
             scores |= {"ref_logps/chosen": ref_logp_w.item(), "ref_logps/rejected": ref_logp_l.item()}
@@ -163,17 +169,33 @@ def encoded(tokenizer: Tokenizer, text: str, name: str) -> list[int]:
     return tokenizer.encode(text, name)
 
 
+def dpo_settings(checkpoint: Path) -> dict[str, str]:
+    """The options of the run of `dpo` that a checkpoint is from; empty if there is no such run."""
+    folders = (checkpoint, checkpoint.parent)  # RUN/model belongs to RUN
+    folder = next((folder for folder in folders if (folder / "run.json").exists()), None)
+    name, *words = run_description(folder)["arguments"] if folder else [""]
+    return dict(word.removeprefix("--").partition("=")[::2] for word in words) if name == "dpo" else {}
+
+
+def given_or_of_run(checkpoint: Path, reference: Path | None, beta: float | None) -> tuple[Path, float]:
+    """Reference and beta, from the checkpoint's run of `dpo` where they are not given; stderr says which were."""
+    if reference and beta:
+        return reference, beta
+    settings = dpo_settings(checkpoint)
+    if not (reference or settings):
+        raise ValueError(f"{checkpoint}: is not from a run of dpo, which would name a reference; give --reference")
+    chosen, strength, _ = run_settings(checkpoint, reference, beta)
+    words = [f"--reference {chosen}"] * (not reference) + [f"--beta {strength:g}"] * (not beta)
+    print(f"{checkpoint}: its run had {' '.join(words)}\n" * bool(settings), end="", file=sys.stderr)
+    return chosen, strength
+
+
 def run_settings(checkpoint: Path, reference: Path | None, beta: float | None) -> tuple[Path, float, str]:
     """Reference and beta of a checkpoint, from its run of `dpo` where none are given, and what else the run minimised.
 
     Without such a run they are the policy itself and `BETA`.
     """
-    settings: dict[str, str] = {}
-    folders = (checkpoint, checkpoint.parent)  # RUN/model belongs to RUN
-    folder = next((folder for folder in folders if (folder / "run.json").exists()), None)
-    if folder:
-        name, *words = run_description(folder)["arguments"]
-        settings = dict(word.removeprefix("--").partition("=")[::2] for word in words) if name == "dpo" else {}
+    settings = dpo_settings(checkpoint)
     trained = settings.get("reference", settings.get("init"))
     if trained and not reference and not Path(trained).exists():
         raise ValueError(f"{trained}: the reference of this run is not there; give --reference")
@@ -274,7 +296,7 @@ def displacement(
         policy, ref, rows, _ = scored_rows(checkpoint, reference, data, truncation, strict)
         pairs: list[Any] = rows.ids
         models, rate = (policy.params, ref.params, policy.config), learning_rate or RATE
-        steps = first_order.meter(*models, pairs, beta, rate, ref.config)
+        steps = first_order.meter(*models, counted(pairs, "pairs"), beta, rate, ref.config)
         print(f"reference {reference}; beta {beta:g}\n{note}".rstrip())
         table = first_order.meter_as_text(steps)
     print(table)

@@ -1,5 +1,6 @@
 """The commands that check the mathematics: every derivative, the scores, the theory, the frontier, the invariances."""
 
+import functools
 import json
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from ..gradcheck import TOLERANCE, GradientError, check_vjp
 from ..model import Config
 from ..ops import OPS
 from ..run.files import write_whole
+from ..run.tasks import counted, results
 from ..theory import assumptions, dynamics, equalities, mutants
 from ..theory import frontier as methods
 from ..theory import invariances as changes
@@ -38,7 +40,7 @@ def check(*, cases: o.Cases = 100, seed: o.Seed = 0) -> int:
             draw = RandomDraw(rng)
             try:
                 worst = 0.0
-                for _ in range(cases):
+                for _ in counted(range(cases), f"{name}, {method}: cases"):
                     arguments, keywords = CASES[name](draw)
                     worst = max(worst, check_vjp(OPS[name], *arguments, rng=rng, method=method, **keywords))
                 row += f"{worst:>10.1e}"
@@ -76,21 +78,26 @@ def exact(*, plot: o.Plot = None, seed: o.Seed = 0) -> int:
 
     Enumerate all responses of a small world and print, for each claim of the theory, the number that bears it out:
     Bradley-Terry, the KL-constrained objective, its optimum, the implicit reward, the optimum of DPO, RLHF, what beta
-    does, and which assumptions matter. It takes about two minutes. The exit status is 1 if a claim fails.
+    does, and which assumptions matter. It takes about 200 CPU seconds. The exit status is 1 if a claim fails.
     """
     if plot and not plots.installed():
         raise ValueError(f"--plot: {NO_MATPLOTLIB}")
     announce(plot)
     world = equalities.small_world(seed)
     print(f"{len(world.prompts)} prompts, {len(world.responses)} responses to each", flush=True)
-    claims = []
-    for part in (*equalities.EQUALITIES, assumptions.finite_margins, dynamics.beta_early_and_late):
-        print(f"\n{(part.__doc__ or '').splitlines()[0]}", flush=True)
-        for claim in part(world, seed):
+    parts = [*equalities.EQUALITIES, assumptions.finite_margins, dynamics.beta_early_and_late]
+    tasks = [functools.partial(lambda part: list(part(world, seed)), part) for part in parts]
+    computed = results([*tasks, *assumptions.cases(world, seed)], "exact")
+    claims, last = [], ""
+    for part in parts:
+        heading = (getattr(part, "func", part).__doc__ or "").splitlines()[0]  # that of a partial is its function's
+        print(f"\n{heading}\n" * (heading != last), end="", flush=True)
+        last = heading
+        for claim in next(computed):
             claims.append(claim)
             print(f"  {VERDICTS[claim.holds]} {claim.number:>10.2e}  {claim.text}", flush=True)
     print("\nWhat breaks it, at beta 0.5: total variation to pi*, true reward, KL to the reference in nats")
-    for row in assumptions.what_breaks_it(world, seed):
+    for row in computed:
         print(f"  {row.tv:7.4f} {row.reward:7.3f} {row.kl:8.3f}  {row.name}", flush=True)
     verdicts = [claim.holds for claim in claims if claim.holds is not None]
     failures = verdicts.count(False)
@@ -107,7 +114,7 @@ def frontier(*, out: o.Folder = Path("frontier"), worlds: o.Worlds = 5, seed: o.
 
     Run DPO, IPO, policy gradients, preferred fine-tuning, unlikelihood and best-of-N in small worlds, with exact true
     reward and exact KL to the reference, and print how far each ends below the best that its KL could buy. It takes
-    about seven seconds per world.
+    about 10 CPU seconds per world.
     """
     table, picture = out / "frontier.json", out / "frontier.png"
     out.mkdir(parents=True, exist_ok=True)
@@ -115,8 +122,9 @@ def frontier(*, out: o.Folder = Path("frontier"), worlds: o.Worlds = 5, seed: o.
     if not plots.installed():
         print(f"{picture} will not be written: {NO_MATPLOTLIB}", file=sys.stderr, flush=True)
     points: list[methods.Point] = []
-    for world in range(seed, seed + worlds):
-        points += methods.run([world])
+    tasks = [functools.partial(lambda world: list(methods.run([world])), seed + i) for i in range(worlds)]
+    for world, more in enumerate(results(tasks, "frontier"), start=seed):
+        points += more
         print(f"world {world}: {len(points)} runs so far", flush=True)
     print(methods.as_text(points))
     write_whole(table, (json.dumps([point._asdict() for point in points], indent=1) + "\n").encode())

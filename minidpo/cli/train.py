@@ -3,6 +3,7 @@
 import hashlib
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from inspect import signature
 from json import dumps
 from pathlib import Path
@@ -22,6 +23,7 @@ from ..run.files import write_whole
 from ..run.folder import create, environment_changes, json_lines, run_description
 from ..run.loop import Settings, Task, run_loop
 from ..run.reference import cached_reference_logprobs, fingerprint
+from ..run.tasks import counted
 from ..run.workers import Workers, worker_count
 from ..scoring import collate
 from ..streams import stream
@@ -218,7 +220,8 @@ def likelihood_run(
         )
 
     def evaluation(params: Params, on_test: bool) -> training.Metrics:
-        return {"loss": training.held_out_nll(params, config, test if on_test else held_out)}
+        watch = partial(counted, what="held-out batches")
+        return {"loss": training.held_out_nll(params, config, test if on_test else held_out, watch=watch)}
 
     with Workers(worker_count(params)) as workers:
         return train(out, start, optimizer, step, evaluation, prompts, names, run, bool(test))
@@ -345,8 +348,10 @@ def dpo(
         batch = held_out
         if on_test:
             test: list[Any] = rows.test.ids
-            batch = collate(test, *map(to_host, training.reference_logprobs(ref_params, ref_config, test)))
-        return training.preference_evaluation(params, config, batch, beta, objective, nll_weight)
+            ref = training.reference_logprobs(ref_params, ref_config, counted(test, "test pairs"))
+            batch = collate(test, *map(to_host, ref))
+        watch = partial(counted, what="held-out pairs")
+        return training.preference_evaluation(params, config, batch, beta, objective, nll_weight, watch)
 
     with Workers(worker_count(policy)) as workers:
         names, test = [str(row.line) for row in rows.train.rows], bool(rows.test.rows)

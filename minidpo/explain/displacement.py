@@ -6,7 +6,7 @@ theory/no_never_yes.py proves it for three words.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy
@@ -89,7 +89,7 @@ def meter(
     policy: Params,
     reference: Params,
     config: Config,
-    pairs: Sequence[Pair],
+    pairs: Iterable[Pair],
     beta: float = 0.1,
     learning_rate: float = 1e-6,
     reference_config: Config | None = None,

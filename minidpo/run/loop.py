@@ -21,6 +21,7 @@ from ..training import Metrics, batch_indices
 from . import checkpoint
 from .files import CheckpointError, naming, remove_leftovers
 from .folder import RESULT, SAMPLE, State, alone, cut, json_lines, prune, restore, save, step_name
+from .tasks import printed, tell
 
 
 class Settings(NamedTuple):
@@ -47,23 +48,31 @@ class Task(NamedTuple):
 
 
 class Progress:
-    """One line that says how far a run is: rewritten on a terminal, printed at each evaluation elsewhere."""
+    """One line that says how far a run is: rewritten on a terminal, elsewhere printed at each evaluation.
+
+    There, silence in between is broken on stderr.
+    """
 
     def __init__(self, name: str, steps: int):
         self.name, self.steps, self.live = name, steps, sys.stdout.isatty()
         self.start, self.last_print, self.tokens, self.count = time.monotonic(), 0.0, 0.0, 0
+        printed()
 
     def after_step(self, step: int, metrics: Metrics) -> None:
         self.tokens += metrics.get("tokens", 0)
         self.count += 1
         now = time.monotonic()
-        if self.live and now - self.last_print > 0.2:
+        if not self.live:
+            tell(self.text(step, metrics))
+        elif now - self.last_print > 0.2:
             self.last_print = now
             print(f"\r\x1b[K{self.text(step, metrics)}", end="", flush=True)
+            printed()
 
     def after_evaluation(self, step: int, metrics: Metrics) -> None:
         start_of_line = "\r\x1b[K" if self.live else ""
         print(start_of_line + self.text(step, metrics), flush=True)
+        printed()
 
     def tokens_per_second(self) -> float:
         return self.tokens / max(time.monotonic() - self.start, 1e-9)

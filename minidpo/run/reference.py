@@ -15,6 +15,7 @@ from ..training import reference_logprobs
 from . import safetensors
 from .files import write_whole
 from .safetensors import CheckpointError
+from .tasks import counted
 
 
 def fingerprint(params: Params) -> str:
@@ -52,7 +53,7 @@ def cached_reference_logprobs(
             )
         check_scores(path, arrays, reference, config, pairs)
         return xp.asarray(arrays["ref_logp_w"]), xp.asarray(arrays["ref_logp_l"])
-    ref_logp_w, ref_logp_l = reference_logprobs(reference, config, pairs)
+    ref_logp_w, ref_logp_l = reference_logprobs(reference, config, counted(pairs, "pairs scored by the reference"))
     arrays = {"ref_logp_w": to_host(ref_logp_w), "ref_logp_l": to_host(ref_logp_l)}
     write_whole(path, safetensors.to_bytes(arrays, {"key": key}))
     return ref_logp_w, ref_logp_l

@@ -107,27 +107,41 @@ def curves(path: Path, runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> bool:
 
 
 def panels(name: str, metrics: Sequence[Mapping[str, Any]]) -> list[Panel]:
-    """Loss, accuracy and rewards of a run over its steps, as far as its metrics hold them.
+    """Losses, accuracy and rewards of a run over its steps, as far as its metrics hold them.
 
-    At policy = reference the DPO loss is log 2. A run that begins there has a line at log 2; other losses have none.
+    Batches are noisy: they are thin and pale, below their running mean. At policy = reference the DPO loss is log 2. A
+    run whose DPO loss begins there has a line at log 2; other losses have none. In the accuracy a tie is one half.
     """
     first = next(line for line in metrics if "eval_loss" in line)
-    dpo = math.isclose(first["eval_loss"], math.log(2), rel_tol=1e-6)
-    unit = "nats a pair" if dpo else "" if "eval_rewards/accuracies" in first else "nats per token"
-    reward = {"eval_rewards/chosen": "chosen, held out", "eval_rewards/rejected": "rejected, held out"}
-    accuracy = {"rewards/accuracies": "batch", "eval_rewards/accuracies": "held out"}
+    pairs, both = "eval_rewards/accuracies" in first, "eval_loss/dpo" in first
+    dpo = math.isclose(first.get("eval_loss/dpo", first["eval_loss"]), math.log(2), rel_tol=1e-6)
+    unit, level = ("nats per pair", math.log(2)) if dpo else ("" if pairs else "nats per token", None)
     diagrams = [
-        ("loss", unit, {"loss": "batch", "eval_loss": "held out"}, math.log(2) if dpo else None, "log 2"),
-        ("reward accuracy", "share of pairs", accuracy, 0.5, "one half"),
-        ("implicit reward", "nats", reward, 0.0, "the reference"),
+        ("loss", unit.removesuffix(" per pair" * both), ["loss"], None if both else level, "log 2"),
+        ("DPO term of the loss", unit, ["loss/dpo"], level, "log 2"),
+        ("likelihood term of the loss", "nats per token", ["loss/nll"], None, ""),
+        ("reward accuracy", "share of pairs", ["rewards/accuracies"], 0.5, "one half"),
+        ("implicit reward", "nats", ["rewards/chosen", "rewards/rejected"], 0.0, "the reference"),
     ]
     result = []
-    for title, ylabel, labels, level, level_label in diagrams:
-        series = []
-        for key, label in labels.items():
-            lines = [line for line in metrics if key in line]
-            x, y = [line["step"] for line in lines], [line[key] for line in lines]
-            series += [Curve(label, x, y, None if label == "batch" else "o", faint=label == "batch")] if lines else []
-        if series:
-            result.append(Panel(f"{name}: {title}", "step", ylabel, series, level=level, level_label=level_label))
+    for title, ylabel, keys, level, level_label in diagrams:
+        curves = []
+        for prefix, what in (("", "batch"), ("eval_", "held out")):
+            for key in keys if prefix or len(keys) == 1 else []:  # two noisy curves would cover each other
+                label = f"{key.removeprefix('rewards/')}, {what}" if len(keys) > 1 else what
+                lines = [line for line in metrics if prefix + key in line]
+                x, y = [line["step"] for line in lines], [line[prefix + key] for line in lines]
+                if key == "rewards/accuracies":
+                    y = [share + line.get(f"{prefix}rewards/ties", 0.0) / 2 for share, line in zip(y, lines)]
+                curves += [Curve(label, x, y, "o" if prefix else None, faint=not prefix)] if lines else []
+                count = -(-len(y) // 20)
+                if not prefix and count > 1:
+                    curves.append(Curve(f"mean of {count} batches", x[count - 1 :], running_mean(y, count)))
+        if curves:
+            result.append(Panel(f"{name}: {title}", "step", ylabel, curves, level=level, level_label=level_label))
     return result
+
+
+def running_mean(y: Sequence[float], count: int) -> list[float]:
+    """The mean of each number and the `count` - 1 before it; the first few, which lack some, are left out."""
+    return [math.fsum(y[end - count : end]) / count for end in range(count, len(y) + 1)]

@@ -36,6 +36,11 @@ def outcome(name: str, world: World, logp: Array, beta: float) -> Outcome:
 
 def what_breaks_it(world: World, seed: int, steps: int = 1500) -> list[Outcome]:
     """pi* at beta 0.5, and the policies that DPO, conservative DPO and IPO reach when one assumption fails."""
+    return [case() for case in cases(world, seed, steps)]
+
+
+def cases(world: World, seed: int, steps: int = 1500) -> list[Callable[[], Outcome]]:
+    """The rows of `what_breaks_it`, each a function to call, which may take seconds."""
     beta, dpo, ipo = 0.5, equalities.pair_loss, equalities.square_loss
     probabilities = equalities.all_pairs(world)
     pairs = equalities.sampled_wins(world, stream(seed, "pairs"), 300)
@@ -51,22 +56,22 @@ def what_breaks_it(world: World, seed: int, steps: int = 1500) -> list[Outcome]:
     narrow = world.ref_logp.copy()  # gives almost no probability to the ten best responses
     numpy.put_along_axis(narrow, world.reward.argsort(axis=-1)[:, -10:], -300.0, axis=-1)
     narrow = ops.log_softmax.raw(narrow)[0]
-    small = equalities.fitted_transformer(world, probabilities, beta, seed, 4, 1, 300)
-    policies = {
-        "pi*": exact.optimum(world.ref_logp, world.reward, beta)[0],
-        "the reference": world.ref_logp,
-        "DPO, nothing broken": table(dpo, probabilities),
-        "DPO, 300 sampled pairs a prompt": table(dpo, pairs),
-        "IPO, 300 sampled pairs a prompt": table(ipo, pairs),
-        "DPO, labels without noise": table(dpo, certain),
-        "IPO, labels without noise": table(ipo, certain),
-        "DPO, 30% of labels flipped": table(dpo, flipped(probabilities)),
-        "cDPO at e = 0.3, 30% of labels flipped": table(dpo, flipped(flipped(probabilities))),
-        "IPO, 30% of labels flipped": table(ipo, flipped(probabilities)),
-        "DPO, a reference without support for the ten best": table(dpo, probabilities, narrow),
+    small = partial(equalities.fitted_transformer, world, probabilities, beta, seed, 4, 1, 300)
+    policies: dict[str, Callable[[], Array]] = {
+        "pi*": lambda: exact.optimum(world.ref_logp, world.reward, beta)[0],
+        "the reference": lambda: world.ref_logp,
+        "DPO, nothing broken": partial(table, dpo, probabilities),
+        "DPO, 300 sampled pairs a prompt": partial(table, dpo, pairs),
+        "IPO, 300 sampled pairs a prompt": partial(table, ipo, pairs),
+        "DPO, labels without noise": partial(table, dpo, certain),
+        "IPO, labels without noise": partial(table, ipo, certain),
+        "DPO, 30% of labels flipped": partial(table, dpo, flipped(probabilities)),
+        "cDPO at e = 0.3, 30% of labels flipped": partial(table, dpo, flipped(flipped(probabilities))),
+        "IPO, 30% of labels flipped": partial(table, ipo, flipped(probabilities)),
+        "DPO, a reference without support for the ten best": partial(table, dpo, probabilities, narrow),
         "DPO, a transformer too small (1 layer of width 4)": small,
     }
-    return [outcome(name, world, logp, beta) for name, logp in policies.items()]
+    return [partial(lambda name, logp: outcome(name, world, logp(), beta), *item) for item in policies.items()]
 
 
 def finite_margins(world: World, seed: int) -> Iterator[Claim]:

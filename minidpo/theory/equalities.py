@@ -20,7 +20,10 @@ from ..tensor import Tensor
 from . import exact
 
 BETAS = (0.05, 0.1, 0.5, 1.0, 5.0)
-SIZES = ((16, 1, 0.1), (24, 2, 1e-2), (32, 2, 1e-5))  # of transformers: width, layers, largest distance to pi*
+RUNS = (  # of transformers: beta, width, layers, steps, largest distance to pi*
+    *((0.5, 16, 1, 1500, 0.1), (0.5, 24, 2, 1500, 1e-2), (0.5, 32, 2, 1500, 1e-5)),
+    *((beta, 32, 2, 1000, math.inf) for beta in BETAS if beta != 0.5),
+)
 Policy = tuple[Params, Callable[[], Tensor]]  # parameters, and log pi as a function of them, (P, N)
 Loss = Callable[[Tensor], Tensor]  # of log pi
 ADAM = functools.partial(optim.AdamW, weight_decay=0.0)
@@ -257,16 +260,14 @@ def optimum_of_dpo(world: World, seed: int) -> Iterator[Claim]:
 
 
 def optimum_of_transformers(
-    world: World, seed: int, sizes: Sequence[tuple[int, int, float]] = SIZES, steps: int = 1500
+    world: World, seed: int, runs: Sequence[tuple[float, int, int, int, float]] = RUNS
 ) -> Iterator[Claim]:
     """The same holds for transformers, as closely as their size allows."""
     wins = all_pairs(world)
-    runs = [(0.5, *size, steps) for size in sizes]
-    runs += [(beta, *sizes[-1][:2], math.inf, 2 * steps // 3) for beta in BETAS if beta != 0.5]
-    for beta, n_embd, n_layer, bound, length in runs:
+    for beta, n_embd, n_layer, steps, bound in runs:
         star, _ = exact.optimum(world.ref_logp, world.reward, beta)
-        logp = fitted_transformer(world, wins, beta, seed, n_embd, n_layer, length)
-        text = f"DPO on a transformer of width {n_embd}, {n_layer} layer(s), {length} steps of Adam, beta {beta:g}"
+        logp = fitted_transformer(world, wins, beta, seed, n_embd, n_layer, steps)
+        text = f"DPO on a transformer of width {n_embd}, {n_layer} layer(s), {steps} steps of Adam, beta {beta:g}"
         yield at_most(f"{text}: TV to pi*", exact.total_variation(logp, star).max(), bound)
 
 
@@ -369,5 +370,5 @@ EQUALITIES: list[Callable[[World, int], Iterator[Claim]]] = [
     rlhf,
     sampling_noise,
     mean_log_ratio,
-    optimum_of_transformers,
+    *(functools.partial(optimum_of_transformers, runs=[run]) for run in RUNS),  # they take long, so each is its own
 ]
