@@ -99,7 +99,7 @@ def train(
         if held_out and step % every == 0:
             anchor = policy if moving or eval_moving else reference
             scores = training.reference_logprobs(anchor, config, held_out)
-            metrics = training.preference_evaluation(policy, config, collate(held_out, *scores), beta, losses.dpo_loss)
+            metrics = training.preference_evaluation(policy, config, collate(held_out, *scores), beta, dpo, nll_weight)
             rows.append({"step": step, **{f"eval_{name}": value for name, value in metrics.items()}})
         if step < steps:
             optimizer.learning_rate = rate * min(1.0, (step + 1) / warmup) if warmup else rate
