@@ -121,6 +121,7 @@ Folder = Annotated[Path, Option("folder for frontier.json and, with matplotlib, 
 Plot = Annotated[Path | None, Option("new PNG file for the curves of beta; needs matplotlib", path)]
 Html = Annotated[Path | None, Option("new HTML file for a page of the pair's tokens", path)]
 Graph = Annotated[Path | None, Option("new file for the loss as a graph, .dot (Graphviz) or .mmd (Mermaid)", path)]
+Log = Annotated[Path, Option("training log: JSON Lines, trainer_state.json or printed dicts", path, "FILE")]
 
 # Training.
 Seed = Annotated[int, Option("random seed", at_least(0, 2**63))]
@@ -157,6 +158,7 @@ NllWeight = Annotated[float, Option("weight of the chosen responses' nats per to
 
 # Looking into models, and proving.
 StepRate = Annotated[float, Option("learning rate of the trial step", positive)]
+Table = Annotated[bool, Option("print the faults that the tests produce, and what is found", flag)]
 Json = Annotated[bool, Option("print one JSON object instead of tables", flag)]
 Prompt = Annotated[str, Option("text of the prompt", text)]
 Chosen = Annotated[str, Option("text of the preferred response", text)]

@@ -240,7 +240,7 @@ def stuck(log: Log) -> Signs:
     scores = [log.values(f"logps/{y}", log.evaluations) for y in ("chosen", "rejected")]
     same = [x for x in (*scores, log.values("logps/chosen")) if len(x) > (1 if x in scores else 2)]
     if any(len(set(x)) > 1 for x in scores):
-        return [*evidence, f"log pi of the evaluation examples moves: {', '.join(map(span, scores))}"], "same"
+        return [*evidence, f"log pi of the evaluation examples moves: {', '.join(map(span, filter(None, scores)))}"], "same"
     repeated = any(len(set(x)) == 1 for x in same)
     evidence.append("log pi of the same examples does not move, so the policy does not" if repeated else
                     "no examples come twice, so the log does not tell whether the policy moves")  # fmt: skip
@@ -437,7 +437,9 @@ def saturated(log: Log) -> Signs:
     rows = log.losses or log.evaluations
     end = rows[-max(3, len(rows) // 4) :]
     losses, wins = log.values("loss", end), log.values("rewards/accuracies", end)
-    least = min((row.margin for row in end if row.rewards), default=10.0 if wins and max(losses) < 1e-4 else 0.0)
+    least = min(
+        (row.margin for row in end if row.rewards), default=10.0 if wins and max(losses, default=1.0) < 1e-4 else 0.0
+    )
     if not losses or max(losses) > 0.01 or min(wins, default=1.0) < 1 or least < 10:
         return None
     return [f"{end[-1]}", f"{len(end)} such rows at the end"], "base " * (end == rows) + "deterministic long shortcut"
@@ -516,7 +518,11 @@ def doctor(log: str | PathLike[str] | Iterable[Mapping[str, Any]]) -> Diagnosis:
 
 
 def table() -> str:
-    """The faults that the tests produce: how, the symptom that is found, and the place of the cause in its list."""
-    rows = [("fault", "made by", "found", "cause"), *((name, *entry) for name, entry in WORDS["faults"].items())]
-    widths = [max(len(str(row[i])) for row in rows) for i in range(3)]
-    return "\n".join("  ".join([*(str(x).ljust(n) for x, n in zip(row, widths)), str(row[3])]) for row in rows)
+    """The faults that the tests produce, by training or as rows: what is found, and the cause that is named first."""
+    faults = [
+        (*row[:3], WORDS["causes"][row[3]]) for row in ((name, *entry) for name, entry in WORDS["faults"].items())
+    ]
+    rows = [("fault", "made by", "found", "likeliest cause"), *faults]
+    widths = [max(len(row[i]) for row in rows) for i in range(3)]
+    cells = [[*(cell.ljust(n) for cell, n in zip(row, widths)), re.split("[:,(]", row[3])[0].strip()] for row in rows]
+    return "\n".join("  ".join(row) for row in cells)
