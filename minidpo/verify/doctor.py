@@ -101,7 +101,8 @@ def read(path: str | PathLike[str]) -> list[Mapping[str, Any]]:
 def number(value: Any) -> float | None:
     """A number, or a text that is one, as newer versions of TRL print them."""
     try:
-        return float(value) if isinstance(value, str | Real) and not isinstance(value, bool) else None
+        x = float(value) if isinstance(value, str | Real) and not isinstance(value, bool) else None
+        return x if x is None or not 1e30 < abs(x) else math.inf
     except (ValueError, OverflowError):
         return None
 
@@ -202,7 +203,7 @@ def nan(log: Log) -> Signs:
     bad = {row.order: {x for x in KNOWN if not math.isfinite(row.values.get(x, 0.0))} for row in log.rows}
     rows = [row for row in log.rows if bad[row.order]]
     broken = [row for row in rows if bad[row.order] != {"grad_norm"}]
-    if not broken and not (len(rows) > 1 and rows[-1] is log.train[-1]):
+    if not broken and not (len(rows) > 1 and rows[-1:] == log.train[-1:]):
         return None  # a gradient that overflows now and then is loss scaling at work
     first = (broken or rows)[0]
     before = [row for row in log.rows if row.evaluation == first.evaluation and row.order < first.order]
