@@ -5,183 +5,22 @@ from what must hold for DPO: policy = reference has rewards of 0 and a loss of l
 
     mean log(1 + exp(-margin)) >= log(1 + exp(-mean margin))
 
-The words are in doctor.toml, and so are the faults that the tests produce. A missing number is NaN: no comparison
-with it holds.
+The words are in doctor.toml, and so are the faults that the tests produce.
 """
 
-import json
 import math
 import re
 import tomllib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import accumulate, pairwise
-from numbers import Real
 from os import PathLike
 from pathlib import Path
 from statistics import fmean, median, stdev
 from typing import Any, NamedTuple
 
-from ..data.preferences import open_regular
+from .logs import KINDS, KNOWN, LOG2, REWARDS, Log, Row, read, softplus
 
-LOG2, MOST_BYTES = math.log(2), 2**26
-ZERO = 5e-6  # a reward as small as this may be the rounding of log pi in float32
-REWARDS = ("rewards/chosen", "rewards/rejected", "rewards/margins")
-KNOWN = ("loss", *REWARDS, "rewards/accuracies", "rewards/ties", "logps/chosen", "logps/rejected", "grad_norm")
-OTHER_NAMES = {"preference_loss": "loss", "chosen_reward": "rewards/chosen", "reject_reward": "rewards/rejected"}
-OTHER_NAMES |= {"acc": "rewards/accuracies", "lr": "learning_rate", "global_step": "step"}  # OpenRLHF, W&B
-PART = re.compile(r"^(train|eval)[/_]|_(train|eval)(?=/)|/(train|eval)$")  # eval_loss, rewards_train/chosen, loss/eval
-ITEM = re.compile(r"""(['"])([\w/ .-]{1,200})\1\s*:\s*(['"]?)([-+.\w]{1,40})\3\s*[,}]""", re.ASCII)
-KINDS = {"ORPO": {"log_odds_ratio", "log_odds_chosen"}, "KTO": {"kl"}, "online RL": {"reward", "completion_length"}}
 WORDS: dict[str, Any] = tomllib.loads(Path(__file__).with_suffix(".toml").read_text("utf-8"))
-
-
-class Row(NamedTuple):
-    """One row of metrics, under TRL's names."""
-
-    order: int
-    step: int | None
-    evaluation: bool
-    values: dict[str, float]
-
-    def get(self, name: str) -> float:
-        value = self.values.get(name, math.nan)
-        return value if math.isfinite(value) else math.nan
-
-    @property
-    def rewards(self) -> list[float]:
-        return [x for x in map(self.get, REWARDS) if x == x]
-
-    @property
-    def tied(self) -> bool:
-        return bool(self.rewards) and max(map(abs, self.rewards)) < ZERO
-
-    @property
-    def margin(self) -> float:
-        w, l, margin = map(self.get, REWARDS)
-        return w - l if math.isnan(margin) else margin
-
-    @property
-    def place(self) -> str:
-        return f"row {self.order + 1}" if self.step is None else f"step {self.step}"
-
-    def __str__(self) -> str:
-        shown = ", ".join(f"{name} {self.values[name]:.4g}" for name in (*KNOWN, "nll_loss") if name in self.values)
-        return f"{self.place}{' (evaluation)' * self.evaluation}: {shown}"
-
-
-def parsed(text: str) -> Any:
-    """A JSON document, or None."""
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        return None
-
-
-def read(path: str | PathLike[str]) -> list[Mapping[str, Any]]:
-    """The dicts in a file: trainer_state.json, an array, JSON Lines, or text in which flat dicts are printed.
-
-    Nothing is evaluated. Raises ValueError for what is not a regular file of text or exceeds `MOST_BYTES`.
-    """
-    with open_regular(Path(path)) as file:
-        content = file.read(MOST_BYTES + 1)
-    if len(content) > MOST_BYTES:
-        raise ValueError(f"{path} is longer than {MOST_BYTES} bytes: cut out the lines that hold metrics")
-    text = content.decode("utf-8-sig", errors="replace")
-    document = parsed(text)
-    if isinstance(document, dict):
-        document = document.get("log_history", [document])
-    rows: list[Any] = document if isinstance(document, list) else []
-    for line in [] if rows else re.split(r"[\r\n]+", text):  # a progress bar ends its lines with \r
-        whole = parsed(line)
-        found = [] if isinstance(whole, dict) else re.findall(r"\{[^{}]*\}", line)
-        rows += [whole, *({name: value for _, name, _, value in ITEM.findall(each)} for each in found)]
-    return [row for row in rows if isinstance(row, dict)]
-
-
-def number(value: Any) -> float | None:
-    """A number, or a text that is one, as newer versions of TRL print them."""
-    try:
-        x = float(value) if isinstance(value, str | Real) and not isinstance(value, bool) else None
-        return x if x is None or not 1e30 < abs(x) else math.inf
-    except (ValueError, OverflowError):
-        return None
-
-
-class Log:
-    """The rows of one run, in order, and what kind of run it is."""
-
-    def __init__(self, documents: Iterable[Mapping[str, Any]]):
-        rows: list[Row] = []
-        for document in documents:
-            parts: dict[bool, dict[str, float]] = {False: {}, True: {}}
-            for key, value in document.items():
-                found, x = PART.search(str(key)), number(value)
-                name = PART.sub("", str(key), count=1)
-                if x is not None:
-                    parts[bool(found and "eval" in found.groups())][OTHER_NAMES.get(name, name)] = x
-            step = parts[False].get("step", parts[True].get("step", math.inf))
-            for evaluation, values in parts.items():
-                if not values.keys().isdisjoint(KNOWN) and (evaluation or "runtime" not in values):
-                    rows.append(Row(len(rows), int(step) if abs(step) < 1e15 else None, evaluation, values))
-        steps = [row for row in rows if not row.evaluation and row.step is not None]
-        self.restarts = [b for a, b in pairwise(steps) if (b.step or 0) < (a.step or 0)]
-        self.rows = rows[self.restarts[-1].order if self.restarts else 0 :]
-        self.train = [row for row in self.rows if not row.evaluation]
-        self.losses = [row for row in self.train if row.get("loss") == row.get("loss")]
-        self.evaluations = [row for row in self.rows if row.evaluation]
-        self.kind = self._kind({name for row in self.rows for name in row.values})
-
-    def _kind(self, names: set[str]) -> str:
-        """DPO is any loss with a reference; without one, rewards are beta times log pi."""
-        for kind, signs in KINDS.items():
-            if names & signs and names & set(KNOWN[1:4] if kind == "KTO" else names):
-                return kind
-        if not any(name.startswith(("rewards/", "logps/")) for name in names):
-            return "loss alone"
-        pairs = [(row.get(f"rewards/{y}"), row.get(f"logps/{y}")) for row in self.rows for y in ("chosen", "rejected")]
-        ratios = [r / logp for r, logp in pairs if r == r and abs(logp) > 0]
-        return "no reference" if len(ratios) > 1 and 0 < max(ratios) < 1.002 * min(ratios) else "DPO"
-
-    def values(self, name: str, rows: Sequence[Row] | None = None) -> list[float]:
-        """The finite values of a metric, in the training rows if no others are given."""
-        return [x for row in (self.train if rows is None else rows) if (x := row.get(name)) == x]
-
-    def starts(self) -> list[tuple[Row, int]]:
-        """Rows at the beginning of the run, each with the number of steps that it is at most a mean over.
-
-        Without steps that is taken as 1000. A log that begins later has no such rows.
-        """
-        starts = [(row, 1) for row in self.evaluations[:1] if row.step == 0]
-        for row, then in zip(self.train, self.train[1:2] or self.train[:1]):
-            if row.step is not None and row.step <= max(1, (then.step or 0) - row.step or row.step):
-                starts.append((row, max(1, row.step)))
-            elif row.step is None and row.get("epoch") <= 1.5 * (then.get("epoch") - row.get("epoch")):
-                starts.append((row, 1000))
-        return starts
-
-    def nll_weights(self) -> list[float]:
-        """What the loss of each row has beyond DPO's least, over its NLL; [] if there is no NLL term.
-
-        Without such a term TRL logs no `nll_loss`, but we log `nll/chosen`: then all margins of a row must be 0.
-        """
-        rows = [row for row in self.rows if row.get("nll_loss") > 0 or (row.get("nll/chosen") > 0 and row.tied)]
-        nlls = [max(row.values.get("nll_loss", 0), row.values.get("nll/chosen", 0)) for row in rows]
-        weights = [(row.get("loss") - softplus(-row.margin)) / nll for row, nll in zip(rows, nlls)]
-        return weights if weights and min(weights) > 0.01 else []
-
-
-def softplus(x: float) -> float:
-    """log(1 + e^x)."""
-    return max(x, 0.0) + math.log1p(math.exp(-abs(x)))
-
-
-def span(values: Sequence[float]) -> str:
-    """The least and the greatest of some values."""
-    return " to ".join(dict.fromkeys(f"{x:.4g}" for x in (min(values), max(values))))
-
-
-# ---- the symptoms -------------------------------------------------------------------------------------------------
-
 Signs = tuple[list[str], str] | None  # evidence, and the names of the causes
 SYMPTOMS: dict[str, tuple[Callable[[Log], Signs], set[str], set[str]]] = {}
 DPO, BARE, ANY = {"DPO"}, {"DPO", "loss alone"}, {"DPO", "loss alone", "no reference", *KINDS}
@@ -197,6 +36,11 @@ def symptom(kinds: set[str], unless: str = "") -> Callable[[Callable[[Log], Sign
     return register
 
 
+def span(values: Sequence[float]) -> str:
+    """The least and the greatest of some values."""
+    return " to ".join(dict.fromkeys(f"{x:.4g}" for x in (min(values), max(values))))
+
+
 @symptom(ANY)
 def nan(log: Log) -> Signs:
     # NaN stays in a parameter for ever: if later rows are finite, so are the parameters
@@ -207,9 +51,8 @@ def nan(log: Log) -> Signs:
         return None  # a gradient that overflows now and then is loss scaling at work
     first = (broken or rows)[0]
     before = [row for row in log.rows if row.evaluation == first.evaluation and row.order < first.order]
-    healed = [
-        row for row in log.rows if row.order > first.order and any(row.get(x) == row.get(x) for x in bad[first.order])
-    ]
+    later = [row for row in log.rows if row.order > first.order]
+    healed = [row for row in later if any(row.get(name) == row.get(name) for name in bad[first.order])]
     one_sided = any((REWARDS[0] in x) != (REWARDS[1] in x) for x in bad.values())
     evidence = [f"{len(before)} finite rows, then {first}"]
     evidence += [f"{row}: finite again, so the parameters are, and a batch is at fault" for row in healed[:1]]
@@ -227,21 +70,22 @@ def still(row: Row) -> bool:
 @symptom(BARE)
 def stuck(log: Log) -> Signs:
     # policy = reference at every step: do they move together? logps tell only if the same examples come twice
-    rows = [row for row in log.train if row.rewards or row in log.losses]
+    rows = [row for row in log.train if row.rewards or row.get("loss") > 0]
     names = ("loss", *REWARDS, "rewards/ties", "grad_norm", "learning_rate")
     shown = {name: span(log.values(name)) for name in names if log.values(name)}
     norms, rates = log.values("grad_norm"), log.values("learning_rate")
     rising = len(rates) > 1 and all(a < b for a, b in pairwise(rates))
     if len(rows) < (10 if rising else 3 if rows and (rows[-1].step or 0) < 10 else 2) or not all(map(still, rows)):
         return None
-    evidence = [
-        f"{len(rows)} rows, {rows[0].place} to {rows[-1].place}",
-        ", ".join(f"{k} {v}" for k, v in shown.items()),
-    ]
+    evidence = [f"{len(rows)} rows, {rows[0].place} to {rows[-1].place}"]
+    evidence += [", ".join(f"{name} {values}" for name, values in shown.items())]
     scores = [log.values(f"logps/{y}", log.evaluations) for y in ("chosen", "rejected")]
     same = [x for x in (*scores, log.values("logps/chosen")) if len(x) > (1 if x in scores else 2)]
     if any(len(set(x)) > 1 for x in scores):
-        return [*evidence, f"log pi of the evaluation examples moves: {', '.join(map(span, filter(None, scores)))}"], "same"
+        return [
+            *evidence,
+            f"log pi of the evaluation examples moves: {', '.join(map(span, filter(None, scores)))}",
+        ], "same"
     repeated = any(len(set(x)) == 1 for x in same)
     evidence.append("log pi of the same examples does not move, so the policy does not" if repeated else
                     "no examples come twice, so the log does not tell whether the policy moves")  # fmt: skip
@@ -252,11 +96,12 @@ def stuck(log: Log) -> Signs:
 
 @symptom(DPO, unless="stuck")
 def accuracy_zero(log: Log) -> Signs:
-    # beyond the first step; and with rewards other than 0 the pairs may truly be ranked wrongly
+    # before the first step all are ties; and with rewards other than 0 the pairs may truly be ranked wrongly
     for part in (log.evaluations, log.train):
         rows = [row for row in part if row.get("rewards/accuracies") >= 0]
-        late = [row for row in rows if row.step is None or row.step > 1]
-        if late and not any(row.get("rewards/accuracies") or (row.rewards and not row.tied) for row in rows):
+        late = [row for row in rows if (row.get("epoch") != 0 if row.step is None else row.step > 1)]
+        ranked = any(row.get("rewards/accuracies") or (row.rewards and not row.tied) for row in rows)
+        if len(late) >= (1 if part is log.evaluations else 3) and not ranked:
             return [f"{len(rows)} rows, such as {late[0]}"], "ties swapped"
     return None
 
@@ -279,10 +124,7 @@ def first_loss(log: Log) -> Signs:
         off = abs(loss - LOG2) > 0.05 and most > 0.02 and not log.nll_weights()
         first = k == 1 and (off or (row.rewards and most > 0.1))
         if first or (k <= 50 and off and (loss < 0.9 * LOG2 / k or (loss > 1 and most > 0.5))):
-            evidence = [
-                f"{row}",
-                f"a mean over {k} step{'s' * (k > 1)} that begins with rewards of 0 and log 2 = 0.6931",
-            ]
+            evidence = [f"{row}", "policy = reference, where a run begins, has rewards of 0 and log 2 = 0.6931"]
             return evidence, "base precision dropout" if first else "base rate precision dropout"
     return None
 
@@ -348,10 +190,8 @@ def loss_above(log: Log) -> Signs:
             evidence += [f"{loss / LOG2:.4g} times log 2"]
             if rows is won:
                 return evidence, "smoothing term summed"
-            whole, other = (
-                abs(loss / LOG2 - round(loss / LOG2)) < 0.01,
-                min(abs(loss / x - 1) for x in (1, 25, 100)) < 0.01,
-            )
+            whole = abs(loss / LOG2 - round(loss / LOG2)) < 0.01
+            other = min(abs(loss / x - 1) for x in (1, 25, 100)) < 0.01
             return evidence, "summed loss term" if whole else "loss term" if other else "term loss"
     return None
 
@@ -367,12 +207,14 @@ def margins(log: Log) -> Signs:
 
 @symptom(ANY, unless="stuck nan")
 def no_gradient(log: Log) -> Signs:
-    # the gradient of log sigma(z) is sigma(-z), which is 0 only by underflow
-    zero = [row for row in log.train if row.get("grad_norm") == 0]
-    if len(zero) < 2 or 2 * len(zero) < len(log.values("grad_norm")):
+    # the gradient of log sigma(z) is sigma(-z), which is 0 only by underflow; and a loss that falls has a gradient
+    zero, n = [row for row in log.train if row.get("grad_norm") == 0], len(log.values("grad_norm"))
+    losses = log.values("loss", zero)
+    falls = len(losses) > 1 and fmean(losses[-(len(losses) // 2) :]) < fmean(losses[: len(losses) // 2]) - 0.05
+    if len(zero) < 2 or 2 * len(zero) < n or falls:
         return None
     saturated = zero[0].margin > 15 or zero[0].get("loss") == 0
-    evidence = [f"{len(zero)} of {len(log.values('grad_norm'))} rows, such as {zero[0]}"]
+    evidence = [f"{len(zero)} of {n} rows, such as {zero[0]}"]
     return evidence, "underflow frozen clipped" if saturated else "frozen clipped underflow"
 
 
@@ -413,7 +255,7 @@ def chosen_falls(log: Log) -> Signs:
     return [*evidence, "the chosen reward fell by more than the margin grew"], "displaced long ordinary"
 
 
-@symptom(ANY, unless="nan")
+@symptom(ANY, unless="nan unstable")
 def overfit(log: Log) -> Signs:
     # an evaluation has the same examples each time: it rises by half of what it had gained, and by more than 0.03
     rows = [row for row in log.evaluations if row.get("loss") == row.get("loss")]
@@ -422,10 +264,8 @@ def overfit(log: Log) -> Signs:
     if len(rows) < 3 or losses[-1] - losses[best] < max(0.03, 0.5 * (losses[0] - losses[best])):
         return None
     cut = rows[best].order if best else median([row.order for row in log.losses] or [0])
-    a, b = (
-        log.values("loss", part)
-        for part in ([r for r in log.losses if r.order < cut], [r for r in log.losses if r.order >= cut])
-    )
+    a = log.values("loss", [row for row in log.losses if row.order < cut])
+    b = log.values("loss", [row for row in log.losses if row.order >= cut])
     if losses[-2] <= losses[best] or not (a and b and fmean(b) < fmean(a)):
         return None
     evidence = [f"{rows[best]}", f"{rows[-1]}", f"training: mean loss {fmean(a):.4g}, then {fmean(b):.4g}"]
@@ -438,10 +278,9 @@ def saturated(log: Log) -> Signs:
     rows = log.losses or log.evaluations
     end = rows[-max(3, len(rows) // 4) :]
     losses, wins = log.values("loss", end), log.values("rewards/accuracies", end)
-    least = min(
-        (row.margin for row in end if row.rewards), default=10.0 if wins and max(losses, default=1.0) < 1e-4 else 0.0
-    )
-    if not losses or max(losses) > 0.01 or min(wins, default=1.0) < 1 or least < 10:
+    margins = [row.margin for row in end if row.rewards]
+    wide = min(margins) >= 10 if margins else wins and max(losses, default=1.0) < 1e-4
+    if not losses or max(losses) > 0.01 or min(wins, default=1.0) < 1 or not wide:
         return None
     return [f"{end[-1]}", f"{len(end)} such rows at the end"], "base " * (end == rows) + "deterministic long shortcut"
 
@@ -493,7 +332,7 @@ def remarks(log: Log, codes: Iterable[str]) -> list[str]:
         "nll_term": weights,
         "first": log.train and all(map(still, log.train)) and "stuck" not in codes,
         "ties": any(row.get("rewards/accuracies") == 0 and row.tied for row, k in log.starts() if k == 1),
-        "both_fall": log.kind == "DPO" and w < 0 and l < 0,
+        "both_fall": log.kind == "DPO" and w < 0 and l < 0 and {"unstable", "above_log2"}.isdisjoint(codes),
         "samples": not codes,
     }
     facts = {"kind": log.kind, "weights": span(weights or [0.0]), "w": w, "l": l, "place": last.place}
@@ -505,10 +344,9 @@ def doctor(log: str | PathLike[str] | Iterable[Mapping[str, Any]]) -> Diagnosis:
 
     It says no more than the numbers do. Raises ValueError if no row has a metric, or as `read` does.
     """
-    source = log if isinstance(log, str | PathLike) else None
-    run = Log(read(source) if source else log)  # type: ignore[arg-type]
+    name, run = (log, Log(read(log))) if isinstance(log, str | PathLike) else ("the log", Log(log))
     if not run.rows:
-        raise ValueError(f"{source or 'the log'} has no row with a metric, such as {', '.join(KNOWN[:4])}")
+        raise ValueError(f"{name} has no row with a metric, such as {', '.join(KNOWN[:4])}")
     findings: dict[str, Finding] = {}
     for code, (function, kinds, unless) in SYMPTOMS.items():
         signs = function(run) if run.kind in kinds and unless.isdisjoint(findings) else None
@@ -520,10 +358,7 @@ def doctor(log: str | PathLike[str] | Iterable[Mapping[str, Any]]) -> Diagnosis:
 
 def table() -> str:
     """The faults that the tests produce, by training or as rows: what is found, and the cause that is named first."""
-    faults = [
-        (*row[:3], WORDS["causes"][row[3]]) for row in ((name, *entry) for name, entry in WORDS["faults"].items())
-    ]
-    rows = [("fault", "made by", "found", "likeliest cause"), *faults]
-    widths = [max(len(row[i]) for row in rows) for i in range(3)]
-    cells = [[*(cell.ljust(n) for cell, n in zip(row, widths)), re.split("[:,(]", row[3])[0].strip()] for row in rows]
-    return "\n".join("  ".join(row) for row in cells)
+    rows = [("fault", "made by", "found", "likeliest cause")]
+    for name, (made_by, found, cause) in WORDS["faults"].items():
+        rows.append((name, made_by, found, re.split("[:,(]", WORDS["causes"][cause])[0].strip()))
+    return "\n".join(f"{name:<46}{made_by:<10}{found:<17}{cause}" for name, made_by, found, cause in rows)
