@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minidpo import cli, losses, model, ops, optim, training, verify
+from minidpo import Tensor, cli, losses, model, ops, optim, training, verify
 from minidpo.data import world
 from minidpo.data.preferences import collate
 from minidpo.model import Config
@@ -269,15 +269,20 @@ RUNS = [{}, {"rate": 3e-3}, {"beta": 0.5}, {"warmup": 15}, {"batch": 1, "steps":
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(3))
 def test_nothing_is_found_in_healthy_runs(seed):
     """No alarm for runs of several seeds, rates, betas, batches and lengths, however their log is cut."""
     pairs, held_out = toy_pairs(160, seed + 10), toy_pairs(64, seed + 50)
+    base = learner(pairs, TOY, seed, 60)
+
+    def policy():
+        return {name: Tensor(p.data.copy(), requires_grad=True) for name, p in base.items()}
+
     for settings in RUNS:
-        rows = train(pairs, held_out, seed=seed, policy=learner(pairs, TOY, seed, 60), **{"rate": 1e-3, **settings})
+        rows = train(pairs, held_out, seed=seed, policy=policy(), **{"rate": 1e-3, **settings})
         for view in views(rows):
             assert codes(view) == [], settings
-    rows = train(pairs, held_out, seed=seed, policy=learner(pairs, TOY, seed, 60), rate=1e-3, nll_weight=0.5)
+    rows = train(pairs, held_out, seed=seed, policy=policy(), rate=1e-3, nll_weight=0.5)
     assert codes(rows) == [] and any("NLL term" in remark for remark in doctor(rows).remarks)
 
 
@@ -355,7 +360,7 @@ EDGES = {  # rows that are just over the edge, and rows that are just within
         ),
     ],
     "zero_from_start": [
-        ([row(30, 4.0, 0.019), row(60, 5.0)], [row(30, 4.0, 0.021), row(60, 5.0)]),
+        ([row(20, 4.0, 0.019), row(40, 5.0)], [row(20, 4.0, 0.021), row(40, 5.0)]),
         ([row(50, 4.5, 0.0124), row(100, 5.0)], [row(50, 4.5, 0.0126), row(100, 5.0)]),
         ([row(10, 9.0), row(20, 9.0)], [row(20, 9.0), row(25, 9.0)]),
         (
@@ -372,7 +377,9 @@ EDGES = {  # rows that are just over the edge, and rows that are just within
         ([row(10, 2.8, 0.06), row(20, 3.0)], [row(10, 2.8, 0.063), row(20, 3.0)]),
     ],
     "unstable": [
-        (rows_of(0.0, 6.0, -6.0, 6.0, -6.0), rows_of(0.0, 6.0, -6.0, 6.0, 6.0)),
+        (rows_of(0.0, 6.0, -6.0, 6.0, -6.0), rows_of(0.0, 6.0, -6.0, -6.0, 6.0)),
+        (rows_of(0.0, 1.1, -6.0, 1.1, -6.0), rows_of(0.0, 0.9, -6.0, 0.9, -6.0)),
+        (rows_of(0.0, *[3.0, -3.0] * 2, loss=25.0), [row(i, (3.0, -3.0)[i % 2], (25.0, 3.1)[i % 2]) for i in range(6)]),
         (rows_of(0.0, 4.0, -5.1, 4.0, -5.1), rows_of(0.0, 4.0, -4.9, 4.0, -4.9)),
         (losses_of(*WAVES), losses_of(*WAVES[:3])),
         (rows_of(0.0, 3.0, -3.0, 3.0, -3.0, loss=25.0), rows_of(0.0, 0.9, -0.9, 0.9, -0.9, loss=25.0)),
@@ -388,12 +395,14 @@ EDGES = {  # rows that are just over the edge, and rows that are just within
         (rows_of(0.2, 0.3, loss=0.35), rows_of(0.2, 0.3, loss=0.45)),
         ([row(i, 0.5, 0.46) for i in range(60, 70)], [row(i, 0.5, 0.473) for i in range(60, 70)]),
         ([row(i, 0.5, 0.46) for i in range(60, 70)], [row(i, 0.5, (0.3, 0.65)[i % 2]) for i in range(60, 70)]),
+        ([row(i, 0.5, 0.4 if i < 70 else 0.9) for i in range(60, 99)], [row(i, 0.5, 0.9) for i in range(60, 99)]),
     ],
     "loss_above": [
         (rows_of(0.0, 0.1, loss=0.71), rows_of(0.0, 0.1, loss=0.70)),
         (rows_of(0.0, loss=1.7), rows_of(0.0, loss=1.7, nll_loss=2.0)),
         ([row(i, 1.0, 0.71, **WON) for i in (60, 70, 80)], [row(i, 1.0, 0.70, **WON) for i in (60, 70, 80)]),
         ([row(i, 1.0, 0.8, **WON) for i in (60, 70, 80)], [row(i, 1.0, 0.8) for i in (60, 70, 80)]),
+        ([*rows_of(1.0, 1.0, 1.0, loss=0.8, **WON), row(9)], [*rows_of(1.0, 1.0, loss=0.8, **WON), row(9)]),
     ],
     "margins": [
         (rows_of(0.1, 0.2, **{"rewards/margins": 0.4}), rows_of(0.1, 0.2, **{"rewards/margins": 0.18})),
@@ -412,6 +421,7 @@ EDGES = {  # rows that are just over the edge, and rows that are just within
             [row(60 + i, m, x) for i, (m, x) in enumerate(zip([0.5] * 3 + [-2.0] * 3, [0.5, 0.6, 0.5, 2.0, 2.4, 2.2]))],
         ),
         (losses_of(*[0.5] * 3, *[1.0] * 3), losses_of(*[0.5] * 3, *[0.75] * 3)),
+        (losses_of(0.5, 0.5, 0.8, *[1.13] * 3), losses_of(0.5, 0.5, 0.8, *[1.04] * 3)),
     ],
     "chosen_falls": [
         (falling((-9, -18.1), (0, -1.1)), falling((-9, -17.9), (0, -1.1))),
@@ -424,9 +434,11 @@ EDGES = {  # rows that are just over the edge, and rows that are just within
         (overfitting(0.69, 0.6, 0.65, 0.66), overfitting(0.69, 0.6, 0.6, 0.66)),
         (overfitting(0.69, 0.68, 0.70, 0.72), overfitting(0.69, 0.68, 0.70, 0.70)),
         (overfitting(0.69, 0.6, 0.65, 0.66), evaluations(0.69, 0.6, 0.65, 0.66)),
+        (overfitting(0.69, 0.6, 0.65, 0.66), [{**x, "loss": x["step"]} for x in overfitting(0.69, 0.6, 0.65, 0.66)]),
     ],
     "saturated": [
         (rows_of(0.0, 5.0, 11.0, 11.0, 11.0, **WON), rows_of(0.0, 5.0, 11.0, 9.0, 11.0, **WON)),
+        ([row(i, 11.0, 0.009) for i in (60, 61, 62)], [row(i, 11.0, 0.011) for i in (60, 61, 62)]),
         (rows_of(0.0, 5.0, 11.0, 11.0, 11.0), rows_of(0.0, 5.0, 11.0, 11.0, 11.0, **{"rewards/accuracies": 0.9})),
         ([{"loss": 1e-5, **WON}] * 3, [{"loss": 1e-3, **WON}] * 3),
     ],
@@ -445,6 +457,43 @@ def test_a_rule_has_an_edge(code, over, within):
     """A symptom is found just over its edge and not just within it."""
     assert code in codes(over)
     assert code not in codes(within)
+
+
+CAUSES = [  # rows, and the causes that are named first
+    (changed(HEALTHY, 4, loss=NAN), "float16", "empty"),
+    ([row(i, learning_rate=0.0) for i in (1, 2, 3)], "rate0"),
+    ([row(i, learning_rate=i) for i in range(10)], "warmup", "same"),
+    ([row(i, grad_norm=0.0) for i in (1, 2, 3)], "beta0", "frozen"),
+    ([row(i, grad_norm=1.0) for i in (1, 2, 3)], "same", "others"),
+    (rows_of(*[-0.2, -0.3] * 5, start=60), "rate", "batch"),
+    (rows_of(*[-0.05 * i for i in range(1, 12)], start=60), "sign", "rate"),
+    (rows_of(0.05, 0.1, 0.2, loss=0.3, start=60), "divided", "loss"),
+    (rows_of(1.0, 1.2, 1.1, loss=0.1, start=60), "loss", "divided"),
+    (rows_of(*[-0.2] * 10, loss=0.6, start=60), "sign", "divided"),
+    (rows_of(0.0, loss=4 * LOG2), "summed", "loss"),
+    (rows_of(0.0, loss=1.0), "loss", "term"),
+    (rows_of(0.0, loss=1.7), "term", "loss"),
+    ([row(i, 1.0, 0.8, **WON) for i in (60, 70, 80)], "smoothing", "term"),
+    (rows_of(20.0, 20.0, 20.0, grad_norm=0.0, start=60), "underflow", "frozen"),
+]
+
+
+@pytest.mark.parametrize(("rows", "first"), [(rows, first) for rows, *first in CAUSES])
+def test_the_numbers_order_the_causes(rows, first):
+    """Evidence in the log changes which cause is the likeliest."""
+    assert doctor(rows).findings[0].causes[: len(first)] == [WORDS["causes"][cause] for cause in first]
+
+
+def test_an_nll_term_is_found_in_our_own_log():
+    """We log `nll/chosen` with and without such a term: it is told where all margins are 0."""
+    for weight in (0.0, 0.5):
+        rows = [row(i, m, softplus(-m) + weight * 2.0, **{"nll/chosen": 2.0}) for i, m in enumerate((0.0, 0.1, 0.3))]
+        assert codes(rows) == [] and any("NLL term" in remark for remark in doctor(rows).remarks) == (weight > 0)
+
+
+def test_huge_numbers_are_infinite():
+    """Numbers that no training has cannot overflow the arithmetic of a rule."""
+    assert codes([row(i, -1e200, 1e200) for i in range(9)]) == ["nan"]
 
 
 def test_old_trainers_report_the_margins_of_one_device():
@@ -479,7 +528,7 @@ FORMATS = {
     "newer TRL prints text": printed([*ROWS, LAST], lambda x: f"'{x:.4g}'"),
     "a progress bar": "".join(f"  5%|# | 1/20 [00:01<00:19]\r{line}\r" for line in printed([*ROWS, LAST]).split("\n")),
     "two on a line": printed([*ROWS, LAST]).replace("}\n{", "} {"),
-    "with a byte order mark": "\ufeff" + printed(ROWS),
+    "with a byte order mark": "\ufeff" + json.dumps({"log_history": ROWS}, indent=2),
 }
 
 

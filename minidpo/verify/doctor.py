@@ -152,7 +152,7 @@ def above_log2(log: Log) -> Signs:
         return None  # calm or falling: a loss of another kind may be
     evidence = [f"mean loss {fmean(a):.4g}, then {fmean(b):.4g} ({span(b)}); log 2 = 0.6931"]
     evidence += [f"margins {span(margins)}" if n else "there are no rewards: if this is the loss of DPO"]
-    falls = m and max(n) < 0 and fmean(n) < fmean(m)
+    falls = m and max(n) < 0 and fmean(n) < min(m)
     return evidence, "sign rate batch base term summed" if falls else "rate batch base sign term summed"
 
 

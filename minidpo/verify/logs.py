@@ -82,7 +82,7 @@ def read(path: str | PathLike[str]) -> list[Mapping[str, Any]]:
     if isinstance(document, dict):
         document = document.get("log_history", [document])
     rows: list[Any] = document if isinstance(document, list) else []
-    for line in [] if rows else re.split(r"[\r\n]+", text):  # a progress bar ends its lines with \r
+    for line in [] if rows else text.split("\n"):
         whole = parsed(line)
         found = [] if isinstance(whole, dict) else re.findall(r"\{[^{}]*\}", line)
         rows += [whole, *({name: value for _, name, _, value in ITEM.findall(each)} for each in found)]
