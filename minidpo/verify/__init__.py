@@ -1,3 +1,3 @@
-"""What verifies code against independent oracles; random arguments for every operation; what a training log says."""
+"""What verifies code against independent oracles; here, random arguments for every operation."""
 
 from .doctor import doctor as doctor

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from ..data.preferences import open_regular
 
-LOG2, MOST_BYTES = math.log(2), 2**26
+LOG2, MOST_BYTES = math.log(2), 2**25
 ZERO = 5e-6  # a reward as small as this may be the rounding of log pi in float32
 REWARDS = ("rewards/chosen", "rewards/rejected", "rewards/margins")
 KNOWN = ("loss", *REWARDS, "rewards/accuracies", "rewards/ties", "logps/chosen", "logps/rejected", "grad_norm")
