@@ -3,7 +3,7 @@
 import sys
 
 try:
-    from . import explain, generation, gradcheck, losses, model, ops, optim, scoring, training
+    from . import explain, generation, gradcheck, losses, model, ops, optim, scoring, training, verify
     from .data import preferences, world
     from .model import Config
     from .run import checkpoint
@@ -29,6 +29,7 @@ __all__ = [
     "preferences",
     "scoring",
     "training",
+    "verify",
     "world",
 ]
 __version__ = "0.2.0"

@@ -299,6 +299,7 @@ def test_help_shows_the_commands_in_groups(capsys):
         "train": ["pretrain", "sft", "dpo", "resume"],
         "look": ["evaluate", "score", "sample", "explain", "displacement"],
         "prove": ["check", "oracles", "exact", "frontier", "invariances"],
+        "verify": ["doctor", "verify"],
     }
     assert "  exact         show the theory of DPO as equalities on a small world\n" in text
     assert {"main", *itertools.chain(*groups.values())} == set(cli.__all__)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import strangers
-from minidpo import losses, verify
+from minidpo import cli, losses, verify
 from minidpo.verify import logprob_check, loss_check, texts
 
 SLOW = [pytest.mark.slow]  # XLA compiles every shape
@@ -32,7 +32,7 @@ def test_a_stranger_s_code_is_named(kind, function, framework, options, truth, n
     if truth == "right" and framework != "jax":  # XLA may turn a product with a mask into a choice
         for remark in ("prompt_counted_cancels", "rewards_without_beta", "nan_where_a_pad_is_minus_infinity"):
             assert (remark in remarks) == (remark in note), report
-    assert json.loads(json.dumps(report.as_dict()))["right"] is report.right
+    assert json.loads(json.dumps(report.as_dict(), allow_nan=False))["right"] is report.right
     if not report.right:
         with pytest.raises(AssertionError) as caught:
             report.assert_right()
@@ -258,3 +258,75 @@ def test_a_step_in_numpy_is_checked_by_its_value_and_differences():
     verify.step(numpy_step).assert_right()
     swapped = verify.step(lambda *x: numpy_step(*x, sign=-1.0))
     assert [finding.code for finding in swapped.findings] == ["pair_swapped"]
+
+
+# ---- the command ----------------------------------------------------------------------------------------------------
+
+MODULE = """
+import numpy as np
+
+def right(w, l, rw, rl, beta):
+    return np.logaddexp(0, -beta * ((w - rw) - (l - rl))).mean()
+
+def swapped(w, l, rw, rl, beta):
+    return right(l, w, rl, rw, beta)
+
+def reference_first(rw, rl, w, l, beta):
+    return right(w, l, rw, rl, beta)
+
+class Scorer:
+    @staticmethod
+    def score(logits, ids, mask):
+        logp = logits - np.logaddexp.reduce(logits, axis=-1, keepdims=True)
+        return (np.take_along_axis(logp[:, :-1], ids[:, 1:, None], -1)[..., 0] * mask[:, 1:]).sum(axis=1)
+
+def broken(*arguments):
+    raise KeyError("nothing")
+"""
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "sentence"),
+    [
+        (["loss", "theirs:right"], 0, "right: right"),
+        (["loss", "theirs:right", "--beta=0.7", "--framework=numpy"], 0, "at beta 0.7 and 1.75"),
+        (["loss", "theirs:swapped"], 1, "pair_swapped: chosen and rejected are swapped"),
+        (["loss", "theirs:reference_first"], 1, "pair_swapped"),
+        (["loss", "theirs:reference_first", "--arguments=ref_logp_w,ref_logp_l,logp_w,logp_l,beta"], 0, "right"),
+        (["loss", "theirs:broken"], 2, "KeyError: 'nothing'"),
+        (["loss", "theirs:missing"], 2, "cannot be imported (AttributeError"),
+        (["loss", "nowhere_at_all:f"], 2, "cannot be imported (ModuleNotFoundError"),
+        (["loss", "theirs"], 2, "is not MODULE:FUNCTION"),
+        (["logprobs", "theirs:Scorer.score", "--layout=mask"], 0, "score: right"),
+        (["logprobs", "theirs:Scorer.score", "--layout=labels"], 2, "could not be called in this layout"),
+        (["step", "theirs:broken"], 2, "could not be called as fn(policy, reference, batch, beta)"),
+    ],
+)
+def test_the_command_says_it_and_exits_with_it(words, status, sentence, tmp_path, monkeypatch, capsys):
+    """The command imports a function from the current folder; 0 is right, 1 wrong, 2 could not be run."""
+    (tmp_path / "theirs.py").write_text(MODULE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "theirs", raising=False)
+    monkeypatch.delitem(sys.modules, "torch", raising=False)
+    monkeypatch.delitem(sys.modules, "jax", raising=False)
+    assert cli.main(["verify", *words]) == status
+    assert sentence in capsys.readouterr().out
+    assert cli.main(["verify", *words, "--json"]) == status
+    assert json.loads(capsys.readouterr().out)["right"] is (status == 0)
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["loss", "theirs:right", "--layout=mask"], "--layout is for logprobs"),
+        (["step", "theirs:right", "--arguments=beta"], "--arguments is for a loss"),
+        (["logprobs", "theirs:right", "--beta=0.3"], "log-probabilities have none"),
+        (["logprobs", "theirs:right", "--layout=rows"], "layout must be one of labels"),
+    ],
+)
+def test_an_option_of_another_kind_is_refused(words, sentence, tmp_path, monkeypatch, capsys):
+    """No option is ignored."""
+    (tmp_path / "theirs.py").write_text(MODULE)
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["verify", *words]) == 2
+    assert sentence in capsys.readouterr().err

@@ -5,6 +5,7 @@ from .look import displacement, evaluate, explain, sample, score
 from .parser import main
 from .prove import check, exact, frontier, invariances, oracles
 from .train import dpo, pretrain, resume, sft
+from .verifying import doctor, verify
 
-__all__ = ["check", "data", "demo", "displacement", "dpo", "evaluate", "exact", "explain", "frontier"]
-__all__ += ["invariances", "judge", "main", "oracles", "pretrain", "resume", "sample", "score", "sft"]
+__all__ = ["check", "data", "demo", "displacement", "doctor", "dpo", "evaluate", "exact", "explain", "frontier"]
+__all__ += ["invariances", "judge", "main", "oracles", "pretrain", "resume", "sample", "score", "sft", "verify"]

@@ -17,6 +17,9 @@ import numpy
 from .. import losses
 from ..data.preferences import TRUNCATIONS
 from ..training import Loss
+from ..verify.frameworks import FRAMEWORKS
+from ..verify.loss_check import NAMES
+from ..verify.texts import LAYOUTS
 
 LOSSES = tuple(name.replace("_", "-") for name in losses.LOSSES)
 NO_MATPLOTLIB = "matplotlib is not installed (pip install 'minidpo[plot]')"
@@ -122,6 +125,7 @@ Folder = Annotated[Path, Option("folder for frontier.json and, with matplotlib, 
 Plot = Annotated[Path | None, Option("new PNG file for the curves of beta; needs matplotlib", path)]
 Html = Annotated[Path | None, Option("new HTML file for a page of the pair's tokens", path)]
 Graph = Annotated[Path | None, Option("new file for the loss as a graph, .dot (Graphviz) or .mmd (Mermaid)", path)]
+Log = Annotated[Path, Option("training log: JSON Lines, trainer_state.json or printed dicts", path, "FILE")]
 
 # Training.
 Seed = Annotated[int, Option("random seed", at_least(0, 2**63))]
@@ -158,6 +162,7 @@ NllWeight = Annotated[float, Option("weight of the chosen responses' nats per to
 
 # Looking into models, and proving.
 StepRate = Annotated[float, Option("learning rate of the trial step", positive)]
+Table = Annotated[bool, Option("print the faults that the tests produce, and what is found", flag)]
 Json = Annotated[bool, Option("print one JSON object instead of tables", flag)]
 Prompt = Annotated[str, Option("text of the prompt", text)]
 Chosen = Annotated[str, Option("text of the preferred response", text)]
@@ -175,6 +180,20 @@ TopP = Annotated[
 Replies = Annotated[int, Option("number of held-out prompts, each answered once", at_least(2))]
 Cases = Annotated[int, Option("random cases per op", at_least(1))]
 Worlds = Annotated[int, Option("number of small worlds, each with its own seed", at_least(1))]
+
+
+# Checking what others made.
+Kind = Annotated[str, Option("loss, logprobs or step", one_of("loss", "logprobs", "step"), "KIND")]
+Subject = Annotated[str, Option("MODULE:FUNCTION, imported and run", text, "SUBJECT")]
+FrameworkName = Annotated[
+    str | None, Option("numpy, torch or jax", one_of(*FRAMEWORKS), "NAME"), Default("the first that it takes")
+]
+Layout = Annotated[str, Option(f"arguments of logprobs: {', '.join(LAYOUTS)}", text, "NAME")]
+ArgumentOrder = Annotated[
+    str | None,
+    Option("our names in the order in which a loss takes them, with commas", text),
+    Default(", ".join(NAMES)),
+]
 
 
 def check_output(output: Path) -> None:

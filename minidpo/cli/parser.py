@@ -23,7 +23,8 @@ from ..tokenizer import printable
 from .options import Default, Option, OptionError
 
 T = TypeVar("T")
-GROUPS = {"learn": "see it work", "train": "make models", "look": "inspect models", "prove": "check the mathematics"}
+GROUPS = {"learn": "see it work", "train": "make models", "look": "inspect models", "prove": "check the mathematics",
+          "verify": "check what others made"}  # fmt: skip
 METAVARS = {int: "N", float: "X", str: "TEXT", Path: "PATH"}
 
 
@@ -116,6 +117,8 @@ def parser(name: str) -> argparse.ArgumentParser:
         default = next((part.text for part in reversed(kinds) if isinstance(part, Default)), default)
         metavar = own.metavar or next((METAVARS[kind] for kind in kinds if kind in METAVARS), None)
         words: dict[str, Any] = {"type": own.check, "metavar": metavar, "nargs": "+" if own.several else None}
+        if p.kind is not p.KEYWORD_ONLY and p.default is None:
+            words["nargs"] = "?"
         if p.default is False:
             words = {"action": "store_true"}
         if p.kind is p.KEYWORD_ONLY:

@@ -1,5 +1,6 @@
 """What a check found: data first, then as text."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -52,7 +53,7 @@ class Report:
 
     def as_dict(self) -> dict[str, Any]:
         """All of it as dicts, lists, strings and numbers, which `json.dumps` takes."""
-        rows = {name: [row._asdict() for row in getattr(self, name)] for name in ("findings", "remarks")}
+        rows = {name: [_plain(row._asdict()) for row in getattr(self, name)] for name in ("findings", "remarks")}
         return {"subject": self.subject, "right": self.right, "tried": self.tried, **rows, "traceback": self.traceback}
 
     def __str__(self) -> str:
@@ -63,6 +64,15 @@ class Report:
         lines += ["", self.picture] if self.picture else []
         lines += ["", self.traceback] if self.traceback else []
         return "\n".join(lines)
+
+
+def _plain(value: Any) -> Any:
+    """The same for JSON, which has no word for nan and inf: these become texts."""
+    if isinstance(value, dict):
+        return {key: _plain(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_plain(each) for each in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _short(value: Any) -> str:
