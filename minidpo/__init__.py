@@ -1,6 +1,6 @@
 """minidpo: preference optimisation from scratch, every derivative in plain sight."""
 
-from . import explain, generation, gradcheck, losses, model, ops, optim, scoring, training
+from . import explain, family, generation, gradcheck, losses, model, ops, optim, scoring, training
 from .data import preferences, world
 from .model import Config
 from .run import checkpoint
@@ -13,6 +13,7 @@ __all__ = [
     "checkpoint",
     "exact",
     "explain",
+    "family",
     "generation",
     "gradcheck",
     "losses",

@@ -18,10 +18,10 @@ LOSSES: dict[str, Any] = {}  # every loss by name, each with its gradient in clo
 
 
 def gradient_of(loss: Any) -> Callable[[Any], Any]:
-    """Register a loss in `LOSSES` together with its gradient."""
+    """Register a loss in `LOSSES` together with its gradient, written for a pair if the loss was (family.py)."""
 
     def register(gradient: Any) -> Any:
-        loss.gradient = gradient
+        loss.gradient = gradient = getattr(loss, "chain", lambda gradient: gradient)(gradient)
         LOSSES[loss.__name__.removesuffix("_loss")] = loss
         return gradient
 
@@ -51,10 +51,11 @@ def dpo_loss(
 
         L = -sum_i n_i [p_i log sigma(z_i) + (1 - p_i) log sigma(-z_i)] / sum_i n_i
 
+    Stationary: with p at z = log(p/(1 - p)), else nowhere; infimum: 0, with p its entropy.
     Source: Rafailov et al. 2023 (arXiv 2305.18290), equation 7; for p, Mitchell 2023, "A note on DPO with noisy
     preferences".
     """
-    beta = _checked(beta, logp_w, logp_l, ref_logp_w, ref_logp_l)
+    beta = checked(beta, logp_w, logp_l, ref_logp_w, ref_logp_l)
     ratio_w = ops.sub(logp_w, ref_logp_w)
     ratio_l = ops.sub(logp_l, ref_logp_l)
     margin = ratio_w - ratio_l
@@ -78,10 +79,10 @@ def dpo_gradient(
     Source: Rafailov et al. 2023 (arXiv 2305.18290), section 4, "What does the DPO update do?".
     """
     # d log sigma(z)/dz = sigma(-z), d log sigma(-z)/dz = -sigma(z); dz/dlogp_w = beta, dz/dlogp_l = -beta
-    beta = _checked(beta, *_plain(logp_w, logp_l, ref_logp_w, ref_logp_l))
+    beta = checked(beta, *plain(logp_w, logp_l, ref_logp_w, ref_logp_l))
     z = beta * ((logp_w - ref_logp_w) - (logp_l - ref_logp_l))
     correct, flipped, total = _label_weights(z, label_smoothing, probability, weight)
-    gradient = -(beta / total) * (correct * _sigma(-z) - flipped * _sigma(z))
+    gradient = -(beta / total) * (correct * sigma(-z) - flipped * sigma(z))
     return gradient, -gradient
 
 
@@ -90,10 +91,10 @@ def ipo_loss(logp_w: Any, logp_l: Any, ref_logp_w: Any, ref_logp_l: Any, beta: f
 
         L = mean((margin - 1/(2 beta))^2)
 
-    `beta` is the paper's tau.
+    `beta` is the paper's tau. Stationary: margin = 1/(2 beta).
     Source: Azar et al. 2023 (arXiv 2310.12036), equation 17.
     """
-    beta = _checked(beta, logp_w, logp_l, ref_logp_w, ref_logp_l)
+    beta = checked(beta, logp_w, logp_l, ref_logp_w, ref_logp_l)
     ratio_w = ops.sub(logp_w, ref_logp_w)
     ratio_l = ops.sub(logp_l, ref_logp_l)
     margin = ratio_w - ratio_l
@@ -107,7 +108,7 @@ def ipo_gradient(logp_w: Any, logp_l: Any, ref_logp_w: Any, ref_logp_l: Any, bet
     dL/dlogp_w = (2/B) (margin - 1/(2 beta)),   dL/dlogp_l = -dL/dlogp_w
     """
     # dL/dmargin = (2/B) (margin - 1/(2 beta)); dmargin/dlogp_w = 1, dmargin/dlogp_l = -1
-    beta = _checked(beta, *_plain(logp_w, logp_l, ref_logp_w, ref_logp_l))
+    beta = checked(beta, *plain(logp_w, logp_l, ref_logp_w, ref_logp_l))
     margin = (logp_w - ref_logp_w) - (logp_l - ref_logp_l)
     gradient = (2 / getattr(margin, "size", 1)) * (margin - 1 / (2 * beta))
     return gradient, -gradient
@@ -119,6 +120,7 @@ def reference_free_loss(logp_w: Any, logp_l: Any, beta: float = 0.1, label_smoot
         L = -mean(log sigma(beta * margin)),   margin = logp_w - logp_l
 
     Nothing ties the policy to a trained model: the implicit KL penalty is towards the uniform distribution.
+    Source: Rafailov et al. 2023 (arXiv 2305.18290), equation 7 with pi_ref constant.
     """
     uniform = _zeros_like(logp_w), _zeros_like(logp_l)  # a constant cancels in the margin
     return dpo_loss(logp_w, logp_l, *uniform, beta, label_smoothing)
@@ -165,7 +167,7 @@ class Choice:
 # ---- arguments, checked and prepared ----------------------------------------------------------------------
 
 
-def _checked(beta: float, *logps: Any) -> float:
+def checked(beta: float, *logps: Any) -> float:
     """Refuse shapes that would broadcast, and a beta that is not positive; return beta as a float."""
     shapes = [logp.shape if hasattr(logp, "shape") else asarray(logp).shape for logp in logps]
     if len(set(shapes)) != 1:
@@ -181,7 +183,7 @@ def _checked(beta: float, *logps: Any) -> float:
     return float(beta)
 
 
-def _plain(*logps: Any) -> tuple[Any, ...]:
+def plain(*logps: Any) -> tuple[Any, ...]:
     """Return the arrays; a Tensor is refused, since no graph is built."""
     if any(isinstance(logp, Tensor) for logp in logps):
         raise TypeError("a gradient in closed form takes plain arrays: pass the .data of a Tensor")
@@ -193,8 +195,10 @@ def _zeros_like(logp: Any) -> Any:
     return array_module(data).zeros_like(data) if hasattr(data, "shape") else asarray(data) * 0.0
 
 
-def _sigma(z: Any) -> Array:
-    return array_module(z).exp(ops.logsigmoid.raw(z)[0])
+def sigma(z: Any) -> Any:
+    """sigma(z) of a Tensor or, in a closed form, of an array."""
+    y = ops.exp(ops.logsigmoid(z))
+    return y if isinstance(z, Tensor) else y.data
 
 
 def _label_weights(z: Any, label_smoothing: float, probability: Any, weight: Any) -> tuple[Array, Array, float]:

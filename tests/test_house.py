@@ -13,9 +13,9 @@ SPINE = "tensor ops gradcheck losses model scoring optim training".split()
 LEANS_ON = "backend tokenizer generation streams plots".split()
 # lines of Python at most: a ceiling is raised in the open, in the change that needs it, with the reason in its commit
 CEILINGS = {
-    "spine": 2200,
+    "spine": 2250,  # a maximum for hinges, log(1 - e^x) for odds
     "leans on": 550,
-    "family": 500,
+    "family": 700,  # 27 losses, each with its gradient and its source: 23 lines a loss
     "data": 700,  # every foreign format has a name and a remedy
     "theory": 1500,
     "explain": 850,

@@ -82,6 +82,16 @@ def positive_entries(draw: Draw) -> Case:
     return (positive(draw.array(shape(draw))),), {}
 
 
+def two_entries(draw: Draw) -> Case:
+    (x, y), options = pair(draw)  # equal entries have no derivative
+    return (x, numpy.where(abs(x - y) < 0.1, y + 0.5, y) if isinstance(y, numpy.ndarray) else 4.0), options
+
+
+def negative_entries(draw: Draw) -> Case:
+    x = draw.array(shape(draw))
+    return (numpy.where(x < 0, x - 0.5, -0.5 - x),), {}
+
+
 def power(draw: Draw) -> Case:
     exponent = (0, 1, 2, 3, -1, -2.0, 0.5, -1.5, 2.5)[draw.integer(0, 8)]
     domain = away_from_zero if exponent == int(exponent) else positive
@@ -194,11 +204,13 @@ CASES: dict[str, Callable[[Draw], Case]] = {
     "mul": pair,
     "div": quotient,
     "neg": entries,
+    "maximum": two_entries,
     "power": power,
     "exp": entries,
     "log": positive_entries,
     "tanh": entries,
     "logsigmoid": entries,
+    "log1mexp": negative_entries,
     "gelu": entries,
     "sum": reduction,
     "mean": reduction,
