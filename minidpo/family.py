@@ -668,7 +668,6 @@ def positive(name: str, x: float) -> float:
 
 
 def option(name: str, x: Any) -> float:
-    """An option as a number."""
     low, high = (0, 0.5) if name == "label_smoothing" else (-math.inf, math.inf)
     if not (low <= x < high and math.isfinite(x)):
         raise ValueError(f"{name} must lie in [{low}, {high}), not {x}")
