@@ -2,6 +2,14 @@
 
 Letters as in Rafailov et al. 2023 (arXiv 2305.18290): in each pair w is the chosen response ("winner") and l the
 rejected one; logp = log pi(y|x) under the policy, ref_logp under the reference, summed over tokens, in nats.
+
+A loss of your own takes the four log-probabilities and beta, and `length_w` and `length_l` if it wants them:
+
+    @family.pair_loss
+    def squared_hinge(z):
+        return ops.maximum(0.0, 1 - z) ** 2
+
+    cli.dpo(data="pairs.jsonl", init="sft", out="run", loss=squared_hinge)
 """
 
 import inspect
@@ -142,8 +150,9 @@ def reference_free_gradient(
 class Choice:
     """A loss of `LOSSES` by its name, with options: a function of the four log-probabilities and beta.
 
-    It passes on those of these arguments that the loss takes. Arguments with one entry per pair (`probability`,
-    `weight`) cannot be options. Raises ValueError if there is no such loss or option.
+    It passes on those of these arguments, and of the responses' lengths, that the loss takes. Arguments with one entry
+    per pair (`probability`, `weight`) cannot be options. Raises ValueError if there is no such loss or option, or if
+    the loss needs more than a pair.
     """
 
     name: str
@@ -152,16 +161,28 @@ class Choice:
     def __post_init__(self) -> None:
         if self.name not in LOSSES:
             raise ValueError(f"there is no loss {self.name!r}: choose from {', '.join(LOSSES)}")
-        not_options = {"logp_w", "logp_l", "ref_logp_w", "ref_logp_l", "beta", "probability", "weight"}
-        unknown = self.options.keys() - (inspect.signature(LOSSES[self.name]).parameters.keys() - not_options)
+        taken = inspect.signature(LOSSES[self.name]).parameters
+        if "logp_w" not in taken:
+            raise ValueError(f"the loss {self.name} is not one of pairs: it takes {', '.join(list(taken)[:3])}")
+        if getattr(LOSSES[self.name], "couples_pairs", False):
+            raise ValueError(f"the loss {self.name} couples the pairs of a batch, which micro-batches and workers part")
+        given = {"logp_w", "logp_l", "ref_logp_w", "ref_logp_l", "length_w", "length_l", "beta"}
+        needed = [name for name, p in taken.items() if p.default is p.empty and name not in given]
+        if needed:
+            raise ValueError(f"the loss {self.name} needs the {needed[0]} of each pair, which the data does not have")
+        unknown = self.options.keys() - (taken.keys() - given - {"probability", "weight"})
         if unknown:
             raise ValueError(f"the loss {self.name} has no option {sorted(unknown)[0]}")
 
-    def __call__(self, logp_w: Any, logp_l: Any, ref_logp_w: Any, ref_logp_l: Any, beta: float) -> PreferenceLoss:
-        five = {"logp_w": logp_w, "logp_l": logp_l, "ref_logp_w": ref_logp_w, "ref_logp_l": ref_logp_l, "beta": beta}
+    def __call__(
+        self, logp_w: Any, logp_l: Any, ref_logp_w: Any, ref_logp_l: Any, beta: float,
+        length_w: Any = None, length_l: Any = None,
+    ) -> PreferenceLoss:  # fmt: skip
+        given = {"logp_w": logp_w, "logp_l": logp_l, "ref_logp_w": ref_logp_w, "ref_logp_l": ref_logp_l, "beta": beta}
+        given |= {"length_w": length_w, "length_l": length_l}
         loss = LOSSES[self.name]
         taken = inspect.signature(loss).parameters
-        return loss(**{name: x for name, x in five.items() if name in taken}, **self.options)
+        return loss(**{name: x for name, x in given.items() if name in taken}, **self.options)
 
 
 # ---- arguments, checked and prepared ----------------------------------------------------------------------
