@@ -15,17 +15,12 @@ from hypothesis import strategies as st
 
 from minidpo import Tensor, family, gradcheck
 from minidpo.losses import LOSSES
+from minidpo.verify.cases import POLICY, RandomDraw, loss_arguments
 
 close = np.testing.assert_allclose
 every_loss = pytest.mark.parametrize("name", list(LOSSES))
 PAIRS = [name for name in LOSSES if "logp_w" in inspect.signature(LOSSES[name]).parameters]
 every_pair_loss = pytest.mark.parametrize("name", PAIRS)
-POLICY = ("logp_w", "logp_l", "logp")  # a loss has a gradient in these
-OPTIONS = {  # between these an option may lie
-    "beta": (0.05, 2.0), "label_smoothing": (0.01, 0.49), "alpha": (0.05, 1.0), "tau": (0.05, 1.0),
-    "gamma": (-1.0, 2.0), "delta": (-1.0, 1.0), "penalty": (0.0, 60.0), "nll_weight": (0.0, 2.0),
-    "weight_desirable": (0.1, 2.0), "weight_undesirable": (0.1, 2.0), "reference_point": (0.0, 2.0),
-}  # fmt: skip
 
 
 def kinks(name, x):
@@ -48,24 +43,8 @@ def margin(x):
 @st.composite
 def arguments(draw, name, low=-20.0):
     """Arguments for a loss by their names; log-probabilities lie between `low` and -0.01."""
-    B, taken = draw(st.integers(1, 4)), inspect.signature(LOSSES[name]).parameters
-    shape = (B, draw(st.integers(2, 4))) if name == "plackett_luce" else (B,)
     rng = np.random.default_rng(draw(st.integers(0, 2**32)))  # no two entries are equal
-    x = {}
-    for each, p in taken.items():
-        if "logp" in each:
-            x[each] = rng.uniform(low, -0.01, shape)
-        elif each.startswith("length"):
-            x[each] = rng.integers(1, 30, B)
-        elif each == "offset":
-            x[each] = rng.uniform(-2, 2, B)
-        elif each == "desirable":
-            x[each] = rng.integers(0, 2, B).astype(bool)
-        elif each in OPTIONS:
-            x[each] = draw(st.floats(*OPTIONS[each]))
-        else:
-            assert p.default is None and name == "dpo"  # test_losses.py has soft labels
-    return x
+    return loss_arguments(RandomDraw(rng), LOSSES[name], low)
 
 
 def of_policy(x):
