@@ -81,6 +81,22 @@ def test_arrows_point_downhill(name):
         assert values[1] - values[0] == pytest.approx(-1e-4 * (up**2 + down**2), rel=1e-2, abs=1e-14)
 
 
+@pytest.mark.parametrize(
+    ("w", "l", "words"),
+    [
+        (1.0, -1.0, "chosen up, rejected down"),
+        (1.0, 2.0, "both up"),
+        (-2.0, -1.0, "both down"),
+        (-1.0, 1.0, "chosen down, rejected up"),
+        (1.0, 0.0, "one alone"),
+        (-0.01, -1.0, "one alone"),
+    ],
+)
+def test_a_colour_says_where_a_pair_is_pushed(w, l, words):
+    """The colour of an arrow is that of its two signs, or that of a push on one response."""
+    assert list(table_of_losses.PUSHES)[table_of_losses.pushes(np.array(w), np.array(l))] == words
+
+
 def test_every_loss_is_in_the_picture_or_a_shift_of_one():
     """What is not drawn is DPO moved along z, a batch of one, or the same loss for single responses."""
     drawn = set(table_of_losses.OF_THE_MARGIN) | set(table_of_losses.FIELDS)

@@ -84,7 +84,8 @@ FIELDS: tuple[str, ...] = (
     "alpha_divergence",
 )
 FIELDS += ("js_divergence", "dpo_nll", "kto", "sigmoid_norm", "simpo", "alphapo", "cpo", "orpo", "unlikelihood", "sft")
-PUSHES = {"chosen up, rejected down": "#009E73", "both up": "#0072B2", "both down": "#D55E00", "one alone": "#C26BA0"}
+PUSHES = {"chosen up, rejected down": "#009E73", "both up": "#0072B2", "both down": "#D55E00"}
+PUSHES |= {"chosen down, rejected up": "#7A5FC0", "one alone": "#C26BA0"}
 LENGTH_W, LENGTH_L, START = 10, 20, -40.0  # of the responses in a field, and their log-probabilities at the origin
 
 
@@ -120,7 +121,9 @@ def draw_curves(rows: Any) -> None:
     titles = ("L(z)", "dL/dz: how hard a pair pushes", "d²L/dz²: where it is convex")
     for name, color, dash in zip(OF_THE_MARGIN, PALETTE, (DASHES * 2)[: len(PALETTE)]):
         for axes, values in zip(rows, derivatives(name, z)):
-            axes.plot(z, values, color=color, linestyle=dash, linewidth=1.8, label=name)
+            axes.plot(
+                z, values, color=color, linestyle=dash, linewidth=1.8, label=name, zorder=4 if name == "dpo" else 3
+            )
     for axes, title, (low, high) in zip(rows, titles, ((-1.0, 6.0), (-2.5, 2.0), (-1.0, 2.5))):
         axes.axhline(0, color=INK, linewidth=0.8)
         axes.axvline(0, color=INK, linewidth=0.8)
@@ -128,15 +131,19 @@ def draw_curves(rows: Any) -> None:
         axes.set(ylim=(low, high), xlim=(-4, 4), xlabel="z = beta · margin")
 
 
+def pushes(w: Array, l: Array) -> Array:
+    """Which of PUSHES a move of the chosen and of the rejected log-ratio is, by its place there."""
+    both = numpy.where(w > 0, numpy.where(l > 0, 1, 0), numpy.where(l > 0, 3, 2))
+    return numpy.where(numpy.minimum(abs(w), abs(l)) < 0.03 * numpy.hypot(w, l), 4, both)
+
+
 def draw_field(axes: Any, name: str) -> None:
     """Where a step downhill moves both log-ratios: arrows of equal length, fainter where the loss pushes less."""
     ticks = numpy.linspace(-5.5, 5.5, 11)
     h_w, h_l = (x.reshape(-1) for x in numpy.meshgrid(ticks, ticks))
     up, down = field(name, h_w, h_l)
-    size = numpy.hypot(up, down)
-    kinds = numpy.where(up > 0, numpy.where(down > 0, 1, 0), numpy.where(down > 0, 3, 2))
-    kinds = numpy.where(numpy.minimum(abs(up), abs(down)) < 0.03 * size, 3, kinds)
-    faint = numpy.clip((size / size.max()) ** 0.5, 0.18, 1.0)
+    size, kinds = numpy.hypot(up, down), pushes(up, down)
+    faint = numpy.clip((size / size.max()) ** 0.5, 0.3, 1.0)
     moving = size > 1e-9
     colors = [(*color_of(tuple(PUSHES.values())[kind]), alpha) for kind, alpha in zip(kinds[moving], faint[moving])]
     unit = [direction[moving] / size[moving] for direction in (up, down)]
