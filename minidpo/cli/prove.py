@@ -14,7 +14,7 @@ from ..losses import LOSSES
 from ..model import Config
 from ..ops import OPS
 from ..run.files import write_whole
-from ..theory import assumptions, dynamics, equalities, mutants
+from ..theory import assumptions, dynamics, equalities, mutants, optima
 from ..theory import frontier as methods
 from ..theory import invariances as changes
 from ..verify.cases import CASES, RandomDraw, loss_arguments, loss_as_op
@@ -86,8 +86,9 @@ def exact(*, plot: o.Plot = None, seed: o.Seed = 0) -> int:
     """Show the theory of DPO as equalities on a small world.
 
     Enumerate all responses of a small world and print, for each claim of the theory, the number that bears it out:
-    Bradley-Terry, the KL-constrained objective, its optimum, the implicit reward, the optimum of DPO, RLHF, what beta
-    does, and which assumptions matter. It takes about two minutes. The exit status is 1 if a claim fails.
+    Bradley-Terry, the KL-constrained objective, its optimum, the implicit reward, the optimum of DPO and of its
+    relatives, RLHF, what beta does, and which assumptions matter. It takes about two minutes. The exit status is 1 if a
+    claim fails.
     """
     if plot and not plots.installed():
         raise ValueError(f"--plot: {NO_MATPLOTLIB}")
@@ -95,7 +96,7 @@ def exact(*, plot: o.Plot = None, seed: o.Seed = 0) -> int:
     world = equalities.small_world(seed)
     print(f"{len(world.prompts)} prompts, {len(world.responses)} responses to each", flush=True)
     claims = []
-    for part in (*equalities.EQUALITIES, assumptions.finite_margins, dynamics.beta_early_and_late):
+    for part in (*equalities.EQUALITIES, *optima.OPTIMA, assumptions.finite_margins, dynamics.beta_early_and_late):
         print(f"\n{(part.__doc__ or '').splitlines()[0]}", flush=True)
         for claim in part(world, seed):
             claims.append(claim)
