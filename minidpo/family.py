@@ -8,7 +8,7 @@ dL/dz, dL/dr_w or dL/dh_w is that of a batch of one pair.
 
 `LOSSES` holds them under TRL's names where TRL has them. A loss is stationary where its gradient vanishes: nowhere,
 where its docstring does not say. It cannot go below its infimum: 0, where its docstring does not say, for
-log-probabilities of at most 0. At a kink it has no derivative, and the slope is that of the flatter side.
+log-probabilities of at most 0. At a kink it has no derivative; there `hinge` and `dpop` take the flatter side's slope.
 """
 
 import functools
@@ -181,7 +181,7 @@ def odpo_gradient(z, offset):
 
 @pair_loss
 def r_dpo_loss(z, length_w, length_l, alpha=0.05):
-    """DPO with a price of alpha per token: a longer chosen response needs less margin, since it must be cheaper.
+    """DPO with a price of alpha per token: a longer chosen response needs less margin, as its length counts against it.
 
         L = -mean(log sigma(z + alpha (|y_w| - |y_l|)))
 
@@ -329,7 +329,7 @@ def alpha_divergence_gradient(h_w, h_l, beta=0.1, alpha=0.5):
 
 @pair_loss
 def js_divergence_loss(h_w, h_l, beta=0.1):
-    """DPO under a Jensen-Shannon constraint: a chosen response gains little beyond twice the reference.
+    """DPO under a Jensen-Shannon constraint: however likely a response becomes, its score stays below log 2.
 
         L = -mean(log sigma(x)),   x = beta (f'(e^h_w) - f'(e^h_l)),   f'(u) = log(2u/(1 + u))
 

@@ -317,6 +317,14 @@ def test_correct_labels_cost_less_than_swapped_ones(name):
     assert loss_at(name, swapped) > loss_at(name, x) + 0.1
 
 
+@pytest.mark.parametrize(("name", "h_w", "slope"), [("hinge", 2.0, 0.0), ("dpop", 0.0, -0.25 / 3)])
+def test_at_a_kink_the_flatter_side_counts(name, h_w, slope):
+    """At its kink a loss has the slope of the flatter side, by the sweep and in closed form."""
+    x = three_pairs(name, h_w, 0.0, beta=0.5)
+    close(swept(name, x)[0], slope, atol=1e-15)
+    close(LOSSES[name].gradient(**x)[0], slope, atol=1e-15)
+
+
 @given(data=st.data())
 def test_robust_is_unbiased(data):
     """The mean of the robust loss over labels that are flipped with probability e is the loss on the true labels."""
