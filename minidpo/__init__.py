@@ -3,7 +3,7 @@
 import sys
 
 try:
-    from . import explain, generation, gradcheck, losses, model, ops, optim, scoring, training, verify
+    from . import explain, family, generation, gradcheck, losses, model, ops, optim, scoring, training, verify
     from .data import preferences, world
     from .model import Config
     from .run import checkpoint
@@ -20,6 +20,7 @@ __all__ = [
     "checkpoint",
     "exact",
     "explain",
+    "family",
     "generation",
     "gradcheck",
     "losses",

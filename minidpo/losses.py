@@ -2,6 +2,14 @@
 
 Letters as in Rafailov et al. 2023 (arXiv 2305.18290): in each pair w is the chosen response ("winner") and l the
 rejected one; logp = log pi(y|x) under the policy, ref_logp under the reference, summed over tokens, in nats.
+
+A loss of your own takes the four log-probabilities and beta, and `length_w` and `length_l` if it wants them:
+
+    @family.pair_loss
+    def squared_hinge(z):
+        return ops.maximum(0.0, 1 - z) ** 2
+
+    cli.dpo(data="pairs.jsonl", init="sft", out="run", loss=squared_hinge)
 """
 
 import inspect
@@ -18,10 +26,10 @@ LOSSES: dict[str, Any] = {}  # every loss by name, each with its gradient in clo
 
 
 def gradient_of(loss: Any) -> Callable[[Any], Any]:
-    """Register a loss in `LOSSES` together with its gradient."""
+    """Register a loss in `LOSSES` together with its gradient, written for a pair if the loss was (family.py)."""
 
     def register(gradient: Any) -> Any:
-        loss.gradient = gradient
+        loss.gradient = gradient = getattr(loss, "chain", lambda gradient: gradient)(gradient)
         LOSSES[loss.__name__.removesuffix("_loss")] = loss
         return gradient
 
@@ -51,10 +59,11 @@ def dpo_loss(
 
         L = -sum_i n_i [p_i log sigma(z_i) + (1 - p_i) log sigma(-z_i)] / sum_i n_i
 
+    Stationary: with p at z = log(p/(1 - p)), else nowhere; infimum: 0, with p its entropy.
     Source: Rafailov et al. 2023 (arXiv 2305.18290), equation 7; for p, Mitchell 2023, "A note on DPO with noisy
     preferences".
     """
-    beta = _checked(beta, logp_w, logp_l, ref_logp_w, ref_logp_l)
+    beta = checked(beta, logp_w, logp_l, ref_logp_w, ref_logp_l)
     ratio_w = ops.sub(logp_w, ref_logp_w)
     ratio_l = ops.sub(logp_l, ref_logp_l)
     margin = ratio_w - ratio_l
@@ -78,10 +87,10 @@ def dpo_gradient(
     Source: Rafailov et al. 2023 (arXiv 2305.18290), section 4, "What does the DPO update do?".
     """
     # d log sigma(z)/dz = sigma(-z), d log sigma(-z)/dz = -sigma(z); dz/dlogp_w = beta, dz/dlogp_l = -beta
-    beta = _checked(beta, *_plain(logp_w, logp_l, ref_logp_w, ref_logp_l))
+    beta = checked(beta, *plain(logp_w, logp_l, ref_logp_w, ref_logp_l))
     z = beta * ((logp_w - ref_logp_w) - (logp_l - ref_logp_l))
     correct, flipped, total = _label_weights(z, label_smoothing, probability, weight)
-    gradient = -(beta / total) * (correct * _sigma(-z) - flipped * _sigma(z))
+    gradient = -(beta / total) * (correct * sigma(-z) - flipped * sigma(z))
     return gradient, -gradient
 
 
@@ -90,10 +99,10 @@ def ipo_loss(logp_w: Any, logp_l: Any, ref_logp_w: Any, ref_logp_l: Any, beta: f
 
         L = mean((margin - 1/(2 beta))^2)
 
-    `beta` is the paper's tau.
+    `beta` is the paper's tau. Stationary: margin = 1/(2 beta).
     Source: Azar et al. 2023 (arXiv 2310.12036), equation 17.
     """
-    beta = _checked(beta, logp_w, logp_l, ref_logp_w, ref_logp_l)
+    beta = checked(beta, logp_w, logp_l, ref_logp_w, ref_logp_l)
     ratio_w = ops.sub(logp_w, ref_logp_w)
     ratio_l = ops.sub(logp_l, ref_logp_l)
     margin = ratio_w - ratio_l
@@ -107,7 +116,7 @@ def ipo_gradient(logp_w: Any, logp_l: Any, ref_logp_w: Any, ref_logp_l: Any, bet
     dL/dlogp_w = (2/B) (margin - 1/(2 beta)),   dL/dlogp_l = -dL/dlogp_w
     """
     # dL/dmargin = (2/B) (margin - 1/(2 beta)); dmargin/dlogp_w = 1, dmargin/dlogp_l = -1
-    beta = _checked(beta, *_plain(logp_w, logp_l, ref_logp_w, ref_logp_l))
+    beta = checked(beta, *plain(logp_w, logp_l, ref_logp_w, ref_logp_l))
     margin = (logp_w - ref_logp_w) - (logp_l - ref_logp_l)
     gradient = (2 / getattr(margin, "size", 1)) * (margin - 1 / (2 * beta))
     return gradient, -gradient
@@ -119,6 +128,7 @@ def reference_free_loss(logp_w: Any, logp_l: Any, beta: float = 0.1, label_smoot
         L = -mean(log sigma(beta * margin)),   margin = logp_w - logp_l
 
     Nothing ties the policy to a trained model: the implicit KL penalty is towards the uniform distribution.
+    Source: Rafailov et al. 2023 (arXiv 2305.18290), equation 7 with pi_ref constant.
     """
     uniform = _zeros_like(logp_w), _zeros_like(logp_l)  # a constant cancels in the margin
     return dpo_loss(logp_w, logp_l, *uniform, beta, label_smoothing)
@@ -140,8 +150,9 @@ def reference_free_gradient(
 class Choice:
     """A loss of `LOSSES` by its name, with options: a function of the four log-probabilities and beta.
 
-    It passes on those of these arguments that the loss takes. Arguments with one entry per pair (`probability`,
-    `weight`) cannot be options. Raises ValueError if there is no such loss or option.
+    It passes on those of these arguments, and of the responses' lengths, that the loss takes. Arguments with one entry
+    per pair (`probability`, `weight`) cannot be options. Raises ValueError if there is no such loss or option, or if
+    the loss needs more than a pair.
     """
 
     name: str
@@ -150,22 +161,34 @@ class Choice:
     def __post_init__(self) -> None:
         if self.name not in LOSSES:
             raise ValueError(f"there is no loss {self.name!r}: choose from {', '.join(LOSSES)}")
-        not_options = {"logp_w", "logp_l", "ref_logp_w", "ref_logp_l", "beta", "probability", "weight"}
-        unknown = self.options.keys() - (inspect.signature(LOSSES[self.name]).parameters.keys() - not_options)
+        taken = inspect.signature(LOSSES[self.name]).parameters
+        if "logp_w" not in taken:
+            raise ValueError(f"the loss {self.name} is not one of pairs: it takes {', '.join(list(taken)[:3])}")
+        if getattr(LOSSES[self.name], "couples_pairs", False):
+            raise ValueError(f"the loss {self.name} couples the pairs of a batch, which micro-batches and workers part")
+        given = {"logp_w", "logp_l", "ref_logp_w", "ref_logp_l", "length_w", "length_l", "beta"}
+        needed = [name for name, p in taken.items() if p.default is p.empty and name not in given]
+        if needed:
+            raise ValueError(f"the loss {self.name} needs the {needed[0]} of each pair, which the data does not have")
+        unknown = self.options.keys() - (taken.keys() - given - {"probability", "weight"})
         if unknown:
             raise ValueError(f"the loss {self.name} has no option {sorted(unknown)[0]}")
 
-    def __call__(self, logp_w: Any, logp_l: Any, ref_logp_w: Any, ref_logp_l: Any, beta: float) -> PreferenceLoss:
-        five = {"logp_w": logp_w, "logp_l": logp_l, "ref_logp_w": ref_logp_w, "ref_logp_l": ref_logp_l, "beta": beta}
+    def __call__(
+        self, logp_w: Any, logp_l: Any, ref_logp_w: Any, ref_logp_l: Any, beta: float,
+        length_w: Any = None, length_l: Any = None,
+    ) -> PreferenceLoss:  # fmt: skip
+        given = {"logp_w": logp_w, "logp_l": logp_l, "ref_logp_w": ref_logp_w, "ref_logp_l": ref_logp_l, "beta": beta}
+        given |= {"length_w": length_w, "length_l": length_l}
         loss = LOSSES[self.name]
         taken = inspect.signature(loss).parameters
-        return loss(**{name: x for name, x in five.items() if name in taken}, **self.options)
+        return loss(**{name: x for name, x in given.items() if name in taken}, **self.options)
 
 
 # ---- arguments, checked and prepared ----------------------------------------------------------------------
 
 
-def _checked(beta: float, *logps: Any) -> float:
+def checked(beta: float, *logps: Any) -> float:
     """Refuse shapes that would broadcast, and a beta that is not positive; return beta as a float."""
     shapes = [logp.shape if hasattr(logp, "shape") else asarray(logp).shape for logp in logps]
     if len(set(shapes)) != 1:
@@ -181,7 +204,7 @@ def _checked(beta: float, *logps: Any) -> float:
     return float(beta)
 
 
-def _plain(*logps: Any) -> tuple[Any, ...]:
+def plain(*logps: Any) -> tuple[Any, ...]:
     """Return the arrays; a Tensor is refused, since no graph is built."""
     if any(isinstance(logp, Tensor) for logp in logps):
         raise TypeError("a gradient in closed form takes plain arrays: pass the .data of a Tensor")
@@ -193,8 +216,10 @@ def _zeros_like(logp: Any) -> Any:
     return array_module(data).zeros_like(data) if hasattr(data, "shape") else asarray(data) * 0.0
 
 
-def _sigma(z: Any) -> Array:
-    return array_module(z).exp(ops.logsigmoid.raw(z)[0])
+def sigma(z: Any) -> Any:
+    """sigma(z) of a Tensor or, in a closed form, of an array."""
+    y = ops.exp(ops.logsigmoid(z))
+    return y if isinstance(z, Tensor) else y.data
 
 
 def _label_weights(z: Any, label_smoothing: float, probability: Any, weight: Any) -> tuple[Array, Array, float]:

@@ -83,6 +83,20 @@ def neg(x):
     return y, vjp
 
 
+@op
+def maximum(x, y):
+    """The larger of two entries, broadcast: z = max(x, y).  (...), (...) -> (...)"""
+    xp, like_x, like_y = array_module(x, y), like(x), like(y)
+    first = x.real >= y.real
+    z = xp.where(first, x, y)
+
+    # dz_i/dx_i = [x_i >= y_i], dz_i/dy_i = [x_i < y_i]: where they are equal, x receives all of g
+    def vjp(g):  # keeps first
+        return unbroadcast(xp.where(first, g, 0), like_x), unbroadcast(xp.where(first, 0, g), like_y)
+
+    return z, vjp
+
+
 # ---- broadcasting, undone in one place --------------------------------------------------------------------
 
 
@@ -174,6 +188,21 @@ def logsigmoid(x):
     # written -expm1(y_i), expm1 being e^y - 1 exact near y = 0, where 1 - e^y rounds to 0
     def vjp(g):  # keeps y
         return (g * -xp.expm1(y),)
+
+    return y, vjp
+
+
+@op
+def log1mexp(x):
+    """Log of the complementary probability: y = log(1 - e^x) for x < 0.  (...) -> (...)"""
+    xp = array_module(x)
+    small = x.real < -math.log(2)  # e^x < 1/2; log1p is exact where e^x is near 0, expm1 where it is near 1
+    far, near = xp.where(small, x, -1), xp.where(small, -1, x)
+    y = xp.where(small, xp.log1p(-xp.exp(far)), xp.log(-xp.expm1(near)))
+
+    # dy_i/dx_i = -e^x_i/(1 - e^x_i) = -e^(x_i - y_i)
+    def vjp(g):  # keeps x, y
+        return (g * -xp.exp(x - y),)
 
     return y, vjp
 

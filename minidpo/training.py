@@ -5,6 +5,7 @@ chosen, rejected) triple of ids, an example a (prompt, response) pair. A plain t
 end-of-text, so that the model learns to begin. Metrics that TRL also reports have its names.
 """
 
+import inspect
 import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
@@ -24,8 +25,7 @@ CACHED = 2**18  # numbers in an MLP's hidden layer, 4 n_embd per token: arrays o
 Example = tuple[list[int], list[int]]  # ids of prompt and response
 Metrics = dict[str, float]
 Watch = Callable[[Any], Iterable[Any]]  # passes items on one by one, and may tell how many there have been
-# maps the four log-probabilities and beta to a mean over pairs
-Loss = Callable[[Any, Any, Any, Any, float], PreferenceLoss]
+Loss = Callable[..., PreferenceLoss]  # of the four log-probabilities and beta, and lengths if it takes them by name
 
 
 # ---- preferences ------------------------------------------------------------------------------------------
@@ -61,7 +61,7 @@ def dpo_sweep(
     for part in micro_batches([len(x) + len(w) + len(l) for x, w, l in batch.pairs], micro_batch_size, policy):
         pairs, ref_logp_w, ref_logp_l = batch.pairs[part], batch.ref_logp_w[part], batch.ref_logp_l[part]
         logp_w, logp_l = shared_logprobs(policy, config, pairs)  # -> (M,), (M,)
-        out = loss(logp_w, logp_l, ref_logp_w, ref_logp_l, beta)
+        out = loss(logp_w, logp_l, ref_logp_w, ref_logp_l, beta, **lengths(loss, pairs))
         objective = out.loss * (len(pairs) / B)  # the mean over the batch, this part's share
         if nll_weight:
             objective = objective - (nll_weight / tokens) * ops.sum(logp_w)
@@ -69,6 +69,12 @@ def dpo_sweep(
         objective.backward()
         parts.append(Swept(value, *[to_host(x.data).tolist() for x in (out.reward_w, out.reward_l, logp_w, logp_l)]))
     return join(parts)
+
+
+def lengths(loss: Loss, pairs: Sequence[Pair]) -> dict[str, list[int]]:
+    """Tokens of the chosen and of the rejected responses, end-of-text among them, under the names that a loss takes."""
+    counts = {"length_w": [len(w) for _, w, _ in pairs], "length_l": [len(l) for _, _, l in pairs]}
+    return {name: count for name, count in counts.items() if name in inspect.signature(loss).parameters}
 
 
 def join(parts: Sequence[Swept]) -> Swept:
@@ -92,7 +98,7 @@ def dpo_training_step(
 ) -> Metrics:
     """One step of direct preference optimisation: raise the margin of chosen over rejected, against a reference.
 
-        L = loss(log pi(y_w|x), log pi(y_l|x), log pi_ref(y_w|x), log pi_ref(y_l|x), beta)
+        L = loss(log pi(y_w|x), log pi(y_l|x), log pi_ref(y_w|x), log pi_ref(y_l|x), beta[, length_w, length_l])
             - nll_weight mean_t log pi(y_w,t | x, y_w,<t)
 
     `sweep` may share the pairs out to several processes. Raises FloatingPointError if loss or gradient is not finite;
@@ -168,7 +174,7 @@ def preference_evaluation(
     constants = {name: p.detach() for name, p in policy.items()}
     logp_w, logp_l = map(Tensor, reference_logprobs(constants, config, watch(batch.pairs)))
     batch = with_reference(batch, {}, config, policy)
-    out = loss(logp_w, logp_l, batch.ref_logp_w, batch.ref_logp_l, beta)
+    out = loss(logp_w, logp_l, batch.ref_logp_w, batch.ref_logp_l, beta, **lengths(loss, batch.pairs))
     columns = (to_host(x.data).astype("float64") for x in (out.reward_w, out.reward_l, logp_w, logp_l))
     metrics = preference_metrics(out.loss.item(), *columns)
     tokens = sum(len(w) for _, w, _ in batch.pairs)

@@ -3,10 +3,11 @@
 import numpy as np
 import pytest
 
+from benchmarks import family as eight
 from benchmarks import speed, workload
 from benchmarks.contenders import ours
 from benchmarks.workload import SIZES, Size, draw
-from minidpo import Tensor, explain, ops, scoring
+from minidpo import Tensor, explain, losses, ops, scoring
 
 SMALL = Size(vocab=11, n_embd=8, n_layer=2, n_head=2, T=16, pairs=6)
 
@@ -82,3 +83,38 @@ def test_sampling_counts_its_tokens():
     """Sampling fills the context and returns the number of new tokens, by which its time is divided."""
     work = draw(SMALL, 0)
     assert ours.Sampling(work).step() == SMALL.T - len(work.pairs[0][0][: SMALL.T // 4])
+
+
+def test_the_family_is_trained_once_each_and_reported_by_validation(tmp_path, monkeypatch):
+    """Each seed, loss and beta runs once, also after an interruption; validation prompts choose what is reported."""
+    assert all(name in losses.LOSSES and len(betas) == 3 for name, betas in eight.BETAS.items())
+    calls = []
+
+    def one_run(folder, seed, name, beta, budget, replies):
+        calls.append((seed, name, beta))
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        row = dict.fromkeys(eight.COLUMNS, 1.0)
+        return {"validation": {**row, "reward": -abs(beta - 0.3)}, "test": {**row, "reward": beta + seed}}
+
+    monkeypatch.setattr(eight, "one_run", one_run)
+    monkeypatch.setattr(eight, "one_seed", lambda folder, seed: {"reward": 0.0})
+    with pytest.raises(KeyboardInterrupt):
+        eight.run(tmp_path, [0, 1], ["dpo", "ipo"])
+    runs = eight.run(tmp_path, [0, 1], ["dpo", "ipo"])["runs"]
+    assert len(runs) == 12 and len(calls) == 13 and len(set(calls)) == 12
+    (_, default, at_default), (_, best, at_best) = eight.rows_of(runs, "dpo")
+    assert (default, best) == (0.1, 0.3) and [row["reward"] for row in at_best] == [0.3, 1.3] and len(at_default) == 2
+    assert "0.80 ± 6.3" in eight.as_text(runs)  # 12.71 s/sqrt(2), with s = 1/sqrt(2)
+    with pytest.raises(ValueError, match="choose another folder"):
+        eight.run(tmp_path, [0], ["dpo"], {**eight.BUDGET, "steps": 7})
+
+
+def test_kto_of_pairs_is_the_kto_loss():
+    """Chosen responses are the desirable ones, and a pair counts as two responses."""
+    w, l, rw, rl = np.random.default_rng(0).normal(-5, 1, (4, 3))
+    out = eight.kto_of_pairs(Tensor(w), Tensor(l), rw, rl, 0.5)
+    sigma = lambda x: 1 / (1 + np.exp(-x))  # noqa: E731
+    expected = np.concatenate([1 - sigma(0.5 * (w - rw)), sigma(0.5 * (l - rl))]).mean()
+    np.testing.assert_allclose(out.loss.item(), expected)
+    np.testing.assert_allclose(out.margin.data, (w - rw) - (l - rl))

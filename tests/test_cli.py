@@ -18,18 +18,19 @@ import pytest
 import minidpo
 from minidpo import checkpoint, cli, generation, ops, plots, tokenizer, training
 from minidpo.cli import look, options, parser
+from minidpo.losses import LOSSES
 from minidpo.ops import OPS
 from minidpo.theory import assumptions, dynamics, equalities, frontier
 
 
-def test_check_prints_one_row_per_op(capsys):
-    """Check prints one row per op, each within the tolerance."""
+def test_check_prints_one_row_per_op_and_loss(capsys):
+    """Check prints one row per op and per loss, each within the tolerance."""
     assert cli.main(["check", "--cases", "5"]) == 0
     printed = capsys.readouterr()
     rows = re.findall(r"^(\w+) +(\d\.\de[-+]\d\d) +(\d\.\de[-+]\d\d) +5$", printed.out, re.MULTILINE)
-    assert [name for name, _, _ in rows] == list(OPS)
+    assert [name for name, _, _ in rows] == [*OPS, *LOSSES]
     assert all(float(central) <= 1e-6 and float(complex_) <= 1e-12 for _, central, complex_ in rows)
-    assert f"{len(OPS)} ops" in printed.out and printed.err == ""
+    assert f"{len(OPS)} ops and {len(LOSSES)} losses" in printed.out and printed.err == ""
 
 
 def test_check_fails_where_a_vjp_is_wrong(capsys, monkeypatch):
@@ -46,6 +47,11 @@ def test_check_fails_where_a_vjp_is_wrong(capsys, monkeypatch):
     assert re.search(r"^tanh +FAILED +FAILED +3$", printed.out, re.MULTILINE)
     assert re.search(r"^exp +FAILED +FAILED +3$", printed.out, re.MULTILINE)
     assert "vjp raised" in printed.err and printed.out.count("FAILED") == 4 and "all within" not in printed.out
+    monkeypatch.undo()
+    ipo = LOSSES["ipo"].gradient
+    monkeypatch.setattr(LOSSES["ipo"], "gradient", lambda **x: [-g for g in ipo(**x)])
+    assert cli.main(["check", "--cases", "1"]) == 1
+    assert "ipo_loss: vjp raised GradientError: the sweep gives" in capsys.readouterr().err
     assert "tanh: argument 0 at index" in printed.err and "vjp gives" in printed.err
 
 
@@ -298,7 +304,7 @@ def test_help_shows_the_commands_in_groups(capsys):
         "learn": ["demo", "data", "judge"],
         "train": ["pretrain", "sft", "dpo", "resume"],
         "look": ["evaluate", "score", "sample", "explain", "displacement"],
-        "prove": ["check", "oracles", "exact", "frontier", "invariances"],
+        "prove": ["check", "oracles", "exact", "frontier", "invariances", "losses"],
         "verify": ["doctor", "verify"],
     }
     assert "  exact         show the theory of DPO as equalities on a small world\n" in text

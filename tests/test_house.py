@@ -13,16 +13,16 @@ SPINE = "tensor ops gradcheck losses model scoring optim training".split()
 LEANS_ON = "backend tokenizer generation streams plots".split()
 # lines of Python at most: a ceiling is raised in the open, in the change that needs it, with the reason in its commit
 CEILINGS = {
-    "spine": 2250,
+    "spine": 2320,  # a maximum for hinges, log(1 - e^x) for odds; first guesses are answered
     "leans on": 575,
-    "family": 500,
+    "family": 700,  # 27 losses, each with its gradient and its source: 23 lines a loss
     "data": 700,  # every foreign format has a name and a remedy
     "theory": 1500,
     "explain": 850,
     "verify": 2550,  # three frameworks, seven layouts, a name for what each gradient says, and the doctor
     "audit": 700,
-    "run": 1600,  # damaged and edited runs are checked in full before anything moves; tasks shared out to processes
-    "cli": 1650,  # `minidpo data example`, and a third part of the data, for the test
+    "run": 1600,  # damaged and edited runs are checked in full before anything moves; tasks in several processes
+    "cli": 1900,  # the table of the losses and their picture, drawn from the losses themselves; verify
 }
 PACKAGE = 12_700
 ROOMS = ("data", "theory", "explain", "verify", "audit", "run", "cli")

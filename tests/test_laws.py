@@ -60,6 +60,15 @@ def law_of_neg(x: arrays()):
 
 
 @law
+def law_of_maximum(x: arrays(), y: arrays((3,))):
+    """The larger of two is their mean plus half their distance, and of two equals the first receives the gradient."""
+    close(ops.maximum(x, y).data, (x + y) / 2 + abs(x - y) / 2, atol=1e-14)
+    leaves = Tensor(x, requires_grad=True), Tensor(x, requires_grad=True)
+    ops.sum(ops.maximum(*leaves)).backward()
+    assert (leaves[0].grad == 1).all() and (leaves[1].grad == 0).all()
+
+
+@law
 def law_of_power(x: arrays(low=0.5), c: st.integers(0, 5)):
     """An integer power counts factors."""
     close(ops.power(x, c).data, math.prod([x] * c, start=np.ones_like(x)), rtol=1e-13)
@@ -94,6 +103,16 @@ def law_of_logsigmoid(x: arrays(low=-50, high=50)):
     a, b = ops.logsigmoid(x).data, ops.logsigmoid(-x).data
     close(a - b, x, atol=1e-13)
     close(np.exp(a) + np.exp(b), 1, rtol=1e-14)
+
+
+@law
+def law_of_log1mexp(x: arrays(low=-50, high=-1e-3)):
+    """e^x and e^log1mexp(x) sum to 1, and log1mexp undoes itself; far out, what is left is -e^x or log(-x)."""
+    y = ops.log1mexp(x).data
+    close(np.exp(x) + np.exp(y), 1, rtol=1e-14)
+    middle = x[(x > -5) & (x < -0.01)]
+    close(ops.log1mexp(ops.log1mexp(middle).data).data, middle, rtol=1e-11)
+    close(ops.log1mexp(np.array([-40.0, -1e-30, -1e4])).data, [-math.exp(-40), math.log(1e-30), 0], rtol=1e-14)
 
 
 @law

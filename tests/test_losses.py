@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from minidpo import Tensor, gradcheck, losses, ops
+from minidpo import Tensor, family, gradcheck, losses, ops
 
 close = np.testing.assert_allclose
 four_logps = st.integers(1, 4).flatmap(lambda B: st.tuples(*[hnp.arrays(float, B, elements=st.floats(-50, 0))] * 4))
@@ -305,11 +305,12 @@ def test_wrong_labels_are_refused(function, options, sentence):
 
 
 def test_the_registry_holds_every_loss_with_its_gradient():
-    """`LOSSES` has every loss of losses.py, each with `.gradient`; a choice passes on what its loss takes."""
-    functions = {name[: -len("_loss")] for name in vars(losses) if name.endswith("_loss")}
-    assert set(losses.LOSSES) == functions == {"dpo", "ipo", "reference_free"}
+    """`LOSSES` has every loss of losses.py and family.py, each with `.gradient`; a choice passes on what it takes."""
+    functions = {name: of for of in (family, losses) for name in vars(of) if name.endswith("_loss")}
+    assert set(losses.LOSSES) == {name.removesuffix("_loss") for name in functions} - {"pair"}
     for name, loss in losses.LOSSES.items():
-        assert loss is getattr(losses, f"{name}_loss") and loss.gradient is getattr(losses, f"{name}_gradient")
+        of = functions[f"{name}_loss"]
+        assert loss is getattr(of, f"{name}_loss") and loss.gradient is getattr(of, f"{name}_gradient")
     four = (-10.0, -15.0, -12.0, -14.0)
     smoothed = losses.Choice("dpo", {"label_smoothing": 0.2})(*four, 0.3).loss.item()
     assert smoothed == losses.dpo_loss(*four, 0.3, 0.2).loss.item()
@@ -318,7 +319,7 @@ def test_the_registry_holds_every_loss_with_its_gradient():
         == losses.reference_free_loss(-10.0, -15.0, 0.3).loss.item()
     )
     assert losses.Choice("ipo")(*four, 0.3).loss.item() == losses.ipo_loss(*four, 0.3).loss.item()
-    with pytest.raises(ValueError, match="there is no loss 'dppo': choose from dpo, ipo, reference_free"):
+    with pytest.raises(ValueError, match="there is no loss 'dppo': choose from dpo, ipo, reference_free, hinge"):
         losses.Choice("dppo")
     for name, option in (("ipo", "label_smoothing"), ("dpo", "weight"), ("dpo", "probability"), ("dpo", "beta")):
         with pytest.raises(ValueError, match=f"the loss {name} has no option {option}"):

@@ -151,6 +151,7 @@ def test_vjp_keeps_what_its_comment_says(name):
         "block_attention": (np.ones((2, 3, 1, 1)), ((slice(0, 2), slice(0, 2), 1, np.zeros((2, 2))),)),
         "linear": (np.ones((2, 3)), np.ones((3, 3)), np.ones(3)),
         "layer_norm": (np.ones((2, 3)), np.ones(3), np.ones(3)),
+        "log1mexp": (-np.ones((2, 3)),),
     }
     n = sum(
         p.default is p.empty for p in inspect.signature(OPS[name].raw).parameters.values() if p.kind != p.VAR_KEYWORD

@@ -18,7 +18,7 @@ import minidpo
 from benchmarks import speed
 from benchmarks.workload import SIZES as SIZES_OF_SPEED
 from minidpo import Tensor, cli, explain, losses
-from minidpo.cli import desk, parser
+from minidpo.cli import desk, parser, train
 from minidpo.run import report
 from minidpo.theory import assumptions, equalities, frontier
 from test_demo import SIZES
@@ -187,7 +187,8 @@ def test_the_default_of_dpo_is_the_best_setting_that_is_always_healthy():
     best = max(always, key=lambda key: mean(settings[key], "best", "reward"))
     default = {name: p.default for name, p in inspect.signature(cli.dpo).parameters.items()}
     assert (default["learning_rate"], default["steps"]) == best
-    assert (default["beta"], default["nll_weight"], default["label_smoothing"]) == (0.1, 0.0, 0.0)
+    assert (default["loss"], default["nll_weight"]) == ("dpo", 0.0)
+    assert train.preference_loss("dpo", default["label_smoothing"], default["beta"]) == (losses.Choice("dpo"), 0.1)
     rises = {
         good: [run["last"]["chosen_rise"] for run in results["runs"] if healthy(run) is good] for good in (False, True)
     }

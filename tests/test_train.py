@@ -1,13 +1,16 @@
 """The commands that train, evaluate and score, with their files: each option does what its help says."""
 
+import inspect
 import json
 import math
 import re
 import shutil
+import textwrap
 
 import numpy as np
 import pytest
 
+import minidpo
 from minidpo import checkpoint, cli, losses, model, preferences, scoring, training
 from minidpo.cli import parser, train
 from minidpo.model import Config
@@ -644,19 +647,77 @@ def test_steps_get_their_settings(folder, tmp_path, monkeypatch):
 def test_python_gives_a_loss_of_its_own(folder, tmp_path):
     """From Python the loss may be a function; its run says what cannot resume from the command line."""
 
-    def hinge(logp_w, logp_l, ref_logp_w, ref_logp_l, beta):
+    def double(logp_w, logp_l, ref_logp_w, ref_logp_l, beta):
         return losses.dpo_loss(logp_w, logp_l, ref_logp_w, ref_logp_l, 2 * beta)
 
     rewards = []
-    for name, loss, beta in (("own", hinge, 0.1), ("named", "dpo", 0.2)):
+    for name, loss, beta in (("own", double, 0.1), ("named", "dpo", 0.2)):
         run = tmp_path / name
         cli.dpo(data=folder / "pairs.jsonl", init=folder / "init", out=run, loss=loss, beta=beta, steps=2)
         rewards.append(lines(run / "metrics.jsonl")[-1]["eval_rewards/margins"])
     assert rewards[0] == pytest.approx(rewards[1]) and rewards[0] != 0
-    assert "--loss=hinge" in json.loads((tmp_path / "own" / "run.json").read_text())["arguments"]
+    assert "--loss=double" in json.loads((tmp_path / "own" / "run.json").read_text())["arguments"]
     with pytest.raises(SystemExit):
         cli.resume(tmp_path / "own")
     words = {"data": folder / "pairs.jsonl", "init": folder / "init", "out": tmp_path / "own", "steps": 2}
-    assert cli.dpo(**words, loss=hinge, resuming=True) == tmp_path / "own" / "model"
+    assert cli.dpo(**words, loss=double, resuming=True) == tmp_path / "own" / "model"
     with pytest.raises(ValueError, match="label_smoothing is for losses with a name"):
-        cli.dpo(**words, loss=hinge, label_smoothing=0.1)
+        cli.dpo(**words, loss=double, label_smoothing=0.1)
+    double.__name__ = "ipo"
+    with pytest.raises(ValueError, match="ipo is the name of another loss"):
+        cli.dpo(**words, loss=double)
+
+
+def test_the_loss_of_the_docstring_trains(folder, tmp_path, monkeypatch):
+    """The five lines in the docstring of `losses` are a run with a loss of one's own."""
+    shutil.copytree(folder / "init", tmp_path / "sft")
+    shutil.copy(folder / "pairs.jsonl", tmp_path / "pairs.jsonl")
+    monkeypatch.chdir(tmp_path)
+    code = textwrap.dedent(losses.__doc__.split("if it wants them:\n")[1])
+    assert len([line for line in code.splitlines() if line]) <= 5
+    exec(code.replace("loss=squared", "steps=20, loss=squared"), {**vars(minidpo), "cli": cli})
+    first, *_, last = [line for line in lines(tmp_path / "run" / "metrics.jsonl") if "eval_loss" in line]
+    assert first["eval_loss"] == pytest.approx(1.0) and last["eval_loss"] < 1.0
+
+
+TRAINABLE = {name for name, loss in losses.LOSSES.items() if "logp_w" in inspect.signature(loss).parameters}
+TRAINABLE -= {"odpo", "aot", "aot_unpaired"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(TRAINABLE))
+def test_every_loss_of_pairs_trains(name, folder, tmp_path):
+    """Ten steps from the command line lower the loss, with its own beta and options."""
+    words = [f"--data={folder / 'pairs.jsonl'}", f"--init={folder / 'init'}", f"--out={tmp_path / 'run'}", "--steps=10"]
+    words += [f"--loss={name.replace('_', '-')}", "--batch-size=11", "--warmup-steps=2", "--learning-rate=0.003"]
+    assert cli.main(["dpo", *words]) == 0
+    first, *_, last = [line["loss"] for line in lines(tmp_path / "run" / "metrics.jsonl") if "loss" in line]
+    assert last < first - 1e-4
+    checkpoint.load(tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--loss=aot"], "the loss aot couples the pairs of a batch, which micro-batches and workers part"),
+        (["--loss=aot-unpaired"], "couples the pairs of a batch"),
+        (["--loss=odpo"], "the loss odpo needs the offset of each pair, which the data does not have"),
+        (["--loss=kto"], "the loss kto is not one of pairs: it takes logp, ref_logp, desirable"),
+        (["--loss=bco"], "not one of pairs"),
+        (["--loss=plackett-luce"], "not one of pairs: it takes logp, ref_logp, beta"),
+        (["--loss=sft", "--beta=0.2"], "the loss sft has no beta"),
+        (["--loss=ipo", "--label-smoothing=0.1"], "the loss ipo has no option label_smoothing"),
+        (["--loss=robust", "--label-smoothing=0.5"], "label_smoothing must lie in [0, 0.5), not 0.5"),
+    ],
+)
+def test_a_loss_that_pairs_cannot_train_is_refused(words, sentence, folder, tmp_path, capsys):
+    """A loss that needs more than single pairs is refused by name and reason, before anything is written."""
+    words = [f"--data={folder / 'pairs.jsonl'}", f"--init={folder / 'init'}", f"--out={tmp_path / 'run'}", *words]
+    assert cli.main(["dpo", *words]) == 2
+    assert sentence in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
+def test_every_loss_trains_or_is_refused():
+    """No loss is without a test of either."""
+    refused = {"aot", "aot_unpaired", "odpo", "kto", "bco", "plackett_luce"}
+    assert set(losses.LOSSES) == TRAINABLE | refused and not TRAINABLE & refused

@@ -1,7 +1,9 @@
 """Other people's losses, scorers and steps: the right ones pass, the wrong ones are named."""
 
 import json
+import re
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -330,3 +332,48 @@ def test_an_option_of_another_kind_is_refused(words, sentence, tmp_path, monkeyp
     monkeypatch.chdir(tmp_path)
     assert cli.main(["verify", *words]) == 2
     assert sentence in capsys.readouterr().err
+
+
+# ---- the page -------------------------------------------------------------------------------------------------------
+
+PAGE = (Path(verify.__file__).parent / "README.md").read_text()
+
+
+class Holder:
+    """A loss that holds its beta."""
+
+    def __init__(self, beta):
+        self.beta = beta
+
+    def __call__(self, w, l, rw, rl):
+        return eq7(w, l, rw, rl, self.beta)
+
+
+ADAPTED = {
+    "np": np,
+    "verify": verify,
+    "my_loss": eq7,
+    "masked": masked,
+    "of_model": of_model,
+    "of_strings": of_strings,
+    "Holder": Holder,
+    "reference_first": lambda rw, rl, w, l, beta: eq7(w, l, rw, rl, beta),
+    "named": lambda *, pi_w, pi_l, ref_w, ref_l, tau: eq7(pi_w, pi_l, ref_w, ref_l, tau),
+    "of_margins": lambda policy, reference, beta: np.logaddexp(0, -beta * (policy - reference)),
+    "of_records": lambda pi, ref, beta: eq7(pi["chosen"], pi["rejected"], ref["chosen"], ref["rejected"], beta),
+    "of_lists": lambda w, l, rw, rl, beta: sum(float(eq7(*x, beta)) for x in zip(w, l, rw, rl)) / len(w),
+    "in_halves": lambda *batch: [masked(*(each[half] for each in batch)) for half in (slice(0, 2), slice(2, None))],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("code", re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL))
+def test_the_adapters_of_the_page_run(code):
+    """Every block of the page runs as it stands."""
+    exec(code, dict(ADAPTED))
+
+
+def test_the_page_lists_every_code():
+    """The codes of the page are those in the source."""
+    source = "".join(path.read_text() for path in Path(verify.__file__).parent.glob("*check.py"))
+    used = set(re.findall(r'(?:fault|remark)\(\s*"(\w+)"', source)) | {each.code for each in loss_check.SUSPECTS}
+    assert used and used <= set(re.findall(r"`(\w+)`", PAGE))

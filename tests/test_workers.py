@@ -83,6 +83,8 @@ def test_workers_cannot_disagree_with_their_caller(monkeypatch):
         (small(1), CONFIG, refs, {"loss": losses.Choice("dpo", {"label_smoothing": 0.3})}),
         (small(1), CONFIG, refs, {"loss": losses.Choice("reference_free"), "beta": 0.7}),
         (small(1), CONFIG, refs, {"loss": own_loss}),
+        (small(1), CONFIG, refs, {"loss": losses.Choice("simpo", {"gamma": 0.3}), "beta": 0.7}),
+        (small(1), CONFIG, refs, {"loss": losses.Choice("dpo_nll"), "micro_batch_size": 1}),
         (small(1), CONFIG, refs, {"nll_weight": 2.0}),
         (small(1), CONFIG, refs, {"micro_batch_size": 1, "nll_weight": 0.5}),
         (small(1), wider, refs, {}),

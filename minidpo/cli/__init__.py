@@ -4,8 +4,21 @@ from .desk import data, demo, judge
 from .look import displacement, evaluate, explain, sample, score
 from .parser import main
 from .prove import check, exact, frontier, invariances, oracles
+from .table_of_losses import losses
 from .train import dpo, pretrain, resume, sft
 from .verifying import doctor, verify
 
 __all__ = ["check", "data", "demo", "displacement", "doctor", "dpo", "evaluate", "exact", "explain", "frontier"]
-__all__ += ["invariances", "judge", "main", "oracles", "pretrain", "resume", "sample", "score", "sft", "verify"]
+__all__ += [
+    "invariances",
+    "judge",
+    "losses",
+    "main",
+    "oracles",
+    "pretrain",
+    "resume",
+    "sample",
+    "score",
+    "sft",
+    "verify",
+]

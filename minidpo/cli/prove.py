@@ -3,20 +3,23 @@
 import functools
 import json
 import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy
 
 from .. import model, plots
 from ..gradcheck import TOLERANCE, GradientError, check_vjp
+from ..losses import LOSSES
 from ..model import Config
 from ..ops import OPS
 from ..run.files import write_whole
 from ..run.tasks import counted, results
-from ..theory import assumptions, dynamics, equalities, mutants
+from ..theory import assumptions, dynamics, equalities, mutants, optima
 from ..theory import frontier as methods
 from ..theory import invariances as changes
-from ..verify.cases import CASES, RandomDraw
+from ..verify.cases import CASES, RandomDraw, loss_arguments, loss_as_op
 from . import options as o
 from .options import NO_MATPLOTLIB, announce
 from .parser import command
@@ -28,28 +31,36 @@ VERDICTS = {True: "holds", False: "FAILS", None: "shown"}
 def check(*, cases: o.Cases = 100, seed: o.Seed = 0) -> int:
     """Check every derivative against finite differences and the complex step.
 
-    Check the vector-Jacobian product of every op on random arguments, against central differences and the complex
-    step. Print the worst error of each op. The exit status is 1 if one is too large.
+    Check the vector-Jacobian product of every op and the gradient in closed form of every loss on random arguments,
+    against central differences and the complex step, and that of a loss also against a sweep. Print the worst error of
+    each. The exit status is 1 if one is too large.
     """
-    print(f"{'op':<18}{'central':>10}{'complex':>10}{'cases':>8}", flush=True)
-    failures = []
-    for name in OPS:
-        row = ""
-        for method in TOLERANCE:
-            rng = numpy.random.default_rng(seed)
-            draw = RandomDraw(rng)
-            try:
-                worst = 0.0
-                for _ in counted(range(cases), f"{name}, {method}: cases"):
-                    arguments, keywords = CASES[name](draw)
-                    worst = max(worst, check_vjp(OPS[name], *arguments, rng=rng, method=method, **keywords))
-                row += f"{worst:>10.1e}"
-            except GradientError as error:
-                failures.append(str(error))
-                row += f"{'FAILED':>10}"
-        print(f"{name:<18}{row}{cases:>8}", flush=True)
+    failures: list[str] = []
+
+    def table(kind: str, checked: Iterable[str], case: Callable[[str, RandomDraw], Any]) -> None:
+        """Print a row for each name; a case is a function, its arguments and its options."""
+        print(f"{kind:<18}{'central':>10}{'complex':>10}{'cases':>8}", flush=True)
+        for name in checked:
+            row = ""
+            for method in TOLERANCE:
+                rng = numpy.random.default_rng(seed)
+                draw = RandomDraw(rng)
+                try:
+                    worst = 0.0
+                    for _ in counted(range(cases), f"{name}, {method}: cases"):
+                        function, arguments, keywords = case(name, draw)
+                        worst = max(worst, check_vjp(function, *arguments, rng=rng, method=method, **keywords))
+                    row += f"{worst:>10.1e}"
+                except GradientError as error:
+                    failures.append(str(error))
+                    row += f"{'FAILED':>10}"
+            print(f"{name:<18}{row}{cases:>8}", flush=True)
+        print()
+
+    table("op", OPS, lambda name, draw: (OPS[name], *CASES[name](draw)))
+    table("loss", LOSSES, lambda name, draw: (*loss_as_op(LOSSES[name], loss_arguments(draw, LOSSES[name])), {}))
     bounds = ", ".join(f"{method} {bound:.0e}" for method, bound in TOLERANCE.items())
-    print(f"\n{len(OPS)} ops, all within: {bounds}" if not failures else "")
+    print(f"{len(OPS)} ops and {len(LOSSES)} losses, all within: {bounds}" if not failures else "")
     for failure in failures:
         print(failure, file=sys.stderr)
     return 1 if failures else 0
@@ -77,15 +88,16 @@ def exact(*, plot: o.Plot = None, seed: o.Seed = 0) -> int:
     """Show the theory of DPO as equalities on a small world.
 
     Enumerate all responses of a small world and print, for each claim of the theory, the number that bears it out:
-    Bradley-Terry, the KL-constrained objective, its optimum, the implicit reward, the optimum of DPO, RLHF, what beta
-    does, and which assumptions matter. It takes about 200 CPU seconds. The exit status is 1 if a claim fails.
+    Bradley-Terry, the KL-constrained objective, its optimum, the implicit reward, the optimum of DPO and of its
+    relatives, RLHF, what beta does, and which assumptions matter. It takes about 200 CPU seconds. The exit status is
+    1 if a claim fails.
     """
     if plot and not plots.installed():
         raise ValueError(f"--plot: {NO_MATPLOTLIB}")
     announce(plot)
     world = equalities.small_world(seed)
     print(f"{len(world.prompts)} prompts, {len(world.responses)} responses to each", flush=True)
-    parts = [*equalities.EQUALITIES, assumptions.finite_margins, dynamics.beta_early_and_late]
+    parts = [*equalities.EQUALITIES, *optima.OPTIMA, assumptions.finite_margins, dynamics.beta_early_and_late]
     tasks = [functools.partial(lambda part: list(part(world, seed)), part) for part in parts]
     computed = results([*tasks, *assumptions.cases(world, seed)], "exact")
     claims, last = [], ""

@@ -14,7 +14,7 @@ from ..backend import to_host
 from ..data import preferences
 from ..data.preferences import PAIRS, Encoded
 from ..generation import generate
-from ..losses import Choice
+from ..losses import LOSSES, Choice
 from ..model import Config, Params
 from ..plots import installed
 from ..run import checkpoint, report
@@ -296,28 +296,40 @@ def sft(
     return likelihood_run(out, start, examples, held_out, rows.prompts(), names, run, test)
 
 
-def preference_loss(loss: str | Loss, label_smoothing: float) -> Loss:
-    """The loss of a name with its option; a function from Python is taken as it is."""
-    options = {"label_smoothing": label_smoothing} if label_smoothing else {}
-    if isinstance(loss, str):
-        return Choice(loss.replace("-", "_"), options)
-    if options:
-        raise ValueError("label_smoothing is for losses with a name")
-    return loss
+def preference_loss(loss: str | Loss, label_smoothing: float | None, beta: float | None) -> tuple[Loss, float]:
+    """The loss of a name with its option, or a function from Python as it is; and beta, by default the loss's own."""
+    options = {} if label_smoothing is None else {"label_smoothing": label_smoothing}
+    if not isinstance(loss, str):
+        if options:
+            raise ValueError("label_smoothing is for losses with a name")
+        if getattr(loss, "__name__", "") in LOSSES:
+            raise ValueError(
+                f"{loss.__name__} is the name of another loss, with which `resume` would continue: rename it"
+            )
+        return loss, 0.1 if beta is None else beta
+    chosen = Choice(loss.replace("-", "_"), options)
+    own = signature(LOSSES[chosen.name]).parameters.get("beta")
+    if own is None and beta is not None:
+        raise ValueError(f"the loss {loss} has no beta")
+    beta = beta if beta is not None else own.default if own else 1.0
+    chosen(-1.0, -2.0, -2.0, -1.0, beta, 1, 1)  # refuses options that make no sense before anything is written
+    return chosen, beta
 
 
 @command("train")
 def dpo(
     *, data: o.Pairs, init: o.Init, out: o.NewRun,
-    reference: Annotated[o.Reference | None, Default("the model of --init")] = None, beta: o.Beta = 0.1,
-    loss: o.LossName = "dpo", label_smoothing: o.LabelSmoothing = 0.0, nll_weight: o.NllWeight = 0.0,
-    strict: o.Strict = False, truncation: o.Truncation = "none", test_share: o.TestShare = 0.0, run: Training = DPO,
+    reference: Annotated[o.Reference | None, Default("the model of --init")] = None,
+    beta: Annotated[o.Beta | None, Default("the loss's own, 0.1 for most")] = None, loss: o.LossName = "dpo",
+    label_smoothing: Annotated[o.LabelSmoothing | None, Default("the loss's own")] = None,
+    nll_weight: o.NllWeight = 0.0, strict: o.Strict = False, truncation: o.Truncation = "none",
+    test_share: o.TestShare = 0.0, run: Training = DPO,
 ) -> Path:  # fmt: skip
     """Train a model to prefer the chosen responses of pairs.
 
     Direct preference optimisation on JSON Lines of prompt, chosen and rejected. The frozen reference is the model of
     --init, unless --reference names another. Rewards in the metrics are implicit: beta log(pi/pi_ref), or beta log pi
-    with --loss reference-free.
+    with a loss that has no reference. `minidpo losses` prints the losses.
     """
     words = arguments("dpo", locals())
     policy, config, tokenizer, _ = start = load(init, requires_grad=True, device=run.device)
@@ -325,7 +337,7 @@ def dpo(
     if reference:
         ref_params, ref_config, _, _ = other = load(reference, device=run.device)
         same_vocabulary(init, start, reference, other)
-    objective = preference_loss(loss, label_smoothing)
+    objective, beta = preference_loss(loss, label_smoothing, beta)
     n_positions = min(config.n_positions, ref_config.n_positions)
     rows = read_rows(data, run, test_share, truncation, strict, PAIRS, start, n_positions)
     hashes = {"init_sha256": fingerprint(policy), "reference_sha256": fingerprint(ref_params)}

@@ -1,13 +1,17 @@
-"""Random arguments for every op: shapes, broadcasting, axes of size 1 and 0, options.
+"""Random arguments for every op and every loss: shapes, broadcasting, axes of size 1 and 0, options.
 
 `python -m minidpo check` draws them with a NumPy generator, the tests with hypothesis. A new op needs an entry here
 and a law in tests/test_laws.py.
 """
 
+import inspect
 from collections.abc import Callable
 from typing import Any, Protocol
 
 import numpy
+
+from ..gradcheck import GradientError
+from ..tensor import Tensor
 
 Shape = tuple[int, ...]
 Case = tuple[tuple[Any, ...], dict[str, Any]]  # positional arguments, options
@@ -80,6 +84,16 @@ def entries(draw: Draw) -> Case:
 
 def positive_entries(draw: Draw) -> Case:
     return (positive(draw.array(shape(draw))),), {}
+
+
+def two_entries(draw: Draw) -> Case:
+    (x, y), options = pair(draw)  # equal entries have no derivative
+    return (x, numpy.where(abs(x - y) < 0.1, y + 0.5, y) if isinstance(y, numpy.ndarray) else 4.0), options
+
+
+def negative_entries(draw: Draw) -> Case:
+    x = draw.array(shape(draw))
+    return (numpy.where(x < 0, x - 0.5, -0.5 - x),), {}
 
 
 def power(draw: Draw) -> Case:
@@ -194,11 +208,13 @@ CASES: dict[str, Callable[[Draw], Case]] = {
     "mul": pair,
     "div": quotient,
     "neg": entries,
+    "maximum": two_entries,
     "power": power,
     "exp": entries,
     "log": positive_entries,
     "tanh": entries,
     "logsigmoid": entries,
+    "log1mexp": negative_entries,
     "gelu": entries,
     "sum": reduction,
     "mean": reduction,
@@ -218,3 +234,63 @@ CASES: dict[str, Callable[[Draw], Case]] = {
     "causal_attention": causal_attention,
     "block_attention": block_attention,
 }
+
+
+# ---- losses, by the names of their arguments ----------------------------------------------------------------
+
+OPTIONS = {  # an option lies between these two
+    "beta": (0.05, 2.0), "label_smoothing": (0.01, 0.49), "alpha": (0.05, 1.0), "tau": (0.05, 1.0),
+    "gamma": (-1.0, 2.0), "delta": (-1.0, 1.0), "penalty": (0.0, 60.0), "nll_weight": (0.0, 2.0),
+    "weight_desirable": (0.1, 2.0), "weight_undesirable": (0.1, 2.0), "reference_point": (0.0, 2.0),
+}  # fmt: skip
+POLICY = ("logp_w", "logp_l", "logp")  # a loss has a gradient in these
+
+
+def loss_arguments(draw: Draw, loss: Any, low: float = -20.0) -> dict[str, Any]:
+    """Arguments of a loss by name, but those that are None by default; log-probabilities from `low` to -0.01."""
+    taken = inspect.signature(loss).parameters
+    B = draw.integer(1, 4)
+    of_logps = (B,) if "logp_w" in taken or "desirable" in taken else (B, draw.integer(2, 4))  # or lists
+
+    def uniform(low: float, high: float, shape: Shape) -> numpy.ndarray:
+        return low + (high - low) * (draw.array(shape) + 3) / 6
+
+    x: dict[str, Any] = {}
+    for name, p in taken.items():
+        if "logp" in name:
+            x[name] = uniform(low, -0.01, of_logps)
+        elif name.startswith("length"):
+            x[name] = numpy.array([draw.integer(1, 30) for _ in range(B)])
+        elif name == "desirable":
+            x[name] = numpy.array([draw.integer(0, 1) for _ in range(B)], dtype=bool)
+        elif name in OPTIONS:
+            x[name] = float(uniform(*OPTIONS[name], ()))
+        elif p.default is p.empty:
+            x[name] = uniform(-2.0, 2.0, (B,))
+    return x
+
+
+def loss_as_op(loss: Any, arguments: dict[str, Any]) -> tuple[Callable[..., Any], list[numpy.ndarray]]:
+    """A loss as an array function of the policy's log-probabilities, whose vjp is its gradient in closed form.
+
+    That vjp raises GradientError if a sweep gives another gradient.
+    """
+    names = [name for name in POLICY if name in arguments]
+
+    def function(*logps: Any) -> tuple[Any, Callable[[Any], Any]]:
+        x = {**arguments, **dict(zip(names, logps))}
+
+        def vjp(g: Any) -> tuple[Any, ...]:
+            leaves = {name: Tensor(x[name], requires_grad=True) for name in names}
+            loss(**{**x, **leaves}).loss.backward()
+            closed = loss.gradient(**x)
+            for leaf, gradient in zip(leaves.values(), closed):
+                swept = 0 * leaf.data if leaf.grad is None else leaf.grad
+                if not numpy.allclose(swept, gradient, rtol=1e-11, atol=1e-13):
+                    raise GradientError(f"the sweep gives {swept}, the closed form {gradient}")
+            return tuple([g * gradient for gradient in closed])
+
+        return loss(**x).loss.data, vjp
+
+    function.__name__ = loss.__name__
+    return function, [arguments[name] for name in names]
