@@ -5,6 +5,7 @@ python -m benchmarks.pictures
 Needs the `plot` extra.
 """
 
+import contextlib
 import importlib
 import json
 import os
@@ -15,7 +16,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from minidpo import plots
+from minidpo import cli, plots
 from minidpo.run.files import write_whole
 
 HERE = Path(__file__).parent
@@ -48,6 +49,15 @@ def demo_rewards(path):
         figure.savefig(path, dpi=120, transparent=True, metadata={"Software": None})
 
 
+def family(path):
+    """What `minidpo losses --plot` draws, in 64 colours that keep its own apart: a page loads on a phone."""
+    image = importlib.import_module("PIL.Image")  # which matplotlib needs, too
+    with tempfile.TemporaryDirectory() as place:
+        with contextlib.redirect_stdout(None):
+            cli.losses(plot=Path(place) / "losses.png")
+        image.open(Path(place) / "losses.png").convert("RGB").quantize(64, method=2, dither=0).save(path, optimize=True)
+
+
 def tutorial_pictures(folder):
     """Run the scripts that draw, away from the repository, and keep their pictures."""
     folder.mkdir(exist_ok=True)
@@ -67,5 +77,6 @@ if __name__ == "__main__":
     if not plots.installed():
         sys.exit('pictures need matplotlib: python -m pip install -e ".[plot]"')
     demo_rewards(HERE / "results" / "demo.png")
+    family(HERE / "results" / "losses.png")
     tutorial_pictures(TUTORIALS / "pictures")
-    print(f"drawn: {HERE / 'results' / 'demo.png'}, {TUTORIALS / 'pictures'}")
+    print(f"drawn: {HERE / 'results' / 'demo.png'}, losses.png, {TUTORIALS / 'pictures'}")

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 import strangers
-from minidpo import cli, losses, verify
+from minidpo import Config, Tensor, cli, losses, scoring, verify
+from minidpo.theory import mutants
 from minidpo.verify import logprob_check, loss_check, texts
 
 SLOW = [pytest.mark.slow]  # XLA compiles every shape
@@ -176,6 +177,36 @@ def test_a_scorer_that_calls_a_model_is_read_from_the_logits_that_it_got(functio
     """A function of a model, or of a model and strings, is named like one of logits."""
     report = verify.logprobs(function, layout=layout)
     assert [finding.code for finding in report.findings] == ([] if code is None else [code]), report
+
+
+MUTANTS = {
+    "no_shift": "no_shift", "first_token_masked": "first_token_missing", "end_of_text_masked": "last_token_missing",
+    "pads_scored": "pad_counted", "wrong_slice_end": "last_token_missing", "mean_for_sum": "mean_for_sum",
+    "shift_by_two": "shifted_twice", "dropped_prompt_token": "wrong_value", "wrong_temperature": "wrong_value",
+    "last_prompt_token_scored": "prompt_counted_cancels", "wrong_positions": None,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mutant", [*mutants.NOT_A_DISTRIBUTION, *mutants.WRONG_DISTRIBUTION], ids=lambda m: m.__name__)
+def test_our_own_mutants_are_named(mutant, monkeypatch):
+    """Each shipped wrong way to score is named, but for wrong positions, which no logits show."""
+
+    def score(model, prompt, response):
+        def logits(params, config, rows):
+            return Tensor(model(rows.tokens[None])[0])
+
+        monkeypatch.setattr(mutants, "row_logits", logits)
+        monkeypatch.setattr(scoring, "forward", lambda params, config, tokens: Tensor(model(np.asarray(tokens))))
+        config = Config(texts.V, 64, 4, 1, 1)
+        return mutant({}, config, prompt[0].tolist(), response[0].tolist())
+
+    code = MUTANTS[mutant.__name__]
+    monkeypatch.setattr(logprob_check, "_extremes", lambda *arguments, **options: None)
+    if mutant.__name__ == "last_prompt_token_scored":  # a prompt of one token has no token before its last
+        monkeypatch.setattr(logprob_check, "SINGLE", logprob_check.SIZES)
+    report = verify.logprobs(score, layout="model")
+    named = [each.code for each in (*report.findings, *report.remarks)]
+    assert named[:1] == ([] if code is None else [code]), report
 
 
 def halves(texts):

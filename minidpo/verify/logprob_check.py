@@ -16,7 +16,7 @@ from ..backend import Array
 from .frameworks import Framework, candidates, differences, leading
 from .loss_check import close
 from .report import Report
-from .texts import EOS, LAYOUTS, Model, Texts, V, arguments_of, located, random_texts
+from .texts import EOS, LAYOUTS, Model, NeverSeen, Texts, V, arguments_of, located, random_texts
 
 Cells = dict[tuple[int, int], float]  # (row, token) of one text -> weight
 
@@ -144,6 +144,8 @@ def logprobs(fn: Any, layout: Any = "labels", framework: str | None = None) -> R
         with each.session():
             try:
                 _check(fn, layout, each, report)
+            except NeverSeen as error:
+                report.fault("wrong_value", str(error))
             except Exception:
                 report.traceback = traceback.format_exc(limit=-4)
                 continue
@@ -153,7 +155,8 @@ def logprobs(fn: Any, layout: Any = "labels", framework: str | None = None) -> R
     return report
 
 
-SIZES = ((3, 4), (5, 2), (2, 6), (4, 1))
+SIZES = ((3, 4), (5, 2), (2, 6), (4, 1))  # tokens of each prompt and response
+SINGLE = ((1, 1), (4, 4), (1, 2), (3, 5))
 
 
 def _check(fn: Any, layout: Any, framework: Framework, report: Report) -> None:
@@ -162,7 +165,7 @@ def _check(fn: Any, layout: Any, framework: Framework, report: Report) -> None:
     for what, sizes, pad in (
         ("texts of unequal length", SIZES, V - 1),
         ("pads that have the id of end-of-text", SIZES, EOS),
-        ("prompts and responses of one token", ((1, 1), (4, 4), (1, 2), (3, 5)), V - 1),
+        ("prompts and responses of one token", SINGLE, V - 1),
     ):
         texts, model = random_texts(rng, sizes, pad), Model(framework, 7)
         report.tried.append(what)

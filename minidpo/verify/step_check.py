@@ -12,7 +12,7 @@ from .frameworks import Framework, candidates, leading
 from .logprob_check import SIZES, Cells, _say, cells, expected_scores, traced
 from .loss_check import SUSPECTS, close, dpo
 from .report import Report
-from .texts import EOS, Model, Texts, V, located, module
+from .texts import EOS, Model, NeverSeen, Texts, V, located, module
 
 REJECTED = (2, 5, 3, 6)  # lengths of the rejected responses to the prompts of SIZES
 
@@ -152,7 +152,7 @@ def _counted(texts: Texts, policy: Model, gradients: list[Array | None]) -> list
     for x, y in zip(texts.prompts, texts.responses):
         try:
             call, b, start = located(x + y, policy)
-        except LookupError:
+        except NeverSeen:
             return None
         gradient = gradients[call]
         if gradient is None:

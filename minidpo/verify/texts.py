@@ -102,6 +102,10 @@ class Model:
         return logits
 
 
+class NeverSeen(LookupError):
+    """A text that a model should have been called with."""
+
+
 def located(text: list[int], model: Model) -> tuple[int, int, int]:
     """The call, the row and the place at which a text begins, with or without its last token."""
     for length in (len(text), len(text) - 1):
@@ -110,7 +114,7 @@ def located(text: list[int], model: Model) -> tuple[int, int, int]:
                 for start in range(len(row) - length + 1):
                     if row[start : start + length] == text[:length]:
                         return number, b, start
-    raise LookupError(f"the model was never called with the text {text}")
+    raise NeverSeen(f"the model was never called with a text, prompt and response, whole and in order: {text}")
 
 
 def arguments_of(layout: Any, texts: Texts, model: Model) -> Callable[[Any], Any]:
