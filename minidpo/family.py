@@ -2,13 +2,13 @@
 
 Letters as in losses.py, and of a pair: h_w = logp_w - ref_logp_w and h_l, its log-ratios; r_w = beta h_w and r_l, its
 rewards; z = r_w - r_l; |y_w| and |y_l|, the lengths of its responses in tokens. v(x) = sigma(x) sigma(-x) is the slope
-of sigma, s the slope of the loss in x. Each function asks by name for what it needs of a pair; `pair_loss` and
-`gradient_of` make of it a function of the four log-probabilities, averaged over the batch. So a formula that says
-dL/dz, dL/dr_w or dL/dh_w is that of a batch of one pair.
+of sigma, s the slope of the loss in x. Each loss of a pair asks by name for what it needs; `pair_loss` and
+`gradient_of` make of it a function of the log-probabilities (two without a reference), averaged over the batch. So a
+formula that says dL/dz, dL/dr_w or dL/dh_w is that of a batch of one pair.
 
-`LOSSES` holds them under TRL's names where TRL has them. A loss is stationary where its gradient vanishes: nowhere,
-where its docstring does not say. It cannot go below its infimum: 0, where its docstring does not say, for
-log-probabilities of at most 0. At a kink it has no derivative; there `hinge` and `dpop` take the flatter side's slope.
+`LOSSES` holds them under TRL's names where TRL has them. A loss is stationary where its gradient vanishes, and cannot
+go below its infimum. A docstring that says neither means: stationary nowhere, infimum 0 (for log-probabilities of at
+most 0). At a kink a loss has no derivative; there `hinge` and `dpop` take the flatter side's slope.
 """
 
 import functools
@@ -504,7 +504,7 @@ def aot_loss(logp_w, logp_l, ref_logp_w, ref_logp_l, beta=0.1, label_smoothing=0
 
         L = -mean((1 - e) log sigma(x) + e log sigma(-x)),   x = beta (sort(logp_w - logp_l) - sort(same of ref))
 
-    Stationary: x = log((1 - e)/e) throughout; kink: two gaps of the policy are equal.
+    Stationary: with e > 0 at x = log((1 - e)/e) throughout, else nowhere; kink: two gaps of the policy are equal.
     Source: Melnyk et al. 2024 (arXiv 2406.05882), paired.
     """
     x = beta * (ascending(logp_w - logp_l) - ascending(ref_logp_w - ref_logp_l))
@@ -525,7 +525,7 @@ def aot_unpaired_loss(h_w, h_l, beta=0.1, label_smoothing=0.0):
 
         L = -mean((1 - e) log sigma(x) + e log sigma(-x)),   x = beta (sort(h_w) - sort(h_l))
 
-    Stationary: x = log((1 - e)/e) throughout; kink: two of h_w or two of h_l are equal.
+    Stationary: with e > 0 at x = log((1 - e)/e) throughout, else nowhere; kink: two of h_w or two of h_l are equal.
     Source: Melnyk et al. 2024 (arXiv 2406.05882), unpaired.
     """
     x = beta * (ascending(h_w) - ascending(h_l))
@@ -576,7 +576,8 @@ def kto_gradient(logp, ref_logp, desirable, reference_point, beta=0.1, weight_de
 def kto_reference_point(logp: Any, ref_logp: Any) -> float:
     """KTO's estimate of KL(pi || pi_ref): max(0, mean(logp - ref_logp)) of responses to other prompts than theirs.
 
-    If these are as the reference's own, the mean is near -KL(pi_ref || pi), and the estimate 0 whatever the policy.
+    If these responses are samples of the reference, the mean estimates -KL(pi_ref || pi), which is at most 0, so the
+    estimate is 0 up to sampling noise.
     """
     return max(0.0, float((asarray(logp) - asarray(ref_logp)).mean()))
 

@@ -11,7 +11,7 @@ from hypothesis.extra import numpy as hnp
 
 from minidpo import cli, exact, gradcheck, losses, plots
 from minidpo.tensor import Tensor
-from minidpo.theory import assumptions, dynamics, equalities
+from minidpo.theory import assumptions, dynamics, equalities, exact, optima
 from models import CONFIG, small
 
 pytestmark = pytest.mark.slow
@@ -201,6 +201,7 @@ def test_the_command_prints_claim_number_and_verdict(broken, capsys, monkeypatch
         yield equalities.Claim("by the way", 7.0, None)
 
     monkeypatch.setattr(equalities, "EQUALITIES", [part])
+    monkeypatch.setattr(optima, "OPTIMA", [])
     monkeypatch.setattr(equalities, "small_world", lambda seed: world)
     monkeypatch.setattr(assumptions, "cases", lambda world, seed: [lambda: assumptions.Outcome("name", 0.1, 0.2, 0.3)])
     assert cli.main(["exact"]) == int(broken)

@@ -15,11 +15,11 @@ LEANS_ON = "backend tokenizer generation streams plots".split()
 CEILINGS = {
     "spine": 2320,  # a maximum for hinges, log(1 - e^x) for odds; first guesses are answered
     "leans on": 575,
-    "family": 700,  # 27 losses, each with its gradient and its source: 23 lines a loss
+    "family": 705,  # 27 losses, each with its gradient and its source: 23 lines a loss
     "data": 700,  # every foreign format has a name and a remedy
     "theory": 1500,
     "explain": 850,
-    "verify": 2550,  # three frameworks, seven layouts, a name for what each gradient says, and the doctor
+    "verify": 2650,  # three frameworks, seven layouts, a name for what each gradient says, and the doctor
     "audit": 700,
     "run": 1600,  # damaged and edited runs are checked in full before anything moves; tasks in several processes
     "cli": 1900,  # the table of the losses and their picture, drawn from the losses themselves; verify

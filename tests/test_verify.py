@@ -11,7 +11,7 @@ import pytest
 import strangers
 from minidpo import Config, Tensor, cli, losses, scoring, verify
 from minidpo.theory import mutants
-from minidpo.verify import logprob_check, loss_check, texts
+from minidpo.verify import frameworks, logprob_check, loss_check, texts
 
 SLOW = [pytest.mark.slow]  # XLA compiles every shape
 
@@ -126,6 +126,10 @@ def test_the_numbers_of_a_wrong_loss_are_read_from_it(change, sentence):
     assert ("ZeroDivisionError" in report.traceback) == ("called" in sentence)
 
 
+def missing():
+    raise ModuleNotFoundError("No module named 'jax'")
+
+
 def test_a_loss_is_tried_with_the_frameworks_that_are_there(monkeypatch):
     """Without a framework NumPy comes first, then what the caller has imported; a wrong name is refused."""
     monkeypatch.delitem(sys.modules, "torch", raising=False)
@@ -134,6 +138,9 @@ def test_a_loss_is_tried_with_the_frameworks_that_are_there(monkeypatch):
     assert [finding.code for finding in report.findings] == ["not_callable"]
     with pytest.raises(ValueError, match="framework must be one of numpy, torch, jax, not 'tensorflow'"):
         verify.loss(ours, framework="tensorflow")
+    monkeypatch.setitem(frameworks.FRAMEWORKS, "jax", missing)
+    with pytest.raises(ValueError, match="jax is not installed"):
+        verify.loss(ours, framework="jax")
     with pytest.raises(ValueError, match="beta must be positive"):
         verify.loss(ours, beta=0.0)
 

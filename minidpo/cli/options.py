@@ -119,7 +119,10 @@ Checkpoint = Annotated[Path, Option("checkpoint or run folder of the model", pat
 Checkpoints = Annotated[Sequence[Path], Option("checkpoints or run folders to compare", path, several=True)]
 Reference = Annotated[Path, Option("checkpoint or run folder of the reference", path)]
 NewRun = Annotated[Path, Option("folder for the results; must not exist yet", path)]
-Example = Annotated[str, Option("word for pairs.jsonl, more.jsonl and names.txt", one_of("example"), "example")]
+Example = Annotated[
+    str,
+    Option("the word example: pairs.jsonl, more.jsonl and names.txt are written here", one_of("example"), "example"),
+]
 OldRun = Annotated[Path, Option("run folder (its --out)", path, "RUN")]
 Folder = Annotated[Path, Option("folder for frontier.json and, with matplotlib, frontier.png", path)]
 Plot = Annotated[Path | None, Option("new PNG file for the curves of beta; needs matplotlib", path)]
@@ -178,7 +181,7 @@ TopP = Annotated[
     float | None, Option("sample among the fewest tokens that have probability X", anything), Default("all")
 ]
 Replies = Annotated[int, Option("number of held-out prompts, each answered once", at_least(2))]
-Cases = Annotated[int, Option("random cases per op", at_least(1))]
+Cases = Annotated[int, Option("random cases per op and per loss", at_least(1))]
 Worlds = Annotated[int, Option("number of small worlds, each with its own seed", at_least(1))]
 
 

@@ -138,7 +138,7 @@ def overview() -> argparse.ArgumentParser:
             text += f"  {name:<14}{summary[0].lower()}{summary[1:]}\n" if known.group == group else ""
         text += "\n"
     text += "minidpo COMMAND --help explains the options of a command. CPU seconds there are of an AMD EPYC at\n"
-    text += "2.4 GHz (Zen 3), shared by as many processes as NumPy has BLAS threads."
+    text += "2.4 GHz (Zen 3), shared by as many processes as NumPy has BLAS threads, at most 8."
     title = "Preference optimisation from scratch, every derivative in plain sight."
     raw = argparse.RawDescriptionHelpFormatter
     made = argparse.ArgumentParser("minidpo", "minidpo COMMAND [OPTIONS]", title, text, formatter_class=raw)

@@ -60,7 +60,9 @@ def facts(name: str) -> Facts:
 
 def as_text() -> str:
     """The table, four lines a loss."""
-    rows = ["A pair has h_w = logp_w - ref_logp_w, r_w = beta h_w, z = r_w - r_l, |y_w| tokens; v(x) is sigma'(x)"]
+    rows = ["A pair has h_w = logp_w - ref_logp_w, r_w = beta h_w, z = r_w - r_l, |y_w| tokens; v(x) is sigma'(x)",
+            "e is label_smoothing, p the probability that a label is correct, B the number of pairs"]  # fmt: skip
+
     rows += [f"{'loss':<18}{'reference':<11}{'tokens':<8}{'bounded below':<22}paper"]
     for row in map(facts, LOSSES):
         bound = "no" if row.infimum == "none" else f"by {row.infimum}"
@@ -160,7 +162,7 @@ def color_of(name: str) -> Any:
 
 
 def png(transparent: bool = False) -> bytes:
-    """The whole family on one page. Needs matplotlib."""
+    """Six curves and eighteen fields on one page. Needs matplotlib."""
     matplotlib, figures = (importlib.import_module(name) for name in ("matplotlib", "matplotlib.figure"))
     content, columns = io.BytesIO(), 6
     with matplotlib.rc_context({**STYLE, "xtick.labelsize": 8, "ytick.labelsize": 8, "axes.labelsize": 9}):
@@ -190,8 +192,8 @@ def png(transparent: bool = False) -> bytes:
 def losses(*, plot: Picture = None) -> str:
     """Show every preference loss: formula, gradient, stationary point, bound and paper.
 
-    Print the family of losses, four lines each. With --plot, draw those that are functions of z = beta margin with
-    their first and second derivative, and where the others push the log-ratios of a chosen and a rejected response.
+    Print the family of losses, four lines each. With --plot, draw six functions of z = beta margin with two
+    derivatives, and where eighteen losses push the log-ratios of a chosen and a rejected response.
     """
     if plot and not plots.installed():
         raise ValueError(f"--plot: {NO_MATPLOTLIB}")

@@ -47,7 +47,9 @@ class Training(NamedTuple):
     micro_batch_size: o.MicroBatchSize = None
     learning_rate: o.LearningRate = 4e-3
     warmup_steps: o.WarmupSteps = 50
-    evaluate_every: Annotated[o.EvaluateEvery | None, Default("once in a pass over the data, 10 to 250")] = None
+    evaluate_every: Annotated[
+        o.EvaluateEvery | None, Default("10 in dpo; else once in a pass over the data, 10 to 250")
+    ] = None
     patience: o.Patience = None
     device: o.Device = "cpu"
     resuming: bool = False

@@ -1,4 +1,4 @@
-"""Independent tasks in processes of their own, and a line of progress wherever there would be silence."""
+"""Independent tasks, each in its own process, and progress on stderr after two seconds of silence."""
 
 import multiprocessing
 import signal
@@ -46,7 +46,7 @@ def counted(items: Collection[T], what: str) -> Iterator[T]:
 def results(tasks: Sequence[Callable[[], Any]], what: str) -> Iterator[Any]:
     """The results of tasks, in their order, each computed by a forked process with one BLAS thread.
 
-    As many run at once as NumPy has BLAS threads, at most `workers.MOST`. No result depends on that number or on the
+    N run at once: NumPy's number of BLAS threads, at most `workers.MOST`. No result depends on that number or on the
     other tasks. Raises what a task raised, OSError if its process is gone.
     """
     fork, count = multiprocessing.get_context("fork"), worker_count({})

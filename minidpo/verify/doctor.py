@@ -1,7 +1,8 @@
 """What a training log says: what is wrong, the evidence, the usual causes, and how to tell them apart.
 
-A symptom is a function of the log that returns its evidence and its causes, likeliest first, or None. Each follows
-from what must hold for DPO: policy = reference has rewards of 0 and a loss of log 2, and by Jensen's inequality
+A symptom is a function of the log that returns its evidence and its causes, likeliest first, or None. Most follow from
+what must hold for DPO, the rest are thresholds: policy = reference has rewards of 0 and a loss of log 2, and by
+Jensen's inequality
 
     mean log(1 + exp(-margin)) >= log(1 + exp(-mean margin))
 
@@ -342,7 +343,8 @@ def remarks(log: Log, codes: Iterable[str]) -> list[str]:
 def doctor(log: str | PathLike[str] | Iterable[Mapping[str, Any]]) -> Diagnosis:
     """What the metrics of a training run show: a file (see `read`), or its rows as dicts.
 
-    It says no more than the numbers do. Raises ValueError if no row has a metric, or as `read` does.
+    Findings are what the numbers show; causes are the usual ones, likeliest first. Raises ValueError if no row has a
+    metric, or as `read` does.
     """
     name, run = (log, Log(read(log))) if isinstance(log, str | PathLike) else ("the log", Log(log))
     if not run.rows:

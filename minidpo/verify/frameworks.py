@@ -3,7 +3,7 @@
 import contextlib
 import importlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy
@@ -24,7 +24,9 @@ class Framework:
         return numpy.array(x, dtype=dtype)
 
     def host(self, x: Any) -> Array:
-        """Its values, in NumPy."""
+        """Its values, in NumPy. Raises TypeError for another framework's, whose own derivatives are exact."""
+        if type(x).__module__.partition(".")[0] in ("jax", "jaxlib", "torch"):
+            raise TypeError(f"given NumPy arrays it returns a {type(x).__module__}.{type(x).__name__}")
         return numpy.asarray(x)
 
     def session(self) -> contextlib.AbstractContextManager[Any]:
@@ -67,7 +69,7 @@ class Torch(Framework):
 
     def jacobian(self, f: Call, arrays: Sequence[Array]) -> list[list[Array | None]]:
         leaves = [self.array(x).requires_grad_() for x in arrays]
-        y = f(*leaves)
+        y = self.torch.as_tensor(f(*leaves))
         rows: list[list[Array | None]] = []
         for k in range(y.numel()):
             grads: Sequence[Any] = [None] * len(leaves)
@@ -106,13 +108,19 @@ class Jax(Framework):
 FRAMEWORKS: dict[str, Callable[[], Framework]] = {"numpy": Framework, "torch": Torch, "jax": Jax}
 
 
-def candidates(name: str | None) -> list[Framework]:
-    """The framework of a name; without one, NumPy, then those that the caller has imported."""
+def candidates(name: str | None) -> Iterator[Framework]:
+    """The framework of a name; without one, NumPy, then those that have been imported, also by the subject."""
     if name is not None:
         if name not in FRAMEWORKS:
             raise ValueError(f"framework must be one of {', '.join(FRAMEWORKS)}, not {name!r}")
-        return [FRAMEWORKS[name]()]
-    return [make() for known, make in FRAMEWORKS.items() if known == "numpy" or known in sys.modules]
+        try:
+            yield FRAMEWORKS[name]()
+        except ImportError as error:
+            raise ValueError(f"{name} is not installed") from error
+        return
+    for known, make in FRAMEWORKS.items():
+        if known == "numpy" or known in sys.modules:
+            yield make()
 
 
 def differences(f: Call, arrays: Sequence[Array]) -> list[list[Array | None]]:
@@ -134,14 +142,15 @@ def differences(f: Call, arrays: Sequence[Array]) -> list[list[Array | None]]:
 
 
 def leading(result: Any) -> Any:
-    """The loss or score in what a subject returns: its first entry, or the one that is called so."""
+    """The loss or score in what a subject returns: its first entry, or the one with that name."""
     for name in ("loss", "losses", "logps", "logprobs"):
         if isinstance(result, dict) and name in result:
             return result[name]
         if not isinstance(result, dict) and not hasattr(result, "__array__") and hasattr(result, name):
             return getattr(result, name)
     if isinstance(result, dict):
-        return next(iter(result.values()))
+        losses = [value for key, value in result.items() if "loss" in str(key)]
+        return losses[0] if len(losses) == 1 else next(iter(result.values()))
     if isinstance(result, tuple) or (isinstance(result, list) and result and hasattr(result[0], "shape")):
         return result[0] if not hasattr(result, "shape") else result
     return result

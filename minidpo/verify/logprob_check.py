@@ -6,7 +6,6 @@ which (row, token) entered, with which weight. Our batches have no token twice i
 
 import inspect
 import math
-import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -131,7 +130,7 @@ def logprobs(fn: Any, layout: Any = "labels", framework: str | None = None) -> R
         "mask"            fn(logits, ids, mask): mask[b, t] is about the token at t; fn shifts
         "prompt_lengths"  fn(logits, ids, prompt_lengths, lengths)
         "model"           fn(model, prompt_ids, response_ids): (1, Tp), (1, Tr); model(ids) -> logits
-        "strings"         fn(model, tokenizer, prompt, response), with a model and a tokenizer called as Hugging Face's
+        "strings"         fn(model, tokenizer, prompt, response), as Hugging Face's; fn appends tokenizer.eos_token_id
         a function        from `Texts` to the arguments of fn, a tuple; `texts.logits(ids)` gives logits
 
     logits are (B, T, V), everything else (B, T) or (B,) integers. `fn` returns (B,), or a tuple that begins with it.
@@ -140,18 +139,19 @@ def logprobs(fn: Any, layout: Any = "labels", framework: str | None = None) -> R
     if not callable(layout) and layout not in LAYOUTS:
         raise ValueError(f"layout must be one of {', '.join(LAYOUTS)} or a function, not {layout!r}")
     for each in candidates(framework):
-        report.traceback = ""
+        report.tried.clear()
         with each.session():
             try:
                 _check(fn, layout, each, report)
             except NeverSeen as error:
                 report.fault("wrong_value", str(error))
             except Exception:
-                report.traceback = traceback.format_exc(limit=-4)
+                report.failed(each.name)
                 continue
+            report.traceback = ""
             break
     if report.traceback:
-        report.fault("not_callable", "it could not be called in this layout: see its traceback")
+        report.not_callable("in this layout: see its traceback")
     return report
 
 
@@ -165,9 +165,9 @@ def _check(fn: Any, layout: Any, framework: Framework, report: Report) -> None:
     for what, sizes, pad in (
         ("texts of unequal length", SIZES, V - 1),
         ("pads that have the id of end-of-text", SIZES, EOS),
-        ("prompts and responses of one token", SINGLE, V - 1),
+        ("prompts and responses of one token, and a text that fills the batch", SINGLE, V - 1),
     ):
-        texts, model = random_texts(rng, sizes, pad), Model(framework, 7)
+        texts, model = random_texts(rng, sizes, pad, spare=int(sizes is not SINGLE)), Model(framework, 7)
         report.tried.append(what)
         _read(fn, layout, texts, model, report)
         if report.findings:

@@ -2,7 +2,6 @@
 
 import inspect
 import math
-import traceback
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -29,7 +28,7 @@ def margin(w: Array, l: Array, rw: Array, rl: Array) -> Array:
 
 
 class Suspect(NamedTuple):
-    """A wrong, or merely different, loss of a pair: a subject that equals it is told so."""
+    """A wrong, or merely different, loss of a pair: a subject that equals it gets this finding."""
 
     code: str
     sentence: str
@@ -91,7 +90,7 @@ def pair_of_margin(z: float, beta: float) -> Logps:
 
 
 class Subject:
-    """A loss of another's, called with our arrays."""
+    """Somebody's loss, called with our arrays."""
 
     def __init__(self, fn: Any, framework: Framework, arguments: Any, beta: float):
         self.fn, self.framework, self.arguments = fn, framework, arguments
@@ -102,7 +101,10 @@ class Subject:
         if self.arguments is not None:
             text = self.arguments if isinstance(self.arguments, str) else ""
             named = self.arguments.values() if isinstance(self.arguments, dict) else ()
-            return None, callable(self.arguments) or "beta" in (*text.replace(" ", "").split(","), *named)
+            if callable(self.arguments):  # it may leave beta out
+                arrays = [self.framework.array(x, "float64") for x in pair_of_margin(1.0, 1.0)]
+                return None, repr(self.arguments(*arrays, 0.25)) != repr(self.arguments(*arrays, 0.5))
+            return None, "beta" in (*text.replace(" ", "").split(","), *named)
         try:
             parameters = inspect.signature(getattr(self.fn, "forward", self.fn)).parameters
         except (TypeError, ValueError):
@@ -110,12 +112,14 @@ class Subject:
         kinds = inspect.Parameter
         usual = [name for name, p in parameters.items() if p.kind in (kinds.POSITIONAL_OR_KEYWORD, kinds.KEYWORD_ONLY)]
         if "beta" in usual and len(usual) >= 5:
-            return [name for name in usual if name != "beta"][:4], True
+            logps = [name for name in usual if "logp" in name or "log_p" in name]
+            return logps if len(logps) == 4 else [name for name in usual if name != "beta"][:4], True
         starred = any(p.kind == kinds.VAR_POSITIONAL for p in parameters.values())
         positional = [p for p in parameters.values() if p.kind in (kinds.POSITIONAL_ONLY, kinds.POSITIONAL_OR_KEYWORD)]
         fifth = positional[4] if len(positional) > 4 else None
-        takes = starred or bool(fifth and (fifth.default is fifth.empty or fifth.name in ("tau", "temperature")))
-        return None, takes
+        other = fifth and any(word in fifth.name for word in ("mask", "weight", "label", "length", "margin", "target"))
+        strength = fifth and (fifth.name in ("tau", "temperature") or "beta" in fifth.name)
+        return None, starred or bool(fifth and (strength or (fifth.default is fifth.empty and not other)))
 
     def __call__(self, arrays: tuple[Any, ...], beta: float) -> Any:
         """What the subject returns for arrays of its framework."""
@@ -175,16 +179,16 @@ def loss(fn: Any, beta: float = 0.1, framework: str | None = None, arguments: An
                 subject = Subject(fn, each, arguments, beta)
                 subject.value(base, beta)
             except Exception:
-                report.traceback = traceback.format_exc(limit=-4)
+                report.failed(each.name)
                 continue
             report.traceback = ""
             try:
                 _check(subject, report, base, beta, rng)
             except Exception:
-                report.traceback = traceback.format_exc(limit=-4)
+                report.failed(each.name)
             break
     if report.traceback:
-        report.fault("not_callable", "it could not be called with these arguments: see its traceback, and `arguments`")
+        report.not_callable("with these arguments: see its traceback, and `arguments`")
     return report
 
 

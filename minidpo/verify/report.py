@@ -1,6 +1,7 @@
 """What a check found: data first, then as text."""
 
 import math
+import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -46,13 +47,23 @@ class Report:
         if code not in {remark.code for remark in self.remarks}:
             self.remarks.append(Finding(code, sentence, expected, found))
 
+    def failed(self, framework: str) -> None:
+        """Keep the traceback of the exception that is being handled, after those of other frameworks."""
+        self.traceback += f"given {framework} arrays:\n{traceback.format_exc(limit=-4)}"
+
+    def not_callable(self, how: str) -> None:
+        """Add the finding that it could not be called, with the commonest cause if its traceback shows it."""
+        lookup = "index -100" in self.traceback
+        cause = "; labels of -100 are looked up as tokens: replace them first" if lookup else ""
+        self.fault("not_callable", f"it could not be called {how}{cause}")
+
     def assert_right(self) -> None:
         """Raise AssertionError, with the whole report as its text, if anything is wrong."""
         if not self.right:
             raise AssertionError(str(self))
 
     def as_dict(self) -> dict[str, Any]:
-        """All of it as dicts, lists, strings and numbers, which `json.dumps` takes."""
+        """All but the picture, as dicts, lists, strings and numbers, which `json.dumps` takes."""
         rows = {name: [_plain(row._asdict()) for row in getattr(self, name)] for name in ("findings", "remarks")}
         return {"subject": self.subject, "right": self.right, "tried": self.tried, **rows, "traceback": self.traceback}
 

@@ -20,12 +20,13 @@ class Texts:
     prompts: list[list[int]]
     responses: list[list[int]]
     pad: int  # the id that fills up the batch
+    spare: int = 1  # pads after the longest text
     ids: Array = field(init=False)  # (B, T)
     logits: Callable[[Any], Any] = field(init=False)  # ids of any rows -> logits, in the subject's framework
 
     def __post_init__(self) -> None:
         rows = [x + y for x, y in zip(self.prompts, self.responses)]
-        T = max(map(len, rows)) + 1  # the longest text has one pad, the others more
+        T = max(map(len, rows)) + self.spare
         self.ids = numpy.array([row + [self.pad] * (T - len(row)) for row in rows])
 
     @property
@@ -56,14 +57,16 @@ class Texts:
         return self.responses
 
 
-def random_texts(rng: numpy.random.Generator, sizes: Sequence[tuple[int, int]], pad: int) -> Texts:
+def random_texts(
+    rng: numpy.random.Generator, sizes: Sequence[tuple[int, int]], pad: int, spare: int = 1
+) -> Texts:  # fmt: skip
     """Texts of (prompt, response) lengths; no token occurs twice in one, and the last is end-of-text."""
     prompts, responses = [], []
     for n, m in sizes:
         tokens = (1 + rng.permutation(V - 2))[: n + m - 1].tolist()
         prompts.append(tokens[:n])
         responses.append([*tokens[n:], EOS])
-    return Texts(prompts, responses, pad)
+    return Texts(prompts, responses, pad, spare)
 
 
 class Model:
@@ -108,7 +111,7 @@ class NeverSeen(LookupError):
 
 def located(text: list[int], model: Model) -> tuple[int, int, int]:
     """The call, the row and the place at which a text begins, with or without its last token."""
-    for length in (len(text), len(text) - 1):
+    for length in range(len(text), max(0, len(text) - 3), -1):
         for number, (ids, _, _) in enumerate(model.calls):
             for b, row in enumerate(ids.tolist()):
                 for start in range(len(row) - length + 1):
@@ -173,7 +176,10 @@ def module(model: Model, wrap: Callable[[Any], Any] = lambda logits: logits) -> 
     """The model as a torch.nn.Module in PyTorch, else as a function."""
 
     def forward(ids: Any = None, *rest: Any, **words: Any) -> Any:
-        return wrap(model(words.pop("input_ids", None) if ids is None else ids))
+        logits = model(words.pop("input_ids", None) if ids is None else ids)
+        if model.framework.name == "torch":
+            logits.logits = logits  # for those who write model(ids).logits
+        return wrap(logits)
 
     if model.framework.name != "torch":
         return forward
@@ -233,7 +239,8 @@ def stacked(framework: Framework, scores: list[Any]) -> Any:
     """Scores of single texts as one array."""
     scores = [leading(score) for score in scores]
     if framework.name == "numpy":
-        return numpy.array([numpy.asarray(score, dtype="float64").reshape(-1)[0] for score in scores])
+        return numpy.array([numpy.asarray(framework.host(score), dtype="float64").reshape(-1)[0] for score in scores])
     library = framework.torch if framework.name == "torch" else framework.jax.numpy  # type: ignore[attr-defined]
     make = library.as_tensor if framework.name == "torch" else library.asarray
+    scores = [numpy.float64(score) if isinstance(score, float) else score for score in scores]
     return library.stack([make(score).reshape(-1)[0] for score in scores])
