@@ -11,7 +11,7 @@ from hypothesis.extra import numpy as hnp
 
 from minidpo import cli, exact, gradcheck, losses, plots
 from minidpo.tensor import Tensor
-from minidpo.theory import assumptions, dynamics, equalities, exact, optima
+from minidpo.theory import assumptions, dynamics, equalities, optima
 from models import CONFIG, small
 
 pytestmark = pytest.mark.slow
