@@ -694,6 +694,9 @@ def test_the_command_says_what_is_wrong(tmp_path, capsys):
     error = capsys.readouterr().err
     assert "has no row with a metric" in error and "\x1b" not in error
     assert cli.main(["doctor", str(tmp_path / "missing")]) == 2
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").write_text(printed(HEALTHY))
+    assert cli.main(["doctor", str(tmp_path / "run")]) == 0
     assert cli.main(["doctor"]) == cli.main(["doctor", str(sick), "--table"]) == 2
     assert "--table" in capsys.readouterr().err
     assert cli.main(["doctor", "--table"]) == 0 and capsys.readouterr().out == table() + "\n"

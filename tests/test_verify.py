@@ -123,6 +123,7 @@ def test_the_numbers_of_a_wrong_loss_are_read_from_it(change, sentence):
     """Which beta, smoothing, target margin or cap a loss has is in its sentence."""
     report = verify.loss(change)
     assert not report.right and sentence in str(report), report
+    assert ("COULD NOT RUN" in str(report)) == ("called" in sentence)
     assert ("ZeroDivisionError" in report.traceback) == ("called" in sentence)
 
 

@@ -22,16 +22,17 @@ def doctor(
 ) -> int:
     """Say what is wrong in a training log, with evidence and likely causes.
 
-    Read metrics.jsonl, TRL's trainer_state.json, JSON Lines or any text with printed dicts of metrics. Print what is
-    wrong, the steps and numbers that show it, the usual causes in order of likelihood, and how to tell them apart in a
-    minute. The exit status is 0 if nothing is unusual, 1 if something is, 2 if the file cannot be read.
+    Read metrics.jsonl, also of a run folder, TRL's trainer_state.json, JSON Lines or any text with printed dicts of
+    metrics. Print what is wrong, the steps and numbers that show it, the usual causes, likeliest first, and how to
+    tell them apart in a minute. The exit status is 0 if nothing is unusual, 1 if something is, 2 if the file cannot be
+    read.
     """
     if table == (file is not None):
         raise ValueError("give a log, or --table for the faults that it knows, and not both")
     if file is None:
         print(faults())
         return 0
-    found = diagnosis(Path(file))
+    found = diagnosis(Path(file) / "metrics.jsonl" if Path(file).is_dir() else Path(file))
     print(dumps(found.as_dict(), allow_nan=False) if json else found)
     return 1 if found.findings else 0
 

@@ -43,11 +43,12 @@ def warnings(metrics: Sequence[Mapping[str, Any]]) -> list[str]:
     elif len(evaluations) > 2 and lowest is evaluations[1]:
         first = "THE LOWEST HELD-OUT LOSS WAS AT THE FIRST EVALUATION, AND THE BEST MODEL MAY LIE BEFORE IT"
         sentences.append(f"{first}. {helps}")
-    rise = max(line.get("eval_nll/chosen_rise", 0.0) for line in (lowest, evaluations[-1]))
+    rise, step = max((line.get("eval_nll/chosen_rise", 0.0), line["step"]) for line in (lowest, evaluations[-1]))
     if rise > CHOSEN_LOSS_WARNING:
         sentences.append(
             f"the chosen responses lost {rise:.2f} nats per token against the reference, more than "
-            f"{CHOSEN_LOSS_WARNING:g}; a smaller --learning-rate, fewer --steps, a larger --beta or --nll-weight helps"
+            f"{CHOSEN_LOSS_WARNING:g}, at step {step}; a smaller --learning-rate, fewer --steps, a larger --beta or "
+            "--nll-weight helps"
         )
     return sentences
 

@@ -68,7 +68,9 @@ class Report:
         return {"subject": self.subject, "right": self.right, "tried": self.tried, **rows, "traceback": self.traceback}
 
     def __str__(self) -> str:
-        lines = [f"{printable(self.subject)}: {'right' if self.right else 'WRONG'}"]
+        verdict = "right" if self.right else "WRONG"
+        verdict = "COULD NOT RUN" if self.findings and self.findings[0].code == "not_callable" else verdict
+        lines = [f"{printable(self.subject)}: {verdict}"]
         lines += [f"  {printable(str(finding))}" for finding in self.findings]
         lines += [f"  remark, {printable(str(remark))}" for remark in self.remarks]
         lines += ["  tried: " + "; ".join(self.tried)] if self.tried else []
