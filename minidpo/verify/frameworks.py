@@ -18,6 +18,7 @@ class Framework:
     """NumPy; the others override what differs."""
 
     name = "numpy"
+    library: Any = numpy  # the module of its array functions
 
     def array(self, x: Any, dtype: str | None = None) -> Any:
         """A new array of the framework."""
@@ -33,10 +34,6 @@ class Framework:
         """Within it, float64 is float64, and arithmetic does not warn."""
         return numpy.errstate(all="ignore")
 
-    def seeded(self, seed: int) -> None:
-        """Give the framework's global random numbers a seed, where it has them."""
-        numpy.random.seed(seed)
-
     def in_graph(self, x: Any) -> bool | None:
         """Whether a value has a derivative; None where that cannot be told."""
         return None
@@ -50,31 +47,27 @@ class Torch(Framework):
     name = "torch"
 
     def __init__(self) -> None:
-        self.torch = importlib.import_module("torch")
+        self.library = importlib.import_module("torch")
 
     def array(self, x: Any, dtype: str | None = None) -> Any:
-        made = self.torch.tensor(numpy.ascontiguousarray(x))
-        return made.to(getattr(self.torch, dtype)) if dtype else made
+        made = self.library.tensor(numpy.ascontiguousarray(x))
+        return made.to(getattr(self.library, dtype)) if dtype else made
 
     def host(self, x: Any) -> Array:
-        x = self.torch.as_tensor(x).detach().cpu()
+        x = self.library.as_tensor(x).detach().cpu()
         return (x.double() if x.is_floating_point() else x).numpy()
-
-    def seeded(self, seed: int) -> None:
-        numpy.random.seed(seed)
-        self.torch.manual_seed(seed)
 
     def in_graph(self, x: Any) -> bool | None:
         return bool(getattr(x, "requires_grad", False))
 
     def jacobian(self, f: Call, arrays: Sequence[Array]) -> list[list[Array | None]]:
         leaves = [self.array(x).requires_grad_() for x in arrays]
-        y = self.torch.as_tensor(f(*leaves))
+        y = self.library.as_tensor(f(*leaves))
         rows: list[list[Array | None]] = []
         for k in range(y.numel()):
             grads: Sequence[Any] = [None] * len(leaves)
             if y.requires_grad:
-                grads = self.torch.autograd.grad(y.reshape(-1)[k], leaves, retain_graph=True, allow_unused=True)
+                grads = self.library.autograd.grad(y.reshape(-1)[k], leaves, retain_graph=True, allow_unused=True)
             rows.append([None if g is None else self.host(g) for g in grads])
         return rows
 
@@ -84,12 +77,13 @@ class Jax(Framework):
 
     def __init__(self) -> None:
         self.jax = importlib.import_module("jax")
+        self.library = self.jax.numpy
 
     def array(self, x: Any, dtype: str | None = None) -> Any:
-        return self.jax.numpy.asarray(x, dtype=dtype)
+        return self.library.asarray(x, dtype=dtype)
 
     def host(self, x: Any) -> Array:
-        jnp = self.jax.numpy
+        jnp = self.library
         x = jnp.asarray(x)
         return numpy.asarray(x.astype("float64") if jnp.issubdtype(x.dtype, jnp.floating) else x)
 
@@ -99,7 +93,7 @@ class Jax(Framework):
             yield
 
     def jacobian(self, f: Call, arrays: Sequence[Array]) -> list[list[Array | None]]:
-        y, pull = self.jax.vjp(lambda *xs: self.jax.numpy.asarray(f(*xs)), *map(self.array, arrays))
+        y, pull = self.jax.vjp(lambda *xs: self.library.asarray(f(*xs)), *map(self.array, arrays))
         unit = self.array(numpy.eye(y.size).reshape(y.size, *y.shape), y.dtype)
         rows = [self.host(each) for each in self.jax.vmap(pull)(unit)]
         return [[each[k] for each in rows] for k in range(y.size)]

@@ -12,59 +12,43 @@ from typing import Any
 import numpy
 
 from ..backend import Array
-from .frameworks import Framework, candidates, differences, leading
+from .frameworks import Framework, differences, leading
 from .loss_check import close
-from .report import Report
+from .report import Report, run
 from .texts import EOS, LAYOUTS, Model, NeverSeen, Texts, V, arguments_of, located, random_texts
 
 Cells = dict[tuple[int, int], float]  # (row, token) of one text -> weight
 
 
-def traced(call: Callable[[], Any], models: Sequence[Model]) -> tuple[Any, list[list[Array | None]]]:
+def traced(
+    call: Callable[[], Any], models: Sequence[Model], by_differences: bool = False
+) -> tuple[Any, list[list[Array | None]]]:
     """What a call returns, and its derivatives in the logits of each call of the models: [output][call]."""
-    framework, kept = models[0].framework, []
+    framework = models[0].framework
+    by_differences = by_differences or framework.name == "numpy"
     for model in models:
         model.calls.clear()
     result = call()
     kept = [list(model.calls) for model in models]
 
-    def again(*logits: Any, numbers: bool = False) -> Any:
+    def again(*logits: Any) -> Any:
         rest = list(logits)
         for model, calls in zip(models, kept):
             own, rest = rest[: len(calls)], rest[len(calls) :]
             model.calls.clear()
-            model.moved, model.leaves = (own, None) if numbers else (None, own)
+            model.moved, model.leaves = (own, None) if by_differences else (None, own)
         try:
             y = leading(call())
         finally:
             for model in models:
                 model.moved = model.leaves = None
-        return numpy.asarray(framework.host(y)).reshape(-1) if numbers else flat(y)
+        return framework.host(y).reshape(-1) if by_differences else flat(y)
 
     bases = [values for calls in kept for _, values, _ in calls]
-    rows = framework.jacobian(again, bases) if framework.name != "numpy" else []
-    if framework.name == "numpy" or not any(g is not None and g.any() for row in rows for g in row):
-        rows = [[None] * len(bases)] * len(rows) if rows else differences(lambda *x: again(*x, numbers=True), bases)
+    rows = differences(again, bases) if by_differences else framework.jacobian(again, bases)
     for model, calls in zip(models, kept):
         model.calls[:] = calls
     return result, rows
-
-
-def numerical(call: Callable[[], Any], model: Model) -> list[list[Array | None]]:
-    """The same derivatives by central differences, for a score that was computed without a graph."""
-    calls = list(model.calls)
-
-    def by_hand(*logits: Any) -> Any:
-        model.calls.clear()
-        model.moved = list(logits)
-        try:
-            return model.framework.host(leading(call())).reshape(-1)
-        finally:
-            model.moved = None
-
-    rows = differences(by_hand, [values for _, values, _ in calls])
-    model.calls[:] = calls
-    return rows
 
 
 def flat(y: Any) -> Any:
@@ -138,20 +122,14 @@ def logprobs(fn: Any, layout: Any = "labels", framework: str | None = None) -> R
     report = Report(getattr(fn, "__name__", type(fn).__name__))
     if not callable(layout) and layout not in LAYOUTS:
         raise ValueError(f"layout must be one of {', '.join(LAYOUTS)} or a function, not {layout!r}")
-    for each in candidates(framework):
-        report.tried.clear()
-        with each.session():
-            try:
-                _check(fn, layout, each, report)
-            except NeverSeen as error:
-                report.fault("wrong_value", str(error))
-            except Exception:
-                report.failed(each.name)
-                continue
-            report.traceback = ""
-            break
-    if report.traceback:
-        report.not_callable("in this layout: see its traceback")
+
+    def check(each: Framework) -> None:
+        try:
+            _check(fn, layout, each, report)
+        except NeverSeen as error:
+            report.fault("wrong_value", str(error))
+
+    run(report, framework, check, "in this layout: see its traceback")
     return report
 
 
@@ -197,24 +175,24 @@ def _read(fn: Any, layout: Any, texts: Texts, model: Model, report: Report) -> N
     result, rows = traced(lambda: call(fn), [model])
     score = numpy.asarray(framework.host(leading(result)), dtype="float64")
     B = len(right)
-    if all(g is None for row in rows for g in row):
+    if not any(g is not None and g.any() for row in rows for g in row) and framework.name != "numpy":
         report.fault("no_gradient", "no gradient reaches the logits: was it run without a graph?")
-        rows = numerical(lambda: call(fn), model)
-    _shape(report, texts, model, score, rows, right)
+        _, rows = traced(lambda: call(fn), [model], by_differences=True)
+    _shape(report, texts, score, right)
     if score.shape not in ((B,), (B, 1)):
         return
     counted = [_cells_of(b, texts, model, rows[b], report) for b in range(B)]
     if any(each is None for each in counted):
         _not_cells(report, texts, model, score, right)
         return
-    _say(report, texts, [each for each in counted if each is not None], inspect_average(fn, result))
+    _say(report, texts, [each for each in counted if each is not None], average_option(fn))
     report.picture = report.picture or picture(texts, [each for each in counted if each is not None])
     if not report.findings and not report.remarks and not close(score, right):
         worst = int(numpy.argmax(abs(score - right)))
         report.fault("wrong_value", "its value is not what its gradient says", float(right[worst]), float(score[worst]))
 
 
-def inspect_average(fn: Any, result: Any) -> str:
+def average_option(fn: Any) -> str:
     """The name of a parameter that turns the sum into a mean, if there is one."""
     try:
         names = inspect.signature(fn).parameters
@@ -223,9 +201,7 @@ def inspect_average(fn: Any, result: Any) -> str:
     return next((name for name in names if "average" in name or "mean" in name or "normali" in name), "")
 
 
-def _shape(
-    report: Report, texts: Texts, model: Model, score: Array, rows: list[list[Array | None]], right: Array
-) -> None:
+def _shape(report: Report, texts: Texts, score: Array, right: Array) -> None:
     """Say what is wrong with a score that is not one number for each text."""
     B, T = texts.ids.shape
     if score.shape in ((B,), (B, 1)):
@@ -424,15 +400,8 @@ def _extremes(
 ) -> None:
     """Very large logits, a long text, a pad with probability 0, and half precision; `whole` if prompts count, too."""
 
-    def score(texts: Texts, model: Model, narrow: str = "") -> tuple[Array, Array]:
-        if narrow:
-            array = framework.array
-            framework.array = lambda x, dtype=None: array(x, narrow if dtype == "float64" else dtype)  # type: ignore
-        try:
-            y = numpy.asarray(framework.host(leading(arguments_of(layout, texts, model)(fn))), dtype="float64")
-        finally:
-            if narrow:
-                del framework.array
+    def score(texts: Texts, model: Model) -> tuple[Array, Array]:
+        y = numpy.asarray(framework.host(leading(arguments_of(layout, texts, model)(fn))), dtype="float64")
         return y.reshape(-1), expected_scores(texts, model, whole)
 
     report.tried.append("logits of 1e4; a response of 400 tokens; pads of probability 0")
@@ -450,7 +419,7 @@ def _extremes(
         )
     for narrow in ("float16", "bfloat16") if framework.name != "numpy" else ():
         try:
-            found, right = score(texts, Model(framework, 11), narrow)
+            found, right = score(texts, Model(framework, 11, dtype=narrow))
         except Exception:  # a type that the subject does not take
             continue
         if not (abs(found - right) < 0.1).all():
@@ -498,10 +467,8 @@ def labels(ids: Any, labels: Any, prompt_lengths: Any, lengths: Any) -> Report:
         raise ValueError(
             f"ids and labels must be (B, T) and the lengths (B,), not {ids.shape}, {labels.shape}, {starts.shape}"
         )
-    texts = Texts.__new__(Texts)
-    texts.prompts = [row[:n].tolist() for row, n in zip(ids, starts)]
-    texts.responses = [row[n:end].tolist() for row, n, end in zip(ids, starts, ends)]
-    texts.pad, texts.ids = -1, ids
+    prompts = [row[:n].tolist() for row, n in zip(ids, starts)]
+    texts = Texts(prompts, [row[n:end].tolist() for row, n, end in zip(ids, starts, ends)], pad=-1)
     real = labels != -100
     for b, t in numpy.argwhere(real):
         if labels[b, t] != ids[b, t]:

@@ -2,11 +2,12 @@
 
 import math
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from ..tokenizer import printable
+from .frameworks import Framework, candidates
 
 
 class Finding(NamedTuple):
@@ -77,6 +78,22 @@ class Report:
         lines += ["", self.picture] if self.picture else []
         lines += ["", self.traceback] if self.traceback else []
         return "\n".join(lines)
+
+
+def run(report: Report, framework: str | None, check: Callable[[Framework], None], how: str) -> None:
+    """Check with the first framework that the subject takes; `how` says how it was called, if it takes none."""
+    for each in candidates(framework):
+        report.tried.clear()
+        with each.session():
+            try:
+                check(each)
+            except Exception:  # whatever somebody's code raises
+                report.failed(each.name)
+                continue
+            report.traceback = ""
+            break
+    if report.traceback:
+        report.not_callable(how)
 
 
 def _plain(value: Any) -> Any:

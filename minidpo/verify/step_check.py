@@ -7,10 +7,10 @@ from typing import Any
 import numpy
 
 from ..backend import Array
-from .frameworks import Framework, candidates, leading
-from .logprob_check import SIZES, Cells, _say, cells, expected_scores, traced
+from .frameworks import Framework, leading
+from .logprob_check import SIZES, Cells, _say, cells, traced
 from .loss_check import SUSPECTS, close, dpo
-from .report import Report
+from .report import Report, run
 from .texts import EOS, Model, NeverSeen, Texts, V, located, module
 
 REJECTED = (2, 5, 3, 6)  # lengths of the rejected responses to the prompts of SIZES
@@ -49,18 +49,8 @@ def step(fn: Any, beta: float = 0.1, framework: str | None = None) -> Report:
     `prompt_lengths`. The gradient is compared in the logits: how a model hands it on is its framework's work.
     """
     report = Report(getattr(fn, "__name__", type(fn).__name__))
-    for each in candidates(framework):
-        report.tried.clear()
-        with each.session():
-            try:
-                _check(fn, each, beta, report)
-            except Exception:
-                report.failed(each.name)
-                continue
-            report.traceback = ""
-            break
-    if report.traceback:
-        report.not_callable("as fn(policy, reference, batch, beta): see its traceback")
+    how = "as fn(policy, reference, batch, beta): see its traceback"
+    run(report, framework, lambda each: _check(fn, each, beta, report), how)
     return report
 
 
@@ -105,7 +95,9 @@ def _check(fn: Any, framework: Framework, beta: float, report: Report) -> None:
                      "the reference is never called" + (": the policy stands in for it" if constant else ""),
                      None, value)  # fmt: skip
         return
-    numbers = _log_probabilities(sides, models)
+    wanted = [[{(len(x) - 1 + t, v): 1.0 for t, v in enumerate(y)} for x, y in zip(each.prompts, each.responses)]
+              for each in sides]  # fmt: skip
+    numbers = _scores(sides, models, wanted, mean=False)
     expected = float(dpo(*numbers, beta).mean())
     if framework.name == "torch" and any(g is not None and g.any() for g in of_reference):
         report.fault("reference_gets_gradient", "a gradient reaches the reference model: score it without a graph")
@@ -133,18 +125,6 @@ def _weights(body: Any, start: float | None = None) -> list[float]:
             p.data.fill_(start)
         found += p.detach().reshape(-1).tolist()
     return found
-
-
-def _log_probabilities(sides: tuple[Texts, Texts], models: tuple[Model, Model]) -> tuple[Array, Array, Array, Array]:
-    """log pi of chosen and rejected under the policy, and under the reference."""
-    fresh = [Model(model.framework, model.seed) for model in models]
-    scores = []
-    for model in fresh:
-        for texts in sides:
-            model.calls = [(texts.ids, model.values(texts.ids), None)]
-            scores.append(expected_scores(texts, model))
-    w, l, rw, rl = scores
-    return w, l, rw, rl
 
 
 def _counted(texts: Texts, policy: Model, gradients: list[Array | None]) -> list[Cells] | None:

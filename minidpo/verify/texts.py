@@ -72,8 +72,8 @@ def random_texts(
 class Model:
     """Logits that depend on the whole text up to each place, kept call by call."""
 
-    def __init__(self, framework: Framework, seed: int, scale: float = 1.5):
-        self.framework, self.seed, self.scale = framework, seed, scale
+    def __init__(self, framework: Framework, seed: int, scale: float = 1.5, dtype: str = "float64"):
+        self.framework, self.seed, self.scale, self.dtype = framework, seed, scale, dtype
         self.calls: list[tuple[Array, Array, Any]] = []  # ids (B, T), logits (B, T, V) in NumPy and in the framework
         self.moved: list[Array] | None = None  # logits to return in place of the model's own, call by call
         self.leaves: list[Any] | None = None  # the same, in the framework
@@ -97,7 +97,7 @@ class Model:
             logits = self.leaves[number]
         else:
             values = self.values(host) if self.moved is None else self.moved[number]
-            logits = self.framework.array(values, "float64")
+            logits = self.framework.array(values, self.dtype)
             if hasattr(logits, "requires_grad_"):
                 logits.requires_grad_()
         shaped = self.framework.host(logits) if self.leaves is None else numpy.empty(0)
@@ -183,7 +183,7 @@ def module(model: Model, wrap: Callable[[Any], Any] = lambda logits: logits) -> 
 
     if model.framework.name != "torch":
         return forward
-    torch: Any = model.framework.torch  # type: ignore[attr-defined]
+    torch: Any = model.framework.library
 
     class Module(torch.nn.Module):
         def __init__(self) -> None:
@@ -237,10 +237,7 @@ class Encoding(dict[str, Any]):
 
 def stacked(framework: Framework, scores: list[Any]) -> Any:
     """Scores of single texts as one array."""
-    scores = [leading(score) for score in scores]
-    if framework.name == "numpy":
-        return numpy.array([numpy.asarray(framework.host(score), dtype="float64").reshape(-1)[0] for score in scores])
-    library = framework.torch if framework.name == "torch" else framework.jax.numpy  # type: ignore[attr-defined]
-    make = library.as_tensor if framework.name == "torch" else library.asarray
-    scores = [numpy.float64(score) if isinstance(score, float) else score for score in scores]
+    library = framework.library
+    make = framework.host if framework.name == "numpy" else library.asarray  # host refuses another framework's
+    scores = [numpy.float64(score) if isinstance(score, float) else score for score in map(leading, scores)]
     return library.stack([make(score).reshape(-1)[0] for score in scores])
