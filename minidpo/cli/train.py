@@ -27,7 +27,7 @@ from ..run.tasks import counted
 from ..run.workers import Workers, worker_count
 from ..scoring import collate
 from ..streams import stream
-from ..tokenizer import END_OF_TEXT, TURN, Tokenizer
+from ..tokenizer import END_OF_TEXT, TURN, Tokenizer, UnknownCharacterError
 from ..training import Example, Loss
 from . import options as o
 from .options import NO_MATPLOTLIB, Default
@@ -232,11 +232,16 @@ def likelihood_run(
 def text_examples(path: Path, texts: Sequence[tuple[int, str]], start: Checkpoint) -> list[Example]:
     """Texts as examples for a model; raises ValueError with the line of one that it cannot read."""
     most = start.config.n_positions - 1
+    try:
+        examples = training.line_examples([text for _, text in texts], start.tokenizer)
+    except UnknownCharacterError:
+        for line, text in texts:
+            start.tokenizer.encode(text, f"the text of {path}, line {line},")  # raises it again, with its place
+        raise
     for line, text in texts:
-        start.tokenizer.encode(text, f"the text of {path}, line {line},")
         if len(text) > most:
             raise ValueError(f"{path}, line {line}: the text has {len(text)} characters, but {most} fit the context")
-    return training.line_examples([text for _, text in texts], start.tokenizer)
+    return examples
 
 
 @command("train")
