@@ -131,6 +131,38 @@ def test_the_numbers_of_a_wrong_loss_are_read_from_it(change, sentence):
     assert ("ZeroDivisionError" in report.traceback) == ("called" in sentence)
 
 
+def of_ratios(loss):
+    """A loss of the two log-ratios and beta, as a function of four log-probabilities."""
+    return lambda w, l, rw, rl, beta: loss(w - rw, l - rl, beta)
+
+
+def sigma(x):
+    return np.exp(-np.logaddexp(0, -x))
+
+
+@pytest.mark.parametrize(
+    ("function", "codes", "sentence"),
+    [
+        (of_ratios(lambda h, g, b: np.logaddexp(0, -b * (np.sort(h) - np.sort(g)))), ["other_loss"], "'aot_unpaired'"),
+        (of_ratios(lambda h, g, b: 1 - sigma(b * h) + sigma(b * g)), ["other_loss"], "'apo_zero', at beta = 0.1, plus"),
+        (of_ratios(lambda h, g, b: np.logaddexp(0, -b * (h - g) + 0.7 * np.maximum(0, -h))), ["other_loss"],
+         "'dpop', with a penalty of 7"),
+        (of_ratios(lambda h, g, b: np.concatenate([sigma(-b * (h - max(g.mean(), 0))),
+                                                   sigma(-b * (max(h.mean(), 0) - g))])), ["other_loss"], "kto_pair"),
+        (of_ratios(lambda h, g, b: np.logaddexp(0, -b * (h - g - (h - g).mean()))), ["pairs_coupled"], "each other"),
+        (lambda w, l, rw, rl, b: np.logaddexp(0, -(w - l) / b), ["reference_ignored", "beta_divides"], "divided by"),
+        (lambda w, l, rw, rl, beta: len(w) * eq7(w, l, rw, rl, beta**2), ["beta_twice", "sum_over_batch"], "sum"),
+        (lambda w, l, rw, rl, beta, smoothing: 0, ["not_callable"], "it needs 'smoothing', too"),
+        (lambda w, l, beta: 0, ["not_callable"], "it does not take 4 arguments"),
+        (lambda w, l, rw, rl, beta: eq7(float(w), l, rw, rl, beta), ["not_callable"], "call it pair by pair"),
+    ],
+)  # fmt: skip
+def test_a_loss_that_others_publish_is_named(function, codes, sentence):
+    """Relatives of DPO, losses that couple their pairs, and calls that cannot be made: the sentence says which."""
+    report = verify.loss(function)
+    assert [finding.code for finding in report.findings] == codes and sentence in str(report), report
+
+
 def missing():
     raise ModuleNotFoundError("No module named 'jax'")
 

@@ -61,6 +61,9 @@ SUSPECTS = [
             lambda *x: softplus(-x[4] * ((x[0] - x[2])[:, None] - (x[1] - x[3]))).mean(axis=1)),
     Suspect("wrong_axis", "every chosen response is set against every rejected one, policy and reference apart",
             lambda *x: softplus(-x[4] * ((x[0] - x[1])[:, None] - (x[2] - x[3]))).mean(axis=1)),
+    Suspect("other_loss", "this is kto_pair: sigma for log sigma, each log-ratio against the mean of the other side's",
+            lambda w, l, rw, rl, beta: numpy.exp(-softplus(-beta * numpy.stack(
+                [max((l - rl).mean(), 0) - (w - rw), (l - rl) - max((w - rw).mean(), 0)]))).mean(axis=0)),
     Suspect("wants_logits", "the margin is of probabilities, sigma(z) without a logarithm",
             lambda *x: -numpy.exp(-softplus(-x[4] * margin(*x[:4])))),
 ]  # fmt: skip
@@ -276,19 +279,33 @@ def _name(
                 return
     if _probabilities(subject, report, betas[0], rng, numbers):
         return
-    if _linear(subject, report, betas, rng, numbers) or _smoothed(subject, report, cases, found, numbers):
+    logps, b = cases[0]
+    apart = numpy.array([subject.mean(tuple(x[i : i + 1] for x in logps), b) for i in range(len(logps[0]))])
+    coupled = not close(found[0].mean(), apart.mean()) and not close(found[0].mean(), apart.sum())
+    if not coupled and (
+        _linear(subject, report, betas, rng, numbers) or _smoothed(subject, report, cases, found, numbers)
+    ):
+        if close(found[0].mean(), apart.sum()):
+            report.fault("sum_over_batch", "it is the sum over the pairs, not the mean", **numbers)
         return
-    for name in losses.LOSSES:
-        parameters = inspect.signature(losses.LOSSES[name]).parameters
+    for name, known in losses.LOSSES.items():
+        parameters = inspect.signature(known).parameters
         if name == "dpo" or any(p.default is p.empty and n not in NAMES for n, p in parameters.items()):
             continue
+        given = [{n: x for n, x in zip(NAMES, (*logps, b)) if n in parameters} for logps, b in cases]
         try:
-            choice = losses.Choice(name)
-            if equal(lambda *x, choice=choice: choice(*x[:4], beta=x[4]).loss.data):
-                report.fault("other_loss", f"this is the loss {name!r}, at beta = {betas[0]:g}", **numbers)
-                return
+            values = [float(known(**each).loss.data) for each in given]
         except (ValueError, TypeError):  # a loss that needs more than four numbers
             continue
+        offset = found[0].mean() - values[0]  # a constant has no gradient
+        if all(close(y.mean() - offset, v) for y, v in zip(found, values)):
+            plus = "" if close(offset, 0.0) else f", plus {offset:.4g}"
+            report.fault("other_loss", f"this is the loss {name!r}, at beta = {betas[0]:g}{plus}", **numbers)
+            return
+    if coupled:
+        report.fault("pairs_coupled", "a batch's loss is not the mean of its pairs' losses: they affect each other",
+                     float(apart.mean()), float(found[0].mean()))  # fmt: skip
+        return
     report.fault("wrong_value", "it is not the DPO loss, nor any that is known here", **numbers)
 
 
@@ -318,7 +335,7 @@ def _linear(
         inputs = numpy.array([[*(x[0] for x in logps), 1.0] for logps in pairs])[kept]
         fit, *_ = numpy.linalg.lstsq(inputs, z)
         if not close(inputs @ fit, z, 1e-4):
-            return False
+            return _positive(inputs.T[:4], z, beta, report, numbers)
         fits.append(fit)
     pattern, tolerance = numpy.array([1.0, -1.0, -1.0, 1.0]), 1e-3
     a, c, beta = fits[0][:4], fits[0][4], betas[0]
@@ -353,15 +370,26 @@ def _linear(
                 return fault(code, sentence)
             if close(scale / factor, -1.0, 1e-3) and code != "pair_swapped":
                 return fault(code, sentence) and fault("pair_swapped", "chosen and rejected are swapped, too")
-        if close(scale / beta, 1.0, 1e-3):
-            return fault("wrong_value", "it is Eq. 7 for some pairs and not for others, or not in a batch")
+        if close(scale / beta, 1.0, 1e-3):  # right for one pair
+            return False
         return fault("wrong_value", f"the margin is multiplied by {scale:.4g}, not by beta = {beta:g}")
-    if proportional(numpy.array([1.0, -1.0, 0.0, 0.0])) is not None:
-        return fault("reference_ignored", "the reference's log-probabilities do not enter")
+    if (scale := proportional(numpy.array([1.0, -1.0, 0.0, 0.0]))) is not None:
+        fault("reference_ignored", "the reference's log-probabilities do not enter")
+        return not close(scale * beta, 1.0, 1e-3) or fault("beta_divides", "the margin is divided by beta")
     if proportional(numpy.array([0.0, 0.0, 1.0, -1.0])) is not None:
         return fault("wrong_value", "the policy's log-probabilities do not enter")
     words = ", ".join(f"{x / beta:.3g} {name}" for x, name in zip(a, NAMES))
     return fault("wrong_value", f"z is beta times ({words}), not logp_w - logp_l - ref_logp_w + ref_logp_l")
+
+
+def _positive(logps: Array, z: Array, beta: float, report: Report, numbers: dict[str, float]) -> bool:
+    """Whether z = beta (margin - penalty max(0, ref_logp_w - logp_w)), as in DPO-positive."""
+    below, gap = numpy.maximum(0, logps[2] - logps[0]), beta * margin(*logps) - z
+    penalty = float(below @ gap / (below @ below)) if below.any() else 0.0
+    if penalty <= 0 or not close(penalty * below, gap, 1e-4):
+        return False
+    report.fault("other_loss", f"this is the loss 'dpop', with a penalty of {penalty / beta:.4g}", **numbers)
+    return True
 
 
 def _smoothed(

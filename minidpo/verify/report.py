@@ -1,6 +1,7 @@
 """What a check found: data first, then as text."""
 
 import math
+import re
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -8,6 +9,14 @@ from typing import Any, NamedTuple
 
 from ..tokenizer import printable
 from .frameworks import Framework, candidates
+
+CAUSES = (  # of an exception, by its text
+    (r"index -100", "labels of -100 are looked up as tokens: replace them first"),
+    (r"missing \d+ required (?:positional|keyword-only) arguments?: (.+)", "it needs {}, too: adapt the call"),
+    (r"takes [\w ]+ positional arguments? but (\d+) were given", "it does not take {} arguments: adapt the call"),
+    (r"(?:0-dimensional|length-1|size-1) arrays can be converted|truth value of an array|must be real number",
+     "it takes single numbers: call it pair by pair"),
+)  # fmt: skip
 
 
 class Finding(NamedTuple):
@@ -54,9 +63,11 @@ class Report:
 
     def not_callable(self, how: str) -> None:
         """Add the finding that it could not be called, with the commonest cause if its traceback shows it."""
-        lookup = "index -100" in self.traceback
-        cause = "; labels of -100 are looked up as tokens: replace them first" if lookup else ""
-        self.fault("not_callable", f"it could not be called {how}{cause}")
+        for pattern, cause in CAUSES:
+            if match := re.search(pattern, self.traceback):
+                how += f"; {cause.format(*match.groups())}"
+                break
+        self.fault("not_callable", f"it could not be called {how}")
 
     def assert_right(self) -> None:
         """Raise AssertionError, with the whole report as its text, if anything is wrong."""
