@@ -196,11 +196,16 @@ def of_model(model, prompt, response, first=0, last=None, shift=1):
     return logp[:, prompt.shape[1] - shift :][:, first:last].sum(axis=1)
 
 
-def of_strings(model, tokenizer, prompt, response, end=True):
+def unpacked(logits, loss):
+    return logits
+
+
+def of_strings(model, tokenizer, prompt, response, end=True, seen=None):
     x, y = (tokenizer(text)["input_ids"] for text in (prompt, response))
     y = [*y, tokenizer.eos_token_id] if end else y
     ids = np.array([[*x, *y]])
-    return logp_of(model(input_ids=ids).logits[0, len(x) - 1 : -1], ids[0, len(x) :]).sum()
+    logits = model(input_ids=ids[:, :seen]).logits[0, len(x) - 1 :]
+    return logp_of(logits[: len(y)], ids[0, len(x) :]).sum()
 
 
 @pytest.mark.parametrize(
@@ -215,6 +220,10 @@ def of_strings(model, tokenizer, prompt, response, end=True):
         (lambda m, x, y: of_model(m, x[:, :1], np.concatenate([x[:, 1:], y], axis=1)), "model", None),
         (of_strings, "strings", None),
         (lambda *x: of_strings(*x, end=False), "strings", "last_token_missing"),
+        (lambda *x: of_strings(*x, end=False, seen=-1), "strings", "last_token_missing"),
+        (lambda m, x, y: of_model(lambda ids: m(ids).logits, x, y), "model", None),
+        (lambda m, x, y: of_model(lambda ids: m(ids)[0], x, y), "model", None),
+        (lambda m, x, y: of_model(lambda ids: unpacked(*m(ids)), x, y), "model", None),
     ],
 )
 def test_a_scorer_that_calls_a_model_is_read_from_the_logits_that_it_got(function, layout, code):
@@ -245,6 +254,7 @@ def test_our_own_mutants_are_named(mutant, monkeypatch):
         return mutant({}, config, prompt[0].tolist(), response[0].tolist())
 
     code = MUTANTS[mutant.__name__]
+    monkeypatch.setattr(mutants, "END_OF_TEXT", texts.EOS)
     monkeypatch.setattr(logprob_check, "_extremes", lambda *arguments, **options: None)
     if mutant.__name__ == "last_prompt_token_scored":  # a prompt of one token has no token before its last
         monkeypatch.setattr(logprob_check, "SINGLE", logprob_check.SIZES)
@@ -273,6 +283,51 @@ def test_a_layout_may_be_a_function():
     assert [finding.code for finding in late.findings] == ["first_token_missing"]
     with pytest.raises(ValueError, match="layout must be one of labels"):
         verify.logprobs(masked, layout="packed")
+
+
+def of_labels(logits, labels):
+    counts = labels[:, 1:] != -100
+    return np.where(counts, logp_of(logits[:, :-1], np.where(counts, labels[:, 1:], 0)), 0.0).sum(axis=1)
+
+
+def test_padding_on_the_left_is_tried():
+    """A scorer that is right with pads behind the texts, and not with pads before them, is wrong."""
+    verify.logprobs(of_labels).assert_right()
+    report = verify.logprobs(lambda logits, labels: of_labels(logits, labels) * (1 + (labels[:, -1] != -100).all()))
+    assert report.tried[-1] == "pads before the texts" and not report.right, report
+
+
+def repeats_once(logits, labels):
+    """Of tokens that a response has twice, one alone is counted."""
+    first = [[t for t in range(len(row)) if row[t] != -100 and row[t] not in row[:t]] for row in labels]
+    kept = [[label if t in places else -100 for t, label in enumerate(row)] for row, places in zip(labels, first)]
+    return of_labels(logits, np.array(kept))
+
+
+def test_all_short_responses_have_probability_1():
+    """The chain rule and the normalisation oracle see what a text without repeated tokens cannot show."""
+    report = verify.logprobs(repeats_once)
+    assert [finding.code for finding in report.findings] == ["wrong_value", "not_normalised"], report
+    assert "all 15 responses" in report.tried[-1] and report.findings[1].found > 1.005
+    for layout, function in (("model", of_model), ("strings", of_strings), ("mask", masked)):
+        assert "by the chain rule" in verify.logprobs(function, layout=layout).tried[-2]
+
+
+def test_a_pad_that_is_written_into_a_scorer_is_a_remark():
+    """A scorer that skips token 0 as its pad is right where 0 is the pad, which it is told."""
+
+    def whole(logits, ids):
+        return (logp_of(logits[:, :-1], ids[:, 1:]) * (ids[:, 1:] != 0)).sum(axis=1)
+
+    report = verify.logprobs(whole, layout=lambda texts: (texts.logits(texts.ids), texts.ids))
+    assert report.right and "pad_is_0" in {remark.code for remark in report.remarks}, report
+
+
+def test_labels_of_minus_100_may_be_looked_up():
+    """Where -100 is an index of the vocabulary, what is masked afterwards does no harm."""
+    verify.logprobs(
+        lambda logits, labels: (logp_of(logits[:, :-1], labels[:, 1:]) * (labels[:, 1:] != -100)).sum(axis=1)
+    ).assert_right()
 
 
 def test_the_picture_shows_what_was_counted():
@@ -335,6 +390,27 @@ def test_a_step_in_numpy_is_checked_by_its_value_and_differences():
     verify.step(numpy_step).assert_right()
     swapped = verify.step(lambda *x: numpy_step(*x, sign=-1.0))
     assert [finding.code for finding in swapped.findings] == ["pair_swapped"]
+
+
+def test_a_step_divided_by_micro_batches_is_told_so():
+    """A loss that is Eq. 7 times a constant, in value and gradient, is told the constant."""
+    report = verify.step(lambda *x: numpy_step(*x) / 8)
+    assert [finding.code for finding in report.findings] == ["wrong_value"] and "Eq. 7 times 0.125" in str(report)
+
+
+def test_a_step_of_means_over_padded_texts_is_named():
+    """A mean over all places of the batch, pads included, is a mean for a sum and counts pads."""
+
+    def step(policy, reference, batch, beta):
+        w, l, rw, rl = (
+            logp_of(model(ids)[:, :-1], ids[:, 1:]).mean(axis=1)
+            for model in (policy, reference)
+            for ids in (batch["chosen_ids"], batch["rejected_ids"])
+        )
+        return eq7(w, l, rw, rl, beta)
+
+    codes = [finding.code for finding in verify.step(step).findings]
+    assert codes == ["pads_counted", "mean_for_sum"], codes
 
 
 # ---- the command ----------------------------------------------------------------------------------------------------

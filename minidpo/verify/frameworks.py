@@ -118,21 +118,44 @@ def candidates(name: str | None) -> Iterator[Framework]:
 
 
 def differences(f: Call, arrays: Sequence[Array]) -> list[list[Array | None]]:
-    """The derivatives of f by central differences: [k][i] for output k and array i."""
-    columns = []
-    for i, x in enumerate(arrays):
-        moved = [numpy.array(each, dtype="float64") for each in arrays]
-        column = []
-        for j in range(x.size):
-            ends = []
-            for h in (STEP, -STEP):
-                moved[i].reshape(-1)[j] = x.reshape(-1)[j] + h
+    """The derivatives of f by central differences: [k][i] for output k and array i.
+
+    Each row (the last axis) is first moved in a random direction. Rows that move different outputs are then taken
+    apart at the same time, and rows that move none not at all.
+    """
+    rng, moved = numpy.random.default_rng(0), [numpy.array(x, dtype="float64", order="C") for x in arrays]
+    rows = [row for x in moved for row in x.reshape(-1, x.shape[-1])]
+
+    def slope(which: Sequence[int], direction: Array) -> Array:
+        starts, ends = [rows[i].copy() for i in which], []
+        for h in (STEP, -STEP, 0.0):
+            for i, start in zip(which, starts):
+                rows[i][:] = start + h * direction
+            if h:
                 ends.append(numpy.asarray(f(*moved), dtype="float64").reshape(-1))
-            moved[i].reshape(-1)[j] = x.reshape(-1)[j]
-            column.append((ends[0] - ends[1]) / (2 * STEP))
-        columns.append(numpy.array(column))  # (size, K)
-    count = columns[0].shape[1]
-    return [[column[:, k].reshape(x.shape) for column, x in zip(columns, arrays)] for k in range(count)]
+        return (ends[0] - ends[1]) / (2 * STEP)  # (K,)
+
+    reach = [slope([i], rng.normal(size=len(row))) != 0 for i, row in enumerate(rows)]
+    slopes = [numpy.zeros((len(row), len(k))) for row, k in zip(rows, reach)]
+    groups: list[list[int]] = []
+    for i, k in enumerate(reach):
+        if k.any():
+            fits = (g for g in groups if len(rows[g[0]]) == len(rows[i]) and not any((reach[j] & k).any() for j in g))
+            group = next(fits, None)
+            if group is None:
+                groups.append(group := [])
+            group.append(i)
+    for group in groups:
+        for v, unit in enumerate(numpy.eye(len(rows[group[0]]))):
+            y = slope(group, unit)
+            for i in group:
+                slopes[i][v] = numpy.where(reach[i], y, 0.0)
+    columns, first = [], 0
+    for x in moved:
+        count = x.size // x.shape[-1]
+        columns.append(numpy.concatenate(slopes[first : first + count]))  # (size, K)
+        first += count
+    return [[column[:, k].reshape(x.shape) for column, x in zip(columns, moved)] for k in range(len(reach[0]))]
 
 
 def leading(result: Any) -> Any:

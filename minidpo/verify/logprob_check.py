@@ -4,6 +4,7 @@ For a score that is a sum of w log pi[t, v], the gradient in row t of the logits
 which (row, token) entered, with which weight. Our batches have no token twice in a text, so a token names its place.
 """
 
+import functools
 import inspect
 import math
 from collections.abc import Callable, Sequence
@@ -12,11 +13,13 @@ from typing import Any
 import numpy
 
 from ..backend import Array
+from ..theory import exact
 from .frameworks import Framework, differences, leading
 from .loss_check import close
 from .report import Report, run
-from .texts import EOS, LAYOUTS, Model, NeverSeen, Texts, V, arguments_of, located, random_texts
+from .texts import EOS, LAYOUTS, Enumerable, Model, NeverSeen, Texts, V, arguments_of, located, random_texts, settle
 
+MOST = 12  # tokens of one row that a score may count
 Cells = dict[tuple[int, int], float]  # (row, token) of one text -> weight
 
 
@@ -65,9 +68,9 @@ def cells(gradient: Array, logits: Array) -> tuple[Cells, str]:
         total = float(numpy.median(-g / p))  # most tokens enter through the softmax alone
         weights = g + total * p
         entered = numpy.flatnonzero(abs(weights) > 1e-4 * max(1e-3, abs(weights).max()))
-        if abs(total) < 1e-9 and len(entered) < V // 2:
+        if abs(total) < 1e-9 and len(entered) < MOST:
             return {}, "logits are added up without log_softmax"
-        if not 1 <= len(entered) <= V // 2 or abs(weights.sum() - total) > 1e-4 * max(1e-3, abs(total)):
+        if not 1 <= len(entered) <= MOST or abs(weights.sum() - total) > 1e-4 * max(1e-3, abs(total)):
             return {}, "it is not a sum of log-probabilities"
         for v in entered:
             found[int(t), int(v)] = float(weights[v])
@@ -98,7 +101,11 @@ def expected_scores(texts: Texts, model: Model, whole: bool = False) -> Array:
     for x, y in zip(texts.prompts, texts.responses):
         x, y = (x[:1], x[1:] + y) if whole else (x, y)
         call, b, start = located(x + y, model)
-        logits = model.calls[call][1][b, start + len(x) - 1 : start + len(x) + len(y) - 1]
+        ids, logits, _ = model.calls[call]
+        logits = logits[b, start:]
+        if len(logits) < len(x) + len(y) - 1:  # it never asked for the row of the last token
+            logits = model.values(numpy.array([[*ids[b, :start], *x, *y]]))[0, start:]
+        logits = logits[len(x) - 1 : len(x) + len(y) - 1]
         logp = logits - numpy.logaddexp.reduce(logits, axis=-1, keepdims=True)
         scores.append(logp[numpy.arange(len(y)), y].sum())
     return numpy.array(scores)
@@ -134,23 +141,70 @@ def logprobs(fn: Any, layout: Any = "labels", framework: str | None = None) -> R
 
 
 SIZES = ((3, 4), (5, 2), (2, 6), (4, 1))  # tokens of each prompt and response
-SINGLE = ((1, 1), (4, 4), (1, 2), (3, 5))
+SINGLE = ((1, 1), (4, 5), (1, 2), (3, 5))  # of the same shape as a batch, since XLA compiles every shape
 
 
 def _check(fn: Any, layout: Any, framework: Framework, report: Report) -> None:
     """Everything that is tried on a scorer."""
-    rng = numpy.random.default_rng(0)
-    for what, sizes, pad in (
-        ("texts of unequal length", SIZES, V - 1),
-        ("pads that have the id of end-of-text", SIZES, EOS),
-        ("prompts and responses of one token, and a text that fills the batch", SINGLE, V - 1),
-    ):
-        texts, model = random_texts(rng, sizes, pad, spare=int(sizes is not SINGLE)), Model(framework, 7)
+    rng, pad = numpy.random.default_rng(0), V - 1
+    first = Model(framework, 7)
+    settle(lambda: arguments_of(layout, random_texts(rng, SIZES, 0), first)(fn), [first])
+    fresh = functools.partial(Model, framework, returns=first.returns)
+    batches = [
+        ("texts of unequal length", SIZES, 0, False),
+        ("pads of another id", SIZES, V - 1, False),
+        ("pads that have the id of end-of-text", SIZES, EOS, False),
+        ("prompts and responses of one token, and a text that fills the batch", SINGLE, V - 1, False),
+    ]
+    if layout in ("labels", "labels_shifted", "mask"):
+        batches.append(("pads before the texts", SIZES, V - 1, True))
+    for what, sizes, own, left in batches:
+        own = own if pad else 0
         report.tried.append(what)
-        _read(fn, layout, texts, model, report)
+        _read(fn, layout, random_texts(rng, sizes, own, int(sizes is not SINGLE), left), fresh(7), report)
+        codes = {finding.code for finding in report.findings}
+        if own == V - 1 and sizes is SIZES and callable(layout) and codes and codes <= {"pad_counted", "pads_counted"}:
+            report.findings.clear()
+            report.picture, pad = "", 0
+            report.remark("pad_is_0", "it is right where the pad's id is 0, which is written into it, and nowhere else")
         if report.findings:
             return
-    _extremes(fn, layout, framework, report, rng, whole=any(r.code == "prompt_counted_cancels" for r in report.remarks))
+    prompt = next((each.sentence for each in report.remarks if each.code == "prompt_counted_cancels"), "")
+    if prompt.startswith("tokens"):  # of some of the prompt, it is not known which
+        return
+    if not callable(layout):
+        _enumerate(fn, layout, Enumerable(framework, first.returns), report, bool(prompt))
+    if not report.findings:
+        _extremes(fn, layout, fresh, report, rng, pad, bool(prompt))
+
+
+def _enumerate(fn: Any, layout: str, model: Enumerable, report: Report, whole: bool) -> None:
+    """The chain rule and the normalisation oracle of `theory.exact`, over all short responses to two prompts."""
+    cap, n, B, pad = 3, len(model.tokens), len(SIZES), model.tokens[1]  # the pad is one of the responses' tokens
+    responses = [y for y in exact.complete_responses(n, cap) if layout != "strings" or y[-1] == 0]  # fn ends them
+    report.tried.append(f"all {len(responses)} responses of at most {cap} tokens over {n}, by the chain rule")
+    for x in ([1, 2, 2], [2]):
+        found: list[float] = []
+        for first in range(0, len(responses), B):
+            some = [[model.tokens[i] for i in y] for y in (responses + responses)[first : first + B]]
+            spare = max(map(sum, SIZES)) + 1 - len(x) - max(map(len, some))  # the shape of all other batches
+            texts = Texts([[model.tokens[i] for i in x]] * B, some, pad, spare)
+            model.calls.clear()
+            y = model.framework.host(leading(arguments_of(layout, texts, model)(fn)))
+            found += numpy.asarray(y).reshape(-1).tolist()
+        wanted = [(x[:1], x[1:] + y) if whole else (x, y) for y in responses]
+        right = [exact.chain_rule_logprob(model.params, model.config, *each) for each in wanted]
+        pairs = list(zip(responses, right, found))  # the last batch may begin again
+        if not all(close(*each[1:], 1e-5) for each in pairs):
+            y, r, f = max(pairs, key=lambda each: abs(each[1] - each[2]))
+            told = [model.tokens[i] for i in y]
+            report.fault("wrong_value", f"the score of the response {told} is not that of the chain rule", r, f)
+            total = math.fsum(math.exp(f) for _, _, f in pairs)
+            if layout != "strings" and not whole and not close(total, 1.0, 1e-5):
+                report.fault(
+                    "not_normalised", "all responses to one prompt have a probability that is not 1", 1.0, total
+                )
+            return
 
 
 def _read(fn: Any, layout: Any, texts: Texts, model: Model, report: Report) -> None:
@@ -288,7 +342,9 @@ def _say(report: Report, texts: Texts, counted: list[Cells], average: str) -> No
         report.fault("wrong_value", f"nothing of text {empty.index(True) if any(empty) else 0} is counted")
         return
     rows_of_responses = [{p - 1 for p in range(n, end)} for n, end in zip(texts.prompt_lengths, texts.lengths)]
-    foreign = [sum(t + 1 >= len(row) or row[t + 1] != v for t, v in found) for found, row in zip(counted, texts.ids)]
+    foreign = [
+        sum(not 0 <= t + 1 < len(row) or row[t + 1] != v for t, v in found) for found, row in zip(counted, texts.rows)
+    ]
     if all({t for t, _ in found} == rows for found, rows in zip(counted, rows_of_responses)) and (
         2 * sum(foreign) > sum(map(len, counted))
     ):
@@ -316,7 +372,7 @@ def _say(report: Report, texts: Texts, counted: list[Cells], average: str) -> No
     shifts, prompts, pads, fillers, missing, strange = [], [], [], [], [], []
     for b, found in enumerate(counted):
         n, length = int(texts.prompt_lengths[b]), int(texts.lengths[b])
-        row = texts.ids[b].tolist()
+        row = texts.rows[b]
         shift, places_counted, odd = places(row, found)
         wanted = set(range(n, length))
         shifts.append(shift)
@@ -386,7 +442,7 @@ def picture(texts: Texts, counted: list[Cells]) -> str:
     """The places of each text: what was counted above what should have been."""
     lines = ["counted (#) and what counts (=), by place; p prompt, r response, . pad"]
     for b, found in enumerate(counted):
-        n, length, row = int(texts.prompt_lengths[b]), int(texts.lengths[b]), texts.ids[b].tolist()
+        n, length, row = int(texts.prompt_lengths[b]), int(texts.lengths[b]), texts.rows[b]
         _, places_counted, _ = places(row, found)
         kinds = "".join("p" if t < n else "r" if t < length else "." for t in range(len(row)))
         lines.append(f"  text {b}  {kinds}")
@@ -396,30 +452,31 @@ def picture(texts: Texts, counted: list[Cells]) -> str:
 
 
 def _extremes(
-    fn: Any, layout: Any, framework: Framework, report: Report, rng: numpy.random.Generator, whole: bool
-) -> None:
+    fn: Any, layout: Any, fresh: Callable[..., Model], report: Report, rng: numpy.random.Generator, pad: int,
+    whole: bool,
+) -> None:  # fmt: skip
     """Very large logits, a long text, a pad with probability 0, and half precision; `whole` if prompts count, too."""
 
     def score(texts: Texts, model: Model) -> tuple[Array, Array]:
-        y = numpy.asarray(framework.host(leading(arguments_of(layout, texts, model)(fn))), dtype="float64")
+        y = numpy.asarray(model.framework.host(leading(arguments_of(layout, texts, model)(fn))), dtype="float64")
         return y.reshape(-1), expected_scores(texts, model, whole)
 
     report.tried.append("logits of 1e4; a response of 400 tokens; pads of probability 0")
-    texts = random_texts(rng, SIZES, V - 1)
-    found, right = score(texts, Model(framework, 8, scale=1e4))
+    texts = random_texts(rng, SIZES, pad)
+    found, right = score(texts, fresh(8, scale=1e4))
     _far(report, found, right, "with logits of 1e4")
     length = 400
-    long = Texts([[1, 2]], [[*rng.integers(1, V, length - 1).tolist(), EOS]], V - 1)
-    found, right = score(long, Model(framework, 9))
+    long = Texts([[3, 4]], [[*rng.integers(EOS + 1, V - 1, length - 1).tolist(), EOS]], pad)
+    found, right = score(long, fresh(9))
     _far(report, found, right, f"for a response of {length} tokens")
-    found, right = score(texts, NeverPads(framework, 10, texts))
+    found, right = score(texts, NeverPads(fresh(10), texts))
     if numpy.isnan(found).any() and numpy.isfinite(right).all():
         report.remark(
             "nan_where_a_pad_is_minus_infinity", "where a pad has log-probability -inf it is nan: 0 * -inf; select"
         )
-    for narrow in ("float16", "bfloat16") if framework.name != "numpy" else ():
+    for narrow in ("float16", "bfloat16") if fresh(0).framework.name != "numpy" else ():
         try:
-            found, right = score(texts, Model(framework, 11, dtype=narrow))
+            found, right = score(texts, fresh(11, dtype=narrow))
         except Exception:  # a type that the subject does not take
             continue
         if not (abs(found - right) < 0.1).all():
@@ -430,14 +487,13 @@ def _extremes(
 class NeverPads(Model):
     """A model that gives the pad probability 0."""
 
-    def __init__(self, framework: Framework, seed: int, texts: Texts):
-        super().__init__(framework, seed)
+    def __init__(self, model: Model, texts: Texts):
+        super().__init__(model.framework, model.seed, returns=model.returns)
         self.pad = texts.pad
 
     def values(self, ids: Array) -> Array:
         made = super().values(ids)
-        made[..., self.pad] = -math.inf
-        made[(ids == EOS) | (ids == self.pad), EOS] = -math.inf  # after a text: a label of -100 may be read as token 0
+        made[..., (0, self.pad)] = -math.inf  # a label of -100 may be read as token 0, which no text has
         return made
 
 

@@ -114,8 +114,14 @@ class Subject:
             return None, True
         kinds = inspect.Parameter
         usual = [name for name, p in parameters.items() if p.kind in (kinds.POSITIONAL_OR_KEYWORD, kinds.KEYWORD_ONLY)]
+        logps = [name for name in usual if "logp" in name or "log_p" in name]
+        if (
+            len(logps) == 4
+            and all(parameters[name].kind == kinds.KEYWORD_ONLY for name in logps)
+            and "beta" not in usual
+        ):
+            return logps, False
         if "beta" in usual and len(usual) >= 5:
-            logps = [name for name in usual if "logp" in name or "log_p" in name]
             return logps if len(logps) == 4 else [name for name in usual if name != "beta"][:4], True
         starred = any(p.kind == kinds.VAR_POSITIONAL for p in parameters.values())
         positional = [p for p in parameters.values() if p.kind in (kinds.POSITIONAL_ONLY, kinds.POSITIONAL_OR_KEYWORD)]
@@ -136,7 +142,7 @@ class Subject:
         if isinstance(self.arguments, dict):
             return self.fn(**{theirs: five[ours] for theirs, ours in self.arguments.items()})
         if self.names:
-            return self.fn(**dict(zip(self.names, arrays)), beta=beta)
+            return self.fn(**dict(zip(self.names, arrays)), **({"beta": beta} if self.takes_beta else {}))
         return self.fn(*arrays, beta) if self.takes_beta else self.fn(*arrays)
 
     def value(self, logps: Logps, beta: float, dtype: str = "float64") -> Array:

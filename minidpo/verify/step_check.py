@@ -7,12 +7,14 @@ from typing import Any
 import numpy
 
 from ..backend import Array
+from ..losses import dpo_gradient
 from .frameworks import Framework, leading
 from .logprob_check import SIZES, Cells, _say, cells, traced
 from .loss_check import SUSPECTS, close, dpo
 from .report import Report, run
-from .texts import EOS, Model, NeverSeen, Texts, V, located, module
+from .texts import EOS, Model, NeverSeen, Texts, distinct, located, module, settle
 
+VOCABULARY = 29  # small, for those whose derivatives are differences
 REJECTED = (2, 5, 3, 6)  # lengths of the rejected responses to the prompts of SIZES
 
 
@@ -21,11 +23,11 @@ def pairs(rng: numpy.random.Generator, count: int) -> tuple[Texts, Texts]:
     sides: tuple[list[list[int]], list[list[int]]] = ([], [])
     prompts = []
     for (n, m), other in list(zip(SIZES, REJECTED))[:count]:
-        tokens = (1 + rng.permutation(V - 2)).tolist()
+        tokens = distinct(rng, n + m + other - 2, VOCABULARY)
         prompts.append(tokens[:n])
         sides[0].append([*tokens[n : n + m - 1], EOS])
-        sides[1].append([*tokens[n + m - 1 : n + m + other - 2], EOS])
-    return Texts(prompts, sides[0], V - 1), Texts(prompts, sides[1], V - 1)
+        sides[1].append([*tokens[n + m - 1 :], EOS])
+    return Texts(prompts, sides[0], VOCABULARY - 1), Texts(prompts, sides[1], VOCABULARY - 1)
 
 
 def batch_of(sides: tuple[Texts, Texts], framework: Framework) -> dict[str, Any]:
@@ -50,20 +52,31 @@ def step(fn: Any, beta: float = 0.1, framework: str | None = None) -> Report:
     """
     report = Report(getattr(fn, "__name__", type(fn).__name__))
     how = "as fn(policy, reference, batch, beta): see its traceback"
-    run(report, framework, lambda each: _check(fn, each, beta, report), how)
+
+    def check(each: Framework) -> None:
+        try:
+            _check(fn, each, beta, report)
+        except NeverSeen as error:
+            report.fault("wrong_value", str(error))
+
+    run(report, framework, check, how)
     return report
 
 
 def _check(fn: Any, framework: Framework, beta: float, report: Report) -> None:
     """Everything that is tried on a step."""
     sides = pairs(numpy.random.default_rng(1), 4)
-    policy, reference = models = Model(framework, 21), Model(framework, 22)
+    policy, reference = models = (
+        Model(framework, 21, vocabulary=VOCABULARY),
+        Model(framework, 22, vocabulary=VOCABULARY),
+    )
     bodies = module(policy), module(reference)
     weights = [_weights(body, i + 1.0) for i, body in enumerate(bodies)]
 
     def call(batch: Any = None) -> Any:
         return fn(*bodies, batch or batch_of(sides, framework), beta)
 
+    settle(call, models)
     report.tried += [f"{framework.name}: a batch of four pairs, three times", "gradient in the logits of both models"]
     batch, values = batch_of(sides, framework), []
     for _ in range(3):
@@ -101,6 +114,9 @@ def _check(fn: Any, framework: Framework, beta: float, report: Report) -> None:
     expected = float(dpo(*numbers, beta).mean())
     if framework.name == "torch" and any(g is not None and g.any() for g in of_reference):
         report.fault("reference_gets_gradient", "a gradient reaches the reference model: score it without a graph")
+    if not any(g is not None and g.any() for g in gradients):  # it may have run backward itself
+        gradients = [getattr(logits, "grad", None) for _, _, logits in policy.calls]
+        gradients = [None if g is None else framework.host(g) for g in gradients]
     if not any(g is not None and g.any() for g in gradients):
         if framework.name == "numpy" or close(value, expected):
             report.fault("no_gradient", "no gradient reaches the policy's logits: was it run without a graph?")
@@ -193,6 +209,11 @@ def _explain(
             if close(value, numpy.mean(suspect(*scores, beta))):
                 report.fault(code, sentence, expected, value)
                 return
+    factor = value / expected
+    if close(_weights_of(counted), factor * _weights_of_eq7(numbers, beta), 1e-4):
+        report.fault("wrong_value", f"value and gradient are those of Eq. 7 times {factor:.4g}: if it is divided by a "
+                     "number of micro-batches, only their sum is right", expected, value)  # fmt: skip
+        return
     report.fault("wrong_value", "its value is not that of Eq. 7", expected, value)
 
 
@@ -204,29 +225,37 @@ def _prompts(texts: Texts, counted: list[Cells]) -> bool:
 def _scores(
     sides: tuple[Texts, Texts], models: tuple[Model, Model], counted: list[list[Cells]], mean: bool
 ) -> tuple[Array, Array, Array, Array]:
-    """The four scores, of the cells that were counted."""
+    """The four scores, of the cells that were counted, under the logits that the subject was given."""
     scores = []
     for model in models:
         for texts, cells_of in zip(sides, counted):
-            logits = Model(model.framework, model.seed).values(texts.ids)
-            logp = logits - numpy.logaddexp.reduce(logits, axis=-1, keepdims=True)
-            inside = [[(t, v) for t, v in found if 0 <= t < logp.shape[1]] for found in cells_of]
-            totals = [sum(logp[b, t, v] for t, v in found) for b, found in enumerate(inside)]
-            scores.append(numpy.array(totals) / ([max(1, len(found)) for found in inside] if mean else 1))
+            totals = []
+            for x, y, found in zip(texts.prompts, texts.responses, cells_of):
+                call, b, start = located(x + y, model)
+                logits = model.calls[call][1][b, start:]
+                logp = logits - numpy.logaddexp.reduce(logits, axis=-1, keepdims=True)
+                parts = [logp[t, v] for t, v in found if 0 <= t < len(logp)]
+                totals.append(sum(parts) / (max(1, len(found)) if mean else 1))
+            scores.append(numpy.array(totals))
     w, l, rw, rl = scores
     return w, l, rw, rl
 
 
+def _weights_of(counted: list[list[Cells]]) -> Array:
+    """dL/dlog pi of each chosen and each rejected text, from its cells.  (2, B)"""
+    return numpy.array([[numpy.median(list(each.values())) for each in side] for side in counted])
+
+
+def _weights_of_eq7(numbers: tuple[Array, ...], beta: float) -> Array:
+    """The same of Eq. 7: -+(beta/B) sigma(-z).  (2, B)"""
+    return numpy.stack(dpo_gradient(*numbers, beta))
+
+
 def _coefficients(report: Report, counted: list[list[Cells]], numbers: tuple[Array, ...], beta: float) -> None:
     """Whether each text's log-probability enters with the weight of Eq. 7's gradient."""
-    w, l, rw, rl = numbers
-    z = beta * ((w - rw) - (l - rl))
-    right = -beta / len(w) * numpy.exp(-numpy.logaddexp(0, z))
-    for side, sign in ((0, 1), (1, -1)):
-        found = numpy.array([numpy.median(list(each.values())) for each in counted[side]])
-        if not close(found / beta, sign * right / beta, 1e-4):
-            name = ("chosen", "rejected")[side]
-            report.fault("wrong_gradient", f"the value is right and dL/dlog pi({name}) is not", (sign * right).tolist(),
+    for name, found, right in zip(("chosen", "rejected"), _weights_of(counted), _weights_of_eq7(numbers, beta)):
+        if not close(found / beta, right / beta, 1e-4):
+            report.fault("wrong_gradient", f"the value is right and dL/dlog pi({name}) is not", right.tolist(),
                          found.tolist())  # fmt: skip
 
 

@@ -7,9 +7,10 @@ from typing import Any
 import numpy
 
 from ..backend import Array
+from ..model import Config, forward, frozen, init
 from .frameworks import Framework, leading
 
-V, EOS = 29, 0  # the vocabulary of all texts here, and end-of-text
+V, EOS = 101, 2  # of all texts here: so many tokens that -100 may be looked up; 0 is free to be a pad
 LAYOUTS = ("labels", "labels_shifted", "mask", "prompt_lengths", "model", "strings")
 
 
@@ -20,14 +21,16 @@ class Texts:
     prompts: list[list[int]]
     responses: list[list[int]]
     pad: int  # the id that fills up the batch
-    spare: int = 1  # pads after the longest text
+    spare: int = 1  # pads beside the longest text
+    left: bool = False  # whether the pads stand before the texts
     ids: Array = field(init=False)  # (B, T)
     logits: Callable[[Any], Any] = field(init=False)  # ids of any rows -> logits, in the subject's framework
 
     def __post_init__(self) -> None:
         rows = [x + y for x, y in zip(self.prompts, self.responses)]
         T = max(map(len, rows)) + self.spare
-        self.ids = numpy.array([row + [self.pad] * (T - len(row)) for row in rows])
+        pads = [[self.pad] * (T - len(row)) for row in rows]
+        self.ids = numpy.array([fill + row if self.left else row + fill for row, fill in zip(rows, pads)])
 
     @property
     def prompt_lengths(self) -> Array:
@@ -38,9 +41,19 @@ class Texts:
         return self.prompt_lengths + [len(y) for y in self.responses]
 
     @property
+    def starts(self) -> Array:
+        """The place of each text's first token."""
+        return (self.ids.shape[1] - self.lengths) * self.left
+
+    @property
+    def rows(self) -> list[list[int]]:
+        """Each text with the pads that follow it."""
+        return [row[start:].tolist() for row, start in zip(self.ids, self.starts)]
+
+    @property
     def mask(self) -> Array:
         """1 at the tokens of the responses."""
-        places = numpy.arange(self.ids.shape[1])
+        places = numpy.arange(self.ids.shape[1]) - self.starts[:, None]
         return ((places >= self.prompt_lengths[:, None]) & (places < self.lengths[:, None])).astype("int64")
 
     @property
@@ -58,35 +71,47 @@ class Texts:
 
 
 def random_texts(
-    rng: numpy.random.Generator, sizes: Sequence[tuple[int, int]], pad: int, spare: int = 1
-) -> Texts:  # fmt: skip
+    rng: numpy.random.Generator, sizes: Sequence[tuple[int, int]], pad: int, spare: int = 1, left: bool = False
+) -> Texts:
     """Texts of (prompt, response) lengths; no token occurs twice in one, and the last is end-of-text."""
     prompts, responses = [], []
     for n, m in sizes:
-        tokens = (1 + rng.permutation(V - 2))[: n + m - 1].tolist()
+        tokens = distinct(rng, n + m - 1)
         prompts.append(tokens[:n])
         responses.append([*tokens[n:], EOS])
-    return Texts(prompts, responses, pad, spare)
+    return Texts(prompts, responses, pad, spare, left)
+
+
+def distinct(rng: numpy.random.Generator, count: int, vocabulary: int = V) -> list[int]:
+    """Different tokens, none of them end-of-text nor an id that pads have."""
+    return (EOS + 1 + rng.permutation(vocabulary - EOS - 2))[:count].tolist()
 
 
 class Model:
     """Logits that depend on the whole text up to each place, kept call by call."""
 
-    def __init__(self, framework: Framework, seed: int, scale: float = 1.5, dtype: str = "float64"):
+    def __init__(
+        self, framework: Framework, seed: int, scale: float = 1.5, dtype: str = "float64", returns: Any = None,
+        vocabulary: int = V,
+    ):  # fmt: skip
         self.framework, self.seed, self.scale, self.dtype = framework, seed, scale, dtype
+        self.vocabulary = vocabulary
+        self.returns = returns or RETURNS[0]  # what `module` makes of logits and loss
+        self.known: dict[int, Array] = {}
         self.calls: list[tuple[Array, Array, Any]] = []  # ids (B, T), logits (B, T, V) in NumPy and in the framework
         self.moved: list[Array] | None = None  # logits to return in place of the model's own, call by call
         self.leaves: list[Any] | None = None  # the same, in the framework
 
     def values(self, ids: Array) -> Array:
         """The logits of each place, (B, T) -> (B, T, V)."""
-        made = numpy.empty((*ids.shape, V))
+        made = numpy.empty((*ids.shape, self.vocabulary))
         for b, row in enumerate(ids.tolist()):
-            for t in range(len(row)):
-                made[b, t] = (
-                    numpy.random.default_rng([self.seed, *(i % 2**32 for i in row[: t + 1])]).normal(size=V)
-                    * self.scale
-                )
+            key = self.seed
+            for t, token in enumerate(row):
+                key = (key * 1_000_003 + token + 1) % 2**61  # of the text so far
+                if key not in self.known:
+                    self.known[key] = numpy.random.default_rng(key).normal(size=self.vocabulary) * self.scale
+                made[b, t] = self.known[key]
         return made
 
     def __call__(self, ids: Any = None, *rest: Any, **words: Any) -> Any:
@@ -103,6 +128,28 @@ class Model:
         shaped = self.framework.host(logits) if self.leaves is None else numpy.empty(0)
         self.calls.append((host, shaped, logits))
         return logits
+
+
+class Enumerable(Model):
+    """A transformer of this package over a few of the tokens: the others have probability 0, and every text is short.
+
+    `theory.exact` numbers these tokens 0, 1, ...; its end-of-text is EOS.
+    """
+
+    tokens = (EOS, EOS + 1, EOS + 2)
+
+    def __init__(self, framework: Framework, returns: Any):
+        super().__init__(framework, 0, returns=returns)
+        self.config = Config(len(self.tokens), 12, 8, 2, 1)
+        self.params = frozen(init(self.config, numpy.random.default_rng(0), "float64"))
+        for p in self.params.values():
+            p.data *= 8.0  # a fresh model is nearly uniform
+
+    def values(self, ids: Array) -> Array:
+        made = numpy.full((*ids.shape, V), -1e4)
+        own = (ids[..., None] == self.tokens).argmax(axis=-1)  # any other id stands for end-of-text: it is a pad
+        made[..., self.tokens] = forward(self.params, self.config, own).data
+        return made
 
 
 class NeverSeen(LookupError):
@@ -156,33 +203,63 @@ def of_models(layout: str, texts: Texts, model: Model) -> list[tuple[Any, ...]]:
     if layout == "model":
         body = module(model)
         return [(body, array([x]), array([y])) for x, y in zip(texts.prompts, texts.responses)]
-    words = [chr(ord("a") + i) if i < 26 else chr(ord("A") + i - 26) for i in range(V)]
+    words = [chr(0x4E00 + i) for i in range(V)]  # letters without upper case, none of them white space
     tokenizer = Characters(words, model.framework)
-    body, spelled = module(model, Output), tokenizer.decode
+    model.returns = Output
+    body, spelled = module(model), tokenizer.decode
     return [(body, tokenizer, spelled(x), spelled(y[:-1])) for x, y in zip(texts.prompts, texts.responses)]
 
 
 class Output:
     """What a model of Hugging Face returns, as far as a scorer needs it."""
 
-    def __init__(self, logits: Any):
-        self.logits = logits
+    def __init__(self, logits: Any, loss: Any):
+        self.logits, self.loss = logits, loss
 
     def __getitem__(self, key: Any) -> Any:
-        return self.logits if key in (0, "logits") else None
+        if key not in (0, "logits"):
+            raise IndexError(key)
+        return self.logits
 
 
-def module(model: Model, wrap: Callable[[Any], Any] = lambda logits: logits) -> Any:
+def bare(logits: Any, loss: Any) -> Any:
+    return logits
+
+
+def pair(logits: Any, loss: Any) -> Any:
+    return logits, loss
+
+
+RETURNS: tuple[Callable[[Any, Any], Any], ...] = (bare, Output, pair)
+
+
+def settle(call: Callable[[], Any], models: Sequence[Model]) -> None:
+    """Find what a subject takes for a model's output: logits, an object that has `.logits`, or (logits, loss)."""
+    failure = None
+    for returns in RETURNS:
+        for model in models:
+            model.returns = returns
+        try:
+            call()
+            return
+        except Exception as error:  # whatever somebody's code raises
+            failure = failure or error
+    assert failure is not None
+    raise failure
+
+
+def module(model: Model) -> Any:
     """The model as a torch.nn.Module in PyTorch, else as a function."""
 
-    def forward(ids: Any = None, *rest: Any, **words: Any) -> Any:
-        logits = model(words.pop("input_ids", None) if ids is None else ids)
-        if model.framework.name == "torch":
-            logits.logits = logits  # for those who write model(ids).logits
-        return wrap(logits)
+    def call(ids: Any = None, *rest: Any, **words: Any) -> Any:
+        logits, loss = model(words.pop("input_ids", None) if ids is None else ids), None
+        if model.framework.name == "torch" and words.get("labels") is not None:  # the mean, -100 left out
+            pairs = logits[:, :-1].reshape(-1, model.vocabulary), words["labels"][:, 1:].reshape(-1)
+            loss = model.framework.library.nn.functional.cross_entropy(*pairs)
+        return model.returns(logits, loss)
 
     if model.framework.name != "torch":
-        return forward
+        return call
     torch: Any = model.framework.library
 
     class Module(torch.nn.Module):
@@ -192,13 +269,13 @@ def module(model: Model, wrap: Callable[[Any], Any] = lambda logits: logits) -> 
             self.device = torch.device("cpu")
 
         def forward(self, *ids: Any, **words: Any) -> Any:
-            return forward(*ids, **words)
+            return call(*ids, **words)
 
     return Module()
 
 
 class Characters:
-    """A tokenizer of letters with the call of Hugging Face's; "a" is end-of-text."""
+    """A tokenizer of characters with the call of Hugging Face's."""
 
     def __init__(self, words: list[str], framework: Framework):
         self.words, self.framework = words, framework
@@ -238,6 +315,6 @@ class Encoding(dict[str, Any]):
 def stacked(framework: Framework, scores: list[Any]) -> Any:
     """Scores of single texts as one array."""
     library = framework.library
-    make = framework.host if framework.name == "numpy" else library.asarray  # host refuses another framework's
+    make = framework.host if framework.name == "numpy" else getattr(library, "as_tensor", library.asarray)
     scores = [numpy.float64(score) if isinstance(score, float) else score for score in map(leading, scores)]
     return library.stack([make(score).reshape(-1)[0] for score in scores])
