@@ -11,7 +11,7 @@ import pytest
 import strangers
 from minidpo import Config, Tensor, cli, losses, scoring, verify
 from minidpo.theory import mutants
-from minidpo.verify import frameworks, logprob_check, loss_check, texts
+from minidpo.verify import cells, frameworks, logprob_check, loss_check, texts
 
 SLOW = [pytest.mark.slow]  # XLA compiles every shape
 
@@ -347,10 +347,10 @@ def test_cells_are_read_exactly():
     gradient = np.zeros_like(logits)
     for (t, v), weight in wanted.items():
         gradient[t] += weight * (np.eye(texts.V)[v] - p[t])
-    found, fault = logprob_check.cells(gradient, logits)
+    found, fault = cells.cells(gradient, logits)
     assert found == pytest.approx(wanted) and fault == ""
-    assert logprob_check.cells(np.eye(texts.V)[:6], logits)[1] == "logits are added up without log_softmax"
-    assert logprob_check.cells(rng.normal(size=logits.shape), logits)[1] == "it is not a sum of log-probabilities"
+    assert cells.cells(np.eye(texts.V)[:6], logits)[1] == "logits are added up without log_softmax"
+    assert cells.cells(rng.normal(size=logits.shape), logits)[1] == "it is not a sum of log-probabilities"
 
 
 def test_labels_are_checked_without_a_scorer():
@@ -525,6 +525,6 @@ def test_the_adapters_of_the_page_run(code):
 
 def test_the_page_lists_every_code():
     """The codes of the page are those in the source."""
-    source = "".join(path.read_text() for path in Path(verify.__file__).parent.glob("*check.py"))
+    source = "".join(path.read_text() for path in Path(verify.__file__).parent.glob("*.py"))
     used = set(re.findall(r'(?:fault|remark)\(\s*"(\w+)"', source)) | {each.code for each in loss_check.SUSPECTS}
     assert used and used <= set(re.findall(r"`(\w+)`", PAGE))

@@ -1,8 +1,4 @@
-"""Somebody's log-probability of a response, read cell by cell from its gradient.
-
-For a score that is a sum of w log pi[t, v], the gradient in row t of the logits is w (onehot(v) - softmax): so it says
-which (row, token) entered, with which weight. Our batches have no token twice in a text, so a token names its place.
-"""
+"""Somebody's log-probability of a response: what it counts, cell by cell, and its value on all short responses."""
 
 import functools
 import inspect
@@ -14,13 +10,11 @@ import numpy
 
 from ..backend import Array
 from ..theory import exact
+from .cells import Cells, cells, diagnose, picture
 from .frameworks import Framework, differences, leading
 from .loss_check import close
 from .report import Report, run
 from .texts import EOS, LAYOUTS, Enumerable, Model, NeverSeen, Texts, V, arguments_of, located, random_texts, settle
-
-MOST = 12  # tokens of one row that a score may count
-Cells = dict[tuple[int, int], float]  # (row, token) of one text -> weight
 
 
 def traced(
@@ -57,42 +51,6 @@ def traced(
 def flat(y: Any) -> Any:
     """A value of any shape as a row of numbers."""
     return y.reshape(-1) if hasattr(y, "reshape") else y
-
-
-def cells(gradient: Array, logits: Array) -> tuple[Cells, str]:
-    """The weights w of (row, token) in a sum of w log pi, and what is wrong if it is no such sum.  (T, V), (T, V)"""
-    found: Cells = {}
-    for t in numpy.flatnonzero(abs(gradient).max(axis=-1) > 1e-7):
-        g = gradient[t]
-        p = numpy.exp(logits[t] - numpy.logaddexp.reduce(logits[t]))
-        total = float(numpy.median(-g / p))  # most tokens enter through the softmax alone
-        weights = g + total * p
-        entered = numpy.flatnonzero(abs(weights) > 1e-4 * max(1e-3, abs(weights).max()))
-        if abs(total) < 1e-9 and len(entered) < MOST:
-            return {}, "logits are added up without log_softmax"
-        if not 1 <= len(entered) <= MOST or abs(weights.sum() - total) > 1e-4 * max(1e-3, abs(total)):
-            return {}, "it is not a sum of log-probabilities"
-        for v in entered:
-            found[int(t), int(v)] = float(weights[v])
-    return found, ""
-
-
-def places(row: list[int], found: Cells) -> tuple[int, dict[int, float], dict[int, int]]:
-    """The shift that most cells have (0: row t - 1 predicts token t), the weight of each place, and the strange tokens.
-
-    A strange token is not the one at any place near its row; it is given by row.
-    """
-    shifts = [t + 1 - p for t, v in found for p, token in enumerate(row) if token == v and abs(t + 1 - p) <= 2]
-    shift = max(sorted(set(shifts), key=abs), key=shifts.count) if shifts else 0
-    counted: dict[int, float] = {}
-    strange: dict[int, int] = {}
-    for (t, v), weight in found.items():
-        place = t + 1 - shift
-        if 0 <= place < len(row) and row[place] == v:
-            counted[place] = counted.get(place, 0.0) + weight
-        else:
-            strange[t] = v
-    return shift, counted, strange
 
 
 def expected_scores(texts: Texts, model: Model, whole: bool = False) -> Array:
@@ -239,7 +197,7 @@ def _read(fn: Any, layout: Any, texts: Texts, model: Model, report: Report) -> N
     if any(each is None for each in counted):
         _not_cells(report, texts, model, score, right)
         return
-    _say(report, texts, [each for each in counted if each is not None], average_option(fn))
+    diagnose(report, texts, [each for each in counted if each is not None], average_option(fn))
     report.picture = report.picture or picture(texts, [each for each in counted if each is not None])
     if not report.findings and not report.remarks and not close(score, right):
         worst = int(numpy.argmax(abs(score - right)))
@@ -335,122 +293,6 @@ def _not_cells(report: Report, texts: Texts, model: Model, score: Array, right: 
         report.fault("wrong_value", fault or "it is not a sum of log-probabilities", **numbers)
 
 
-def _say(report: Report, texts: Texts, counted: list[Cells], average: str) -> None:
-    """Compare what was counted with what counts, and name the difference."""
-    empty = [not found and len(y) > 1 for found, y in zip(counted, texts.responses)]
-    if any(empty) or not any(counted):
-        report.fault("wrong_value", f"nothing of text {empty.index(True) if any(empty) else 0} is counted")
-        return
-    rows_of_responses = [{p - 1 for p in range(n, end)} for n, end in zip(texts.prompt_lengths, texts.lengths)]
-    foreign = [
-        sum(not 0 <= t + 1 < len(row) or row[t + 1] != v for t, v in found) for found, row in zip(counted, texts.rows)
-    ]
-    if all({t for t, _ in found} == rows for found, rows in zip(counted, rows_of_responses)) and (
-        2 * sum(foreign) > sum(map(len, counted))
-    ):
-        report.fault("tokens_not_used", "the text's tokens are never looked up: other tokens are counted in their rows")
-        return
-    weights = [numpy.array(list(found.values())) for found in counted if found]
-    size = [float(numpy.median(each)) for each in weights]
-    if all(s < 0 for s in size):
-        report.fault("negative_logprob", "the sign is missing: it gives -log pi(y|x)")
-    means = [len(y) for y, found in zip(texts.responses, counted) if found]
-    T = texts.ids.shape[1]
-    if all(close(abs(s), 1 / n, 1e-4) for s, n in zip(size, means)) and any(n > 1 for n in means):
-        if average:
-            report.remark("mean_by_length_option", f"the option {average} divides by the length: DPO sums")
-        report.fault("mean_for_sum", "it is the mean over the response's tokens, and DPO sums them", 1.0, size)
-    elif not all(close(abs(s), 1.0, 1e-4) for s in size):
-        if all(close(abs(s) * len(w), 1.0, 1e-3) or close(abs(s) * T, 1.0, 1e-3) for s, w in zip(size, weights)):
-            report.fault("mean_for_sum", "it is a mean over tokens, and DPO sums them", 1.0, size)
-        elif all(close(abs(s) * (T - 1), 1.0, 1e-3) or close(abs(s) * sum(means), 1.0, 1e-3) for s in size):
-            report.fault("mean_for_sum", "it is divided by a number of tokens, and DPO sums them", 1.0, size)
-        else:
-            report.fault("wrong_value", "each log-probability is multiplied by a factor", 1.0, size)
-    elif any(abs(w / s - 1).max() > 1e-3 for w, s in zip(weights, size)):
-        report.fault("wrong_value", "tokens are counted with unequal weights", 1.0, weights[0].tolist())
-    shifts, prompts, pads, fillers, missing, strange = [], [], [], [], [], []
-    for b, found in enumerate(counted):
-        n, length = int(texts.prompt_lengths[b]), int(texts.lengths[b])
-        row = texts.rows[b]
-        shift, places_counted, odd = places(row, found)
-        wanted = set(range(n, length))
-        shifts.append(shift)
-        prompts.append({p for p in places_counted if p < n})
-        pads.append({p for p in places_counted if p >= length})
-        missing.append(wanted - set(places_counted))
-        response_rows = {p - 1 + shift for p in wanted}
-        fillers.append({t: v for t, v in odd.items() if t not in response_rows})
-        strange.append({t: v for t, v in odd.items() if t in response_rows})
-    shift = max(sorted(set(shifts), key=abs), key=shifts.count)
-    if shift == 1:
-        report.fault("no_shift", "row t is read for token t: it must be row t - 1, which has not seen it")
-    elif shift == -1:
-        report.fault("shifted_twice", "row t - 2 is read for token t: it is shifted twice")
-    elif shift == 2:
-        report.fault("no_shift", "row t + 1 is read for token t: it is shifted in the wrong direction")
-    elif shift == -2:
-        report.fault("shifted_twice", "row t - 3 is read for token t: it is shifted too often")
-    lengths, starts = texts.lengths, texts.prompt_lengths
-    B = len(counted)
-    if all(m and len(m) == len(range(starts[b], lengths[b])) for b, m in enumerate(missing)) and any(prompts):
-        report.fault(
-            "mask_inverted", "the prompt and the pads are counted and the response is not: the mask is inverted"
-        )
-        return
-    if any(missing):
-        if all(m <= {starts[b]} for b, m in enumerate(missing)):
-            report.fault("first_token_missing", "the first token of a response is not counted")
-        elif all(m <= {lengths[b] - 1} for b, m in enumerate(missing)):
-            report.fault("last_token_missing", "the last token of a response, end-of-text, is not counted")
-        elif not shift or any(len(m) > 2 for m in missing):
-            firsts = [starts[b] in m for b, m in enumerate(missing)]
-            code = "first_token_missing" if all(f or not m for f, m in zip(firsts, missing)) else "last_token_missing"
-            if not all(f or not m for f, m in zip(firsts, missing)) and not all(
-                (lengths[b] - 1) in m or not m for b, m in enumerate(missing)
-            ):
-                code = "wrong_value"
-            report.fault(code, "tokens of a response are not counted", None, [sorted(m) for m in missing])
-    if any(pads) or any(fillers):
-        most = max(len(p) + len(f) for p, f in zip(pads, fillers))
-        if most == 1:
-            report.fault("pad_counted", "one pad after the response is counted")
-        else:
-            token = next((v for f in fillers for v in f.values()), None)
-            as_what = "" if token is None else f" as token {token}"
-            report.fault("pads_counted", f"places where nothing counts are counted{as_what}")
-    whole = [prompts[b] >= set(range(1, starts[b])) for b in range(B)]
-    asked = [b for b in range(B) if starts[b] > 1]
-    if any(prompts):
-        if all(prompts[b] for b in asked):
-            what = "the prompt is" if all(whole) else "tokens of the prompt are"
-            if any(finding.code == "mean_for_sum" for finding in report.findings):
-                report.fault("prompt_counted_on_one_side", f"{what} counted, too, which does not cancel in a mean")
-            else:
-                report.remark(
-                    "prompt_counted_cancels",
-                    f"{what} counted, too: it cancels in the DPO loss of sums, not in means, in IPO by length or in "
-                    "logged log-probabilities",
-                )
-        else:
-            report.fault("prompt_counted_on_one_side", "the prompt is counted in some texts and not in others")
-    if any(strange) and not report.findings:
-        report.fault("wrong_value", "other tokens than those of the text are counted")
-
-
-def picture(texts: Texts, counted: list[Cells]) -> str:
-    """The places of each text: what was counted above what should have been."""
-    lines = ["counted (#) and what counts (=), by place; p prompt, r response, . pad"]
-    for b, found in enumerate(counted):
-        n, length, row = int(texts.prompt_lengths[b]), int(texts.lengths[b]), texts.rows[b]
-        _, places_counted, _ = places(row, found)
-        kinds = "".join("p" if t < n else "r" if t < length else "." for t in range(len(row)))
-        lines.append(f"  text {b}  {kinds}")
-        lines.append("          " + "".join("#" if t in places_counted else " " for t in range(len(row))))
-        lines.append("          " + "".join("=" if n <= t < length else " " for t in range(len(row))))
-    return "\n".join(lines)
-
-
 def _extremes(
     fn: Any, layout: Any, fresh: Callable[..., Model], report: Report, rng: numpy.random.Generator, pad: int,
     whole: bool,
@@ -539,6 +381,6 @@ def labels(ids: Any, labels: Any, prompt_lengths: Any, lengths: Any) -> Report:
     counted = [{(int(t) - 1, int(ids[b, t]) if (ids[b] == ids[b, t]).sum() == 1 else -1 - int(t)): 1.0
                 for t in numpy.flatnonzero(real[b])} for b in range(len(ids))]  # fmt: skip
     texts.ids = numpy.array([[v if (row == v).sum() == 1 else -1 - t for t, v in enumerate(row)] for row in ids])
-    _say(report, texts, counted, "")
+    diagnose(report, texts, counted)
     report.picture = picture(texts, counted)
     return report

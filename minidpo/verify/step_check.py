@@ -8,8 +8,9 @@ import numpy
 
 from ..backend import Array
 from ..losses import dpo_gradient
+from .cells import Cells, cells, diagnose
 from .frameworks import Framework, leading
-from .logprob_check import SIZES, Cells, _say, cells, traced
+from .logprob_check import SIZES, traced
 from .loss_check import SUSPECTS, close, dpo
 from .report import Report, run
 from .texts import EOS, Model, NeverSeen, Texts, distinct, located, module, settle
@@ -173,7 +174,7 @@ def _explain(
             report.fault("wrong_gradient", f"no gradient reaches the {side} responses of some pairs", expected, value)
             return
         own = Report(side)
-        _say(own, texts, plain, "")
+        diagnose(own, texts, plain)
         for finding in own.findings:
             report.fault(finding.code, f"{side}: {finding.sentence}", finding.expected, finding.found)
         for remark in own.remarks:
