@@ -312,19 +312,18 @@ def alpha_divergence_loss(h_w, h_l, beta=0.1, alpha=0.5):
 
         L = -mean(log sigma(x)),   x = beta (f'(e^h_w) - f'(e^h_l)),   f'(u) = (1 - u^-alpha)/alpha
 
-    Where e^(-alpha h_w) is too large for a float, the loss is inf.
+    Where -x is too large for a float, the loss is inf.
     Source: Wang et al. 2023 (arXiv 2309.16240); TRL's f_alpha_divergence_coef is 1 - alpha.
     """
-    return -log_sigma(beta * (inverse_power(h_l, alpha) - exp(-alpha * h_w)) / alpha)
+    return -log_sigma(score_gap(h_w, h_l, beta, alpha))
 
 
 @gradient_of(alpha_divergence_loss)
 def alpha_divergence_gradient(h_w, h_l, beta=0.1, alpha=0.5):
     """dL/dh_w = s e^(-alpha h_w), dL/dh_l = -s e^(-alpha h_l), s = -beta sigma(-x)"""
-    # d f'(e^h)/dh = e^(-alpha h)
-    p_w, p_l = exp(-alpha * h_w), inverse_power(h_l, alpha)
-    s = -beta * sigma(-beta / alpha * (p_l - p_w))
-    return s * p_w, -s * p_l
+    # d f'(e^h)/dh = e^(-alpha h), which may overflow where its product with s does not: one exp for both
+    log_s = math.log(beta) + log_sigma(-score_gap(h_w, h_l, beta, alpha))
+    return -exp(log_s - alpha * h_w), exp(log_s - alpha * h_l)
 
 
 @pair_loss
@@ -411,16 +410,15 @@ def alphapo_loss(logp_w, logp_l, length_w, length_l, beta=2.0, gamma=1.0, alpha=
 
     Source: Gupta et al. 2025 (arXiv 2501.03884).
     """
-    p_w, p_l = logp_w / length_w, logp_l / length_l
-    return -log_sigma(beta * (inverse_power(p_l, alpha) - exp(-alpha * p_w)) / alpha - gamma)
+    return -log_sigma(score_gap(logp_w / length_w, logp_l / length_l, beta, alpha) - gamma)
 
 
 @gradient_of(alphapo_loss)
 def alphapo_gradient(logp_w, logp_l, length_w, length_l, beta=2.0, gamma=1.0, alpha=0.25):
     """dL/dlogp_w = s P_w^-alpha/|y_w|, dL/dlogp_l = -s P_l^-alpha/|y_l|, s = -beta sigma(-x)"""
-    q_w, q_l = exp(-alpha * logp_w / length_w), inverse_power(logp_l / length_l, alpha)
-    s = -beta * sigma(gamma - beta / alpha * (q_l - q_w))
-    return s * q_w / length_w, -s * q_l / length_l
+    p_w, p_l = logp_w / length_w, logp_l / length_l
+    log_s = math.log(beta) + log_sigma(gamma - score_gap(p_w, p_l, beta, alpha))
+    return -exp(log_s - alpha * p_w) / length_w, exp(log_s - alpha * p_l) / length_l
 
 
 @pair_loss
@@ -645,10 +643,15 @@ def v(x: Array) -> Array:
     return exp(log_sigma(x) + log_sigma(-x))
 
 
-def inverse_power(h_l: Any, alpha: float) -> Any:
-    """e^(-alpha h) of a rejected response, below the largest float: sigma(-x) is 0 there, and 0 * inf would be nan."""
-    capped = ops.maximum(positive("alpha", alpha) * h_l, -80.0 if h_l.dtype.char in "fF" else -700.0)
-    return exp(-capped if isinstance(h_l, Tensor) else -capped.data)
+def score_gap(h_w: Any, h_l: Any, beta: float, alpha: float) -> Any:
+    """(beta/alpha) (e^(-alpha h_l) - e^(-alpha h_w)), where one of the powers may be too large for a float."""
+    low_w, low_l = (-positive("alpha", alpha) * h for h in (h_w, h_l))
+    w, l = (x.data if isinstance(x, Tensor) else x for x in (low_w, low_l))
+    xp = array_module(w)
+    excess = xp.maximum(xp.maximum(w.real, l.real) - (80.0 if w.dtype.char in "fF" else 700.0), 0.0)
+    # a positive gap may stay near e^700, where its loss is 0; e^60 times a negative one is infinite
+    scale = beta / alpha * xp.exp(xp.where(w.real >= l.real, xp.minimum(excess, 60.0), 0.0))
+    return scale * (exp(low_l - excess) - exp(low_w - excess))
 
 
 def ascending(x: Any) -> Any:
