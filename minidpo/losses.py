@@ -40,7 +40,7 @@ class PreferenceLoss(NamedTuple):
     """What a preference loss returns."""
 
     loss: Tensor  # (): the mean over the pairs, weighted if they have weights
-    reward_w: Tensor  # (B,): beta (logp_w - ref_logp_w), the implicit reward
+    reward_w: Tensor  # (B,): the implicit reward of this loss, most often beta (logp_w - ref_logp_w)
     reward_l: Tensor  # (B,)
     margin: Tensor  # (B,): (logp_w - ref_logp_w) - (logp_l - ref_logp_l), before beta
 

@@ -335,8 +335,9 @@ def dpo(
     """Train a model to prefer the chosen responses of pairs.
 
     Direct preference optimisation on JSON Lines of prompt, chosen and rejected. The frozen reference is the model of
-    --init, unless --reference names another. Rewards in the metrics are implicit: beta log(pi/pi_ref), or beta log pi
-    with a loss that has no reference. `minidpo losses` prints the losses.
+    --init, unless --reference names another. Rewards in the metrics are those that the loss compares:
+    beta log(pi/pi_ref) with most losses, beta log pi without a reference, per token if the loss takes means over
+    tokens. `minidpo losses` prints the losses.
     """
     words = arguments("dpo", locals())
     policy, config, tokenizer, _ = start = load(init, requires_grad=True, device=run.device)
