@@ -170,9 +170,9 @@ class Choice:
         needed = [name for name, p in taken.items() if p.default is p.empty and name not in given]
         if needed:
             raise ValueError(f"the loss {self.name} needs the {needed[0]} of each pair, which the data does not have")
-        unknown = self.options.keys() - (taken.keys() - given - {"probability", "weight"})
-        if unknown:
-            raise ValueError(f"the loss {self.name} has no option {sorted(unknown)[0]}")
+        known = [name for name in taken if name not in given | {"probability", "weight"}]
+        for unknown in self.options.keys() - set(known):
+            raise ValueError(f"the loss {self.name} has no option {unknown}: it has {', '.join(known) or 'none'}")
 
     def __call__(
         self, logp_w: Any, logp_l: Any, ref_logp_w: Any, ref_logp_l: Any, beta: float,
