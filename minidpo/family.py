@@ -14,7 +14,6 @@ most 0). At a kink a loss has no derivative; there `hinge` and `dpop` take the f
 import functools
 import inspect
 import math
-from inspect import Parameter
 from typing import Any, NamedTuple
 
 from . import ops
@@ -29,15 +28,15 @@ def pair_loss(pair: Any, couples_pairs: bool = False) -> Any:
     """Make a loss of log-probabilities, (B,), from the loss of a pair, whose parameters say what it needs of the pair.
 
     The loss takes logp_w, logp_l, the reference's two unless `pair` does without, constants of each pair, (B,), beta
-    unless `pair` does without, and options. It returns a `PreferenceLoss` with r_w and r_l as its rewards; without a
-    reference h_w is logp_w, and without beta r_w is h_w.
+    unless `pair` does without, and options. It returns a `PreferenceLoss` with the rewards that `pair` returns after
+    its loss, or else r_w and r_l; without a reference h_w is logp_w, and without beta r_w is h_w.
     """
     own = inspect.signature(pair).parameters
     scored = bool(own.keys() & {"z", "r_w"})
     names = FOUR[: 4 if scored or own.keys() & {"h_w", "ref_logp_w"} else 2]
     rest = [p for name, p in own.items() if name not in (*FOUR, "h_w", "h_l", "r_w", "r_l", "z", "beta")]
     constants, options = ([p for p in rest if (p.default is p.empty) is required] for required in (True, False))
-    plainly = functools.partial(Parameter, kind=Parameter.POSITIONAL_OR_KEYWORD)
+    plainly = functools.partial(inspect.Parameter, kind=inspect.Parameter.POSITIONAL_OR_KEYWORD)
     beta = [own.get("beta", plainly("beta", default=0.1))] if scored or "beta" in own else []
     signature = inspect.Signature([*map(plainly, names), *constants, *beta, *options])
 
@@ -55,8 +54,9 @@ def pair_loss(pair: Any, couples_pairs: bool = False) -> Any:
     @functools.wraps(pair)
     def loss(*arguments: Any, **keywords: Any) -> PreferenceLoss:
         x = prepared(arguments, keywords, lambda logp: logp if isinstance(logp, Tensor) else Tensor(logp))
-        mean = ops.mean(pair(**{name: x[name] for name in own}))
-        return PreferenceLoss(mean, x["r_w"], x["r_l"], x["h_w"] - x["h_l"])
+        found = pair(**{name: x[name] for name in own})
+        value, r_w, r_l = found if isinstance(found, tuple) else (found, x["r_w"], x["r_l"])
+        return PreferenceLoss(ops.mean(value), r_w, r_l, x["h_w"] - x["h_l"])
 
     def chain(slopes: Any) -> Any:
         """From the derivatives of a pair, in z or in the two that it names, to the gradient of the batch."""
@@ -128,7 +128,7 @@ def exo_pair_loss(z, label_smoothing=1e-3):
     Stationary: z = log((1 - e)/e), and its slope vanishes far out on both sides.
     Source: Ji et al. 2024 (arXiv 2402.00856), equation 16.
     """
-    e = positive("label_smoothing", label_smoothing)
+    e = option("label_smoothing", label_smoothing, positive=True)
     return sigma(z) * (log_sigma(z) - math.log(1 - e)) + sigma(-z) * (log_sigma(-z) - math.log(e))
 
 
@@ -136,7 +136,7 @@ def exo_pair_loss(z, label_smoothing=1e-3):
 def exo_pair_gradient(z, label_smoothing=1e-3):
     """dL/dz = v(z) (z - log((1 - e)/e))"""
     # with p = sigma(z): dL/dp = log(p/(1 - e)) - log((1 - p)/e) = z - log((1 - e)/e), and dp/dz = v(z)
-    e = positive("label_smoothing", label_smoothing)
+    e = option("label_smoothing", label_smoothing, positive=True)
     return v(z) * (z - math.log((1 - e) / e))
 
 
@@ -149,7 +149,7 @@ def discopop_loss(z, tau=0.05):
     Stationary: at the default tau z = -0.119, a minimum, and z = 0.072, a maximum.
     Source: Lu et al. 2024 (arXiv 2406.08414), equation 5.
     """
-    tau = positive("tau", tau)
+    tau = option("tau", tau, positive=True)
     return exp(log_sigma(z / tau) - z) - sigma(-z / tau) * log_sigma(z)  # m exp(-z) as one exp cannot overflow
 
 
@@ -157,7 +157,7 @@ def discopop_loss(z, tau=0.05):
 def discopop_gradient(z, tau=0.05):
     """dL/dz = -(1 - m) sigma(-z) - m exp(-z) + m (1 - m) (log sigma(z) + exp(-z)) / tau"""
     # dm/dz = m (1 - m)/tau, and each factor beside it has its own slope; m exp(-z) is exp(log m - z)
-    tau = positive("tau", tau)
+    tau = option("tau", tau, positive=True)
     blend, rest = exp(log_sigma(z / tau) - z), sigma(-z / tau)
     return blend * (rest / tau - 1) + rest * (sigma(z / tau) * log_sigma(z) / tau - sigma(-z))
 
@@ -301,9 +301,8 @@ def dpop_loss(h_w, h_l, beta=0.1, penalty=50.0):
 @gradient_of(dpop_loss)
 def dpop_gradient(h_w, h_l, beta=0.1, penalty=50.0):
     """dL/dh_w = s (1 + penalty [h_w < 0]), dL/dh_l = -s, s = -beta sigma(-x)"""
-    below = h_w < 0
-    s = -beta * sigma(-beta * (h_w - h_l + penalty * below * h_w))
-    return s * (1 + penalty * below), -s
+    s = -beta * sigma(-beta * (h_w - h_l + penalty * (h_w < 0) * h_w))
+    return s * (1 + penalty * (h_w < 0)), -s
 
 
 @pair_loss
@@ -312,19 +311,19 @@ def alpha_divergence_loss(h_w, h_l, beta=0.1, alpha=0.5):
 
         L = -mean(log sigma(x)),   x = beta (f'(e^h_w) - f'(e^h_l)),   f'(u) = (1 - u^-alpha)/alpha
 
-    Where e^(-alpha h_w) is too large for a float, the loss is inf.
+    Where -x is too large for a float, the loss is inf.
     Source: Wang et al. 2023 (arXiv 2309.16240); TRL's f_alpha_divergence_coef is 1 - alpha.
     """
-    return -log_sigma(beta * (inverse_power(h_l, alpha) - exp(-alpha * h_w)) / alpha)
+    x = score_gap(h_w, h_l, beta, alpha)
+    return -log_sigma(x), *(beta * (1 - exp(-alpha * h)) / alpha for h in (h_w, h_l))
 
 
 @gradient_of(alpha_divergence_loss)
 def alpha_divergence_gradient(h_w, h_l, beta=0.1, alpha=0.5):
     """dL/dh_w = s e^(-alpha h_w), dL/dh_l = -s e^(-alpha h_l), s = -beta sigma(-x)"""
-    # d f'(e^h)/dh = e^(-alpha h)
-    p_w, p_l = exp(-alpha * h_w), inverse_power(h_l, alpha)
-    s = -beta * sigma(-beta / alpha * (p_l - p_w))
-    return s * p_w, -s * p_l
+    # d f'(e^h)/dh = e^(-alpha h), which may overflow where its product with s does not: one exp for both
+    log_s = math.log(beta) + log_sigma(-score_gap(h_w, h_l, beta, alpha))
+    return -exp(log_s - alpha * h_w), exp(log_s - alpha * h_l)
 
 
 @pair_loss
@@ -335,7 +334,8 @@ def js_divergence_loss(h_w, h_l, beta=0.1):
 
     Source: Wang et al. 2023 (arXiv 2309.16240).
     """
-    return -log_sigma(beta * (log_sigma(h_w) - log_sigma(h_l)))  # f'(e^h) = log 2 + log sigma(h), and log 2 cancels
+    r_w, r_l = (beta * (math.log(2) + log_sigma(h)) for h in (h_w, h_l))
+    return -log_sigma(r_w - r_l), r_w, r_l
 
 
 @gradient_of(js_divergence_loss)
@@ -354,7 +354,8 @@ def sigmoid_norm_loss(h_w, h_l, length_w, length_l, beta=0.1):
 
     Source: Lambert et al. 2024 (arXiv 2411.15124).
     """
-    return -log_sigma(beta * (h_w / length_w - h_l / length_l))
+    r_w, r_l = beta * h_w / length_w, beta * h_l / length_l
+    return -log_sigma(r_w - r_l), r_w, r_l
 
 
 @gradient_of(sigmoid_norm_loss)
@@ -393,7 +394,8 @@ def simpo_loss(logp_w, logp_l, length_w, length_l, beta=2.0, gamma=1.0):
 
     Source: Meng et al. 2024 (arXiv 2405.14734).
     """
-    return -log_sigma(beta * (logp_w / length_w - logp_l / length_l) - gamma)
+    r_w, r_l = beta * logp_w / length_w, beta * logp_l / length_l
+    return -log_sigma(r_w - r_l - gamma), r_w, r_l
 
 
 @gradient_of(simpo_loss)
@@ -412,15 +414,16 @@ def alphapo_loss(logp_w, logp_l, length_w, length_l, beta=2.0, gamma=1.0, alpha=
     Source: Gupta et al. 2025 (arXiv 2501.03884).
     """
     p_w, p_l = logp_w / length_w, logp_l / length_l
-    return -log_sigma(beta * (inverse_power(p_l, alpha) - exp(-alpha * p_w)) / alpha - gamma)
+    x = score_gap(p_w, p_l, beta, alpha) - gamma
+    return -log_sigma(x), *(beta * (1 - exp(-alpha * p)) / alpha for p in (p_w, p_l))
 
 
 @gradient_of(alphapo_loss)
 def alphapo_gradient(logp_w, logp_l, length_w, length_l, beta=2.0, gamma=1.0, alpha=0.25):
     """dL/dlogp_w = s P_w^-alpha/|y_w|, dL/dlogp_l = -s P_l^-alpha/|y_l|, s = -beta sigma(-x)"""
-    q_w, q_l = exp(-alpha * logp_w / length_w), inverse_power(logp_l / length_l, alpha)
-    s = -beta * sigma(gamma - beta / alpha * (q_l - q_w))
-    return s * q_w / length_w, -s * q_l / length_l
+    p_w, p_l = logp_w / length_w, logp_l / length_l
+    log_s = math.log(beta) + log_sigma(gamma - score_gap(p_w, p_l, beta, alpha))
+    return -exp(log_s - alpha * p_w) / length_w, exp(log_s - alpha * p_l) / length_l
 
 
 @pair_loss
@@ -451,7 +454,7 @@ def orpo_loss(logp_w, logp_l, length_w, length_l, beta=0.1):
     Source: Hong et al. 2024 (arXiv 2403.07691), where beta is lambda; TRL takes log P_w over the batch's tokens.
     """
     p_w, p_l = logp_w / length_w, logp_l / length_l
-    return -p_w - beta * log_sigma((p_w - log1mexp(p_w)) - (p_l - log1mexp(p_l)))
+    return -p_w - beta * log_sigma((p_w - log1mexp(p_w)) - (p_l - log1mexp(p_l))), beta * p_w, beta * p_l
 
 
 @gradient_of(orpo_loss)
@@ -645,10 +648,15 @@ def v(x: Array) -> Array:
     return exp(log_sigma(x) + log_sigma(-x))
 
 
-def inverse_power(h_l: Any, alpha: float) -> Any:
-    """e^(-alpha h) of a rejected response, below the largest float: sigma(-x) is 0 there, and 0 * inf would be nan."""
-    capped = ops.maximum(positive("alpha", alpha) * h_l, -80.0 if h_l.dtype.char in "fF" else -700.0)
-    return exp(-capped if isinstance(h_l, Tensor) else -capped.data)
+def score_gap(h_w: Any, h_l: Any, beta: float, alpha: float) -> Any:
+    """(beta/alpha) (e^(-alpha h_l) - e^(-alpha h_w)), where one of the powers may be too large for a float."""
+    low_w, low_l = (-option("alpha", alpha, positive=True) * h for h in (h_w, h_l))
+    w, l = (x.data if isinstance(x, Tensor) else x for x in (low_w, low_l))
+    xp = array_module(w)
+    excess = xp.maximum(xp.maximum(w.real, l.real) - (80.0 if w.dtype.char in "fF" else 700.0), 0.0)
+    # a positive gap may stay near e^700, where its loss is 0; e^60 times a negative one is infinite
+    scale = beta / alpha * xp.exp(xp.where(w.real >= l.real, xp.minimum(excess, 60.0), 0.0))
+    return scale * (exp(low_l - excess) - exp(low_w - excess))
 
 
 def ascending(x: Any) -> Any:
@@ -662,16 +670,12 @@ def put_back(slope: Array, x: Array) -> Array:
     return slope[x.argsort().argsort()] if x.ndim else slope
 
 
-def positive(name: str, x: float) -> float:
-    if not x > 0:
-        raise ValueError(f"{name} must be positive, not {x}")
-    return x
-
-
-def option(name: str, x: Any) -> float:
+def option(name: str, x: Any, positive: bool = False) -> float:
     low, high = (0, 0.5) if name == "label_smoothing" else (-math.inf, math.inf)
     if not (low <= x < high and math.isfinite(x)):
         raise ValueError(f"{name} must lie in [{low}, {high}), not {x}")
+    if positive and not x > 0:
+        raise ValueError(f"{name} must be positive, not {x}")
     return float(x)
 
 

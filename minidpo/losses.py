@@ -40,7 +40,7 @@ class PreferenceLoss(NamedTuple):
     """What a preference loss returns."""
 
     loss: Tensor  # (): the mean over the pairs, weighted if they have weights
-    reward_w: Tensor  # (B,): beta (logp_w - ref_logp_w), the implicit reward
+    reward_w: Tensor  # (B,): the implicit reward of this loss, most often beta (logp_w - ref_logp_w)
     reward_l: Tensor  # (B,)
     margin: Tensor  # (B,): (logp_w - ref_logp_w) - (logp_l - ref_logp_l), before beta
 
@@ -170,9 +170,9 @@ class Choice:
         needed = [name for name, p in taken.items() if p.default is p.empty and name not in given]
         if needed:
             raise ValueError(f"the loss {self.name} needs the {needed[0]} of each pair, which the data does not have")
-        unknown = self.options.keys() - (taken.keys() - given - {"probability", "weight"})
-        if unknown:
-            raise ValueError(f"the loss {self.name} has no option {sorted(unknown)[0]}")
+        known = [name for name in taken if name not in given | {"probability", "weight"}]
+        for unknown in self.options.keys() - set(known):
+            raise ValueError(f"the loss {self.name} has no option {unknown}: it has {', '.join(known) or 'none'}")
 
     def __call__(
         self, logp_w: Any, logp_l: Any, ref_logp_w: Any, ref_logp_l: Any, beta: float,

@@ -282,13 +282,23 @@ def test_sampled_gradients_are_unbiased(world):
 
 
 def test_what_breaks_it_breaks_it(world):
-    """With nothing broken DPO ends at pi*; certain labels overshoot it, flipped labels stay near the reference."""
+    """With nothing broken DPO ends at pi*; certain labels overshoot it, flipped labels stay near the reference.
+
+    Robust DPO, which knows how many labels are flipped, ends at pi*. Under other divergences DPO goes further than pi*,
+    and IPO stays nearer to the reference.
+    """
     rows = {row.name: row for row in assumptions.what_breaks_it(world, 0, steps=300)}
     assert rows["pi*"].tv == 0 and rows["DPO, nothing broken"].tv < 1e-3
     assert rows["DPO, labels without noise"].kl > 2 * rows["pi*"].kl and rows["DPO, labels without noise"].tv > 0.3
     assert rows["IPO, labels without noise"].kl < rows["DPO, labels without noise"].kl
     flipped = [row for name, row in rows.items() if "flipped" in name]
+    (robust,) = [row for row in flipped if "robust" in row.name]
+    flipped.remove(robust)
+    assert robust.tv < 1e-3
     assert len(flipped) == 3 and all(row.kl < rows["pi*"].kl and row.tv > 0.05 for row in flipped)
+    assert rows["IPO, nothing broken"].kl < 0.1 * rows["pi*"].kl
+    under = [row for name, row in rows.items() if name.startswith("DPO under")]
+    assert len(under) == 3 and all(row.kl > 2 * rows["pi*"].kl for row in under)
     for name in ("DPO, 300 sampled pairs a prompt", "DPO, a reference without support for the ten best"):
         assert rows[name].tv > 0.01
     row = assumptions.outcome("x", world, world.ref_logp, 0.5)

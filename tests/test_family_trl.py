@@ -52,6 +52,14 @@ def ours(name, **changes):
     return out.item(), *(0 * leaf.data if leaf.grad is None else leaf.grad for leaf in leaves.values())
 
 
+def check_rewards(name, metrics, **changes):
+    """The mean rewards that TRL logs are ours."""
+    out = LOSSES[name](**{each: x for each, x in {**FOUR, **SIZES, "beta": BETA, **changes}.items()
+                          if each in inspect.signature(LOSSES[name]).parameters})  # fmt: skip
+    for each, reward in (("chosen", out.reward_w), ("rejected", out.reward_l)):
+        np.testing.assert_allclose(float(metrics[f"rewards/{each}"]), reward.data.mean(), rtol=1e-6)
+
+
 def per_token(name, **changes):
     """A loss of ours on means over tokens: dL/dlogp is dL/dmean divided by the length."""
     means = {each: x / SIZES[f"length_{each[-1]}"] for each, x in {**FOUR, **changes}.items()}
@@ -196,8 +204,10 @@ def test_cpo_trainer(name):
     )  # fmt: skip
     trainer.cpo_loss = types.MethodType(CPOTrainer.cpo_loss, trainer)
     assert 'average_log_prob=self.loss_type in ["ipo", "simpo"]' in inspect.getsource(CPOTrainer.concatenated_forward)
-    loss, _ = CPOTrainer.get_batch_loss_metrics(trainer, None, {})
+    loss, metrics = CPOTrainer.get_batch_loss_metrics(trainer, None, {})
     loss.backward()
+    if name in ("simpo", "alphapo"):
+        check_rewards(name, metrics)
     check(CPO[name](), loss, (w.grad.numpy(), l.grad.numpy()))
 
 
@@ -213,8 +223,9 @@ def test_orpo_trainer(monkeypatch):
         ),
     )  # fmt: skip
     trainer.odds_ratio_loss = types.MethodType(ORPOTrainer.odds_ratio_loss, trainer)
-    loss, _ = ORPOTrainer.get_batch_loss_metrics(trainer, None, {})
+    loss, metrics = ORPOTrainer.get_batch_loss_metrics(trainer, None, {})
     loss.backward()
+    check_rewards("orpo", metrics)
     own = ours("orpo")
     likelihood = -(W / LENGTH_W).mean(), -1 / LENGTH_W / B, 0 * L  # the paper's
     mine = tuple(a - b + c for a, b, c in zip(own, likelihood, token_nll()))

@@ -34,6 +34,26 @@ def test_the_slope_is_that_of_the_mean_loss():
     close(optima.slope(world, "ipo", logp, p), max(map(abs, slopes)), rtol=1e-6)
 
 
+@pytest.mark.parametrize("beta", [0.2, 0.5, 5.0])
+@pytest.mark.parametrize("text", optima.DIVERGENCES)
+def test_the_optimum_under_a_divergence_has_the_most(text, beta):
+    """It is a policy, and has more E[r] - beta D than pi*, than the reference and than policies near it."""
+    world = equalities.small_world(1, characters=2, cap=3)
+    best, f = optima.optimum_under(world, text, beta), optima.DIVERGENCES[text][3]
+    close(np.exp(best).sum(axis=-1), 1, atol=1e-7)
+
+    def objective(logp):
+        ref = np.exp(world.ref_logp)
+        return (np.exp(logp) * world.reward - beta * ref * f(np.maximum(np.exp(logp) / ref, 1e-300))).sum(axis=-1)
+
+    rng = np.random.default_rng(0)
+    near = [best + 0.05 * rng.normal(size=best.shape) for _ in range(20)]
+    others = [exact.optimum(world.ref_logp, world.reward, beta)[0], world.ref_logp]
+    others += [logp - np.logaddexp.reduce(logp, axis=-1, keepdims=True) for logp in near]
+    assert all((objective(best) > objective(logp) - 1e-7).all() for logp in others)
+    assert all((objective(best) > objective(logp) + 1e-6).all() for logp in others[:2])
+
+
 @pytest.mark.parametrize("text", optima.DIVERGENCES)
 def test_scores_are_derivatives_of_the_divergence(text):
     """log u = inverse(f'(u)), with f' by a difference of f; f' stays below its bound."""

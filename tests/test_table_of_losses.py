@@ -34,6 +34,8 @@ def test_the_table_has_every_loss(capsys):
         ("sigmoid_norm", "nowhere", "yes", "means", "0"),
         ("orpo", "nowhere", "no", "means", "0"),
         ("cpo", "nowhere", "no", "sums", "0"),
+        ("dpo_nll", "nowhere", "yes", "both", "0"),
+        ("r_dpo", "nowhere", "yes", "sums", "0"),  # its lengths divide nothing
         ("robust", "nowhere", "yes", "sums", "none"),
         ("unlikelihood", "nowhere", "no", "sums", "none"),
         ("nca_pair", "r_w = log 2, r_l -> -inf", "yes", "sums", "log(27/4)/2"),

@@ -709,6 +709,11 @@ def test_every_loss_of_pairs_trains(name, folder, tmp_path):
         (["--loss=sft", "--beta=0.2"], "the loss sft has no beta"),
         (["--loss=ipo", "--label-smoothing=0.1"], "the loss ipo has no option label_smoothing"),
         (["--loss=robust", "--label-smoothing=0.5"], "label_smoothing must lie in [0, 0.5), not 0.5"),
+        (["--loss=alphapo", "--loss-options=gama=1"], "the loss alphapo has no option gama: it has gamma, alpha"),
+        (["--loss=ipo", "--loss-options=tau=1"], "the loss ipo has no option tau: it has none"),
+        (["--loss-options=weight=2"], "the loss dpo has no option weight: it has label_smoothing"),
+        (["--loss=discopop", "--loss-options=tau=0"], "tau must be positive, not 0"),
+        (["--label-smoothing=0.1", "--loss-options=label_smoothing=0.2"], "label_smoothing is given twice"),
     ],
 )
 def test_a_loss_that_pairs_cannot_train_is_refused(words, sentence, folder, tmp_path, capsys):
@@ -716,6 +721,46 @@ def test_a_loss_that_pairs_cannot_train_is_refused(words, sentence, folder, tmp_
     words = [f"--data={folder / 'pairs.jsonl'}", f"--init={folder / 'init'}", f"--out={tmp_path / 'run'}", *words]
     assert cli.main(["dpo", *words]) == 2
     assert sentence in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("words", ["gamma", "gamma=", "gamma=1,gamma=2", "gamma=1,", "gamma=much", "gamma=inf"])
+def test_constants_are_named_numbers(words, folder, tmp_path, capsys):
+    """What is not NAME=X with a finite number, each name once, is refused by the parser."""
+    files = [f"--data={folder / 'pairs.jsonl'}", f"--init={folder / 'init'}", f"--out={tmp_path / 'run'}"]
+    with pytest.raises(SystemExit):
+        cli.main(["dpo", *files, "--loss=simpo", f"--loss-options={words}"])
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "argument --loss-options: '" in error and "is not " in error and not (tmp_path / "run").exists()
+
+
+def test_constants_of_a_loss_are_set_recorded_and_resumed(folder, tmp_path, monkeypatch):
+    """--loss-options sets any constant of the loss by its name; run.json holds it, and a resumed run minimises it."""
+    four, sizes = np.array([[-3.0], [-4.0], [-3.5], [-3.0]]), {"length_w": [2], "length_l": [5]}
+    wanted = losses.LOSSES["alphapo"](*four[:2], **sizes, beta=2.0, gamma=0.3, alpha=0.125).loss.item()
+    minimised = []
+    right = training.preference_evaluation
+
+    def evaluation(*args):
+        minimised.append(args[4](*four, args[3], **sizes).loss.item())
+        return right(*args)
+
+    monkeypatch.setattr(training, "preference_evaluation", evaluation)
+    words = ["dpo", f"--data={folder / 'pairs.jsonl'}", f"--init={folder / 'init'}", f"--out={tmp_path / 'run'}"]
+    assert cli.main([*words, "--steps=2", "--loss=alphapo", "--loss-options=gamma=0.3,alpha=1.25e-1"]) == 0
+    arguments = json.loads((tmp_path / "run" / "run.json").read_text())["arguments"]
+    assert "--loss-options=gamma=0.3,alpha=0.125" in arguments
+    before = len(minimised)
+    for result in ("latest", "model", "metrics.jsonl", "samples.jsonl"):  # as if it had been killed at the start
+        path = tmp_path / "run" / result
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    for step in (tmp_path / "run").glob("step-*"):
+        shutil.rmtree(step)
+    assert cli.main(["resume", str(tmp_path / "run")]) == 0
+    assert len(minimised) == 2 * before == 4 and minimised == pytest.approx([wanted] * 4)
+    run = tmp_path / "python"
+    settings = {"steps": 0, "loss": "simpo", "loss_options": {"gamma": 2}}
+    cli.dpo(data=folder / "pairs.jsonl", init=folder / "init", out=run, **settings)
+    assert "--loss-options=gamma=2.0" in json.loads((run / "run.json").read_text())["arguments"]
 
 
 def test_every_loss_trains_or_is_refused():

@@ -46,6 +46,7 @@ CASES = {
     "dpo": {
         **TESTED, "seed": [3], "init": ["other"], "reference": [None], "beta": [1.5],
         "loss": ["ipo", "reference-free"], "label_smoothing": [0.2], "nll_weight": [2.0],
+        "loss_options": ["label_smoothing=0.2"],
     },
     "evaluate": {**SCORING, "device": "moves_the_arrays", "json": "prints_the_result"},
     "score": {**SCORING, "device": "moves_the_arrays"},

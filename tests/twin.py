@@ -119,7 +119,8 @@ def likelihood(leaves, config, examples, options):
 
 def preference(leaves, config, pairs, options, ref_params):
     """The loss of pairs, and a sum whose gradient is its gradient: the derivatives of the losses are written out."""
-    beta, e, weight = options.get("beta", 0.1), options.get("label_smoothing", 0.0), options.get("nll_weight", 0.0)
+    beta, weight = options.get("beta", 0.1), options.get("nll_weight", 0.0)
+    e = options.get("label_smoothing", float(options.get("loss_options", "label_smoothing=0").partition("=")[2]))
     logp_w, logp_l = (logprobs(leaves, config, [(x, ys[i]) for x, *ys in pairs]) for i in (0, 1))
     ref_w, ref_l = (logprobs(ref_params, config, [(x, ys[i]) for x, *ys in pairs]).data for i in (0, 1))
     if options.get("loss") == "reference-free":

@@ -139,7 +139,8 @@ for name, logp in policies.items():
 # the policy gradient of J end at the same policy. `assumptions` drops these conditions one at a time, and trains the
 # tables for 500 steps each. TV is the total variation distance to pi*, half the sum of |pi - pi*|: 0 if they are equal,
 # 1 if they share nothing. pi* and the reference are those of the unbroken world in every row. IPO is another loss: the
-# mean of (margin - 1/(2 tau))^2, with tau in the place of beta. A row for DPO with smoothed labels (cDPO) is left out.
+# mean of (margin - 1/(2 tau))^2, with tau in the place of beta. Robust DPO knows how many labels are flipped. Under
+# another divergence than the KL, DPO has another optimum. A row for smoothed labels (cDPO) is left out.
 
 # %%
 six = equalities.World([[0]], [[1]] * 6, reward[None, :], ref_logp[None, :])
@@ -192,7 +193,7 @@ unlikelihood_losses = [-((W - alpha * L) * policies[f"unlikelihood, {n} steps"])
 unlikelihood_losses.append(-((W - alpha * L) * policy_after(unlikelihood_push, 6000)).sum())
 assert (W < alpha * L).any() and sorted(unlikelihood_losses)[::-1] == unlikelihood_losses
 assert outcomes["DPO, nothing broken"].tv < 0.01
-breaches = [name for name, outcome in outcomes.items() if name.startswith("DPO") and outcome.tv > 0.03]
+breaches = [name for name, outcome in outcomes.items() if name.startswith("DPO,") and outcome.tv > 0.03]
 few = equalities.sampled_wins(world, stream(0, "pairs"), 300)  # (prompts, winners, losers): counts
 certain = (world.reward[:, :, None] > world.reward[:, None, :]).astype(float)
 for wins in (few, certain):

@@ -33,7 +33,7 @@ from .train import load, same_vocabulary
 BETA = 0.1  # where neither an option nor a run gives one
 RATE = 1e-6
 AT_ONCE = 32  # texts that are sampled together
-PLAIN = {"loss": "dpo", "nll-weight": "0.0", "label-smoothing": "0.0"}  # the DPO loss and nothing else
+PLAIN = {"loss": "dpo", "nll-weight": "0.0", "label-smoothing": "0.0", "loss-options": ""}  # the DPO loss alone
 NLL_WEIGHTS = (0.0, 0.02, 0.05, 0.1, 0.5)
 
 OwnReference = Annotated[o.Reference | None, Default("that of the dpo run, or the policy itself")]

@@ -94,6 +94,24 @@ def one_of(*names: str, function: bool = False) -> Callable[[Any], Any]:
     return name
 
 
+class Constants(dict[str, float]):
+    """Numbers by their names; their text is the word of the command line that gives them."""
+
+    def __str__(self) -> str:
+        return ",".join(f"{name}={x!r}" for name, x in self.items())
+
+
+def constants(value: Any) -> Constants:
+    """Accept NAME=X, several with commas between them; from Python also a dict."""
+    words = value.items() if isinstance(value, dict) else [word.partition("=")[::2] for word in str(value).split(",")]
+    found = Constants()
+    for name, x in words:
+        if name in found or x == "":
+            raise OptionError(f"{value!r} is not NAME=X, or several with commas between and each name once")
+        found[name] = anything(x)
+    return found
+
+
 def a(what: str, *kinds: type, make: Callable[[Any], Any]) -> Callable[[Any], Any]:
     """Accept values of some types, and make one type of them."""
 
@@ -161,6 +179,9 @@ LossName = Annotated[
     str | Loss, Option("loss to minimise, a name of `minidpo losses`", one_of(*LOSSES, function=True), "NAME")
 ]
 LabelSmoothing = Annotated[float, Option("probability that a label is wrong, 0 to 0.5", between(0, 0.5, "[]"))]
+LossOptions = Annotated[
+    Constants, Option("constants of the loss, as gamma=1.5; several with commas", constants, "NAME=X")
+]
 NllWeight = Annotated[float, Option("weight of the chosen responses' nats per token, added to the loss", weight)]
 
 # Looking into models, and proving.

@@ -89,7 +89,7 @@ def exact(*, plot: o.Plot = None, seed: o.Seed = 0) -> int:
 
     Enumerate all responses of a small world and print, for each claim of the theory, the number that bears it out:
     Bradley-Terry, the KL-constrained objective, its optimum, the implicit reward, the optimum of DPO and of its
-    relatives, RLHF, what beta does, and which assumptions matter. It takes about 200 CPU seconds. The exit status is
+    relatives, RLHF, what beta does, and which assumptions matter. It takes about 210 CPU seconds. The exit status is
     1 if a claim fails.
     """
     if plot and not plots.installed():
@@ -124,9 +124,9 @@ def exact(*, plot: o.Plot = None, seed: o.Seed = 0) -> int:
 def frontier(*, out: o.Folder = Path("frontier"), worlds: o.Worlds = 5, seed: o.Seed = 0) -> list[methods.Point]:
     """Measure true reward against KL for each method.
 
-    Run DPO, IPO, policy gradients, preferred fine-tuning, unlikelihood and best-of-N in small worlds, with exact true
-    reward and exact KL to the reference, and print how far each ends below the best that its KL could buy. It takes
-    about 10 CPU seconds per world.
+    Run DPO and relatives, policy gradients, preferred fine-tuning, unlikelihood and best-of-N in small worlds, with
+    exact true reward and exact KL to the reference, and print how far each ends below the best that its KL could buy.
+    It takes about 10 CPU seconds per world.
     """
     table, picture = out / "frontier.json", out / "frontier.png"
     out.mkdir(parents=True, exist_ok=True)

@@ -34,7 +34,7 @@ class Facts(NamedTuple):
     gradient: str
     stationary: str
     reference: str  # yes or no
-    tokens: str  # sums or means
+    tokens: str  # sums, means or both: a mean is what lengths divide
     infimum: str
     paper: str
 
@@ -53,7 +53,8 @@ def facts(name: str) -> Facts:
     means = math.isclose(loss(**x).loss.item(), loss(**longer).loss.item(), rel_tol=1e-9)
     return Facts(
         name, " ".join(formula.split()), gradient, stationary.group(1) if stationary else "nowhere",
-        "yes" if any(each.startswith("ref_logp") for each in x) else "no", "means" if means else "sums",
+        "yes" if any(each.startswith("ref_logp") for each in x) else "no",
+        "means" if means else "both" if "/|y" in formula else "sums",
         infimum.group(1) if infimum else "0", paper.group(1) if paper else "",
     )  # fmt: skip
 
@@ -61,8 +62,8 @@ def facts(name: str) -> Facts:
 def as_text() -> str:
     """The table, four lines a loss."""
     rows = ["A pair has h_w = logp_w - ref_logp_w, r_w = beta h_w, z = r_w - r_l, |y_w| tokens; v(x) is sigma'(x)",
-            "e is label_smoothing, p the probability that a label is correct, B the number of pairs"]  # fmt: skip
-
+            "e is label_smoothing, p the probability that a label is correct, B the number of pairs; a gradient",
+            "without B is that of a batch of one; bounds hold for log-probabilities of at most 0"]  # fmt: skip
     rows += [f"{'loss':<18}{'reference':<11}{'tokens':<8}{'bounded below':<22}paper"]
     for row in map(facts, LOSSES):
         bound = "no" if row.infimum == "none" else f"by {row.infimum}"

@@ -2,7 +2,7 @@
 
 import hashlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from inspect import signature
 from json import dumps
@@ -303,12 +303,17 @@ def sft(
     return likelihood_run(out, start, examples, held_out, rows.prompts(), names, run, test)
 
 
-def preference_loss(loss: str | Loss, label_smoothing: float | None, beta: float | None) -> tuple[Loss, float]:
-    """The loss of a name with its option, or a function from Python as it is; and beta, by default the loss's own."""
+def preference_loss(
+    loss: str | Loss, label_smoothing: float | None, beta: float | None, loss_options: Mapping[str, float] | None = None
+) -> tuple[Loss, float]:
+    """The loss of a name with its options, or a function from Python as it is; and beta, by default the loss's own."""
     options = {} if label_smoothing is None else {"label_smoothing": label_smoothing}
+    if options.keys() & (loss_options or {}).keys():
+        raise ValueError("label_smoothing is given twice, also in loss_options")
+    options |= loss_options or {}
     if not isinstance(loss, str):
         if options:
-            raise ValueError("label_smoothing is for losses with a name")
+            raise ValueError(f"{next(iter(options))} is for losses with a name")
         if getattr(loss, "__name__", "") in LOSSES:
             raise ValueError(
                 f"{loss.__name__} is the name of another loss, with which `resume` would continue: rename it"
@@ -329,14 +334,16 @@ def dpo(
     reference: Annotated[o.Reference | None, Default("the model of --init")] = None,
     beta: Annotated[o.Beta | None, Default("the loss's own, 0.1 for most")] = None, loss: o.LossName = "dpo",
     label_smoothing: Annotated[o.LabelSmoothing | None, Default("the loss's own")] = None,
+    loss_options: Annotated[o.LossOptions | None, Default("the loss's own")] = None,
     nll_weight: o.NllWeight = 0.0, strict: o.Strict = False, truncation: o.Truncation = "none",
     test_share: o.TestShare = 0.0, run: Training = DPO,
 ) -> Path:  # fmt: skip
     """Train a model to prefer the chosen responses of pairs.
 
     Direct preference optimisation on JSON Lines of prompt, chosen and rejected. The frozen reference is the model of
-    --init, unless --reference names another. Rewards in the metrics are implicit: beta log(pi/pi_ref), or beta log pi
-    with a loss that has no reference. `minidpo losses` prints the losses.
+    --init, unless --reference names another. Rewards in the metrics are those that the loss compares:
+    beta log(pi/pi_ref) with most losses, beta log pi without a reference, per token if the loss takes means over
+    tokens. `minidpo losses` prints the losses.
     """
     words = arguments("dpo", locals())
     policy, config, tokenizer, _ = start = load(init, requires_grad=True, device=run.device)
@@ -344,7 +351,7 @@ def dpo(
     if reference:
         ref_params, ref_config, _, _ = other = load(reference, device=run.device)
         same_vocabulary(init, start, reference, other)
-    objective, beta = preference_loss(loss, label_smoothing, beta)
+    objective, beta = preference_loss(loss, label_smoothing, beta, loss_options)
     n_positions = min(config.n_positions, ref_config.n_positions)
     rows = read_rows(data, run, test_share, truncation, strict, PAIRS, start, n_positions)
     hashes = {"init_sha256": fingerprint(policy), "reference_sha256": fingerprint(ref_params)}

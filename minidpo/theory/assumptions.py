@@ -1,6 +1,7 @@
 """The optimum of DPO is pi* under four assumptions; here each is dropped in turn.
 
-Bradley-Terry labels, enough pairs, a reference with full support, and a policy class that can represent pi*.
+Bradley-Terry labels, enough pairs, a reference with full support, and a policy class that can represent pi*. Beside
+them are relatives of DPO, whose optima are known too (optima.py).
 """
 
 from collections.abc import Callable, Iterator
@@ -13,7 +14,7 @@ from .. import losses, ops
 from ..backend import Array
 from ..streams import stream
 from ..tensor import Tensor
-from . import equalities, exact
+from . import equalities, exact, optima
 from .equalities import Claim, World, at_most
 
 
@@ -35,7 +36,7 @@ def outcome(name: str, world: World, logp: Array, beta: float) -> Outcome:
 
 
 def what_breaks_it(world: World, seed: int, steps: int = 1500) -> list[Outcome]:
-    """pi* at beta 0.5, and the policies that DPO, conservative DPO and IPO reach when one assumption fails."""
+    """pi* at beta 0.5, and the policies that DPO and its relatives reach, most of them when one assumption fails."""
     return [case() for case in cases(world, seed, steps)]
 
 
@@ -49,6 +50,10 @@ def cases(world: World, seed: int, steps: int = 1500) -> list[Callable[[], Outco
     def flipped(wins: Array) -> Array:
         return 0.7 * wins + 0.3 * wins.transpose(0, 2, 1)  # also how cDPO at e = 0.3 smooths labels
 
+    def robust(logp: Tensor, ref_logp: Array, wins: Array, beta: float) -> Tensor:
+        as_given, turned = (dpo(logp, ref_logp, labels, beta) for labels in (wins, wins.transpose(0, 2, 1)))
+        return (0.7 * as_given - 0.3 * turned) / 0.4
+
     def table(loss: Callable[..., Tensor], wins: Array, ref_logp: Array = world.ref_logp) -> Array:
         loss = partial(loss, ref_logp=ref_logp, wins=wins, beta=beta)
         return equalities.fitted_table(world._replace(ref_logp=ref_logp), loss, steps, 0.3)
@@ -61,12 +66,15 @@ def cases(world: World, seed: int, steps: int = 1500) -> list[Callable[[], Outco
         "pi*": lambda: exact.optimum(world.ref_logp, world.reward, beta)[0],
         "the reference": lambda: world.ref_logp,
         "DPO, nothing broken": partial(table, dpo, probabilities),
+        "IPO, nothing broken": partial(optima.ipo_optimum, world, probabilities, beta),
+        **{f"DPO under {name}": partial(optima.optimum_under, world, name, beta) for name in optima.DIVERGENCES},
         "DPO, 300 sampled pairs a prompt": partial(table, dpo, pairs),
         "IPO, 300 sampled pairs a prompt": partial(table, ipo, pairs),
         "DPO, labels without noise": partial(table, dpo, certain),
         "IPO, labels without noise": partial(table, ipo, certain),
         "DPO, 30% of labels flipped": partial(table, dpo, flipped(probabilities)),
         "cDPO at e = 0.3, 30% of labels flipped": partial(table, dpo, flipped(flipped(probabilities))),
+        "robust DPO at e = 0.3, 30% of labels flipped": partial(table, robust, flipped(probabilities)),
         "IPO, 30% of labels flipped": partial(table, ipo, flipped(probabilities)),
         "DPO, a reference without support for the ten best": partial(table, dpo, probabilities, narrow),
         "DPO, a transformer too small (1 layer of width 4)": small,

@@ -3,7 +3,7 @@
 No policy lies above the curve of pi*(beta), however it was made. Policies are tables here, and both axes are sums over
 all responses. Unlike the paper's PPO, with its sampled gradients and its learned critic, the exact natural policy
 gradient reaches the curve; one with sampled gradients is beside it. Anything learned from a finite set of pairs stays
-below, with DPO and with a reward model alike.
+below, with DPO and with a reward model alike; so do the optima of IPO, of smoothed labels and of other divergences.
 """
 
 import statistics
@@ -18,8 +18,8 @@ from ..backend import Array
 from ..plots import Curve, Panel
 from ..streams import stream
 from ..tensor import Tensor
-from . import equalities, exact
-from .equalities import ADAM, World, cosine, descent, fitted_table, natural_policy, pair_loss, square_loss
+from . import equalities, exact, optima
+from .equalities import ADAM, World, cosine, descent, fitted_table, natural_policy, pair_loss
 
 BETAS = (0.05, 0.1, 1.0, 5.0)
 ALPHAS = (0.05, 0.1, 0.5, 1.0)
@@ -95,18 +95,19 @@ def policies(world: World, seed: int) -> Iterator[tuple[str, float, Array]]:
     wins = equalities.sampled_wins(world, stream(seed, "frontier", "pairs"), PAIRS)
     reward = learned_reward(wins)
 
-    def minimiser(loss: Callable[..., Tensor], wins: Array, beta: float) -> Array:
-        return fitted_table(world, partial(loss, ref_logp=world.ref_logp, wins=wins, beta=beta), STEPS, 0.1)
-
     for beta in BETAS:
         rng = stream(seed, "frontier", "samples", str(beta))
-        yield "DPO, 2,000 pairs", beta, minimiser(pair_loss, wins, beta)
+        loss = partial(pair_loss, ref_logp=world.ref_logp, wins=wins, beta=beta)
+        yield "DPO, 2,000 pairs", beta, fitted_table(world, loss, STEPS, 0.1)
         yield "policy gradient, true reward", beta, natural_policy(world, world.reward, beta, 100)
         yield "DPO, exact preferences", beta, equalities.newton(world, exact_wins, beta)[0]
         yield "policy gradient, reward from 2,000 pairs", beta, natural_policy(world, reward, beta, 100)
         yield "policy gradient, sampled", beta, sampled_policy(world, beta, rng)
-    for beta in (0.1, 1.0):
-        yield "IPO, exact preferences", beta, minimiser(square_loss, exact_wins, beta)
+        yield "IPO, exact preferences", beta, optima.ipo_optimum(world, exact_wins, beta)
+        smooth = (1 - optima.FLIPPED) * exact_wins + optima.FLIPPED * exact_wins.transpose(0, 2, 1)
+        yield f"cDPO at e = {optima.FLIPPED}, exact preferences", beta, equalities.newton(world, smooth, beta)[0]
+        for name in ("forward KL", "Jensen-Shannon"):
+            yield f"DPO under {name}, exact preferences", beta, optima.optimum_under(world, name, beta)
     yield "preferred fine-tuning", 0.0, unlikelihood(world, 0.0, STEPS)
     for alpha in ALPHAS:
         for steps in (STEPS // 3, STEPS):  # two points on a path that does not end
@@ -141,10 +142,10 @@ def run(seeds: Sequence[int], make: Callable[[int], World] = equalities.small_wo
 
 def as_text(points: Sequence[Point]) -> str:
     """A row for each kind and strength: KL, reward and shortfall, mean ± standard deviation over the seeds."""
-    rows = [f"{'':<42}{'strength':>9}{'KL, nats':>18}{'true reward':>18}{'below frontier':>18}"]
+    rows = [f"{'':<46}{'strength':>9}{'KL, nats':>18}{'true reward':>18}{'below frontier':>18}"]
     for kind, strength in dict.fromkeys((point.kind, point.strength) for point in points):
         same = [point for point in points if (point.kind, point.strength) == (kind, strength)]
-        row = f"{kind:<42}{strength:>9g}"
+        row = f"{kind:<46}{strength:>9g}"
         for name in ("kl", "reward", "shortfall"):
             values = [getattr(point, name) for point in same]
             spread = statistics.stdev(values) if len(values) > 1 else 0.0
@@ -156,11 +157,11 @@ def as_text(points: Sequence[Point]) -> str:
 def panels(points: Sequence[Point], make: Callable[[int], World] = equalities.small_world) -> list[Panel]:
     """A diagram of the frontier and the points of the first seed."""
     world = make(points[0].seed)
-    betas = numpy.geomspace(0.02, 50, 80)
+    betas = numpy.geomspace(1e-5, 50, 160)
     frontier = [kl_and_reward(world, exact.optimum(world.ref_logp, world.reward, beta)[0]) for beta in betas]
     curves = [Curve("the frontier, pi*(beta)", [kl for kl, _ in frontier], [reward for _, reward in frontier])]
     for number, kind in enumerate(dict.fromkeys(point.kind for point in points)):
         runs = [point for point in points if point.kind == kind and point.seed == points[0].seed]
         x, y = [point.kl for point in runs], [point.reward for point in runs]
-        curves.append(Curve(kind, x, y, "osD^vP*X<>"[number % 10], joined=False))
+        curves.append(Curve(kind, x, y, "osD^vP*X<>hpd"[number % 13], joined=False))
     return [Panel("reward and KL", "KL(pi || pi_ref), nats", "true reward", curves)]

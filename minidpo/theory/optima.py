@@ -13,7 +13,7 @@ from .. import ops
 from ..backend import Array
 from ..losses import LOSSES
 from ..streams import stream
-from . import exact
+from . import equalities, exact
 from .equalities import Claim, World, at_most
 
 BETA, FLIPPED = 0.5, 0.2
@@ -38,13 +38,18 @@ def tilted(world: World, ratio: Array) -> Array:
     return ops.log_softmax.raw(world.ref_logp + ratio)[0]
 
 
+def ipo_optimum(world: World, labels: Array, beta: float = BETA) -> Array:
+    """log pi of pi_ref exp(p/beta) / Z, where p is how often a response wins.  -> (P, N)"""
+    return tilted(world, labels.mean(axis=-1) / beta)
+
+
 def ipo(world: World, seed: int) -> Iterator[Claim]:
     """IPO regresses on wins: its optimum is pi_ref exp(p/beta) / Z, where p is how often a response wins."""
     p = exact.preference_probabilities(world.reward)
-    best = tilted(world, p.mean(axis=-1) / BETA)
+    best = ipo_optimum(world, p)
     yield at_most("the gradient of IPO vanishes there", slope(world, "ipo", best, p), 1e-14)
     certain = (world.reward[:, :, None] > world.reward[:, None, :]) + 0.5 * numpy.eye(world.reward.shape[-1])
-    best = tilted(world, certain.mean(axis=-1) / BETA)
+    best = ipo_optimum(world, certain)
     yield at_most("even if labels are certain, where DPO has no optimum", slope(world, "ipo", best, certain), 1e-14)
 
 
@@ -57,8 +62,7 @@ def noisy_labels(world: World, seed: int) -> Iterator[Claim]:
     )
     number = slope(world, "dpo", best, flipped)
     yield Claim("flipped labels, DPO: not pi*, where its gradient is not 0", number, number > 1e-6)
-    fitted = numpy.stack([exact.fitted_rewards(labels)[0] for labels in flipped])
-    smooth = tilted(world, fitted / BETA)
+    smooth, _ = equalities.newton(world, flipped, BETA)
     number = slope(world, "dpo", smooth, p, label_smoothing=FLIPPED)
     yield at_most("true labels, smoothed DPO: the Bradley-Terry fit to flipped ones", number, 1e-12)
     number = float(exact.kl(smooth, world.ref_logp).mean() / exact.kl(best, world.ref_logp).mean())
@@ -78,24 +82,30 @@ def f_alpha(alpha: float) -> Callable[[Array], Array]:
 DIVERGENCES: dict[str, tuple[str, dict[str, Any], Callable[[Array], Array], Callable[[Array], Array], float]] = {
     "alpha-divergence, alpha = 0.5": ("alpha_divergence", {"alpha": 0.5}, inverse_alpha(0.5), f_alpha(0.5), 2.0),
     "forward KL": ("alpha_divergence", {"alpha": 1.0}, inverse_alpha(1.0), f_alpha(1.0), 1.0),
-    "Jensen-Shannon divergence": (
+    "Jensen-Shannon": (
         "js_divergence", {}, lambda s: s - numpy.log(numpy.maximum(2 - numpy.exp(s), 1e-300)),
         lambda u: u * numpy.log(u) - (u + 1) * numpy.log((u + 1) / 2), math.log(2),
     ),
 }  # fmt: skip
 
 
+def optimum_under(world: World, divergence: str, beta: float = BETA) -> Array:
+    """log pi with f'(pi/pi_ref) = (r - lambda)/beta, where lambda, found by bisection, makes pi sum to 1.  -> (P, N)"""
+    _, _, inverse, _, most = DIVERGENCES[divergence]
+    low = world.reward.max(axis=-1, keepdims=True) - beta * most  # f'(u) < most for every u
+    high = low + 100 * max(beta, 1.0)
+    for _ in range(200):
+        middle = (low + high) / 2
+        total = numpy.exp(world.ref_logp + inverse((world.reward - middle) / beta)).sum(axis=-1, keepdims=True)
+        low, high = numpy.where(total > 1, middle, low), numpy.where(total > 1, high, middle)
+    return world.ref_logp + inverse((world.reward - high) / beta)
+
+
 def f_divergences(world: World, seed: int) -> Iterator[Claim]:
     """Another divergence has another optimum: f'(pi/pi_ref) = (r - lambda)/beta, with lambda such that pi sums to 1."""
     p, ref = exact.preference_probabilities(world.reward), numpy.exp(world.ref_logp)
-    for text, (name, options, inverse, f, most) in DIVERGENCES.items():
-        low = world.reward.max(axis=-1, keepdims=True) - BETA * most  # f'(u) < most for every u
-        high = low + 50.0
-        for _ in range(200):
-            middle = (low + high) / 2
-            total = (ref * numpy.exp(inverse((world.reward - middle) / BETA))).sum(axis=-1, keepdims=True)
-            low, high = numpy.where(total > 1, middle, low), numpy.where(total > 1, high, middle)
-        best = world.ref_logp + inverse((world.reward - high) / BETA)
+    for text, (name, options, _, f, _) in DIVERGENCES.items():
+        best = optimum_under(world, text)
         yield at_most(f"{text}: the gradient of its loss vanishes there", slope(world, name, best, p, **options), 1e-12)
 
         def objective(logp: Array, f: Callable[[Array], Array] = f) -> Array:
