@@ -78,7 +78,8 @@ def logprobs(fn: Any, layout: Any = "labels", framework: str | None = None) -> R
         "labels_shifted"  the same after its caller has shifted
         "mask"            fn(logits, ids, mask): mask[b, t] is about the token at t; fn shifts
         "prompt_lengths"  fn(logits, ids, prompt_lengths, lengths)
-        "model"           fn(model, prompt_ids, response_ids): (1, Tp), (1, Tr); model(ids) -> logits
+        "model"           fn(model, prompt_ids, response_ids): (1, Tp), (1, Tr); model(ids) returns what fn takes:
+                          logits, an object that has `.logits`, or (logits, loss)
         "strings"         fn(model, tokenizer, prompt, response), as Hugging Face's; fn appends tokenizer.eos_token_id
         a function        from `Texts` to the arguments of fn, a tuple; `texts.logits(ids)` gives logits
 

@@ -46,7 +46,8 @@ def batch_of(sides: tuple[Texts, Texts], framework: Framework) -> dict[str, Any]
 def step(fn: Any, beta: float = 0.1, framework: str | None = None) -> Report:
     """Check `fn(policy, reference, batch, beta) -> loss`, with models and a batch of ours.
 
-    `policy(ids)` gives logits, (B, T) -> (B, T, V); in PyTorch it is a torch.nn.Module. `batch` is a dict with, for
+    `policy(ids)`, (B, T), gives logits, (B, T, V), as they are, as `.logits` or in a pair (logits, loss), whichever fn
+    takes; in PyTorch it is a torch.nn.Module. fn may run backward itself. `batch` is a dict with, for
     chosen and for rejected, `chosen_ids` (also as `chosen_input_ids`), `chosen_mask` (1 at the response's tokens),
     `chosen_attention_mask` (1 at all but pads), `chosen_labels` (-100 where nothing counts) and `chosen_lengths`; and
     `prompt_lengths`. The gradient is compared in the logits: how a model hands it on is its framework's work.
