@@ -3,7 +3,7 @@
 import sys
 
 try:
-    from . import explain, family, generation, gradcheck, losses, model, ops, optim, scoring, training, verify
+    from . import audit, explain, family, generation, gradcheck, losses, model, ops, optim, scoring, training, verify
     from .data import preferences, world
     from .model import Config
     from .run import checkpoint
@@ -17,6 +17,7 @@ except KeyboardInterrupt:
 __all__ = [
     "Config",
     "Tensor",
+    "audit",
     "checkpoint",
     "exact",
     "explain",

@@ -48,7 +48,7 @@ CASES = {
         "loss": ["ipo", "reference-free"], "label_smoothing": [0.2], "nll_weight": [2.0],
         "loss_options": ["label_smoothing=0.2"],
     },
-    "evaluate": {**SCORING, "device": "moves_the_arrays", "json": "prints_the_result"},
+    "evaluate": {**SCORING, "device": "moves_the_arrays", "json": "prints_the_result", "calibration": "is_measured"},
     "score": {**SCORING, "device": "moves_the_arrays"},
     "sample": {
         "checkpoint": ["other"], "prompt": ["bad"], "newline": [True], "samples": [200],
@@ -259,6 +259,16 @@ def test_an_option_prints_the_result(name, root, tmp_path, capsys):
     result = result_of(root, tmp_path, name, {**BASE[name], "json": True})
     assert json.loads(capsys.readouterr().out) == json.loads(json.dumps(result))
     assert differences({"numbers": result}, expected(root, name, BASE[name]), 1e-6) == []
+
+
+@having("is_measured")
+def test_an_option_is_measured(name, root, tmp_path):
+    """With --calibration the Brier score is that of the pairs' own scores, whichever side is first."""
+    scores = result_of(root, tmp_path, "score", {**BASE[name], "beta": 0.7})
+    z = np.array([row["rewards/chosen"] - row["rewards/rejected"] for row in scores])
+    found = result_of(root, tmp_path, name, {**BASE[name], "beta": 0.7, "calibration": True})
+    assert found["calibration"]["brier"] == pytest.approx(np.mean((1 + np.exp(z)) ** -2.0), rel=1e-6)
+    assert found["loss"] == pytest.approx(np.mean(np.logaddexp(0, -z)), rel=1e-6)
 
 
 @having("writes_a_file")

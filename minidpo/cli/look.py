@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from .. import losses, optim, training
+from ..audit import calibration as calibrated
 from ..data import preferences
 from ..data.preferences import PAIRS, Encoded
 from ..explain import displacement as first_order
@@ -60,12 +61,14 @@ def scored_rows(
 @command("look")
 def evaluate(
     *, checkpoint: o.Checkpoint, data: o.Pairs, reference: RunReference = None, beta: OwnBeta = None,
+    calibration: o.Calibration = False,
     strict: o.Strict = False, truncation: o.Truncation = "none", device: o.Device = "cpu", json: o.Json = False,
 ) -> dict[str, Any]:  # fmt: skip
     """Measure a policy against its reference on pairs.
 
     Print the DPO loss alone, implicit rewards, accuracy (ties are counted beside it, not in it), log-probabilities,
-    and the rise of the chosen responses' loss against the reference in nats per token.
+    and the rise of the chosen responses' loss against the reference in nats per token. With --calibration, also how
+    often labels are right beside the probability sigma(z) that the policy gives them, z being the reward margin.
     """
     reference, beta = given_or_of_run(checkpoint, reference, beta)
     policy, ref, rows, faults = scored_rows(checkpoint, reference, data, truncation, strict, device)
@@ -76,12 +79,20 @@ def evaluate(
     watch = functools.partial(counted, what="policy: pairs")
     metrics |= training.preference_evaluation(policy.params, policy.config, batch, beta, watch=watch)
     metrics |= {"ref_logps/chosen": ref_logp_w.mean().item(), "ref_logps/rejected": ref_logp_l.mean().item()}
+    figures: dict[str, Any] = {}
+    if calibration:
+        logp_w, logp_l = training.reference_logprobs(policy.params, policy.config, watch(pairs))
+        y = calibrated.chosen_first(pairs)
+        z = beta * ((logp_w - ref_logp_w) - (logp_l - ref_logp_l))
+        figures = calibrated.calibration((2 * y - 1) * z.tolist(), y)
     if json:
-        print(dumps(metrics, allow_nan=False))
+        finite = {k: v if isinstance(v, list) or math.isfinite(v) else None for k, v in figures.items()}
+        print(dumps(metrics | ({"calibration": finite} if calibration else {}), allow_nan=False))
     else:
-        for name, value in metrics.items():
+        for name, value in {**metrics, **{k: v for k, v in figures.items() if k != "bins"}}.items():
             print(f"{name:<20} {value:>12}" if isinstance(value, int) else f"{name:<20} {value:>12.4f}")
-    return metrics
+        print(calibrated.table(figures["bins"]) if calibration else "", end="")
+    return metrics | ({"calibration": figures} if calibration else {})
 
 
 @command("look")

@@ -187,6 +187,7 @@ NllWeight = Annotated[float, Option("weight of the chosen responses' nats per to
 # Looking into models, and proving.
 StepRate = Annotated[float, Option("learning rate of the trial step", positive)]
 Table = Annotated[bool, Option("print the faults that the tests produce, and what is found", flag)]
+Calibration = Annotated[bool, Option("also print whether sigma(z) is how often labels are right", flag)]
 Json = Annotated[bool, Option("print one JSON object instead of tables", flag)]
 Prompt = Annotated[str, Option("text of the prompt", text)]
 Chosen = Annotated[str, Option("text of the preferred response", text)]

@@ -1,0 +1,5 @@
+"""Whether a measurement can be believed."""
+
+from . import calibration
+
+__all__ = ["calibration"]
