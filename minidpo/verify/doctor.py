@@ -45,7 +45,7 @@ def span(values: Sequence[float]) -> str:
 @symptom(ANY)
 def nan(log: Log) -> Signs:
     # NaN stays in a parameter for ever: if later rows are finite, so are the parameters
-    bad = {row.order: {x for x in KNOWN if not math.isfinite(row.values.get(x, 0.0))} for row in log.rows}
+    bad = {row.order: (row.values.keys() - row.finite.keys()) & set(KNOWN) for row in log.rows}
     rows = [row for row in log.rows if bad[row.order]]
     broken = [row for row in rows if bad[row.order] != {"grad_norm"}]
     if not broken and not (len(rows) > 1 and rows[-1:] == log.train[-1:]):
@@ -72,12 +72,12 @@ def still(row: Row) -> bool:
 def stuck(log: Log) -> Signs:
     # policy = reference at every step: do they move together? logps tell only if the same examples come twice
     rows = [row for row in log.train if row.rewards or row.get("loss") > 0]
-    names = ("loss", *REWARDS, "rewards/ties", "grad_norm", "learning_rate")
-    shown = {name: span(log.values(name)) for name in names if log.values(name)}
     norms, rates = log.values("grad_norm"), log.values("learning_rate")
     rising = len(rates) > 1 and all(a < b for a, b in pairwise(rates))
     if len(rows) < (10 if rising else 3 if rows and (rows[-1].step or 0) < 10 else 2) or not all(map(still, rows)):
         return None
+    names = ("loss", *REWARDS, "rewards/ties", "grad_norm", "learning_rate")
+    shown = {name: span(log.values(name)) for name in names if log.values(name)}
     evidence = [f"{len(rows)} rows, {rows[0].place} to {rows[-1].place}"]
     evidence += [", ".join(f"{name} {values}" for name, values in shown.items())]
     scores = [log.values(f"logps/{y}", log.evaluations) for y in ("chosen", "rejected")]
@@ -165,8 +165,8 @@ def loss_below(log: Log) -> Signs:
     known = [(row, row.get("loss"), low) for row, low in zip(rows, least)]
     for part in (known[:10], known):
         bad = [(row, low / loss if loss > 0 else math.inf) for row, loss, low in part if loss < low]
-        over = [loss - low for _, loss, low in part]
-        wide = 4 * stdev(over) / math.sqrt(len(part)) if len(part) > 4 else 0.0
+        over = [loss - low for _, loss, low in part] if bad else []
+        wide = 4 * stdev(over) / math.sqrt(len(over)) if len(over) > 4 else 0.0
         if bad and fmean(over) + wide < 0 and (len(part) > 4 or all(factor > 1.4 for _, factor in bad)):
             evidence = [f"{bad[0][0]}; DPO's is at least log(1 + e^-margin) = {softplus(-bad[0][0].margin):.4g}"]
             evidence += [f"{len(bad)} of {len(part)} rows are too low, this one {bad[0][1]:.3g} times"]
