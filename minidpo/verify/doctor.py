@@ -19,7 +19,7 @@ from pathlib import Path
 from statistics import fmean, median, stdev
 from typing import Any, NamedTuple
 
-from .logs import KINDS, KNOWN, LOG2, REWARDS, Log, Row, read, softplus
+from .logs import GRADIENTS, KINDS, KNOWN, LOG2, REWARDS, Log, Row, read, softplus
 
 WORDS: dict[str, Any] = tomllib.loads(Path(__file__).with_suffix(".toml").read_text("utf-8"))
 Signs = tuple[list[str], str] | None  # evidence, and the names of the causes
@@ -39,7 +39,7 @@ def symptom(kinds: set[str], unless: str = "") -> Callable[[Callable[[Log], Sign
 
 def span(values: Sequence[float]) -> str:
     """The least and the greatest of some values."""
-    return " to ".join(dict.fromkeys(f"{x:.4g}" for x in (min(values), max(values))))
+    return " to ".join(dict.fromkeys(f"{x + 0.0:.4g}" for x in (min(values), max(values))))
 
 
 @symptom(ANY)
@@ -69,6 +69,28 @@ def still(row: Row) -> bool:
 
 
 @symptom(BARE)
+def packing(log: Log) -> Signs:
+    # equal parts agree on the loss and on a gradient that is not 0, as one batch does, and unequal parts do not
+    groups: dict[int, list[Row]] = {}
+    for row in log.train:
+        if row.parts and any(row.get(name) ** 2 > 0 for name in GRADIENTS):
+            groups.setdefault(sum(row.parts), []).append(row)
+    for rows in groups.values():
+        even, uneven = ([row for row in rows if (len(set(row.parts)) > 1) == other] for other in (False, True))
+        other = next((row for row in even if len(row.parts) != len(even[0].parts)), None)
+        bad = [row for row in uneven if even and not alike(even[0], row)]
+        if other and bad and all(alike(even[0], row) for row in even):
+            evidence = [f"{'+'.join(map(str, row.parts[:20]))} pairs, {row}" for row in (even[0], other, *bad[:2])]
+            return [*evidence, "that all are the same pairs, the log does not say"], "alone other_pairs"
+    return None
+
+
+def alike(a: Row, b: Row) -> bool:
+    """Whether two rows have the same loss and gradient up to rounding."""
+    return all(math.isclose(a.get(x), b.get(x), rel_tol=1e-3) for x in ("loss", *GRADIENTS) if x in a.finite)
+
+
+@symptom(BARE, unless="packing")
 def stuck(log: Log) -> Signs:
     # policy = reference at every step: do they move together? logps tell only if the same examples come twice
     rows = [row for row in log.train if row.rewards or row.get("loss") > 0]

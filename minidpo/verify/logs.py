@@ -18,7 +18,8 @@ from ..data.preferences import open_regular
 LOG2, MOST_BYTES = math.log(2), 2**25
 ZERO = 5e-6  # a reward as small as this may be the rounding of log pi in float32
 REWARDS = ("rewards/chosen", "rewards/rejected", "rewards/margins")
-KNOWN = ("loss", *REWARDS, "rewards/accuracies", "rewards/ties", "logps/chosen", "logps/rejected", "grad_norm")
+GRADIENTS = ("grad_norm", "parameter_gradient")
+KNOWN = ("loss", *REWARDS, "rewards/accuracies", "rewards/ties", "logps/chosen", "logps/rejected", *GRADIENTS)
 OTHER_NAMES = {"preference_loss": "loss", "chosen_reward": "rewards/chosen", "reject_reward": "rewards/rejected"}
 OTHER_NAMES |= {"acc": "rewards/accuracies", "lr": "learning_rate", "global_step": "step"}  # OpenRLHF, W&B
 PART = re.compile(r"^(train|eval)[/_]|_(train|eval)(?=/)|/(train|eval)$")  # eval_loss, rewards_train/chosen, loss/eval
@@ -29,10 +30,11 @@ KINDS = {"ORPO": {"log_odds_ratio", "log_odds_chosen"}, "KTO": {"kl"}, "online R
 class Row:
     """One row of metrics, under TRL's names."""
 
-    __slots__ = ("evaluation", "finite", "margin", "order", "rewards", "step", "values")
+    __slots__ = ("evaluation", "finite", "margin", "order", "parts", "rewards", "step", "values")
 
-    def __init__(self, order: int, step: int | None, evaluation: bool, values: dict[str, float]):
+    def __init__(self, order: int, step: int | None, evaluation: bool, values: dict[str, float], parts: Sequence[int]):
         self.order, self.step, self.evaluation, self.values = order, step, evaluation, values
+        self.parts = parts  # pairs in each micro-batch, if the log says so
         every = all(map(math.isfinite, values.values()))
         self.finite = values if every else {name: x for name, x in values.items() if math.isfinite(x)}
         w, l, margin = (self.finite.get(name, math.nan) for name in REWARDS)
@@ -51,7 +53,9 @@ class Row:
         return f"row {self.order + 1}" if self.step is None else f"step {self.step}"
 
     def __str__(self) -> str:
-        shown = ", ".join(f"{name} {self.values[name]:.4g}" for name in (*KNOWN, "nll_loss") if name in self.values)
+        shown = ", ".join(
+            f"{name} {self.values[name] + 0.0:.4g}" for name in (*KNOWN, "nll_loss") if name in self.values
+        )
         return f"{self.place}{' (evaluation)' * self.evaluation}: {shown}"
 
 
@@ -100,7 +104,7 @@ class Log:
         rows: list[Row] = []
         columns: dict[Any, tuple[bool, str]] = {}  # of each key: whether it is of an evaluation, and TRL's name
         for document in documents:
-            parts: tuple[dict[str, float], dict[str, float]] = {}, {}  # of the training, of an evaluation
+            training, held_out, parts = dict[str, float](), dict[str, float](), list[int]()
             for key, value in document.items():
                 if key not in columns:
                     found, name = PART.search(str(key)), PART.sub("", str(key), count=1)
@@ -108,14 +112,15 @@ class Log:
                 evaluation, name = columns[key]
                 x = value if type(value) is float and abs(value) < 1e30 else number(value)
                 if x is not None:
-                    parts[evaluation][name] = x
-            training, held_out = parts
+                    (held_out if evaluation else training)[name] = x
+                elif isinstance(value, list) and "micro_batch" in name and all(type(n) is int and n > 0 for n in value):
+                    parts = value
             step = training.get("step", held_out.get("step", math.inf))
             if held_out:
                 held_out["epoch"] = training.get("epoch", math.nan)  # as it is not named eval_epoch
-            for evaluation, values in enumerate(parts):
+            for evaluation, values in ((False, training), (True, held_out)):
                 if not values.keys().isdisjoint(KNOWN) and (evaluation or "runtime" not in values):
-                    rows.append(Row(len(rows), int(step) if abs(step) < 1e15 else None, bool(evaluation), values))
+                    rows.append(Row(len(rows), int(step) if abs(step) < 1e15 else None, evaluation, values, parts))
         steps = [row for row in rows if not row.evaluation and row.step is not None]
         self.restarts = [b for a, b in pairwise(steps) if (b.step or 0) < (a.step or 0)]
         self.rows = rows[self.restarts[-1].order if self.restarts else 0 :]
