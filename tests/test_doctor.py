@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minidpo import Tensor, cli, losses, model, ops, optim, scoring, training, verify
+from minidpo.cli import parser
 from minidpo.data import world
 from minidpo.data.preferences import collate
 from minidpo.model import Config
@@ -755,6 +756,8 @@ def test_the_command_says_what_is_wrong(tmp_path, capsys):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "metrics.jsonl").write_text(printed(HEALTHY))
     assert cli.main(["doctor", str(tmp_path / "run")]) == 0
+    assert "leave it out with --table" in " ".join(parser.parser("doctor").format_help().split())
+    assert "-0," not in str(doctor(rows_of(-0.0, -0.0, -0.0)))
     assert cli.main(["doctor"]) == cli.main(["doctor", str(sick), "--table"]) == 2
     assert "--table" in capsys.readouterr().err
     assert cli.main(["doctor", "--table"]) == 0 and capsys.readouterr().out == table() + "\n"

@@ -80,7 +80,7 @@ def evaluate(
         print(dumps(metrics, allow_nan=False))
     else:
         for name, value in metrics.items():
-            print(f"{name:<20} {value:>12}" if isinstance(value, int) else f"{name:<20} {value:>12.4f}")
+            print(f"{name:<20} {value:>12}" if isinstance(value, int) else f"{name:<20} {value:>z12.4f}")
     return metrics
 
 

@@ -39,7 +39,7 @@ def symptom(kinds: set[str], unless: str = "") -> Callable[[Callable[[Log], Sign
 
 def span(values: Sequence[float]) -> str:
     """The least and the greatest of some values."""
-    return " to ".join(dict.fromkeys(f"{x + 0.0:.4g}" for x in (min(values), max(values))))
+    return " to ".join(dict.fromkeys(f"{x:z.4g}" for x in (min(values), max(values))))
 
 
 @symptom(ANY)
@@ -71,18 +71,15 @@ def still(row: Row) -> bool:
 @symptom(BARE)
 def packing(log: Log) -> Signs:
     # equal parts agree on the loss and on a gradient that is not 0, as one batch does, and unequal parts do not
-    groups: dict[int, list[Row]] = {}
-    for row in log.train:
-        if row.parts and any(row.get(name) ** 2 > 0 for name in GRADIENTS):
-            groups.setdefault(sum(row.parts), []).append(row)
-    for rows in groups.values():
-        even, uneven = ([row for row in rows if (len(set(row.parts)) > 1) == other] for other in (False, True))
-        other = next((row for row in even if len(row.parts) != len(even[0].parts)), None)
-        bad = [row for row in uneven if even and not alike(even[0], row)]
-        if other and bad and all(alike(even[0], row) for row in even):
-            evidence = [f"{'+'.join(map(str, row.parts[:20]))} pairs, {row}" for row in (even[0], other, *bad[:2])]
-            return [*evidence, "that all are the same pairs, the log does not say"], "alone other_pairs"
-    return None
+    rows = [row for row in log.train if row.parts and any(row.get(name) ** 2 > 0 for name in GRADIENTS)]
+    rows = [row for row in rows if sum(row.parts) == sum(rows[0].parts)]
+    even, uneven = ([row for row in rows if (len(set(row.parts)) > 1) == differ] for differ in (False, True))
+    others = [row for row in even if len(row.parts) != len(even[0].parts)]
+    bad = [row for row in uneven if even and not alike(even[0], row)]
+    if not (others and bad and all(alike(even[0], row) for row in even)):
+        return None
+    evidence = [f"{'+'.join(map(str, row.parts[:20]))} pairs, {row}" for row in (even[0], others[0], *bad[:2])]
+    return [*evidence, "that all are the same pairs, the log does not say"], "alone other_pairs"
 
 
 def alike(a: Row, b: Row) -> bool:

@@ -53,9 +53,7 @@ class Row:
         return f"row {self.order + 1}" if self.step is None else f"step {self.step}"
 
     def __str__(self) -> str:
-        shown = ", ".join(
-            f"{name} {self.values[name] + 0.0:.4g}" for name in (*KNOWN, "nll_loss") if name in self.values
-        )
+        shown = ", ".join(f"{name} {self.values[name]:z.4g}" for name in (*KNOWN, "nll_loss") if name in self.values)
         return f"{self.place}{' (evaluation)' * self.evaluation}: {shown}"
 
 
