@@ -45,7 +45,7 @@ def span(values: Sequence[float]) -> str:
 @symptom(ANY)
 def nan(log: Log) -> Signs:
     # NaN stays in a parameter for ever: if later rows are finite, so are the parameters
-    bad = {row.order: (row.values.keys() - row.finite.keys()) & set(KNOWN) for row in log.rows}
+    bad = {row.order: (row.values.keys() - row.finite.keys()).intersection(KNOWN) for row in log.rows}
     rows = [row for row in log.rows if bad[row.order]]
     broken = [row for row in rows if bad[row.order] != {"grad_norm"}]
     if not broken and not (len(rows) > 1 and rows[-1:] == log.train[-1:]):

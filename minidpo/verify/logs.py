@@ -102,7 +102,9 @@ class Log:
         rows: list[Row] = []
         columns: dict[Any, tuple[bool, str]] = {}  # of each key: whether it is of an evaluation, and TRL's name
         for document in documents:
-            training, held_out, parts = dict[str, float](), dict[str, float](), list[int]()
+            training: dict[str, float] = {}
+            held_out: dict[str, float] = {}
+            parts: Sequence[int] = ()
             for key, value in document.items():
                 if key not in columns:
                     found, name = PART.search(str(key)), PART.sub("", str(key), count=1)
@@ -125,7 +127,7 @@ class Log:
         self.train = [row for row in self.rows if not row.evaluation]
         self.losses = [row for row in self.train if row.get("loss") == row.get("loss")]
         self.evaluations = [row for row in self.rows if row.evaluation]
-        self.kind = self._kind({name for row in self.rows for name in row.values})
+        self.kind = self._kind(set().union(*(row.values for row in self.rows)))
 
     def _kind(self, names: set[str]) -> str:
         """DPO is any loss with a reference; without one, rewards are beta times log pi."""
