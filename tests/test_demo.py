@@ -237,6 +237,8 @@ def test_the_example_files_are_those_of_the_readme(tmp_path, monkeypatch, capsys
     """`minidpo data example` writes files that every command of the README can use, and replaces none."""
     monkeypatch.chdir(tmp_path)
     assert cli.main(["data", "example"]) == 0
+    help_text = " ".join(parser.parser("data").format_help().split())
+    assert "pairs.jsonl and more.jsonl, and names.txt for pretrain, are written here" in help_text
     assert all(row["prompt"].endswith(TURN) for row in json_lines(tmp_path / "pairs.jsonl"))
     for words in (
         "pretrain --data names.txt --out names --steps 1",

@@ -1,15 +1,18 @@
 """Doctor names every fault that is produced here, and finds nothing in runs that are well."""
 
+import collections
 import json
 import math
 import re
+import sys
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minidpo import Tensor, cli, losses, model, ops, optim, training, verify
+from minidpo import Tensor, cli, losses, model, ops, optim, scoring, training, verify
+from minidpo.cli import parser
 from minidpo.data import world
 from minidpo.data.preferences import collate
 from minidpo.model import Config
@@ -150,6 +153,25 @@ def row(step, margin=0.0, loss=None, **more):
 PAIRS, HELD_OUT, FEW = toy_pairs(64), toy_pairs(24, 1), toy_pairs(8, 2, noisy=False)
 
 
+def packed(seed=0, alone=True, rate=0.0, cuts=((4,), (1, 3), (2, 2))):
+    """Steps on the same four pairs, which are cut otherwise each time; micro-batches averaged `alone`, or by pairs."""
+    policy, pairs, rows = init(seed), toy_pairs(4, seed + 70), []
+    reference, optimizer = model.frozen(policy), optim.AdamW(policy, rate)
+    for step, cut in enumerate(cuts, 1):
+
+        def sweep(policy, config, batch, *rest, cut=cut):
+            ends, parts = np.cumsum(cut), []
+            for part in (slice(end - n, end) for n, end in zip(cut, ends)):
+                whole = (len(cut) * (part.stop - part.start) if alone else ends[-1], 1)
+                each = scoring.Batch(batch.pairs[part], batch.ref_logp_w[part], batch.ref_logp_l[part])
+                parts.append(training.dpo_sweep(policy, config, each, *rest, whole))
+            return training.join(parts)
+
+        metrics = training.dpo_training_step(policy, reference, TOY, optimizer, collate(pairs), 0.1, sweep=sweep)
+        rows.append({"step": step, "pairs_per_micro_batch": list(cut), **metrics})
+    return rows
+
+
 def words_log():
     """The three words: the chosen one becomes less likely at every step."""
     run, rows = three_words(steps=400), []
@@ -171,6 +193,7 @@ def base_reference():
 
 
 FAULTS = {
+    "each micro-batch averaged alone": lambda: packed(),
     "learning rate 0": lambda: train(PAIRS, HELD_OUT, rate=0.0),
     "a warm-up far longer than the run": lambda: train(PAIRS, rate=1e-6, warmup=10**9),
     "the policy is detached": lambda: train(PAIRS, HELD_OUT, loss=detached),
@@ -227,7 +250,7 @@ def test_the_table_lists_what_is_produced_here():
     assert list(WORDS["faults"]) == list(FAULTS)
     assert {found for _, found, _ in WORDS["faults"].values()} == set(SYMPTOMS)
     for name, (made_by, found, cause) in WORDS["faults"].items():
-        trains = {"train", "windows", "fine_tuned", "three_words"} & set(FAULTS[name].__code__.co_names)
+        trains = {"train", "windows", "fine_tuned", "three_words", "packed"} & set(FAULTS[name].__code__.co_names)
         assert made_by == ("training" if trains or FAULTS[name] in (words_log, base_reference) else "rows"), name
         assert re.search(f"^{name} +{made_by} +{found} +{re.escape(WORDS['causes'][cause][:7])}", table(), re.MULTILINE)
 
@@ -286,6 +309,16 @@ def test_nothing_is_found_in_healthy_runs(seed):
     assert codes(rows) == [] and any("NLL term" in remark for remark in doctor(rows).remarks)
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_the_packing_is_told_by_the_same_pairs_alone(seed):
+    """Micro-batches that are weighted by their pairs give no alarm, nor do steps between which the policy moves."""
+    assert "packing" in codes(packed(seed))
+    cuts = ((4,), (1, 3), (2, 2), (1, 1, 2), (1, 1, 1, 1)) * 3
+    assert codes(packed(seed, alone=False, rate=1e-3, cuts=cuts)) == []
+    assert "packing" not in codes(packed(seed, alone=False, cuts=cuts))
+    assert "packing" not in codes(packed(seed, rate=1e-3, cuts=cuts))  # the rows do not tell
+
+
 @pytest.mark.slow
 def test_nothing_is_found_on_the_desk():
     """No alarm for a run on the support desk."""
@@ -328,6 +361,11 @@ def overfitting(*values):
     return [each for i, one in enumerate(evaluations(*values)) for each in (one, row(10 * i + 1, 0.2 * i))]
 
 
+def cut_as(*parts, gradients):
+    """Rows at log 2, cut into micro-batches, with these norms of the gradient."""
+    return [row(1, grad_norm=g, micro_batches=cut) for cut, g in zip(parts, gradients)]
+
+
 def changed(rows, at, **values):
     return [{**each, **values} if i == at else each for i, each in enumerate(rows)]
 
@@ -340,6 +378,13 @@ EDGES = {  # rows that are just over the edge, and rows that are just within
         (changed(HEALTHY, 4, loss=NAN), changed(HEALTHY, 4, grad_norm=NAN)),
         ([*HEALTHY, *rows_of(1.0, 1.0, start=11, grad_norm=NAN)], [*HEALTHY, *rows_of(1.0, start=11, grad_norm=NAN)]),
         (changed(HEALTHY, 4, **{"rewards/chosen": math.inf}), changed(HEALTHY, 4, **{"logits/chosen": NAN})),
+    ],
+    "packing": [
+        (cut_as([4], [2, 2], [1, 3], gradients=(1, 1, 2)), cut_as([4], [2, 2], [1, 3], gradients=(1, 1, 1.0005))),
+        (cut_as([4], [2, 2], [1, 3], gradients=(1, 1, 2)), cut_as([4], [2, 2], [1, 3], gradients=(1, 1.01, 2))),
+        (cut_as([4], [2, 2], [1, 3], gradients=(1, 1, 2)), cut_as([4], [4], [1, 3], gradients=(1, 1, 2))),
+        (cut_as([4], [2, 2], [1, 3], gradients=(1, 1, 2)), cut_as([4], [2, 2], [1, 4], gradients=(1, 1, 2))),
+        (cut_as([4], [2, 2], [1, 3], gradients=(1, 1, 2)), cut_as([4], [2, 2], [1, 3], gradients=(0, 0, 2))),
     ],
     "stuck": [
         (rows_of(0.0, 0.0, 0.0), rows_of(0.0, 0.0)),
@@ -643,6 +688,20 @@ def test_a_file_over_the_limit_is_refused(tmp_path, monkeypatch):
         doctor(tmp_path / "log")
 
 
+def test_a_row_costs_few_calls(tmp_path):
+    """A log of 100,000 rows takes seconds: a row costs fewer than 70 calls of Python functions."""
+    more = dict.fromkeys(("epoch", "grad_norm", "learning_rate", "logps/rejected", "rewards/ties"), 0.125)
+    rows = [row(i, i / 1e3 + math.sin(i) / 9, **more, **{"logps/chosen": -31.25}) for i in range(1000)]
+    (tmp_path / "log").write_text(printed(rows))
+    calls = collections.Counter()
+    sys.setprofile(lambda frame, event, argument: calls.update([event]))
+    try:
+        diagnosis = doctor(tmp_path / "log")
+    finally:
+        sys.setprofile(None)
+    assert diagnosis.rows == 1000 and not diagnosis.findings and 10_000 < calls["call"] < 70_000
+
+
 names = st.sampled_from(
     [*KNOWN, "step", "epoch", "learning_rate", "nll_loss", "nll/chosen", "kl", "log_odds_ratio", "runtime", "x"]
 )
@@ -697,6 +756,8 @@ def test_the_command_says_what_is_wrong(tmp_path, capsys):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "metrics.jsonl").write_text(printed(HEALTHY))
     assert cli.main(["doctor", str(tmp_path / "run")]) == 0
+    assert "leave it out with --table" in " ".join(parser.parser("doctor").format_help().split())
+    assert "-0," not in str(doctor(rows_of(-0.0, -0.0, -0.0)))
     assert cli.main(["doctor"]) == cli.main(["doctor", str(sick), "--table"]) == 2
     assert "--table" in capsys.readouterr().err
     assert cli.main(["doctor", "--table"]) == 0 and capsys.readouterr().out == table() + "\n"

@@ -203,11 +203,13 @@ def test_the_command_prints_claim_number_and_verdict(broken, capsys, monkeypatch
     monkeypatch.setattr(equalities, "EQUALITIES", [part])
     monkeypatch.setattr(optima, "OPTIMA", [])
     monkeypatch.setattr(equalities, "small_world", lambda seed: world)
-    monkeypatch.setattr(assumptions, "cases", lambda world, seed: [lambda: assumptions.Outcome("name", 0.1, 0.2, 0.3)])
+    monkeypatch.setattr(
+        assumptions, "cases", lambda world, seed: [lambda: assumptions.Outcome("name", 0.1, -0.0, -1e-9)]
+    )
     assert cli.main(["exact"]) == int(broken)
     printed = capsys.readouterr().out
     assert f"  {'FAILS' if broken else 'holds'}" in printed and "  shown   7.00e+00  by the way" in printed
-    assert "A law." in printed and "0.1000   0.200    0.300  name" in printed
+    assert "A law." in printed and "0.1000   0.000    0.000  name" in printed
     assert f"{8 if broken else 9} of 9 claims hold" in printed
 
 

@@ -84,7 +84,9 @@ def test_what_a_run_leaves_behind(folder, tmp_path, capsys):
     assert cli.main(dpo(folder, run, *SHORT)) == 0
     printed = capsys.readouterr().out
     steps = re.findall(
-        r"^run +(\d+)/9 +held-out loss \d\.\d{4} +accuracy \d\.\d\d +reward margin [+-]\d", printed, re.MULTILINE
+        r"^run +(\d+)/9 +held-out loss \d\.\d{4} +(?:accuracy \d\.\d\d|all pairs tie) +reward margin [+-]\d",
+        printed,
+        re.MULTILINE,
     )
     assert steps == ["0", "4", "8", "9"] and "tokens/s" in printed and re.search(r"\d:\d\d left", printed)
     listed = set(re.findall(r"^    (\S+?)/?  +\S", run_folder.__doc__, re.MULTILINE)) - {"step-000100", "curves.png"}
@@ -149,14 +151,16 @@ def interrupting(function, call):
         (os, "fsync", 32, "step-000004"),  # between two files of the checkpoint of step 8
     ],
 )
-def test_ctrl_c_costs_steps_and_nothing_else(place, name, call, last, folder, whole, tmp_path, monkeypatch):
-    """The steps since the last checkpoint are repeated; the resumed run ends in the same bytes."""
+def test_ctrl_c_costs_steps_and_nothing_else(place, name, call, last, folder, whole, tmp_path, monkeypatch, capsys):
+    """The steps since the last checkpoint, which is named, are repeated; the resumed run ends in the same bytes."""
     run = tmp_path / "run"
     with monkeypatch.context() as patch:
         patch.setattr(place, name, interrupting(getattr(place, name), call))
         assert cli.main(dpo(folder, run, *SHORT)) == 130
     assert (run / "latest").read_text() == last and not list(run.glob(".*"))
+    assert "resumes" not in capsys.readouterr().out
     assert cli.main(["resume", str(run)]) == 0
+    assert f"{run} resumes at step {int(last.strip()[-6:])} of 9\n" in capsys.readouterr().out
     for path in ("model/model.safetensors", "step-000009/state.safetensors", "samples.jsonl"):
         assert (run / path).read_bytes() == (whole / path).read_bytes()
     without_times = [
@@ -189,10 +193,11 @@ def test_lines_after_the_checkpoint_are_cut_off(tmp_path):
     assert not (tmp_path / "none.jsonl").exists()
 
 
-def test_resuming_a_finished_run_changes_nothing(whole):
-    """No file differs after `minidpo resume` of a run that has its result."""
+def test_resuming_a_finished_run_changes_nothing(whole, capsys):
+    """No file differs after `minidpo resume` of a run that has its result, and that nothing is left is said."""
     before = {path: path.read_bytes() for path in whole.rglob("*") if path.is_file()}
     assert cli.main(["resume", str(whole)]) == 0
+    assert f"{whole} is finished: there is nothing left to train\n" in capsys.readouterr().out
     assert {path: path.read_bytes() for path in whole.rglob("*") if path.is_file()} == before
 
 
@@ -437,6 +442,16 @@ def test_a_terminal_sees_a_live_line_and_a_log_does_not(capsys, monkeypatch):
         assert "10/100   held-out loss 2.0000   accuracy 0.50   reward margin -0.100" in printed and printed.endswith(
             "left\n"
         )
+
+
+@pytest.mark.parametrize("part", ["", "eval_"])
+def test_ties_are_not_shown_as_pairs_that_are_lost(part):
+    """Where policy = reference all pairs tie: the line says so, and has neither an accuracy of 0 nor a minus zero."""
+    metrics = {f"{part}loss": 0.7, f"{part}rewards/accuracies": 0.0, f"{part}rewards/margins": -1e-9}
+    progress = loop.Progress("run", 9)
+    text = progress.text(0, {**metrics, f"{part}rewards/ties": 1.0})
+    assert text.endswith("   all pairs tie   reward margin +0.000") and "accuracy" not in text
+    assert "accuracy 0.00" in progress.text(0, {**metrics, f"{part}rewards/ties": 0.5})
 
 
 def test_the_optimizer_comes_back(tmp_path):

@@ -37,6 +37,12 @@ def test_the_front_door_is_short():
     assert len(README.split()) <= 1700
 
 
+def test_the_demo_takes_one_time():
+    """README, the benchmarks and the command say the same duration."""
+    pages = README, BENCHMARKS, cli.demo.__doc__
+    assert [re.findall(r"takes\s+about (\d+) CPU seconds", page)[:1] for page in pages] == [["240"]] * 3
+
+
 EXAMPLES = [
     (page, *example)
     for page in ("README.md", "minidpo")

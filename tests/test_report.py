@@ -14,7 +14,7 @@ from minidpo.tokenizer import printable
 METRICS = [
     {"step": 0, "eval_loss": 0.7, "eval_rewards/accuracies": 0.0, "eval_rewards/ties": 1.0},
     {"step": 1, "loss": 0.6, "rewards/accuracies": 0.5},
-    {"step": 2, "eval_loss": 0.5, "eval_rewards/accuracies": 0.75, "eval_rewards/ties": 0.0},
+    {"step": 2, "eval_loss": 0.5, "eval_rewards/accuracies": 0.75, "eval_rewards/ties": -0.0},
     {"step": 4, "eval_loss": 0.55, "eval_rewards/accuracies": 0.7, "eval_rewards/ties": 0.0},
 ]
 SAMPLES = [{"step": step, "prompt": "a\u202eb\n", "response": f"\u001b[31m<b>{step}"} for step in (0, 2, 4)]
@@ -37,7 +37,9 @@ def test_the_report_shows_what_happened(run):
     report.write(run)
     text = (run / "report.md").read_text()
     assert f"    minidpo dpo '--data=my file' --out={run.name}\n" in text and "the checkpoint of step 2" in text
+    assert f"In any folder, this command repeats the run in a new folder {run.name}:" in text
     assert "| step | held-out loss | accuracy | ties |" in text
+    assert "| 0 | 0.7000 | all tie | 1.0000 |" in text
     assert "| 2 | 0.5000 | 0.7500 | 0.0000 |" in text and "| 1 |" not in text
     assert "Rows: 9 rows\\x1b. Those set aside" in text and "- numpy: 2.0\\x1b" in text
     assert [step in text for step in ("replies at step 0", "replies at step 2", "replies at step 4")] == [1, 1, 0]

@@ -4,6 +4,7 @@ import inspect
 import json
 import math
 import re
+import shlex
 import shutil
 import textwrap
 
@@ -281,6 +282,13 @@ def test_evaluate_and_score_agree_with_the_chain_rule(folder, tmp_path, capsys):
     assert json.loads(capsys.readouterr().out.splitlines()[0]).keys() == {
         "line", "truncated", "logps/chosen", "logps/rejected",
     }  # fmt: skip
+
+
+def test_evaluate_prints_no_minus_zero(folder, capsys, monkeypatch):
+    """What rounds to 0 is printed as 0."""
+    monkeypatch.setattr(training, "preference_evaluation", lambda *_, **__: {"nll/chosen_rise": -1e-9})
+    printed = evaluated(folder, folder / "pairs.jsonl", capsys, "--beta=0.5").out
+    assert re.search(r"^nll/chosen_rise +0\.0000$", printed, re.MULTILINE)
 
 
 @pytest.mark.parametrize("command", [["evaluate", "--json"], ["evaluate"], ["score"]])
@@ -695,6 +703,24 @@ def test_every_loss_of_pairs_trains(name, folder, tmp_path):
     first, *_, last = [line["loss"] for line in lines(tmp_path / "run" / "metrics.jsonl") if "loss" in line]
     assert last < first - 1e-4
     checkpoint.load(tmp_path / "run")
+
+
+def test_the_command_of_a_report_repeats_the_run(folder, tmp_path, monkeypatch):
+    """Typed in another folder it makes the same metrics; it holds beta where that is the loss's own."""
+    monkeypatch.chdir(folder)
+    for loss, beta in (("dpo", ["--beta=0.1"]), ("sft", [])):
+        run = tmp_path / "one" / loss
+        assert cli.main(["dpo", "--data=pairs.jsonl", "--init=init", f"--out={run}", f"--loss={loss}", *SHORT]) == 0
+        command = next(x for x in (run / "report.md").read_text().splitlines() if x.startswith("    minidpo dpo "))
+        words = shlex.split(command)[1:]
+        assert [word for word in words if word.startswith("--beta")] == beta
+        (tmp_path / "two").mkdir(exist_ok=True)
+        with monkeypatch.context() as patch:
+            patch.chdir(tmp_path / "two")
+            assert cli.main(words) == 0
+        losses = [[row.get("loss", row.get("eval_loss")) for row in lines(tmp_path / each / loss / "metrics.jsonl")]
+                  for each in ("one", "two")]  # fmt: skip
+        assert losses[0] == losses[1] and len(losses[0]) == 7
 
 
 @pytest.mark.parametrize(

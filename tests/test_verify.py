@@ -10,6 +10,7 @@ import pytest
 
 import strangers
 from minidpo import Config, Tensor, cli, losses, scoring, verify
+from minidpo.cli import parser
 from minidpo.theory import mutants
 from minidpo.verify import cells, frameworks, logprob_check, loss_check, texts
 
@@ -462,6 +463,8 @@ def test_the_command_says_it_and_exits_with_it(words, status, sentence, tmp_path
     monkeypatch.delitem(sys.modules, "theirs", raising=False)
     monkeypatch.delitem(sys.modules, "torch", raising=False)
     monkeypatch.delitem(sys.modules, "jax", raising=False)
+    help_text = " ".join(parser.parser("verify").format_help().split())
+    assert "beta to check a loss or a step with, or the one that it holds itself" in help_text
     assert cli.main(["verify", *words]) == status
     assert sentence in capsys.readouterr().out
     assert cli.main(["verify", *words, "--json"]) == status

@@ -90,7 +90,7 @@ def evaluate(
         print(dumps(metrics | ({"calibration": finite} if calibration else {}), allow_nan=False))
     else:
         for name, value in {**metrics, **{k: v for k, v in figures.items() if k != "bins"}}.items():
-            print(f"{name:<20} {value:>12}" if isinstance(value, int) else f"{name:<20} {value:>12.4f}")
+            print(f"{name:<20} {value:>12}" if isinstance(value, int) else f"{name:<20} {value:>z12.4f}")
         print(calibrated.table(figures["bins"]) if calibration else "", end="")
     return metrics | ({"calibration": figures} if calibration else {})
 

@@ -137,16 +137,14 @@ Checkpoint = Annotated[Path, Option("checkpoint or run folder of the model", pat
 Checkpoints = Annotated[Sequence[Path], Option("checkpoints or run folders to compare", path, several=True)]
 Reference = Annotated[Path, Option("checkpoint or run folder of the reference", path)]
 NewRun = Annotated[Path, Option("folder for the results; must not exist yet", path)]
-Example = Annotated[
-    str,
-    Option("the word example: pairs.jsonl, more.jsonl and names.txt are written here", one_of("example"), "example"),
-]
+EXAMPLES = "pairs.jsonl and more.jsonl, and names.txt for pretrain, are written here"
+Example = Annotated[str, Option(f"the word example: {EXAMPLES}", one_of("example"), "example")]
 OldRun = Annotated[Path, Option("run folder (its --out)", path, "RUN")]
 Folder = Annotated[Path, Option("folder for frontier.json and, with matplotlib, frontier.png", path)]
 Plot = Annotated[Path | None, Option("new PNG file for the curves of beta; needs matplotlib", path)]
 Html = Annotated[Path | None, Option("new HTML file for a page of the pair's tokens", path)]
 Graph = Annotated[Path | None, Option("new file for the loss as a graph, .dot (Graphviz) or .mmd (Mermaid)", path)]
-Log = Annotated[Path, Option("training log: JSON Lines, trainer_state.json or printed dicts", path, "FILE")]
+Log = Annotated[Path, Option("training log or run folder; leave it out with --table", path, "FILE")]
 
 # Training.
 Seed = Annotated[int, Option("random seed", at_least(0, 2**63))]
@@ -210,6 +208,7 @@ Worlds = Annotated[int, Option("number of small worlds, each with its own seed",
 # Checking what others made.
 Kind = Annotated[str, Option("loss, logprobs or step", one_of("loss", "logprobs", "step"), "KIND")]
 Subject = Annotated[str, Option("MODULE:FUNCTION, imported and run", text, "SUBJECT")]
+TriedBeta = Annotated[float, Option("beta to check a loss or a step with, or the one that it holds itself", positive)]
 FrameworkName = Annotated[
     str | None, Option("numpy, torch or jax", one_of(*FRAMEWORKS), "NAME"), Default("the first that it takes")
 ]

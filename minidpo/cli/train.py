@@ -305,7 +305,7 @@ def sft(
 
 def preference_loss(
     loss: str | Loss, label_smoothing: float | None, beta: float | None, loss_options: Mapping[str, float] | None = None
-) -> tuple[Loss, float]:
+) -> tuple[Loss, float | None]:
     """The loss of a name with its options, or a function from Python as it is; and beta, by default the loss's own."""
     options = {} if label_smoothing is None else {"label_smoothing": label_smoothing}
     if options.keys() & (loss_options or {}).keys():
@@ -323,8 +323,8 @@ def preference_loss(
     own = signature(LOSSES[chosen.name]).parameters.get("beta")
     if own is None and beta is not None:
         raise ValueError(f"the loss {loss} has no beta")
-    beta = beta if beta is not None else own.default if own else 1.0
-    chosen(-1.0, -2.0, -2.0, -1.0, beta, 1, 1)  # refuses options that make no sense before anything is written
+    beta = beta if beta is not None or own is None else own.default
+    chosen(-1.0, -2.0, -2.0, -1.0, beta or 1.0, 1, 1)  # refuses options that make no sense before anything is written
     return chosen, beta
 
 
@@ -345,13 +345,14 @@ def dpo(
     beta log(pi/pi_ref) with most losses, beta log pi without a reference, per token if the loss takes means over
     tokens. `minidpo losses` prints the losses.
     """
+    objective, beta = preference_loss(loss, label_smoothing, beta, loss_options)
     words = arguments("dpo", locals())
+    strength = beta or 1.0  # a loss without beta ignores it
     policy, config, tokenizer, _ = start = load(init, requires_grad=True, device=run.device)
     ref_params, ref_config = model.frozen(policy), config
     if reference:
         ref_params, ref_config, _, _ = other = load(reference, device=run.device)
         same_vocabulary(init, start, reference, other)
-    objective, beta = preference_loss(loss, label_smoothing, beta, loss_options)
     n_positions = min(config.n_positions, ref_config.n_positions)
     rows = read_rows(data, run, test_share, truncation, strict, PAIRS, start, n_positions)
     hashes = {"init_sha256": fingerprint(policy), "reference_sha256": fingerprint(ref_params)}
@@ -367,7 +368,7 @@ def dpo(
 
     def step(indices: list[int]) -> training.Metrics:
         batch = collate([pairs[i] for i in indices], ref_logp_w[indices], ref_logp_l[indices])
-        settings = beta, objective, nll_weight, 1.0, run.micro_batch_size, workers.dpo_sweep
+        settings = strength, objective, nll_weight, 1.0, run.micro_batch_size, workers.dpo_sweep
         return training.dpo_training_step(policy, ref_params, config, optimizer, batch, *settings)
 
     def evaluation(params: Params, on_test: bool) -> training.Metrics:
@@ -377,7 +378,7 @@ def dpo(
             ref = training.reference_logprobs(ref_params, ref_config, counted(test, "test pairs"))
             batch = collate(test, *map(to_host, ref))
         watch = partial(counted, what="held-out pairs")
-        return training.preference_evaluation(params, config, batch, beta, objective, nll_weight, watch)
+        return training.preference_evaluation(params, config, batch, strength, objective, nll_weight, watch)
 
     with Workers(worker_count(policy)) as workers:
         names, test = [str(row.line) for row in rows.train.rows], bool(rows.test.rows)

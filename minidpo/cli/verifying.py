@@ -5,21 +5,18 @@ import sys
 import traceback
 from json import dumps
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 from .. import verify as oracles
 from ..verify import Report
 from ..verify import doctor as diagnosis
 from ..verify.doctor import table as faults
 from . import options as o
-from .options import Default
 from .parser import command
 
 
 @command("verify")
-def doctor(
-    file: Annotated[o.Log | None, Default("none, with --table")] = None, *, table: o.Table = False, json: o.Json = False
-) -> int:
+def doctor(file: o.Log | None = None, *, table: o.Table = False, json: o.Json = False) -> int:
     """Say what is wrong in a training log, with evidence and likely causes.
 
     Read metrics.jsonl, also of a run folder, TRL's trainer_state.json, JSON Lines or any text with printed dicts of
@@ -39,7 +36,7 @@ def doctor(
 
 @command("verify")
 def verify(
-    kind: o.Kind, subject: o.Subject, *, framework: o.FrameworkName = None, beta: o.Beta = 0.1,
+    kind: o.Kind, subject: o.Subject, *, framework: o.FrameworkName = None, beta: o.TriedBeta = 0.1,
     layout: o.Layout = "labels", arguments: o.ArgumentOrder = None, json: o.Json = False,
 ) -> int:  # fmt: skip
     """Check somebody's DPO code, and name what is wrong with it.

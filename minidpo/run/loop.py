@@ -70,8 +70,7 @@ class Progress:
             printed()
 
     def after_evaluation(self, step: int, metrics: Metrics) -> None:
-        start_of_line = "\r\x1b[K" if self.live else ""
-        print(start_of_line + self.text(step, metrics), flush=True)
+        print("\r\x1b[K" * self.live + self.text(step, metrics), flush=True)
         printed()
 
     def tokens_per_second(self) -> float:
@@ -83,11 +82,12 @@ class Progress:
             ("eval_loss", "held-out loss", ".4f"),
             ("loss", "loss", ".4f"),
             ("rewards/accuracies", "accuracy", ".2f"),
-            ("rewards/margins", "reward margin", "+.3f"),
+            ("rewards/margins", "reward margin", "+z.3f"),
         ):
             value = metrics.get(name, metrics.get(f"eval_{name}"))
             if value is not None and not (name == "loss" and "eval_loss" in metrics):
-                parts.append(f"{label} {value:{form}}")
+                tied = label == "accuracy" and 1 in (metrics.get("rewards/ties"), metrics.get("eval_rewards/ties"))
+                parts.append("all pairs tie" if tied else f"{label} {value:{form}}")
         if self.count:
             left = (self.steps - step) * (time.monotonic() - self.start) / self.count
             parts += [f"{self.tokens_per_second():,.0f} tokens/s", f"{int(left // 60)}:{int(left % 60):02d} left"]
@@ -112,6 +112,7 @@ def run_loop(
     with alone(run):
         remove_leftovers(run)
         if checkpoint.latest(run) == run / RESULT:
+            print(f"{run} is finished: there is nothing left to train")
             task.report()
             return run / RESULT
         if checkpoint.latest(run) == run and (advice := checkpoint.newest(run)):
@@ -122,6 +123,7 @@ def run_loop(
         json_lines(log)  # a damaged line is refused before anything moves
         json_lines(samples, SAMPLE)
         state = State() if last == run else restore(last, params, config, tokenizer, optimizer)
+        print(f"{run} resumes at step {state.step} of {settings.steps}\n" * (last != run or log.exists()), end="")
         cut(log, -1 if last == run else state.step)
         cut(samples, -1 if last == run else state.step, SAMPLE)
         progress = Progress(run.name, settings.steps)

@@ -57,7 +57,7 @@ def table(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str]) -> str:
     """A Markdown table; numbers are right-aligned, floats have four digits after the point."""
 
     def cell(value: Any) -> str:
-        return f"{value:.4f}" if isinstance(value, float) else printable(str(value)).replace("|", "\\|")
+        return f"{value:z.4f}" if isinstance(value, float) else printable(str(value)).replace("|", "\\|")
 
     lines = ["| " + " | ".join(columns.values()) + " |", "|" + "---:|" * len(columns)]
     lines += ["| " + " | ".join(cell(row.get(name, "")) for name in columns) + " |" for row in rows]
@@ -75,10 +75,11 @@ def write(run: Path) -> Mapping[str, Any]:
     columns = {key: title for key, title in COLUMNS.items() if key in evaluations[0]}
     every = -(-len(evaluations) // 20)  # the table has about 20 rows
     rows = [line for i, line in enumerate(evaluations) if i % every == 0 or line in (lowest, evaluations[-1])]
+    rows = [{**x, "eval_rewards/accuracies": "all tie"} if x.get("eval_rewards/ties") == 1 else x for x in rows]
     command = shlex.join(["minidpo", *description["arguments"], f"--out={name}"])
     parts = [
         f"# {printable(name)}",
-        f"    {printable(command)}",
+        f"In any folder, this command repeats the run in a new folder {printable(name)}:\n\n    {printable(command)}",
         f"The result, `model`, is the checkpoint of step {lowest['step']}, which had the lowest held-out loss.",
         *(f"**Warning:** {sentence}." for sentence in warnings(metrics)),
         table(rows, columns),

@@ -358,7 +358,7 @@ def mean_log_ratio(world: World, seed: int) -> Iterator[Claim]:
     path = descent(table_policy(world), loss, ADAM, [0.1] * 100)
     for step in (0, 1, 10, 100):
         mean = (numpy.exp(world.ref_logp) * (path[step] - world.ref_logp)).sum(axis=-1)
-        text = f"after {step} steps of DPO, E_ref[log(pi/pi_ref)] = {mean.mean():.4f} is -KL(pi_ref || pi): error"
+        text = f"after {step} steps of DPO, E_ref[log(pi/pi_ref)] = {mean.mean():z.4f} is -KL(pi_ref || pi): error"
         yield at_most(text, abs(mean + exact.kl(world.ref_logp, path[step])).max(), 1e-10)
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from statistics import fmean, median, stdev
 from typing import Any, NamedTuple
 
-from .logs import KINDS, KNOWN, LOG2, REWARDS, Log, Row, read, softplus
+from .logs import GRADIENTS, KINDS, KNOWN, LOG2, REWARDS, Log, Row, read, softplus
 
 WORDS: dict[str, Any] = tomllib.loads(Path(__file__).with_suffix(".toml").read_text("utf-8"))
 Signs = tuple[list[str], str] | None  # evidence, and the names of the causes
@@ -39,13 +39,13 @@ def symptom(kinds: set[str], unless: str = "") -> Callable[[Callable[[Log], Sign
 
 def span(values: Sequence[float]) -> str:
     """The least and the greatest of some values."""
-    return " to ".join(dict.fromkeys(f"{x:.4g}" for x in (min(values), max(values))))
+    return " to ".join(dict.fromkeys(f"{x:z.4g}" for x in (min(values), max(values))))
 
 
 @symptom(ANY)
 def nan(log: Log) -> Signs:
     # NaN stays in a parameter for ever: if later rows are finite, so are the parameters
-    bad = {row.order: {x for x in KNOWN if not math.isfinite(row.values.get(x, 0.0))} for row in log.rows}
+    bad = {row.order: (row.values.keys() - row.finite.keys()).intersection(KNOWN) for row in log.rows}
     rows = [row for row in log.rows if bad[row.order]]
     broken = [row for row in rows if bad[row.order] != {"grad_norm"}]
     if not broken and not (len(rows) > 1 and rows[-1:] == log.train[-1:]):
@@ -69,15 +69,34 @@ def still(row: Row) -> bool:
 
 
 @symptom(BARE)
+def packing(log: Log) -> Signs:
+    # equal parts agree on the loss and on a gradient that is not 0, as one batch does, and unequal parts do not
+    rows = [row for row in log.train if row.parts and any(row.get(name) ** 2 > 0 for name in GRADIENTS)]
+    rows = [row for row in rows if sum(row.parts) == sum(rows[0].parts)]
+    even, uneven = ([row for row in rows if (len(set(row.parts)) > 1) == differ] for differ in (False, True))
+    others = [row for row in even if len(row.parts) != len(even[0].parts)]
+    bad = [row for row in uneven if even and not alike(even[0], row)]
+    if not (others and bad and all(alike(even[0], row) for row in even)):
+        return None
+    evidence = [f"{'+'.join(map(str, row.parts[:20]))} pairs, {row}" for row in (even[0], others[0], *bad[:2])]
+    return [*evidence, "that all are the same pairs, the log does not say"], "alone other_pairs"
+
+
+def alike(a: Row, b: Row) -> bool:
+    """Whether two rows have the same loss and gradient up to rounding."""
+    return all(math.isclose(a.get(x), b.get(x), rel_tol=1e-3) for x in ("loss", *GRADIENTS) if x in a.finite)
+
+
+@symptom(BARE, unless="packing")
 def stuck(log: Log) -> Signs:
     # policy = reference at every step: do they move together? logps tell only if the same examples come twice
     rows = [row for row in log.train if row.rewards or row.get("loss") > 0]
-    names = ("loss", *REWARDS, "rewards/ties", "grad_norm", "learning_rate")
-    shown = {name: span(log.values(name)) for name in names if log.values(name)}
     norms, rates = log.values("grad_norm"), log.values("learning_rate")
     rising = len(rates) > 1 and all(a < b for a, b in pairwise(rates))
     if len(rows) < (10 if rising else 3 if rows and (rows[-1].step or 0) < 10 else 2) or not all(map(still, rows)):
         return None
+    names = ("loss", *REWARDS, "rewards/ties", "grad_norm", "learning_rate")
+    shown = {name: span(log.values(name)) for name in names if log.values(name)}
     evidence = [f"{len(rows)} rows, {rows[0].place} to {rows[-1].place}"]
     evidence += [", ".join(f"{name} {values}" for name, values in shown.items())]
     scores = [log.values(f"logps/{y}", log.evaluations) for y in ("chosen", "rejected")]
@@ -165,8 +184,8 @@ def loss_below(log: Log) -> Signs:
     known = [(row, row.get("loss"), low) for row, low in zip(rows, least)]
     for part in (known[:10], known):
         bad = [(row, low / loss if loss > 0 else math.inf) for row, loss, low in part if loss < low]
-        over = [loss - low for _, loss, low in part]
-        wide = 4 * stdev(over) / math.sqrt(len(part)) if len(part) > 4 else 0.0
+        over = [loss - low for _, loss, low in part] if bad else []
+        wide = 4 * stdev(over) / math.sqrt(len(over)) if len(over) > 4 else 0.0
         if bad and fmean(over) + wide < 0 and (len(part) > 4 or all(factor > 1.4 for _, factor in bad)):
             evidence = [f"{bad[0][0]}; DPO's is at least log(1 + e^-margin) = {softplus(-bad[0][0].margin):.4g}"]
             evidence += [f"{len(bad)} of {len(part)} rows are too low, this one {bad[0][1]:.3g} times"]

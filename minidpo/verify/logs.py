@@ -11,14 +11,15 @@ from itertools import pairwise
 from numbers import Real
 from os import PathLike
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from ..data.preferences import open_regular
 
 LOG2, MOST_BYTES = math.log(2), 2**25
 ZERO = 5e-6  # a reward as small as this may be the rounding of log pi in float32
 REWARDS = ("rewards/chosen", "rewards/rejected", "rewards/margins")
-KNOWN = ("loss", *REWARDS, "rewards/accuracies", "rewards/ties", "logps/chosen", "logps/rejected", "grad_norm")
+GRADIENTS = ("grad_norm", "parameter_gradient")
+KNOWN = ("loss", *REWARDS, "rewards/accuracies", "rewards/ties", "logps/chosen", "logps/rejected", *GRADIENTS)
 OTHER_NAMES = {"preference_loss": "loss", "chosen_reward": "rewards/chosen", "reject_reward": "rewards/rejected"}
 OTHER_NAMES |= {"acc": "rewards/accuracies", "lr": "learning_rate", "global_step": "step"}  # OpenRLHF, W&B
 PART = re.compile(r"^(train|eval)[/_]|_(train|eval)(?=/)|/(train|eval)$")  # eval_loss, rewards_train/chosen, loss/eval
@@ -26,37 +27,33 @@ ITEM = re.compile(r"""(['"])([\w/ .-]{1,200})\1\s*:\s*(['"]?)([-+.\w]{1,40})\3\s
 KINDS = {"ORPO": {"log_odds_ratio", "log_odds_chosen"}, "KTO": {"kl"}, "online RL": {"reward", "completion_length"}}
 
 
-class Row(NamedTuple):
+class Row:
     """One row of metrics, under TRL's names."""
 
-    order: int
-    step: int | None
-    evaluation: bool
-    values: dict[str, float]
+    __slots__ = ("evaluation", "finite", "margin", "order", "parts", "rewards", "step", "values")
+
+    def __init__(self, order: int, step: int | None, evaluation: bool, values: dict[str, float], parts: Sequence[int]):
+        self.order, self.step, self.evaluation, self.values = order, step, evaluation, values
+        self.parts = parts  # pairs in each micro-batch, if the log says so
+        every = all(map(math.isfinite, values.values()))
+        self.finite = values if every else {name: x for name, x in values.items() if math.isfinite(x)}
+        w, l, margin = (self.finite.get(name, math.nan) for name in REWARDS)
+        self.rewards = tuple(x for x in (w, l, margin) if x == x)
+        self.margin = w - l if math.isnan(margin) else margin
 
     def get(self, name: str) -> float:
-        value = self.values.get(name, math.nan)
-        return value if math.isfinite(value) else math.nan
-
-    @property
-    def rewards(self) -> list[float]:
-        return [x for x in map(self.get, REWARDS) if x == x]
+        return self.finite.get(name, math.nan)
 
     @property
     def tied(self) -> bool:
         return bool(self.rewards) and max(map(abs, self.rewards)) < ZERO
 
     @property
-    def margin(self) -> float:
-        w, l, margin = map(self.get, REWARDS)
-        return w - l if math.isnan(margin) else margin
-
-    @property
     def place(self) -> str:
         return f"row {self.order + 1}" if self.step is None else f"step {self.step}"
 
     def __str__(self) -> str:
-        shown = ", ".join(f"{name} {self.values[name]:.4g}" for name in (*KNOWN, "nll_loss") if name in self.values)
+        shown = ", ".join(f"{name} {self.values[name]:z.4g}" for name in (*KNOWN, "nll_loss") if name in self.values)
         return f"{self.place}{' (evaluation)' * self.evaluation}: {shown}"
 
 
@@ -103,25 +100,34 @@ class Log:
 
     def __init__(self, documents: Iterable[Mapping[str, Any]]):
         rows: list[Row] = []
+        columns: dict[Any, tuple[bool, str]] = {}  # of each key: whether it is of an evaluation, and TRL's name
         for document in documents:
-            parts: dict[bool, dict[str, float]] = {False: {}, True: {}}
+            training: dict[str, float] = {}
+            held_out: dict[str, float] = {}
+            parts: Sequence[int] = ()
             for key, value in document.items():
-                found, x = PART.search(str(key)), number(value)
-                name = PART.sub("", str(key), count=1)
+                if key not in columns:
+                    found, name = PART.search(str(key)), PART.sub("", str(key), count=1)
+                    columns[key] = bool(found and "eval" in found.groups()), OTHER_NAMES.get(name, name)
+                evaluation, name = columns[key]
+                x = value if type(value) is float and abs(value) < 1e30 else number(value)
                 if x is not None:
-                    parts[bool(found and "eval" in found.groups())][OTHER_NAMES.get(name, name)] = x
-            parts[True]["epoch"] = parts[False].get("epoch", math.nan)  # as it is not named eval_epoch
-            step = parts[False].get("step", parts[True].get("step", math.inf))
-            for evaluation, values in parts.items():
+                    (held_out if evaluation else training)[name] = x
+                elif isinstance(value, list) and "micro_batch" in name and all(type(n) is int and n > 0 for n in value):
+                    parts = value
+            step = training.get("step", held_out.get("step", math.inf))
+            if held_out:
+                held_out["epoch"] = training.get("epoch", math.nan)  # as it is not named eval_epoch
+            for evaluation, values in ((False, training), (True, held_out)):
                 if not values.keys().isdisjoint(KNOWN) and (evaluation or "runtime" not in values):
-                    rows.append(Row(len(rows), int(step) if abs(step) < 1e15 else None, evaluation, values))
+                    rows.append(Row(len(rows), int(step) if abs(step) < 1e15 else None, evaluation, values, parts))
         steps = [row for row in rows if not row.evaluation and row.step is not None]
         self.restarts = [b for a, b in pairwise(steps) if (b.step or 0) < (a.step or 0)]
         self.rows = rows[self.restarts[-1].order if self.restarts else 0 :]
         self.train = [row for row in self.rows if not row.evaluation]
         self.losses = [row for row in self.train if row.get("loss") == row.get("loss")]
         self.evaluations = [row for row in self.rows if row.evaluation]
-        self.kind = self._kind({name for row in self.rows for name in row.values})
+        self.kind = self._kind(set().union(*(row.values for row in self.rows)))
 
     def _kind(self, names: set[str]) -> str:
         """DPO is any loss with a reference; without one, rewards are beta times log pi."""
