@@ -29,7 +29,7 @@ from minidpo.run.files import write_whole
 from minidpo.run.folder import json_lines, step_name
 
 RESULTS = Path(__file__).parent / "results" / "family.json"
-BUDGET = {"learning_rate": 1e-4, "steps": 300, "batch_size": 32, "warmup_steps": 10}
+BUDGET = {"learning_rate": 5e-5, "steps": 100, "batch_size": 32, "warmup_steps": 10}  # the defaults of `minidpo dpo`
 BETAS = {  # the default of each loss first
     "dpo": (0.1, 0.03, 0.3),
     "ipo": (0.1, 0.3, 1.0),
@@ -89,17 +89,18 @@ def rows_of(runs, name):
         yield kind, beta, [run["test"] for run in own if run["beta"] == beta]
 
 
-def as_text(runs):
-    """The table: means over the seeds and 95 % intervals."""
-    lines = [f"{'loss':<10}{'beta':>14}" + "".join(f"{name:>17}" for name in COLUMNS)]
+def as_table(runs):
+    """The table in Markdown: means over the seeds and 95 % intervals."""
+    names = [name.replace("chosen_rise", "rise of the chosen's loss").replace("_", " ") for name in COLUMNS]
+    lines = [f"| loss | beta | {' | '.join(names)} |", f"|---|---|{'---:|' * len(names)}"]
     for name in dict.fromkeys(run["loss"] for run in runs):
         for kind, beta, rows in rows_of(runs, name):
-            line = f"{name:<10}{f'{beta:g} ({kind})':>14}"
+            cells = []
             for column, digits in COLUMNS.items():
                 values = [row[column] for row in rows]
                 half = STUDENT.get(len(values), math.nan) * (statistics.stdev(values) if len(values) > 1 else math.nan)
-                line += f"{f'{statistics.fmean(values):.{digits}f} ± {half / len(values) ** 0.5:.{digits}f}':>17}"
-            lines.append(line)
+                cells.append(f"{statistics.fmean(values):.{digits}f} ± {half / len(values) ** 0.5:.{digits}f}")
+            lines.append(f"| {name} | {beta:g}, {kind} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -132,4 +133,4 @@ if __name__ == "__main__":
     options = parser.parse_args()
     results = run(options.folder, options.seeds, budget={**BUDGET, "steps": options.steps})
     write_whole(options.out, (json.dumps(results, indent=2) + "\n").encode())
-    print(as_text(results["runs"]))
+    print(as_table(results["runs"]))

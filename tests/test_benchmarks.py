@@ -105,7 +105,7 @@ def test_the_family_is_trained_once_each_and_reported_by_validation(tmp_path, mo
     assert len(runs) == 12 and len(calls) == 13 and len(set(calls)) == 12
     (_, default, at_default), (_, best, at_best) = eight.rows_of(runs, "dpo")
     assert (default, best) == (0.1, 0.3) and [row["reward"] for row in at_best] == [0.3, 1.3] and len(at_default) == 2
-    assert "0.80 ± 6.3" in eight.as_text(runs)  # 12.71 s/sqrt(2), with s = 1/sqrt(2)
+    assert "0.80 ± 6.3" in eight.as_table(runs)  # 12.71 s/sqrt(2), with s = 1/sqrt(2)
     with pytest.raises(ValueError, match="choose another folder"):
         eight.run(tmp_path, [0], ["dpo"], {**eight.BUDGET, "steps": 7})
 
