@@ -16,7 +16,7 @@ from .. import plots
 from ..data import preferences, world
 from ..generation import generate
 from ..plots import Curve, Panel
-from ..run import checkpoint, report
+from ..run import report
 from ..run.checkpoint import Checkpoint
 from ..run.files import remove_leftovers, write_whole
 from ..run.folder import create, json_lines
@@ -228,7 +228,7 @@ def rewards(rows: Sequence[Mapping[str, Any]], seed: int, count: int) -> Panel:
 
 def conclude(folder: Path, seed: int, sizes: Sizes) -> None:
     """Judge the models, print their replies side by side, and write the report."""
-    models = {stage: checkpoint.load(folder / stage) for stage in STAGES}
+    models = {stage: load(folder / stage) for stage in STAGES}
     prompts = held_out_prompts(seed, sizes.replies)
     metrics = {stage: json_lines(folder / stage / "metrics.jsonl") for stage in STAGES}
     best = {stage: report.best(lines) for stage, lines in metrics.items()}

@@ -1,0 +1,224 @@
+"""The bridge, with Hugging Face and TRL at its other end: what either side reads is the same model."""
+
+import warnings
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from minidpo import checkpoint, model
+from minidpo.generation import generate
+from minidpo.model import Config
+from minidpo.tensor import Tensor
+from minidpo.tokenizer import REPLACEMENT, Tokenizer, UnknownCharacterError
+
+torch = pytest.importorskip("torch", reason="torch is not installed")
+transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+pytestmark = pytest.mark.filterwarnings("default")  # theirs are not ours to mend
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz .,!?'\n\t\r\u00e9\u4e2d\U0001f600"
+TOKENIZER = Tokenizer(LETTERS)
+CONFIG = Config(TOKENIZER.vocab_size, n_positions=48, n_embd=32, n_layer=2, n_head=4)
+texts = st.text(st.sampled_from(LETTERS), max_size=40)
+
+
+def random_model(config=CONFIG):
+    """Parameters in float32, far from their initial values; texts differ, and a few of them end."""
+    rng = np.random.default_rng(0)
+    params = model.init(config, rng, dtype="float64")
+    scales = {name: 0.1 if name.startswith("w") else 0.3 for name in params}  # embeddings, and what layers compute
+    params = {name: (p.data + scales[name] * rng.normal(size=p.shape)).astype("f4") for name, p in params.items()}
+    params["wte.weight"][0] *= 2
+    return {name: Tensor(x) for name, x in params.items()}
+
+
+PARAMS = random_model()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("hub") / "ours"
+    checkpoint.save(path, PARAMS, CONFIG, TOKENIZER)
+    return path
+
+
+@pytest.fixture(scope="module")
+def auto(folder):
+    return transformers.AutoTokenizer.from_pretrained(folder)
+
+
+# ---- our folder is theirs -----------------------------------------------------------------------------------
+
+
+@given(text=texts)
+def test_auto_tokenizer_gives_the_same_ids(auto, text):
+    """AutoTokenizer puts end-of-text in front and then gives our ids; decoding gives the text back, every space too."""
+    ids = TOKENIZER.encode(text)
+    assert auto(text).input_ids == [0, *ids] and auto(text, add_special_tokens=False).input_ids == ids
+    assert auto.decode(auto(text).input_ids, skip_special_tokens=True) == text == TOKENIZER.decode(ids)
+
+
+@pytest.mark.parametrize("text", ["a  b", "\n\n", " \n a", "", " ", "  ", "a\r\n", "i'm . , ' n't", "<|endoftext"])
+def test_no_space_or_newline_is_lost(auto, text):
+    """Double spaces, newlines, spaces before marks and the beginning of a marker are texts like others."""
+    text = "".join(c for c in text if c in LETTERS)
+    assert auto.decode(auto(text).input_ids, skip_special_tokens=True) == text
+
+
+def test_a_batch_is_padded_on_the_left_with_end_of_text(auto):
+    """Pads come before a prompt, so that it can be continued, and are masked."""
+    batch = auto(["abc", "a"], padding=True)
+    assert batch.input_ids == [[0, 1, 2, 3], [0, 0, 0, 1]] and batch.attention_mask == [[1] * 4, [0, 0, 1, 1]]
+    assert (auto.bos_token_id, auto.eos_token_id, auto.pad_token_id) == (0, 0, 0)
+    assert auto.model_max_length == CONFIG.n_positions
+
+
+@pytest.mark.parametrize("replacement", [False, True])
+def test_unknown_characters_are_what_they_are_here(tmp_path, replacement):
+    """A character outside the vocabulary raises in both, or is U+FFFD in both; U+FFFD survives decoding."""
+    tokenizer = Tokenizer.from_text("ab\ufffd", replacement)
+    config = Config(tokenizer.vocab_size, 8, 8, 1, 1)
+    checkpoint.save(tmp_path / "ours", random_model(config=config), config, tokenizer)
+    auto = transformers.AutoTokenizer.from_pretrained(tmp_path / "ours")
+    assert auto.decode(auto("a\ufffd").input_ids, skip_special_tokens=True) == "a\ufffd"
+    if replacement:
+        ids = auto("axb", add_special_tokens=False).input_ids
+        assert ids == tokenizer.encode("axb") and auto.decode(ids, skip_special_tokens=True) == f"a{REPLACEMENT}b"
+    else:
+        with pytest.raises(Exception, match="UNK"):
+            auto("axb")
+        with pytest.raises(UnknownCharacterError):
+            tokenizer.encode("axb")
+
+
+def test_a_spelt_end_of_text_is_a_token_there_alone(tmp_path):
+    """The one text that the two read differently: <|endoftext|> is the token there, thirteen characters here."""
+    tokenizer = Tokenizer.from_text("a<|endoftext|>")
+    config = Config(tokenizer.vocab_size, 16, 8, 1, 1)
+    checkpoint.save(tmp_path / "ours", random_model(config=config), config, tokenizer)
+    auto = transformers.AutoTokenizer.from_pretrained(tmp_path / "ours")
+    assert auto("<|endoftext|>").input_ids == [0, 0] and len(tokenizer.encode("<|endoftext|>")) == 13
+
+
+def prompts(count, seed=0):
+    rng = np.random.default_rng(seed)
+    return ["".join(rng.choice(list(LETTERS), rng.integers(1, 12))) + "\n" for _ in range(count)]
+
+
+@pytest.mark.parametrize("batch_size", [1, 10])
+def test_a_pipeline_writes_our_texts(folder, batch_size):
+    """The greedy text of a hundred prompts is ours, one at a time and in batches that are padded on the left."""
+    pipeline = transformers.pipeline("text-generation", model=str(folder), device="cpu")
+    starts = prompts(100)
+    theirs = pipeline(
+        starts, do_sample=False, max_new_tokens=12, return_full_text=False, batch_size=batch_size, use_cache=True
+    )
+    ids = [[0, *TOKENIZER.encode(x)] for x in starts]
+    ours = generate(PARAMS, CONFIG, ids, np.random.default_rng(0), 12, temperature=0).responses
+    assert [each[0]["generated_text"] for each in theirs] == [TOKENIZER.decode(y) for y in ours]
+    assert len(set(map(tuple, ours))) > 50 and any(y[-1] == 0 for y in ours)  # they differ, and some end
+
+
+def test_the_logits_are_equal(folder):
+    """AutoModelForCausalLM gives our logits to 1e-5 of the largest."""
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+    tokens = np.random.default_rng(0).integers(0, CONFIG.vocab_size, (4, CONFIG.n_positions))
+    with torch.no_grad():
+        logits = theirs(torch.tensor(tokens)).logits.numpy()
+    ours = model.forward(PARAMS, CONFIG, tokens).data
+    np.testing.assert_allclose(ours, logits, rtol=0, atol=1e-5 * abs(logits).max())
+
+
+# ---- their folder is ours -----------------------------------------------------------------------------------
+
+
+def test_what_they_save_comes_back(folder, auto, tmp_path):
+    """Model and tokenizer saved by transformers load here with the same weights, characters and ends."""
+    transformers.AutoModelForCausalLM.from_pretrained(folder).save_pretrained(tmp_path)
+    auto.save_pretrained(tmp_path)
+    params, config, tokenizer, verified = checkpoint.load(tmp_path)
+    assert config == CONFIG and tokenizer.characters == LETTERS and not tokenizer.replacement and not verified
+    assert all((params[name].data == p.data).all() for name, p in PARAMS.items())
+
+
+def gpt2(**changes):
+    """A random GPT-2 of theirs, whose ids are not ours."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 99, "n_positions": 32, "n_embd": 24, "n_layer": 2, "n_head": 3}
+    config = transformers.GPT2Config(**{**sizes, "bos_token_id": 98, "eos_token_id": 98, **changes})
+    theirs = transformers.GPT2LMHeadModel(config).eval()
+    with torch.no_grad():
+        for p in theirs.parameters():
+            p += 0.1 * torch.randn_like(p)
+    return theirs
+
+
+@pytest.mark.parametrize("name", ["gelu_new", "gelu_pytorch_tanh", "gelu_fast"])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_a_gpt2_of_theirs_is_our_model(tmp_path, name, dtype):
+    """A GPT-2 in several files, in full or half precision and by any name of its GELU has their logits here."""
+    theirs = gpt2(activation_function=name).to(getattr(torch, dtype))
+    theirs.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        params, config, tokenizer, _ = checkpoint.load(tmp_path)
+    assert [f"{dtype} weights" in str(each.message) for each in said] == [True] * (dtype != "float32")
+    assert tokenizer is None and config.eos_token_id == 98
+    tokens = np.random.default_rng(0).integers(0, 99, (3, 32))
+    with torch.no_grad():
+        logits = theirs.float()(torch.tensor(tokens)).logits.numpy()
+    np.testing.assert_allclose(
+        model.forward(params, config, tokens).data, logits, rtol=0, atol=1e-5 * abs(logits).max()
+    )
+    start = tokens[:, :5].tolist()
+    ours = generate(params, config, start, np.random.default_rng(0), 20, temperature=0).responses
+    for x, y in zip(start, ours):
+        out = theirs.generate(torch.tensor([x]), do_sample=False, max_new_tokens=20, pad_token_id=98)
+        assert out[0, 5:].tolist() == y
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"tie_word_embeddings": False}, "tie_word_embeddings is False"),
+        ({"activation_function": "gelu"}, "activation_function is 'gelu'"),
+        ({"layer_norm_epsilon": 1e-6}, "layer_norm_epsilon is 1e-06"),
+        ({"n_inner": 50}, "n_inner is 50"),
+        ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx is True"),
+        ({"scale_attn_weights": False}, "scale_attn_weights is False"),
+        ({"bos_token_id": 1}, "bos_token_id is 1, here it can only be eos_token_id, 98"),
+        ({"eos_token_id": None}, "eos_token_id must be an id, not None"),
+        ({"eos_token_id": 50256, "bos_token_id": 50256}, "eos_token_id = 50256 is outside the vocabulary of 99 ids"),
+    ],
+)
+def test_another_model_is_refused_by_field_and_value(tmp_path, changes, sentence):
+    """What transformers computes otherwise than our model is refused, and so is a text without our end."""
+    gpt2(**changes).save_pretrained(tmp_path)
+    with pytest.raises(checkpoint.CheckpointError, match=sentence):
+        checkpoint.load(tmp_path)
+
+
+def test_another_architecture_is_refused(tmp_path):
+    """A Llama is named as what it is."""
+    config = transformers.LlamaConfig(
+        vocab_size=9, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path)
+    with pytest.raises(checkpoint.CheckpointError, match="model_type is 'llama', here it can only be 'gpt2'"):
+        checkpoint.load(tmp_path)
+
+
+def test_a_byte_level_tokenizer_is_left_out(tmp_path):
+    """GPT-2's kind of tokenizer, trained on the spot, is not of characters: the model loads for lists of ids."""
+    tokenizers = pytest.importorskip("tokenizers", reason="tokenizers is not installed")
+    byte_level = tokenizers.ByteLevelBPETokenizer()
+    byte_level.train_from_iterator(["hello there, my parcel is late"] * 9, 280, special_tokens=["<|endoftext|>"])
+    fast = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=byte_level._tokenizer, eos_token="<|endoftext|>", bos_token="<|endoftext|>"
+    )
+    gpt2(vocab_size=len(fast), bos_token_id=0, eos_token_id=0).save_pretrained(tmp_path)
+    fast.save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match="its model is 'BPE', not of characters .*: loaded without a tokenizer"):
+        assert checkpoint.load(tmp_path).tokenizer is None
