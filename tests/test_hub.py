@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minidpo import checkpoint, model
+from minidpo import checkpoint, cli, model, scoring
 from minidpo.generation import generate
 from minidpo.model import Config
 from minidpo.run import hub, safetensors
@@ -286,6 +286,110 @@ def test_a_mixture_with_float64_is_refused(saved):
     with warnings.catch_warnings(), pytest.raises(CheckpointError, match="all float32 or all float64"):
         warnings.simplefilter("ignore")
         checkpoint.load(saved)
+
+
+# ---- the command line ---------------------------------------------------------------------------------------
+
+
+def ids_model(folder):
+    """A model of theirs without a tokenizer of characters."""
+    checkpoint.save(folder, small(), Config(**{**vars(CONFIG), "eos_token_id": 3}), None)
+    arrays = foreign(folder)
+    write(folder / "model.safetensors", {name: x.astype("f2") for name, x in arrays.items()})
+    (folder / "tokenizer.json").write_text(theirs(VOCAB, "<eos>", type="BPE"))
+    return folder
+
+
+def rows(path, *pairs):
+    path.write_text("".join(json.dumps(dict(zip(("prompt", "chosen", "rejected"), pair))) + "\n" for pair in pairs))
+    return str(path)
+
+
+def test_a_model_of_theirs_is_imported(tmp_path, capsys):
+    """`minidpo import` writes a checkpoint with checksums, says what became of the weights and what it takes."""
+    source, out = ids_model(tmp_path / "theirs"), tmp_path / "ours"
+    assert cli.main(["import", str(source), "--out", str(out)]) == 0
+    printed = capsys.readouterr()
+    assert "float16 weights are used as float32" in printed.err and "carry no checksum" in printed.err
+    assert "its model is 'BPE', not of characters (WordLevel): loaded without a tokenizer" in printed.err
+    assert "5 ids; it takes lists of ids, no texts" in printed.out and "Warning" not in printed.err
+    loaded = checkpoint.load(out)
+    assert loaded.verified and loaded.tokenizer is None and loaded.config.eos_token_id == 3
+    assert cli.main(["import", str(source), "--out", str(out)]) == 2 and "exists already" in capsys.readouterr().err
+    rewritten(source / "config.json", n_inner=7)
+    assert cli.main(["import", str(source), "--out", str(tmp_path / "no")]) == 2
+    assert "n_inner is 7" in capsys.readouterr().err and not (tmp_path / "no").exists()
+
+
+def test_an_imported_model_of_characters_takes_texts(saved, tmp_path, capsys):
+    """A folder of version 0.1 becomes one that Hugging Face opens, and the texts that it samples are the same."""
+    (saved / "tokenizer.json").write_text('{"type": "characters", "characters": "abcd"}')
+    foreign(saved)
+    assert cli.import_(folder=saved, out=tmp_path / "new") == tmp_path / "new"
+    assert "it takes texts" in capsys.readouterr().out
+    assert cli.sample(checkpoint=tmp_path / "new", prompt="ab") == cli.sample(checkpoint=saved, prompt="ab")
+    assert json.loads((tmp_path / "new" / "tokenizer.json").read_text())["model"]["type"] == "WordLevel"
+
+
+def test_a_model_of_ids_scores_ids_and_refuses_texts(tmp_path, capsys):
+    """`score --ids` gives log pi of the ids as they are; a command that needs texts says so in one sentence."""
+    source = str(ids_model(tmp_path / "theirs"))
+    data = rows(tmp_path / "ids.jsonl", ([1, 2], [4, 3], [0]), ([0], [4, 4, 4], [1, 3]))
+    table = cli.score(checkpoint=source, data=data, ids=True, reference=source, beta=0.1)
+    params, config, *_ = quiet_load(source)
+    for each, (x, w, l) in zip(table, (([1, 2], [4, 3], [0]), ([0], [4, 4, 4], [1, 3])), strict=True):
+        for side, y in (("chosen", w), ("rejected", l)):
+            logp = scoring.sequence_logprob(params, config, [x], [y]).item()
+            assert each[f"logps/{side}"] == pytest.approx(logp, rel=1e-5) and each[f"rewards/{side}"] == 0
+    capsys.readouterr()
+    for command in (["score", "--data", data], ["sample"], ["explain", "--chosen=a", "--rejected=b"]):
+        assert cli.main([*command, "--checkpoint", source]) == 2
+        printed = capsys.readouterr()
+        assert printed.err.splitlines()[-1] == (
+            f"minidpo {command[0]}: {source}: has no tokenizer of characters, so it takes lists of ids, but no texts"
+        )
+
+
+def quiet_load(folder):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return checkpoint.load(folder)
+
+
+@pytest.mark.parametrize(
+    ("pair", "reason"),
+    [
+        (("a", [1], [2]), "needs lists of ids from 0 to 4, none empty"),
+        (([1], [5], [2]), "needs lists of ids from 0 to 4"),
+        (([1], [-1], [2]), "needs lists of ids from 0 to 4"),
+        (([1], [True], [2]), "needs lists of ids from 0 to 4"),
+        (([1], [1.0], [2]), "needs lists of ids from 0 to 4"),
+        (([1], [], [2]), "needs lists of ids from 0 to 4"),
+        (([1], [1]), "needs lists of ids from 0 to 4"),
+        (([1] * 4, [2] * 6, [2]), "has 10 ids, but only 9 fit the context"),
+        (([1], [2], [2]), "chosen equals rejected"),
+        (([0], [4], [1]), "repeats line 1"),
+    ],
+)
+def test_ids_that_cannot_be_scored_are_set_aside(tmp_path, capsys, pair, reason):
+    """A row of ids that the model does not have, or has no room for, is named with its line and never scored."""
+    source = str(ids_model(tmp_path / "theirs"))
+    data = rows(tmp_path / "ids.jsonl", ([0], [4], [1]), pair)
+    assert [each["line"] for each in cli.score(checkpoint=source, data=data, ids=True)] == [1]
+    assert f"line 2: set aside, {reason}" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="--ids takes rows as they are"):
+        cli.score(checkpoint=source, data=data, ids=True, truncation="prompt")
+    with pytest.raises(ValueError, match=f"line 2: {re.escape(reason)}"):
+        cli.score(checkpoint=source, data=data, ids=True, strict=True)
+
+
+def test_a_reference_of_other_ids_is_refused(saved, tmp_path):
+    """Policy and reference share their ids."""
+    config = Config(6, 8, 8, 2, 2)
+    checkpoint.save(tmp_path / "six", small(0, config), config, None)
+    data = rows(tmp_path / "ids.jsonl", ([0], [4], [1]))
+    with pytest.raises(CheckpointError, match="vocabularies of 5 and 6 ids that differ"):
+        cli.score(checkpoint=saved, reference=tmp_path / "six", beta=0.1, data=data, ids=True)
 
 
 # ---- config -------------------------------------------------------------------------------------------------

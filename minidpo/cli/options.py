@@ -123,6 +123,7 @@ Example = Annotated[
     str,
     Option("the word example: pairs.jsonl, more.jsonl and names.txt are written here", one_of("example"), "example"),
 ]
+TheirFolder = Annotated[Path, Option("folder that save_pretrained or TRL wrote", path, "FOLDER")]
 OldRun = Annotated[Path, Option("run folder (its --out)", path, "RUN")]
 Folder = Annotated[Path, Option("folder for frontier.json and, with matplotlib, frontier.png", path)]
 Plot = Annotated[Path | None, Option("new PNG file for the curves of beta; needs matplotlib", path)]
@@ -173,6 +174,7 @@ Rejected = Annotated[str, Option("text of the other response", text)]
 PromptFile = Annotated[Path | None, Option("file with the text of the prompt, - for the standard input", path)]
 Escapes = Annotated[bool, Option("read \\n, \\t and \\\\ in these texts as newline, tab and backslash", flag)]
 Newline = Annotated[bool, Option("end the prompt with a newline, after which a response begins", flag)]
+Ids = Annotated[bool, Option("the data holds lists of ids in place of texts", flag)]
 Samples = Annotated[int, Option("number of texts to sample", at_least(1))]
 MaxNewTokens = Annotated[int | None, Option("maximum new tokens per text", at_least(1)), Default("all that fit")]
 Temperature = Annotated[float, Option("divisor of the logits; 0 takes the likeliest token", anything)]

@@ -118,12 +118,16 @@ def load_ids(folder: Path, requires_grad: bool = False, device: str = "cpu") -> 
     return loaded._replace(params=model.placed(loaded.params, device))
 
 
-def same_vocabulary(folder: Path, loaded: Checkpoint, other_folder: Path, other: Checkpoint) -> None:
-    """Refuse a policy and a reference that read texts differently."""
-    if loaded.tokenizer.characters != other.tokenizer.characters:
+def same_vocabulary(folder: Path, loaded: Checkpoint, other_folder: Path, other: Checkpoint, ids: bool = False) -> None:
+    """Refuse a policy and a reference that read texts differently; ids need only be as many."""
+    if ids:
+        differ = loaded.config.vocab_size != other.config.vocab_size
+    else:
+        differ = loaded.tokenizer.characters != other.tokenizer.characters
+    if differ:
         raise CheckpointError(
-            f"{folder} and {other_folder} have vocabularies of {loaded.tokenizer.vocab_size} and "
-            f"{other.tokenizer.vocab_size} ids that differ: a policy and its reference must share one"
+            f"{folder} and {other_folder} have vocabularies of {loaded.config.vocab_size} and "
+            f"{other.config.vocab_size} ids that differ: a policy and its reference must share one"
         )
 
 
@@ -387,6 +391,21 @@ def dpo(
     with Workers(worker_count(policy)) as workers:
         names, test = [str(row.line) for row in rows.train.rows], bool(rows.test.rows)
         return train(out, start, optimizer, step, evaluation, rows.prompts(), names, run, test)
+
+
+@command("train")
+def import_(folder: o.TheirFolder, *, out: o.NewRun) -> Path:
+    """Import a model of Hugging Face's.
+
+    Read a GPT-2 that transformers or TRL saved, and write it as a checkpoint, with checksums. Weights may be in several
+    files; half precision becomes float32. Without a tokenizer of characters, the model takes lists of ids alone. What
+    our model does not compute is refused.
+    """
+    params, config, tokenizer, _ = load_ids(folder)
+    checkpoint.save(out, params, config, tokenizer)
+    takes = "texts" if tokenizer else "lists of ids, no texts (minidpo score --ids)"
+    print(f"{out}: {sum(p.data.size for p in params.values())} parameters, {config.vocab_size} ids; it takes {takes}")
+    return out
 
 
 @command("train")

@@ -13,7 +13,7 @@ import json
 import os
 import re
 import stat
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from io import BufferedReader
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -44,6 +44,14 @@ ANY_OBJECT = re.compile(rb"^[ \t]*\{.*\}[ \t\r]*$", re.MULTILINE)  # a line that
 ONE_OBJECT = "a file of pairs has one JSON object on each line (JSON Lines)"
 
 T = TypeVar("T")
+
+
+class Line(NamedTuple):
+    """A line of a file that is a JSON object."""
+
+    line: int  # counted from 1
+    document: dict[str, Any]
+    text: str  # the whole line
 
 
 class Row(NamedTuple):
@@ -79,7 +87,12 @@ def read(path: str | Path, fields: Sequence[str] = PAIRS) -> tuple[list[Row], li
     string, if a response is empty, or if chosen equals rejected. A fault in another of TRL's shapes names that shape
     and says how to convert it. Empty lines are skipped, and so are columns that are not in `fields`.
     """
-    entries: list[Row | Fault] = []
+    entries = [each if isinstance(each, Fault) else row_or_fault(each, fields) for each in read_objects(path)]
+    return [each for each in entries if isinstance(each, Row)], [each for each in entries if isinstance(each, Fault)]
+
+
+def read_objects(path: str | Path) -> Iterator[Line | Fault]:
+    """The lines of a file that are JSON objects, and the faults of the others."""
     with open_regular(path) as file:
         refuse_other_formats(path, file)
         for line in itertools.count(1):
@@ -87,14 +100,11 @@ def read(path: str | Path, fields: Sequence[str] = PAIRS) -> tuple[list[Row], li
             if not content:
                 break
             if len(content.rstrip(b"\r\n")) > MAX_LINE_BYTES:
-                entries.append(Fault(line, f"is longer than {MAX_LINE_BYTES} bytes", ascii(content[:100])))
+                yield Fault(line, f"is longer than {MAX_LINE_BYTES} bytes", ascii(content[:100]))
                 while content and not content.endswith(b"\n"):
                     content = file.readline(MAX_LINE_BYTES)
             elif content.strip():
-                entries.append(row_or_fault(line, content, fields))
-    rows = [entry for entry in entries if isinstance(entry, Row)]
-    faults = [entry for entry in entries if isinstance(entry, Fault)]
-    return rows, faults
+                yield line_or_fault(line, content)
 
 
 def open_regular(path: str | Path) -> BufferedReader:
@@ -148,7 +158,7 @@ def fields_of(path: str | Path) -> tuple[str, ...]:
     return PAIRS if votes >= 0 else COMPLETIONS
 
 
-def row_or_fault(line: int, content: bytes, fields: Sequence[str]) -> Row | Fault:
+def line_or_fault(line: int, content: bytes) -> Line | Fault:
     """Parse one line."""
     text = content.decode("utf-8", errors="backslashreplace").removeprefix("\ufeff").rstrip("\r\n")
 
@@ -165,8 +175,16 @@ def row_or_fault(line: int, content: bytes, fields: Sequence[str]) -> Row | Faul
         return fault(f"key {error.args[0]!a} occurs twice")
     except (ValueError, RecursionError):
         return fault("is JSON that Python cannot read: a number has too many digits, or the nesting is too deep")
-    if not isinstance(document, dict):
-        return fault("is not a JSON object")
+    return Line(line, document, text) if isinstance(document, dict) else fault("is not a JSON object")
+
+
+def row_or_fault(each: Line, fields: Sequence[str]) -> Row | Fault:
+    """The texts of a line."""
+    line, document, text = each
+
+    def fault(reason: str) -> Fault:
+        return Fault(line, reason, text)
+
     if any(not isinstance(document.get(name), str) for name in fields):
         shape, hint = other_shape(document, fields)
         if shape:
@@ -354,6 +372,32 @@ def usable_rows(
     """Read and encode a file; raises ValueError if no row can be used."""
     rows, faults = read(data, fields)
     ids = encode(rows, tokenizer, n_positions, truncation)
+    return usable(data, ids, faults, strict)._replace(remarks=remarks(data, ids.rows, tokenizer))
+
+
+def usable_ids(data: Path, vocab_size: int, n_positions: int, strict: bool) -> Usable:
+    """The same for pairs whose texts are lists of ids, used as they are; a row that is too long is a fault."""
+    ids, faults = Encoded([], [], [], []), []
+    for each in read_objects(data):
+        pair: list[Any] = [] if isinstance(each, Fault) else [each.document.get(name) for name in PAIRS]
+        if isinstance(each, Fault):
+            faults.append(each)
+        elif not all(
+            isinstance(x, list) and x and all(type(i) is int and 0 <= i < vocab_size for i in x) for x in pair
+        ):
+            faults.append(Fault(each.line, f"needs lists of ids from 0 to {vocab_size - 1}, none empty", each.text))
+        elif (count := len(pair[0]) + max(map(len, pair[1:]))) > n_positions + 1:
+            faults.append(Fault(each.line, f"has {count} ids, but only {n_positions + 1} fit the context", each.text))
+        elif pair[1] == pair[2]:
+            faults.append(Fault(each.line, "chosen equals rejected", each.text))
+        else:
+            ids.rows.append(Row(each.line, "", (), each.text))
+            ids.ids.append(tuple(pair))
+    return usable(data, consistent(ids), faults, strict)
+
+
+def usable(data: Path, ids: Encoded, faults: list[Fault], strict: bool) -> Usable:
+    """What can be used of a file, with its summary; raises ValueError if no row can."""
     faults = sorted(faults + ids.faults)
     document = set_aside(data, faults, strict)
     if not ids.rows:
@@ -362,7 +406,7 @@ def usable_rows(
         raise ValueError(f"{data}: no row can be used" + (f" (line {first.line}: {first.reason})" if first else ""))
     summary = f"{data.name}: {len(ids.rows)} rows, {len(faults)} set aside"
     summary += f", {len(ids.truncated)} truncated" * bool(ids.truncated)
-    return Usable(data, ids, faults, document, summary, remarks(data, ids.rows, tokenizer))
+    return Usable(data, ids, faults, document, summary, [])
 
 
 def remarks(path: Path, rows: Sequence[Row], tokenizer: Tokenizer) -> list[str]:
