@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minidpo import checkpoint, model
+from minidpo import checkpoint, losses, model, optim, scoring, training
 from minidpo.generation import generate
 from minidpo.model import Config
 from minidpo.tensor import Tensor
@@ -222,3 +222,97 @@ def test_a_byte_level_tokenizer_is_left_out(tmp_path):
     fast.save_pretrained(tmp_path)
     with pytest.warns(UserWarning, match="its model is 'BPE', not of characters .*: loaded without a tokenizer"):
         assert checkpoint.load(tmp_path).tokenizer is None
+
+
+# ---- a run continues in TRL ---------------------------------------------------------------------------------
+
+STEPS, BATCH, RATE = 20, 8, 2e-3
+PROMPTS = prompts(60, seed=3)
+ROWS = [
+    {"prompt": x, "chosen": w.strip() + "!", "rejected": l.strip() + "?"}
+    for x, w, l in zip(PROMPTS, PROMPTS[20:] + PROMPTS[:20], PROMPTS[40:] + PROMPTS[:40])
+]
+PAIRS = [
+    (
+        [0, *TOKENIZER.encode(row["prompt"])],
+        *([*TOKENIZER.encode(row[y]), 0] for y in ("chosen", "rejected")),
+    )
+    for row in ROWS
+]
+ORDER = [training.batch_indices(len(PAIRS), BATCH, step, 0) for step in range(STEPS)]
+
+
+def rate(step):
+    """Our schedule, as a share of its peak."""
+    return optim.warmup_cosine(step, STEPS, 1.0, 4)
+
+
+def trl_run(model, out, rows=None, schedule=rate, **changes):
+    """A run of DPOTrainer from a path alone, with our order, schedule and optimizer; the trainer and its log."""
+    datasets, trl = pytest.importorskip("datasets"), pytest.importorskip("trl")
+    settings = {
+        "beta": 0.1, "learning_rate": RATE, "adam_beta1": 0.9, "adam_beta2": 0.99, "weight_decay": 0.0,
+        "max_grad_norm": 1e9, "per_device_train_batch_size": BATCH, "max_steps": STEPS, "logging_steps": 1,
+        "train_sampling_strategy": "sequential", "bf16": False, "use_cpu": True, "activation_checkpointing": False,
+        "report_to": "none", "save_strategy": "no", "disable_tqdm": True, "max_length": None,
+    }  # fmt: skip
+    rows = rows or [ROWS[i] for batch in ORDER for i in batch]
+    args = trl.DPOConfig(output_dir=str(out), **{**settings, **changes})
+    trainer = trl.DPOTrainer(str(model), args=args, train_dataset=datasets.Dataset.from_list(rows))
+    if schedule:
+        trainer.create_optimizer()
+        trainer.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(trainer.optimizer, schedule)
+    trainer.train()
+    return trainer, [row for row in trainer.state.log_history if "loss" in row]
+
+
+def our_run(nll_weight=0.0, beta=0.1, loss=losses.dpo_loss):
+    """The same run here; the policy and its metrics."""
+    policy = {name: Tensor(p.data, requires_grad=True) for name, p in PARAMS.items()}
+    optimizer = optim.AdamW(policy, RATE, betas=(0.9, 0.99), weight_decay=0.0)
+    log = []
+    for step, batch in enumerate(ORDER):
+        optimizer.learning_rate = RATE * rate(step)
+        pairs = scoring.collate([PAIRS[i] for i in batch])
+        log.append(training.dpo_training_step(policy, PARAMS, CONFIG, optimizer, pairs, beta, loss, nll_weight))
+    return policy, log
+
+
+@pytest.fixture(scope="module", params=[0.0, 0.7])
+def both(request, folder, tmp_path_factory):
+    """Twenty steps there and here, without and with a likelihood term; and the folder that TRL saved."""
+    weights = {} if request.param == 0 else {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, request.param]}
+    out = tmp_path_factory.mktemp("trl")
+    trainer, theirs = trl_run(folder, out, **weights)
+    trainer.save_model(str(out / "model"))
+    return theirs, *our_run(request.param), out / "model"
+
+
+def test_twenty_steps_of_trl_are_ours(both):
+    """Losses agree to 1e-6, gradient norms to 1e-5, and TRL's other metrics by their names, at each of twenty steps."""
+    theirs, _, ours, _ = both
+    assert len(theirs) == len(ours) == STEPS
+    for their, our in zip(theirs, ours):
+        assert abs(float(their["loss"]) - our["loss"]) < 1e-6
+        assert float(their["grad_norm"]) == pytest.approx(our["grad_norm"], rel=1e-5)
+        assert float(their["learning_rate"]) == pytest.approx(our["learning_rate"])
+        for name in ("rewards/chosen", "rewards/rejected", "rewards/margins"):
+            assert abs(float(their[name]) - our[name]) < 1e-5, name
+        for name in ("logps/chosen", "logps/rejected"):
+            assert float(their[name]) == pytest.approx(our[name], rel=1e-5)
+    assert ours[0]["rewards/ties"] == 1 and ours[-1]["loss"] < ours[0]["loss"] - 0.1
+    for their, our in list(zip(theirs, ours))[1:]:
+        assert float(their["rewards/accuracies"]) == pytest.approx(our["rewards/accuracies"])
+
+
+def test_what_trl_saved_scores_the_same_here(both):
+    """The folder that TRL saved loads, with its tokenizer, and gives the log-probabilities of our own run."""
+    _, policy, _, saved = both
+    params, config, tokenizer, _ = checkpoint.load(saved)
+    assert config == CONFIG and tokenizer.characters == LETTERS
+    for w, o in zip(scoring.shared_logprobs(params, CONFIG, PAIRS), scoring.shared_logprobs(policy, CONFIG, PAIRS)):
+        np.testing.assert_allclose(w.data, o.data, atol=1e-3)
+    for name, p in policy.items():  # key biases move by noise alone: their gradient is 0
+        C, real = CONFIG.n_embd, np.ones(p.shape, bool)
+        real[C : 2 * C] = not name.endswith("c_attn.bias")
+        np.testing.assert_allclose(params[name].data[real], p.data[real], atol=2e-4)
