@@ -16,15 +16,15 @@ CEILINGS = {
     "spine": 2320,  # a maximum for hinges, log(1 - e^x) for odds; first guesses are answered
     "leans on": 575,
     "family": 705,  # 27 losses, each with its gradient and its source: 23 lines a loss
-    "data": 745,  # every foreign format has a name and a remedy; rows of ids
+    "data": 836,  # every foreign format has a name and a remedy, or is converted; rows of ids
     "theory": 1500,
     "explain": 850,
     "verify": 2650,  # three frameworks, seven layouts, a name for what each gradient says, and the doctor
     "audit": 700,
     "run": 1810,  # damaged and edited runs are checked in full before anything moves; tasks; Hugging Face's files
-    "cli": 1910,  # import; the table of the losses and their picture, drawn from the losses themselves; verify
+    "cli": 1935,  # import; the table of the losses and their picture, drawn from the losses themselves; verify
 }
-PACKAGE = 12_850
+PACKAGE = 12_970
 ROOMS = ("data", "theory", "explain", "verify", "audit", "run", "cli")
 ARROWS: set[tuple[str, str]] = set()  # between rooms, beside those to data and those of cli
 PATHS = sorted(SOURCE.rglob("*.py"))

@@ -121,8 +121,16 @@ Reference = Annotated[Path, Option("checkpoint or run folder of the reference", 
 NewRun = Annotated[Path, Option("folder for the results; must not exist yet", path)]
 Example = Annotated[
     str,
-    Option("the word example: pairs.jsonl, more.jsonl and names.txt are written here", one_of("example"), "example"),
+    Option(
+        "example: pairs.jsonl, more.jsonl and names.txt are written here; convert: FILE becomes JSON Lines of texts",
+        one_of("example", "convert"),
+        "example|convert",
+    ),
 ]
+OtherData = Annotated[
+    Path | None, Option("data to convert: JSON Lines or a JSON array in another of TRL's shapes", path, "FILE")
+]
+NewData = Annotated[Path | None, Option("new file for the converted rows", path)]
 TheirFolder = Annotated[Path, Option("folder that save_pretrained or TRL wrote", path, "FOLDER")]
 OldRun = Annotated[Path, Option("run folder (its --out)", path, "RUN")]
 Folder = Annotated[Path, Option("folder for frontier.json and, with matplotlib, frontier.png", path)]

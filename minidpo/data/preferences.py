@@ -30,17 +30,19 @@ MAX_LINE_BYTES = 2**20  # without the newline
 TRUNCATIONS = ("none", "prompt", "response")
 USES = ("train on", "hold out", "test on")  # of the parts
 
-TO_LINES = "to_json(..., orient='records', lines=True)"
+MOST_BYTES = 2**28  # of a JSON array
+TO_LINES = ".to_json('NEW', orient='records', lines=True)"  # NEW and FILE become names
 KINDS = {  # of files that begin with these bytes, and what makes text of them
-    b"\x1f\x8b": ("compressed with gzip", "decompress it with gunzip"),
-    b"BZh91AY&SY": ("compressed with bzip2", "decompress it with bunzip2"),
-    b"\xfd7zXZ": ("compressed with xz", "decompress it with unxz"),
-    b"\x28\xb5\x2f\xfd": ("compressed with zstd", "decompress it with unzstd"),
-    b"PK\x03\x04": ("a ZIP archive", "unzip it"),
-    b"PAR1": ("Parquet", "convert it with pandas.read_parquet(...)." + TO_LINES),
-    b"ARROW1\0": ("Arrow", "convert it with pandas.read_feather(...)." + TO_LINES),
+    b"\x1f\x8b": ("compressed with gzip", "gunzip FILE"),
+    b"BZh91AY&SY": ("compressed with bzip2", "bunzip2 FILE"),
+    b"\xfd7zXZ": ("compressed with xz", "unxz FILE"),
+    b"\x28\xb5\x2f\xfd": ("compressed with zstd", "unzstd FILE"),
+    b"PK\x03\x04": ("a ZIP archive", "unzip FILE"),
+    b"PAR1": ("Parquet", "pandas.read_parquet('FILE')" + TO_LINES),
+    b"ARROW1\0": ("Arrow", "pandas.read_feather('FILE')" + TO_LINES),
 }
 ANY_OBJECT = re.compile(rb"^[ \t]*\{.*\}[ \t\r]*$", re.MULTILINE)  # a line that is one
+CONVERT = "minidpo data convert makes texts of it"
 ONE_OBJECT = "a file of pairs has one JSON object on each line (JSON Lines)"
 
 T = TypeVar("T")
@@ -91,9 +93,12 @@ def read(path: str | Path, fields: Sequence[str] = PAIRS) -> tuple[list[Row], li
     return [each for each in entries if isinstance(each, Row)], [each for each in entries if isinstance(each, Fault)]
 
 
-def read_objects(path: str | Path) -> Iterator[Line | Fault]:
-    """The lines of a file that are JSON objects, and the faults of the others."""
+def read_objects(path: str | Path, arrays: bool = False) -> Iterator[Line | Fault]:
+    """The lines of a file that are JSON objects, and the faults of the others; or the items of an array, if wanted."""
     with open_regular(path) as file:
+        if arrays and is_array(file):
+            yield from read_array(path, file)
+            return
         refuse_other_formats(path, file)
         for line in itertools.count(1):
             content = file.readline(MAX_LINE_BYTES + 2)
@@ -105,6 +110,26 @@ def read_objects(path: str | Path) -> Iterator[Line | Fault]:
                     content = file.readline(MAX_LINE_BYTES)
             elif content.strip():
                 yield line_or_fault(line, content)
+
+
+def read_array(path: str | Path, file: BufferedReader) -> Iterator[Line | Fault]:
+    """The items of a JSON array, each as if it were a line."""
+    content = file.read(MOST_BYTES + 1)
+    if len(content) > MOST_BYTES:
+        raise ValueError(f"{path} is longer than {MOST_BYTES} bytes: jq -c '.[]' makes lines of it")
+    try:
+        items = json.loads(content.decode("utf-8-sig"), object_pairs_hook=unique_keys)
+    except (ValueError, KeyError, RecursionError) as error:
+        raise ValueError(f"{path} is a JSON array that cannot be read ({error})") from error
+    for line, item in enumerate(items, 1):
+        yield line_or_fault(line, json.dumps(item).encode())
+
+
+def is_array(file: BufferedReader) -> bool:
+    """Whether a file begins as a JSON array of objects does."""
+    head = file.read(MAX_LINE_BYTES).removeprefix(b"\xef\xbb\xbf").strip()
+    file.seek(0)
+    return bool(re.match(rb"\[\s*(\{|\Z)", head))
 
 
 def open_regular(path: str | Path) -> BufferedReader:
@@ -122,7 +147,7 @@ def open_regular(path: str | Path) -> BufferedReader:
         marked = head[:2] in (b"\xff\xfe", b"\xfe\xff") and status.st_size % 2 == 0
         if kind is None and (marked or head.count(0) * 8 > len(head)):
             kind = "text in UTF-16" if marked else "binary, or text in UTF-16 or UTF-32", "save it as UTF-8"
-        fault = f"is {kind[0]}, not text in UTF-8: {kind[1]}" if kind else ""
+        fault = f"is {kind[0]}, not text in UTF-8: {remedy(kind[1], path)}" if kind else ""
     if fault:
         file.close()
         raise ValueError(f"{path} {fault}")
@@ -134,16 +159,22 @@ def refuse_other_formats(path: str | Path, file: BufferedReader) -> None:
     head = file.read(MAX_LINE_BYTES).removeprefix(b"\xef\xbb\xbf").strip()
     file.seek(0)
     kind = ""
-    if re.match(rb"\[\s*(\{|\Z)", head):
-        kind = "is a JSON array: write its objects one a line, with jq -c '.[]'"
+    if is_array(file):
+        kind = "is a JSON array: minidpo data convert FILE --out NEW"
     elif b"\r" in head and b"\n" not in head:
-        kind = "ends its lines with carriage returns alone: convert it with tr '\\r' '\\n'"
+        kind = "ends its lines with carriage returns alone: tr '\\r' '\\n' <FILE >NEW"
     elif head and len(head.partition(b"\n")[0]) < MAX_LINE_BYTES // 2 and not re.search(ANY_OBJECT, head):
-        kind = "is CSV, another table or plain text: convert it with pandas.read_csv(...)." + TO_LINES
+        kind = "is CSV, another table or plain text: pandas.read_csv('FILE')" + TO_LINES
         if head.startswith(b"{"):
-            kind = "has JSON objects that are broken off or go over several lines: write each on one, with jq -c ."
+            kind = "has JSON objects that are broken off or go over several lines: jq -c . FILE >NEW"
     if kind:
-        raise ValueError(f"{path} {kind}; {ONE_OBJECT}")
+        raise ValueError(f"{path} {remedy(kind, path)}; {ONE_OBJECT}")
+
+
+def remedy(text: str, path: str | Path) -> str:
+    """What to do with a file, by its name and that of a new one beside it."""
+    new = Path(path).with_suffix("").with_suffix(".lines.jsonl")
+    return text.replace("NEW", str(new)).replace("FILE", str(path))
 
 
 def fields_of(path: str | Path) -> tuple[str, ...]:
@@ -218,7 +249,7 @@ def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def other_shape(document: dict[str, Any], fields: Sequence[str]) -> tuple[str, str]:
     """TRL's name for a row's shape, and how to convert it; two empty strings if the shape is that of `fields`."""
     if any(isinstance(document.get(name), list) for name in ("messages", *PAIRS, *COMPLETIONS)):
-        return "conversational", "apply the chat template first, so that every field is a string"
+        return "conversational", CONVERT
     if "completion" in document and "label" in document:
         return "unpaired-preference", 'put two responses to the same prompt into one row, as "chosen" and "rejected"'
     if "completion" in document and "chosen" in fields and not {"chosen", "rejected"} & document.keys():
@@ -227,7 +258,7 @@ def other_shape(document: dict[str, Any], fields: Sequence[str]) -> tuple[str, s
     if other and "prompt" not in document and set(fields[1:]) <= document.keys():
         return "instruction", f'rename "{other}" to "prompt"'
     if "prompt" not in document and {"chosen", "rejected"} <= document.keys() and "chosen" in fields:
-        return "implicit-prompt", 'move what chosen and rejected have in common at the beginning into a "prompt"'
+        return "implicit-prompt", CONVERT
     if "text" in document and not set(fields) & document.keys():
         return "language-modeling", "write each text on a line of a plain text file and pass that to `pretrain`"
     return "", ""
