@@ -22,9 +22,9 @@ CEILINGS = {
     "verify": 2650,  # three frameworks, seven layouts, a name for what each gradient says, and the doctor
     "audit": 700,
     "run": 1810,  # damaged and edited runs are checked in full before anything moves; tasks; Hugging Face's files
-    "cli": 1935,  # import; the table of the losses and their picture, drawn from the losses themselves; verify
+    "cli": 1945,  # import; the table of the losses and their picture, drawn from the losses themselves; verify
 }
-PACKAGE = 12_970
+PACKAGE = 12_980
 ROOMS = ("data", "theory", "explain", "verify", "audit", "run", "cli")
 ARROWS: set[tuple[str, str]] = set()  # between rooms, beside those to data and those of cli
 PATHS = sorted(SOURCE.rglob("*.py"))

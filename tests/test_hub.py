@@ -4,6 +4,7 @@ import json
 import re
 import struct
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minidpo import checkpoint, cli, model, scoring
+from minidpo.cli import parser
 from minidpo.generation import generate
 from minidpo.model import Config
 from minidpo.run import hub, safetensors
@@ -437,3 +439,28 @@ def test_an_id_of_another_model_is_refused():
         with pytest.raises(ValueError, match=re.escape(f"eos_token_id {'= 7 is ' if eos == 7 else ''}{sentence}")):
             Config(5, 8, 8, 2, 2, eos)
     assert "eos" not in repr(Config(5, 8, 8, 2, 2, 4))  # no score depends on it
+
+
+# ---- the page -----------------------------------------------------------------------------------------------
+
+
+def test_the_habits_are_those_that_were_measured():
+    """The page's table is of the committed run of `python -m benchmarks.trl --habits`, every row of it."""
+    page = (Path(hub.__file__).parent / "README.md").read_text()
+    results = json.loads((Path(__file__).parents[1] / "benchmarks" / "results" / "trl_habits.json").read_text())
+    rows = re.findall(r"^\| ([^|]+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$", page, re.MULTILINE)
+    assert [name for name, *_ in rows] == list(results)
+    for name, *cells in rows:
+        sides = [results[name][side] for side in ("TRL", "minidpo")]
+        assert all(len(side) == 20 for side in sides)
+        losses, norms = [side[-1]["loss"] for side in sides], [side[0]["grad_norm"] for side in sides]
+        assert cells == [f"{x:.4f}" if abs(x) < 10 else f"{x:.2f}" for x in losses] + [f"{x:.4g}" for x in norms]
+    steps = zip(*results["none"].values(), strict=True)
+    assert all(abs(a["loss"] - b["loss"]) < 1e-6 for a, b in steps)
+
+
+def test_the_page_names_commands_that_exist():
+    """A command on the page is one of ours."""
+    page = (Path(hub.__file__).parent / "README.md").read_text()
+    names = re.findall(r"(?:`|^)minidpo (\w+)", page, re.MULTILINE)
+    assert {"import", "score", "data", "sft"} <= set(names) <= set(parser.COMMANDS)

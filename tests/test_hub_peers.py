@@ -1,13 +1,17 @@
 """The bridge, with Hugging Face and TRL at its other end: what either side reads is the same model."""
 
+import inspect
+import re
+import shlex
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minidpo import checkpoint, losses, model, optim, scoring, training
+from minidpo import checkpoint, cli, losses, model, optim, scoring, training
 from minidpo.generation import generate
 from minidpo.model import Config
 from minidpo.tensor import Tensor
@@ -316,3 +320,42 @@ def test_what_trl_saved_scores_the_same_here(both):
         C, real = CONFIG.n_embd, np.ones(p.shape, bool)
         real[C : 2 * C] = not name.endswith("c_attn.bias")
         np.testing.assert_allclose(params[name].data[real], p.data[real], atol=2e-4)
+
+
+def test_the_ten_lines_continue_a_run(tmp_path, monkeypatch):
+    """The page's lines run as they are, but for the number of steps; what they save is imported and scored."""
+    pytest.importorskip("datasets")
+    page = (Path(cli.__file__).parents[1] / "run" / "README.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    (commands,) = re.findall(r"```sh\n(.*?)```", page, re.DOTALL)
+    before = re.findall(r"After `(.*?)` and `(.*?)`", page)[0]
+    monkeypatch.chdir(tmp_path)
+    for command in before:
+        assert cli.main([*shlex.split(command)[1:], *(["--steps", "2"] if " sft " in command else [])]) == 0
+    assert code.count('"max_steps": 100') == 1 and len(code.splitlines()) <= 10
+    exec(compile(code.replace('"max_steps": 100', '"max_steps": 2'), "page", "exec"), {})
+    for command in commands.splitlines():
+        assert cli.main(shlex.split(command)[1:]) == 0
+    moved = checkpoint.load("back").params["wte.weight"].data - checkpoint.load("sft").params["wte.weight"].data
+    assert 0 < abs(moved).max() < 1e-3
+
+
+def test_the_metrics_have_the_names_that_the_page_says(both):
+    """Each name that is the same is in both logs; each that one lacks is in the other's alone."""
+    page = (Path(cli.__file__).parents[1] / "run" / "README.md").read_text()
+    theirs, _, ours, _ = both
+    rows = re.findall(r"^\| (.*?) \| (.*?) \|$", page, re.MULTILINE)
+    same = [name for left, right in rows if right == "the same" for name in re.findall(r"`(.*?)`", left)]
+    assert len(same) >= 10
+    for name in same:
+        assert name == "eval_..." or (name in theirs[0] and name in ours[0]), name
+    (alone,) = [right for left, right in rows if left == "not here"]
+    assert all(name in theirs[0] and name not in ours[0] for name in re.findall(r"`(.*?)`", alone))
+    (own,) = [left for left, right in rows if right == "not there"]
+    assert not any(name in theirs[0] for name in re.findall(r"`(.*?)`", own))
+    options = [name for left, _ in rows for name in re.findall(r"`--([\w-]+)", left)]
+    assert len(options) > 9 and all(name.replace("-", "_") in inspect.signature(cli.dpo).parameters for name in options)
+    trl = pytest.importorskip("trl")
+    fields = {name for _, right in rows for name in re.findall(r"`(\w+)(?:=.*)?`", right)} - {"ref_model"}
+    fields -= {name for name in fields if name in theirs[0] or "/" in name}
+    assert {"beta", "max_steps", "truncation_mode"} <= fields <= set(trl.DPOConfig.__dataclass_fields__)

@@ -167,9 +167,16 @@ Context = Annotated[int | None, Option("context of a new model in tokens", at_le
 Replacement = Annotated[bool, Option("read unknown characters as U+FFFD, instead of refusing them", flag)]
 Beta = Annotated[float, Option("strength of the KL constraint: reward per nat of log-ratio", positive)]
 LossName = Annotated[
-    str | Loss, Option("loss to minimise, a name of `minidpo losses`", one_of(*LOSSES, function=True), "NAME")
+    str | Loss,
+    Option(
+        "loss to minimise, a name of `minidpo losses`; ipo sums over tokens, TRL's averages",
+        one_of(*LOSSES, function=True),
+        "NAME",
+    ),
 ]
-LabelSmoothing = Annotated[float, Option("probability that a label is wrong, 0 to 0.5", between(0, 0.5, "[]"))]
+LabelSmoothing = Annotated[
+    float, Option("probability that a label is wrong, 0 to 0.5, which TRL's sigmoid ignores", between(0, 0.5, "[]"))
+]
 NllWeight = Annotated[float, Option("weight of the chosen responses' nats per token, added to the loss", weight)]
 
 # Looking into models, and proving.
