@@ -37,8 +37,7 @@ HABITS = {  # settings of TRL's that differ, and changes of the folder or the ro
     },
     "Hugging Face's cosine, which starts at rate 0": {"own_schedule": True, "lr_scheduler_type": "cosine",
                                                       "warmup_steps": WARMUP},
-    "gradients clipped at 1": {"max_grad_norm": 1.0},
-    "adam_beta2 0.999": {"adam_beta2": 0.999},
+    "gradients not clipped": {"max_grad_norm": 1e9},
     "label_smoothing 0.2 with loss_type sigmoid": {"label_smoothing": 0.2},
     "loss_type ipo": {"loss_type": ["ipo"]},
 }  # fmt: skip
@@ -66,7 +65,7 @@ def trainer(folder, out, rows, steps, own_schedule=False, **changes):
     from trl import DPOConfig, DPOTrainer
 
     settings = {
-        "beta": BETA, "learning_rate": RATE, "adam_beta2": 0.99, "weight_decay": 0.0, "max_grad_norm": 1e9,
+        "beta": BETA, "learning_rate": RATE, "adam_beta2": 0.99, "weight_decay": 0.0, "max_grad_norm": 1.0,
         "per_device_train_batch_size": BATCH, "max_steps": steps, "logging_steps": 1, "max_length": None,
         "train_sampling_strategy": "sequential", "bf16": False, "use_cpu": True, "activation_checkpointing": False,
         "report_to": "none", "save_strategy": "no", "disable_tqdm": True,
@@ -93,7 +92,8 @@ def our_log(start, pairs, steps, loss):
     for step, indices in enumerate(order(len(pairs), steps)):
         optimizer.learning_rate = optim.warmup_cosine(step, steps, RATE, WARMUP)
         batch = scoring.collate([pairs[i] for i in indices])
-        log.append(training.dpo_training_step(policy, start.params, start.config, optimizer, batch, BETA, loss))
+        reference, config = start.params, start.config
+        log.append(training.dpo_training_step(policy, reference, config, optimizer, batch, BETA, loss, max_norm=1.0))
     return [{name: row[name] for name in ("loss", "grad_norm")} for row in log]
 
 
