@@ -10,7 +10,6 @@ from . import ops
 from .backend import Array, array_module, index_array, to_host
 from .model import Config, Params, Rows, check_length, row_logits
 from .tensor import Tensor
-from .tokenizer import END_OF_TEXT
 
 
 class Generation(NamedTuple):
@@ -111,13 +110,13 @@ def generate(
             raise ValueError(f"{name} = {number} is out of range: it must be {condition}")
     if len(prompt) and numpy.ndim(prompt[0]) == 0:
         prompt = [prompt]
-    texts = [[operator.index(token) for token in ids] for ids in prompt]
+    texts, end = [[operator.index(token) for token in ids] for ids in prompt], config.eos_token_id
     lengths = [len(text) for text in texts]
     if not texts:
         raise ValueError("there is no prompt: generation needs at least one")
     for b, length in enumerate(lengths):
         if not length:
-            raise ValueError(f"prompt {b} has no token: begin each prompt with end-of-text, id {END_OF_TEXT}")
+            raise ValueError(f"prompt {b} has no token: begin each prompt with end-of-text, id {end}")
         if length > config.n_positions:
             raise ValueError(
                 f"prompt {b} has {length} tokens, but the model's n_positions = {config.n_positions}: shorten it"
@@ -142,7 +141,7 @@ def generate(
             if drawing[b]:
                 text.append(int(new[b]))
                 logprobs[b].append(float(logp[b, new[b]]))
-                done[b] = text[-1] == END_OF_TEXT or len(text) == min(lengths[b] + max_new_tokens, limit)
+                done[b] = text[-1] == end or len(text) == min(lengths[b] + max_new_tokens, limit)
         # a longer prompt gives its own next token; finished rows receive end-of-text, and their output is ignored
-        tokens = numpy.array([[text[t] if t < len(text) else END_OF_TEXT] for text in texts])
+        tokens = numpy.array([[text[t] if t < len(text) else end] for text in texts])
     return Generation([text[n:] for text, n in zip(texts, lengths)], logprobs)

@@ -23,12 +23,13 @@ import math
 import operator
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from . import ops
 from .backend import Array, array_module, asarray, device_module, index_array
 from .tensor import Tensor
+from .tokenizer import END_OF_TEXT
 
 Params = dict[str, Tensor]
 Block = tuple[slice, slice, int]  # rows of queries, rows of keys, the number of texts in each
@@ -37,21 +38,28 @@ Attention = Callable[[int, Tensor], Tensor]  # of layer i: (N, 3, H, D) -> (N, H
 
 @dataclass(frozen=True)
 class Config:
-    """The sizes of a model, under Hugging Face's names; n_embd must be a multiple of n_head."""
+    """The sizes of a model, under Hugging Face's names; n_embd must be a multiple of n_head.
+
+    The id that ends a text is 0 in every model made here; one that came from elsewhere may have another.
+    """
 
     vocab_size: int
     n_positions: int
     n_embd: int
     n_layer: int
     n_head: int
+    eos_token_id: int = field(default=END_OF_TEXT, repr=False)
 
     def __post_init__(self) -> None:
         for name, size in list(vars(self).items()):
-            if isinstance(size, bool) or not hasattr(size, "__index__") or size < 1:
-                raise ValueError(f"{name} must be a positive integer, not {size!r}")
+            least, kind = (0, "an id") if name == "eos_token_id" else (1, "a positive integer")
+            if isinstance(size, bool) or not hasattr(size, "__index__") or size < least:
+                raise ValueError(f"{name} must be {kind}, not {size!r}")
             object.__setattr__(self, name, operator.index(size))  # NumPy's integers become Python's
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd = {self.n_embd} must be a multiple of n_head = {self.n_head}")
+        if self.eos_token_id >= self.vocab_size:
+            raise ValueError(f"eos_token_id = {self.eos_token_id} is outside the vocabulary of {self.vocab_size} ids")
 
 
 class Rows(NamedTuple):

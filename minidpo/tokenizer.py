@@ -1,10 +1,10 @@
 """The character vocabulary: one id for each character, and id 0 for the end of a text."""
 
 import collections
-import json
 from collections.abc import Iterable
 
 END_OF_TEXT = 0  # the only special token; no text can spell it, because it has no character
+END = "<|endoftext|>"  # its name, where it needs one
 TURN = "\n"  # the character that ends a prompt, before its response
 REPLACEMENT = "\ufffd"  # U+FFFD, Unicode's stand-in for an unknown character
 
@@ -68,28 +68,6 @@ class Tokenizer:
                 raise ValueError(f"id {i} is outside the vocabulary, 0 <= id < {self.vocab_size}")
             text.append("" if i == END_OF_TEXT else self.characters[i - 1])
         return "".join(text)
-
-    def to_json(self) -> str:
-        """The vocabulary as JSON in ASCII."""
-        known = {"replacement": self.replacement} if REPLACEMENT in self.characters else {}
-        return json.dumps({"type": "characters", "characters": self.characters, **known})
-
-    @classmethod
-    def from_json(cls, document: str) -> "Tokenizer":
-        """The vocabulary that `to_json` wrote."""
-        try:
-            content = json.loads(document)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"a tokenizer must be JSON ({error})") from error
-        if not (isinstance(content, dict) and content.get("type") == "characters"):
-            raise ValueError('a tokenizer must be a JSON object of "type": "characters"')
-        if not isinstance(content.get("characters"), str):
-            raise ValueError('a tokenizer\'s "characters" must be a string')
-        old = REPLACEMENT in content["characters"]  # what it meant in version 0.1
-        replacement = content.get("replacement", old)
-        if not isinstance(replacement, bool):
-            raise ValueError('a tokenizer\'s "replacement" must be true or false')
-        return cls(content["characters"], replacement)
 
 
 def printable(text: str) -> str:

@@ -22,6 +22,7 @@ from .tensor import Tensor
 from .tokenizer import END_OF_TEXT, Tokenizer
 
 CACHED = 2**18  # numbers in an MLP's hidden layer, 4 n_embd per token: arrays of this size fit a processor's cache
+ROUNDING = 8  # units in the last place of a log-probability; up to 2.5 were seen between batches
 Example = tuple[list[int], list[int]]  # ids of prompt and response
 Metrics = dict[str, float]
 Watch = Callable[[Any], Iterable[Any]]  # passes items on one by one, and may tell how many there have been
@@ -111,7 +112,9 @@ def dpo_training_step(
     swept = sweep(policy, config, batch, beta, loss, nll_weight, micro_batch_size)
     grad_norm = optim.clip_global_norm(policy, max_norm)
     optimizer.step()
-    metrics = preference_metrics(*[numpy.array(column) for column in swept])
+    value, reward_w, reward_l, logp_w, logp_l = (numpy.array(column) for column in swept)
+    rounding = ROUNDING * float(numpy.finfo(policy["wte.weight"].dtype).eps) * (abs(logp_w) + abs(logp_l))
+    metrics = preference_metrics(value, reward_w, reward_l, logp_w, logp_l, beta * rounding)
     if nll_weight:
         nll = -math.fsum(swept.logp_w) / sum(len(w) for _, w, _ in batch.pairs)
         metrics |= {"loss/dpo": swept.objective - nll_weight * nll, "loss/nll": nll}
@@ -142,15 +145,22 @@ def with_reference(batch: Batch, reference: Params, config: Config, policy: Para
     return Batch(batch.pairs, *[array_module(wte).asarray(logp, dtype=wte.dtype) for logp in logps])
 
 
-def preference_metrics(loss: Any, reward_w: Array, reward_l: Array, logp_w: Array, logp_l: Array) -> Metrics:
-    """The loss, and means over pairs; ties are not wins and have their own metric."""
+def preference_metrics(
+    loss: Any, reward_w: Array, reward_l: Array, logp_w: Array, logp_l: Array, tie: Any = 0.0
+) -> Metrics:
+    """The loss, and means over pairs; ties are not wins and have their own metric.
+
+    Rewards tie that differ by at most `tie`: 0 where each pair was scored alone. In a step, policy and reference are
+    scored in other batches, and it is what rounding can make of equal models, beta 8 eps (|log pi_w| + |log pi_l|).
+    """
+    ties = abs(reward_w - reward_l) <= tie
     return {
         "loss": float(loss),
         "rewards/chosen": reward_w.mean().item(),
         "rewards/rejected": reward_l.mean().item(),
         "rewards/margins": (reward_w - reward_l).mean().item(),
-        "rewards/accuracies": (reward_w > reward_l).mean().item(),
-        "rewards/ties": (reward_w == reward_l).mean().item(),
+        "rewards/accuracies": ((reward_w > reward_l) & ~ties).mean().item(),
+        "rewards/ties": ties.mean().item(),
         "logps/chosen": logp_w.mean().item(),
         "logps/rejected": logp_l.mean().item(),
     }

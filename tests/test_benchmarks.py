@@ -1,13 +1,15 @@
 """Benchmarks do the work that they describe, check results before they time them, and count operations exactly."""
 
+import json
+
 import numpy as np
 import pytest
 
 from benchmarks import family as eight
-from benchmarks import speed, workload
+from benchmarks import speed, trl, workload
 from benchmarks.contenders import ours
 from benchmarks.workload import SIZES, Size, draw
-from minidpo import Tensor, explain, losses, ops, scoring
+from minidpo import Tensor, checkpoint, cli, explain, losses, ops, scoring
 
 SMALL = Size(vocab=11, n_embd=8, n_layer=2, n_head=2, T=16, pairs=6)
 
@@ -118,3 +120,20 @@ def test_kto_of_pairs_is_the_kto_loss():
     expected = np.concatenate([1 - sigma(0.5 * (w - rw)), sigma(0.5 * (l - rl))]).mean()
     np.testing.assert_allclose(out.loss.item(), expected)
     np.testing.assert_allclose(out.margin.data, (w - rw) - (l - rl))
+
+
+def test_the_run_that_trl_is_compared_with_is_that_of_the_command(tmp_path, monkeypatch):
+    """The steps beside TRL's are those of `minidpo dpo`: rows, order, schedule, optimizer and clipping."""
+    monkeypatch.chdir(tmp_path)
+    cli.data("example")
+    cli.sft(data="pairs.jsonl", out="sft", steps=60, n_embd=16, n_head=2, warmup_steps=0, learning_rate=0.02)
+    cli.dpo(data="pairs.jsonl", init="sft", out="dpo", steps=12, evaluate_every=12)
+    lines = [json.loads(line) for line in (tmp_path / "dpo" / "metrics.jsonl").read_text().splitlines()]
+    lines = [line for line in lines if "loss" in line]
+    rows, pairs = trl.training_rows("sft", "pairs.jsonl")
+    assert len(rows) == len(pairs) and pairs[0][0][1] == checkpoint.load("sft").tokenizer.encode(rows[0]["prompt"])[0]
+    log = trl.our_log(checkpoint.load("sft"), pairs, 12, losses.dpo_loss)
+    assert max(line["grad_norm"] for line in lines) > 1  # so that clipping matters
+    for line, step in zip(lines, log, strict=True):
+        assert step["loss"] == pytest.approx(line["loss"], abs=1e-6)
+        assert step["grad_norm"] == pytest.approx(line["grad_norm"], rel=1e-4)

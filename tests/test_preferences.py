@@ -128,8 +128,12 @@ ROWS_AS_TEXT = f"{pair()}\n{pair('d')}\n"
 @pytest.mark.parametrize(
     ("content", "kind", "remedy"),
     [
-        (f"[\n{pair()},\n{pair('d')}\n]\n".encode(), "is a JSON array", "jq -c '.[]'"),
-        (f"\ufeff[{pair()}, {pair('d')}]".encode(), "is a JSON array", "one a line"),
+        (
+            f"[\n{pair()},\n{pair('d')}\n]\n".encode(),
+            "is a JSON array",
+            "minidpo data convert ",
+        ),
+        (f"\ufeff[{pair()}, {pair('d')}]".encode(), "is a JSON array", "JSON Lines"),
         (("prompt,chosen,rejected\n" + "a,b,c\n" * 20_000).encode(), "is CSV", "read_csv"),
         (b"prompt\tchosen\trejected\na\tb\tc\n", "is CSV", "JSON Lines"),
         (ROWS_AS_TEXT.replace("\n", "\r").encode(), "carriage returns alone", "tr "),
@@ -153,7 +157,7 @@ def test_another_format_is_refused_once_by_name(content, kind, remedy, tmp_path)
     for fields in (preferences.PAIRS, COMPLETIONS):
         with pytest.raises(ValueError, match=f"{kind}.*{re.escape(remedy)}") as caught:
             preferences.read(path, fields)
-        assert str(caught.value).startswith(str(path)) and len(str(caught.value)) < len(str(path)) + 250
+        assert str(caught.value).startswith(str(path)) and len(str(caught.value)) < 3 * len(str(path)) + 200
     if "UTF" in kind or "compressed" in kind:  # which a plain text may be too
         with pytest.raises(ValueError, match=kind):
             preferences.read_texts(path, blocks=False)
@@ -191,14 +195,14 @@ def test_rows_decide_over_a_strange_beginning(tmp_path):
 @pytest.mark.parametrize(
     ("line", "name", "hint"),
     [
-        (pair(prompt=[{"role": "user", "content": "a"}]), "conversational", "apply the chat template"),
-        (pair(chosen=[{"role": "assistant", "content": "a"}]), "conversational", "every field is a string"),
-        ('{"messages": []}', "conversational", "apply"),
+        (pair(prompt=[{"role": "user", "content": "a"}]), "conversational", "minidpo data convert"),
+        (pair(chosen=[{"role": "assistant", "content": "a"}]), "conversational", "makes texts of it"),
+        ('{"messages": []}', "conversational", "minidpo data convert"),
         ('{"prompt": "a", "completion": "b", "label": true}', "unpaired-preference", 'as "chosen" and "rejected"'),
         ('{"prompt": "a", "completion": "b"}', "prompt-completion", "`sft` takes it"),
         ('{"question": "a", "chosen": "ab", "rejected": "ac"}', "instruction", 'rename "question" to "prompt"'),
         ('{"instruction": "a", "chosen": "b", "rejected": "c"}', "instruction", 'rename "instruction" to'),
-        ('{"chosen": "ab", "rejected": "ac"}', "implicit-prompt", 'move .* into a "prompt"'),
+        ('{"chosen": "ab", "rejected": "ac"}', "implicit-prompt", "minidpo data convert"),
         ('{"text": "a"}', "language-modeling", "pass that to `pretrain`"),
     ],
 )
@@ -233,7 +237,7 @@ def test_the_shape_of_most_rows_is_the_file_s(tmp_path):
 def test_a_file_without_a_usable_row_is_refused_with_its_commonest_fault(tmp_path):
     """One sentence says why no row can be used: the reason that most rows have, at its first line."""
     bare = '{"chosen": "ab", "rejected": "ac"}'
-    with pytest.raises(ValueError, match=r'line 2: this is the implicit-prompt shape; move .* "prompt"'):
+    with pytest.raises(ValueError, match=r"line 2: this is the implicit-prompt shape; minidpo data convert"):
         preferences.usable_rows(
             jsonl(tmp_path, '{"prompt": 1}', bare, bare), preferences.PAIRS, TOKENIZER, 8, "none", False
         )

@@ -49,7 +49,7 @@ CASES = {
         "loss_options": ["label_smoothing=0.2"],
     },
     "evaluate": {**SCORING, "device": "moves_the_arrays", "json": "prints_the_result", "calibration": "is_measured"},
-    "score": {**SCORING, "device": "moves_the_arrays"},
+    "score": {**SCORING, "device": "moves_the_arrays", "ids": "reads_ids"},
     "sample": {
         "checkpoint": ["other"], "prompt": ["bad"], "newline": [True], "samples": [200],
         "temperature": [0.3], "top_k": [2], "top_p": [0.5], "seed": "draws_other_texts",
@@ -79,7 +79,11 @@ BASE = {
 
 def test_every_option_has_a_case():
     """A new option of a training or measuring command needs a case here."""
-    assert {name for name, known in parser.COMMANDS.items() if known.group in ("train", "look")} <= {*CASES, "resume"}
+    assert {name for name, known in parser.COMMANDS.items() if known.group in ("train", "look")} <= {
+        *CASES,
+        "resume",
+        "import",
+    }
     for name, cases in CASES.items():
         assert set(cases) == set(parser.COMMANDS[name].options), name
     assert all(f"test_an_option_{case}" in globals() for case, _ in OTHERS)
@@ -312,6 +316,19 @@ def test_an_option_reads_escapes(name, root, tmp_path):
     escaped = {key: r"a\nb" for key in texts} | {"escapes": True}
     result = result_of(root, tmp_path, name, {**BASE[name], **escaped})
     assert result == result_of(root, tmp_path, name, {**BASE[name], **texts})
+
+
+@having("reads_ids")
+def test_an_option_reads_ids(name, root, tmp_path):
+    """With --ids the data holds the ids of texts, and their scores are those of the texts."""
+    scores = result_of(root, tmp_path, name, BASE[name])
+    lines, tokenizer = (root / "pairs.jsonl").read_text().splitlines(), checkpoint.load(root / "init").tokenizer
+    rows = [json.loads(lines[each["line"] - 1]) for each in scores]
+    ids = [{key: tokenizer.encode(text) for key, text in row.items()} for row in rows]
+    ids = [{"prompt": [0, *x["prompt"]], **{key: [*x[key], 0] for key in ("chosen", "rejected")}} for x in ids]
+    (root / "ids.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ids))
+    again = result_of(root, tmp_path, name, {**BASE[name], "data": "ids", "ids": True})
+    assert [{**each, "line": 0} for each in again] == [{**each, "line": 0} for each in scores] and len(scores) > 2
 
 
 # ---- the chain of the demo, and what is cached ----------------------------------------------------------------------

@@ -5,11 +5,12 @@ from .look import displacement, evaluate, explain, sample, score
 from .parser import main
 from .prove import check, exact, frontier, invariances, oracles
 from .table_of_losses import losses
-from .train import dpo, pretrain, resume, sft
+from .train import dpo, import_, pretrain, resume, sft
 from .verifying import doctor, verify
 
 __all__ = ["check", "data", "demo", "displacement", "doctor", "dpo", "evaluate", "exact", "explain", "frontier"]
 __all__ += [
+    "import_",
     "invariances",
     "judge",
     "losses",

@@ -7,6 +7,7 @@ import json
 import math
 import shlex
 import statistics
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -14,9 +15,10 @@ from typing import Any, NamedTuple
 
 from .. import plots
 from ..data import preferences, world
+from ..data.convert import convert
 from ..generation import generate
 from ..plots import Curve, Panel
-from ..run import checkpoint, report
+from ..run import report
 from ..run.checkpoint import Checkpoint
 from ..run.files import remove_leftovers, write_whole
 from ..run.folder import create, json_lines
@@ -116,8 +118,24 @@ def demo(*, out: o.NewRun = Path("demo"), seed: o.Seed = 0, sizes: Sizes | None 
 
 
 @command("learn")
-def data(what: o.Example) -> None:
-    """Write small files to try the other commands with."""
+def data(what: o.Example, file: o.OtherData = None, *, out: o.NewData = None) -> None:
+    """Write small files to try the other commands with, or convert data.
+
+    `data convert FILE --out FILE` reads TRL's conversational and implicit-prompt rows. Each message of a prompt becomes
+    a line "role: content", a response its content; what chosen and rejected have in common becomes their prompt.
+    """
+    if bool(file and out) is not (what == "convert") or bool(file) is not bool(out):
+        raise ValueError("it is `data example`, or `data convert FILE --out FILE`")
+    if file and out:
+        o.check_output(out)
+        rows, faults = convert(file)
+        for fault in faults:
+            print(f"{file}, line {fault.line}: set aside, {fault.reason}", file=sys.stderr)
+        if not rows:
+            raise ValueError(f"{file}: no row can be converted")
+        write_whole(out, "".join(json.dumps(row) + "\n" for row in rows).encode())
+        print(f"{out}: {len(rows)} rows, {len(faults)} set aside")
+        return
     files = {Path("names.txt"): NAMES.replace(" ", "\n") + "\n"}
     for name, prompts, count in zip(("pairs.jsonl", "more.jsonl"), world.split(0), (200, 50)):
         rows = world.preferences(prompts, count, stream(0, what, name))
@@ -228,7 +246,7 @@ def rewards(rows: Sequence[Mapping[str, Any]], seed: int, count: int) -> Panel:
 
 def conclude(folder: Path, seed: int, sizes: Sizes) -> None:
     """Judge the models, print their replies side by side, and write the report."""
-    models = {stage: checkpoint.load(folder / stage) for stage in STAGES}
+    models = {stage: load(folder / stage) for stage in STAGES}
     prompts = held_out_prompts(seed, sizes.replies)
     metrics = {stage: json_lines(folder / stage / "metrics.jsonl") for stage in STAGES}
     best = {stage: report.best(lines) for stage, lines in metrics.items()}

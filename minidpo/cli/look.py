@@ -29,7 +29,7 @@ from ..tokenizer import END_OF_TEXT, TURN, Tokenizer, printable
 from . import options as o
 from .options import Default, announce
 from .parser import command
-from .train import load, same_vocabulary
+from .train import load, load_ids, same_vocabulary
 
 BETA = 0.1  # where neither an option nor a run gives one
 RATE = 1e-6
@@ -43,14 +43,21 @@ OwnBeta = Annotated[o.Beta | None, Default(f"that of the dpo run, or {BETA:g}")]
 
 
 def scored_rows(
-    checkpoint: Path, reference: Path | None, data: Path, truncation: str, strict: bool, device: str = "cpu"
-) -> tuple[Checkpoint, Checkpoint, Encoded, int]:
+    checkpoint: Path, reference: Path | None, data: Path, truncation: str, strict: bool, device: str = "cpu",
+    ids: bool = False,
+) -> tuple[Checkpoint, Checkpoint, Encoded, int]:  # fmt: skip
     """Policy, reference, the rows of a file that both can score, and how many rows were set aside."""
-    policy = load(checkpoint, device=device)
-    ref = load(reference, device=device) if reference else policy
-    same_vocabulary(checkpoint, policy, reference or checkpoint, ref)
+    read = load_ids if ids else load
+    policy: Checkpoint = read(checkpoint, device=device)
+    ref: Checkpoint = read(reference, device=device) if reference else policy
+    same_vocabulary(checkpoint, policy, reference or checkpoint, ref, ids)
     n_positions = min(policy.config.n_positions, ref.config.n_positions)
-    rows = preferences.usable_rows(data, PAIRS, policy.tokenizer, n_positions, truncation, strict)
+    if ids and truncation != "none":
+        raise ValueError("--ids takes rows as they are, so it has no --truncation")
+    if ids:
+        rows = preferences.usable_ids(data, policy.config.vocab_size, n_positions, strict)
+    else:
+        rows = preferences.usable_rows(data, PAIRS, policy.tokenizer, n_positions, truncation, strict)
     for fault in rows.faults[:20]:
         print(f"{data}, line {fault.line}: set aside, {fault.reason}", file=sys.stderr)
     more = [f"{data}: {len(rows.faults) - 20} more rows are set aside"] * (len(rows.faults) > 20)
@@ -99,24 +106,25 @@ def evaluate(
 def score(
     *, checkpoint: o.Checkpoint, data: o.Pairs,
     reference: Annotated[o.Reference | None, Default("no reference, no rewards")] = None, beta: OwnBeta = None,
-    strict: o.Strict = False, truncation: o.Truncation = "none", device: o.Device = "cpu",
+    strict: o.Strict = False, truncation: o.Truncation = "none", device: o.Device = "cpu", ids: o.Ids = False,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Print the log-probabilities of each pair.
 
     Print one JSON object per line, one for each pair of a file: its line number, log pi of both responses and, with
-    --reference, the same under the reference, the implicit rewards and the DPO loss.
+    --reference, the same under the reference, the implicit rewards and the DPO loss. With --ids any GPT-2 of Hugging
+    Face's can be scored, whatever its tokenizer: nothing is added to the ids.
     """
     if reference:
         reference, beta = given_or_of_run(checkpoint, reference, beta)
-    policy, ref, rows, _ = scored_rows(checkpoint, reference, data, truncation, strict, device)
+    policy, ref, rows, _ = scored_rows(checkpoint, reference, data, truncation, strict, device, ids)
     pairs: list[Any] = rows.ids
     table = []
-    for row, ids in zip(rows.rows, pairs):
-        logp_w, logp_l = training.reference_logprobs(policy.params, policy.config, [ids])
+    for row, each in zip(rows.rows, pairs):
+        logp_w, logp_l = training.reference_logprobs(policy.params, policy.config, [each])
         scores: dict[str, Any] = {"line": row.line, "truncated": row.line in rows.truncated}
         scores |= {"logps/chosen": logp_w.item(), "logps/rejected": logp_l.item()}
         if reference and beta:
-            ref_logp_w, ref_logp_l = training.reference_logprobs(ref.params, ref.config, [ids])
+            ref_logp_w, ref_logp_l = training.reference_logprobs(ref.params, ref.config, [each])
             out = losses.dpo_loss(logp_w, logp_l, ref_logp_w, ref_logp_l, beta)
             scores |= {"ref_logps/chosen": ref_logp_w.item(), "ref_logps/rejected": ref_logp_l.item()}
             scores |= {"rewards/chosen": out.reward_w.item(), "rewards/rejected": out.reward_l.item()}

@@ -137,8 +137,20 @@ Checkpoint = Annotated[Path, Option("checkpoint or run folder of the model", pat
 Checkpoints = Annotated[Sequence[Path], Option("checkpoints or run folders to compare", path, several=True)]
 Reference = Annotated[Path, Option("checkpoint or run folder of the reference", path)]
 NewRun = Annotated[Path, Option("folder for the results; must not exist yet", path)]
-EXAMPLES = "pairs.jsonl and more.jsonl, and names.txt for pretrain, are written here"
-Example = Annotated[str, Option(f"the word example: {EXAMPLES}", one_of("example"), "example")]
+Example = Annotated[
+    str,
+    Option(
+        "example: pairs.jsonl and more.jsonl, and names.txt for pretrain, are written here; "
+        "convert: FILE becomes JSON Lines of texts",
+        one_of("example", "convert"),
+        "example|convert",
+    ),
+]
+OtherData = Annotated[
+    Path | None, Option("data to convert: JSON Lines or a JSON array in another of TRL's shapes", path, "FILE")
+]
+NewData = Annotated[Path | None, Option("new file for the converted rows", path)]
+TheirFolder = Annotated[Path, Option("folder that save_pretrained or TRL wrote", path, "FOLDER")]
 OldRun = Annotated[Path, Option("run folder (its --out)", path, "RUN")]
 Folder = Annotated[Path, Option("folder for frontier.json and, with matplotlib, frontier.png", path)]
 Plot = Annotated[Path | None, Option("new PNG file for the curves of beta; needs matplotlib", path)]
@@ -174,9 +186,16 @@ Context = Annotated[int | None, Option("context of a new model in tokens", at_le
 Replacement = Annotated[bool, Option("read unknown characters as U+FFFD, instead of refusing them", flag)]
 Beta = Annotated[float, Option("strength of the KL constraint: reward per nat of log-ratio", positive)]
 LossName = Annotated[
-    str | Loss, Option("loss to minimise, a name of `minidpo losses`", one_of(*LOSSES, function=True), "NAME")
+    str | Loss,
+    Option(
+        "loss to minimise, a name of `minidpo losses`; ipo sums over tokens, TRL's averages",
+        one_of(*LOSSES, function=True),
+        "NAME",
+    ),
 ]
-LabelSmoothing = Annotated[float, Option("probability that a label is wrong, 0 to 0.5", between(0, 0.5, "[]"))]
+LabelSmoothing = Annotated[
+    float, Option("probability that a label is wrong, 0 to 0.5, which TRL's sigmoid ignores", between(0, 0.5, "[]"))
+]
 LossOptions = Annotated[
     Constants, Option("constants of the loss, as gamma=1.5; several with commas", constants, "NAME=X")
 ]
@@ -193,6 +212,7 @@ Rejected = Annotated[str, Option("text of the other response", text)]
 PromptFile = Annotated[Path | None, Option("file with the text of the prompt, - for the standard input", path)]
 Escapes = Annotated[bool, Option("read \\n, \\t and \\\\ in these texts as newline, tab and backslash", flag)]
 Newline = Annotated[bool, Option("end the prompt with a newline, after which a response begins", flag)]
+Ids = Annotated[bool, Option("the data holds lists of ids in place of texts", flag)]
 Samples = Annotated[int, Option("number of texts to sample", at_least(1))]
 MaxNewTokens = Annotated[int | None, Option("maximum new tokens per text", at_least(1)), Default("all that fit")]
 Temperature = Annotated[float, Option("divisor of the logits; 0 takes the likeliest token", anything)]

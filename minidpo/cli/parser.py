@@ -40,7 +40,7 @@ COMMANDS: dict[str, Command] = {}
 
 
 def command(group: str) -> Callable[[Callable[..., T]], Callable[..., T]]:
-    """Register a function as a command of its name, and check its arguments however it is called.
+    """Register a function as a command of its name, `import_` as import, and check its arguments however it is called.
 
     Its docstring is the help: the first line the summary, the rest the description. A parameter whose default is a
     NamedTuple is a bundle: callers give its fields, as if they were parameters, and the function gets the tuple.
@@ -68,7 +68,7 @@ def command(group: str) -> Callable[[Callable[..., T]], Callable[..., T]]:
                 return function(**values)
 
         checked.__dict__["__signature__"] = flat
-        COMMANDS[function.__name__] = Command(group, checked, options)
+        COMMANDS[function.__name__.rstrip("_")] = Command(group, checked, options)
         return checked
 
     return register

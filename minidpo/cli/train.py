@@ -2,6 +2,7 @@
 
 import hashlib
 import sys
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from inspect import signature
@@ -21,6 +22,7 @@ from ..run import checkpoint, report
 from ..run.checkpoint import Checkpoint, CheckpointError
 from ..run.files import write_whole
 from ..run.folder import create, environment_changes, json_lines, run_description
+from ..run.hub import tokenizer_document
 from ..run.loop import Settings, Task, run_loop
 from ..run.reference import cached_reference_logprobs, fingerprint
 from ..run.tasks import counted
@@ -86,7 +88,7 @@ class Rows(NamedTuple):
 
     def files(self, tokenizer: Tokenizer) -> dict[str, str]:
         """The files of the run's folder that are known before the first step."""
-        return {"tokenizer.json": tokenizer.to_json(), "set_aside.jsonl": self.set_aside}
+        return {"tokenizer.json": tokenizer_document(tokenizer), "set_aside.jsonl": self.set_aside}
 
 
 PRETRAIN = Training(steps=2000, batch_size=128)
@@ -97,21 +99,35 @@ BEGINNING = Beginning()
 SPLIT = {"split": "SHA-256 of seed and prompt"}  # in run.json, where a version that splits otherwise can tell
 
 
-def load(folder: Path, requires_grad: bool = False, device: str = "cpu") -> Checkpoint:
-    """Load a checkpoint onto a device; warn if its weights carry no checksum."""
-    loaded = checkpoint.load(folder, requires_grad)
-    loaded = loaded._replace(params=model.placed(loaded.params, device))
+def load(folder: Path, requires_grad: bool = False, device: str = "cpu") -> Checkpoint[Tokenizer]:
+    """Load a checkpoint onto a device; say if its weights carry no checksum. It must be able to read texts."""
+    params, config, tokenizer, verified = load_ids(folder, requires_grad, device)
+    if tokenizer is None:
+        raise CheckpointError(f"{folder}: has no tokenizer of characters, so it takes lists of ids, but no texts")
+    return Checkpoint(params, config, tokenizer, verified)
+
+
+def load_ids(folder: Path, requires_grad: bool = False, device: str = "cpu") -> Checkpoint[Tokenizer | None]:
+    """The same for a model that may take lists of ids alone."""
+    with warnings.catch_warnings(record=True) as remarks:
+        warnings.simplefilter("always")
+        loaded = checkpoint.load(folder, requires_grad)
+    print("".join(f"{remark.message}\n" for remark in remarks), end="", file=sys.stderr)
     if not loaded.verified:
         print(f"{folder}: the weights carry no checksum and are used unchecked", file=sys.stderr)
-    return loaded
+    return loaded._replace(params=model.placed(loaded.params, device))
 
 
-def same_vocabulary(folder: Path, loaded: Checkpoint, other_folder: Path, other: Checkpoint) -> None:
-    """Refuse a policy and a reference that read texts differently."""
-    if loaded.tokenizer.characters != other.tokenizer.characters:
+def same_vocabulary(folder: Path, loaded: Checkpoint, other_folder: Path, other: Checkpoint, ids: bool = False) -> None:
+    """Refuse a policy and a reference that read texts differently; ids need only be as many."""
+    if ids:
+        differ = loaded.config.vocab_size != other.config.vocab_size
+    else:
+        differ = loaded.tokenizer.characters != other.tokenizer.characters
+    if differ:
         raise CheckpointError(
-            f"{folder} and {other_folder} have vocabularies of {loaded.tokenizer.vocab_size} and "
-            f"{other.tokenizer.vocab_size} ids that differ: a policy and its reference must share one"
+            f"{folder} and {other_folder} have vocabularies of {loaded.config.vocab_size} and "
+            f"{other.config.vocab_size} ids that differ: a policy and its reference must share one"
         )
 
 
@@ -273,7 +289,7 @@ def pretrain(
         print(f"{data}: {replaced}", file=sys.stderr)
     if repeated := len(set(train_texts) & set(held_out_texts)):
         print(f"{repeated} of the held-out texts are also trained on")
-    begin(out, words, run, {**hashes, **run.hashes(data)}, {"tokenizer.json": start.tokenizer.to_json()})
+    begin(out, words, run, {**hashes, **run.hashes(data)}, {"tokenizer.json": tokenizer_document(start.tokenizer)})
     names = [str(line) for line, _ in halves[0]]
     return likelihood_run(out, start, examples, held_out, [[END_OF_TEXT]] * 5, names, run)
 
@@ -383,6 +399,21 @@ def dpo(
     with Workers(worker_count(policy)) as workers:
         names, test = [str(row.line) for row in rows.train.rows], bool(rows.test.rows)
         return train(out, start, optimizer, step, evaluation, rows.prompts(), names, run, test)
+
+
+@command("train")
+def import_(folder: o.TheirFolder, *, out: o.NewRun) -> Path:
+    """Import a model of Hugging Face's.
+
+    Read a GPT-2 that transformers or TRL saved, and write it as a checkpoint, with checksums. Weights may be in several
+    files; half precision becomes float32. Without a tokenizer of characters, the model takes lists of ids alone. What
+    our model does not compute is refused.
+    """
+    params, config, tokenizer, _ = load_ids(folder)
+    checkpoint.save(out, params, config, tokenizer)
+    takes = "texts" if tokenizer else "lists of ids, no texts (minidpo score --ids)"
+    print(f"{out}: {sum(p.data.size for p in params.values())} parameters, {config.vocab_size} ids; it takes {takes}")
+    return out
 
 
 @command("train")

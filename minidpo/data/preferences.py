@@ -13,7 +13,7 @@ import json
 import os
 import re
 import stat
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from io import BufferedReader
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -30,20 +30,30 @@ MAX_LINE_BYTES = 2**20  # without the newline
 TRUNCATIONS = ("none", "prompt", "response")
 USES = ("train on", "hold out", "test on")  # of the parts
 
-TO_LINES = "to_json(..., orient='records', lines=True)"
+MOST_BYTES = 2**28  # of a JSON array
+TO_LINES = ".to_json('NEW', orient='records', lines=True)"  # NEW and FILE become names
 KINDS = {  # of files that begin with these bytes, and what makes text of them
-    b"\x1f\x8b": ("compressed with gzip", "decompress it with gunzip"),
-    b"BZh91AY&SY": ("compressed with bzip2", "decompress it with bunzip2"),
-    b"\xfd7zXZ": ("compressed with xz", "decompress it with unxz"),
-    b"\x28\xb5\x2f\xfd": ("compressed with zstd", "decompress it with unzstd"),
-    b"PK\x03\x04": ("a ZIP archive", "unzip it"),
-    b"PAR1": ("Parquet", "convert it with pandas.read_parquet(...)." + TO_LINES),
-    b"ARROW1\0": ("Arrow", "convert it with pandas.read_feather(...)." + TO_LINES),
+    b"\x1f\x8b": ("compressed with gzip", "gunzip FILE"),
+    b"BZh91AY&SY": ("compressed with bzip2", "bunzip2 FILE"),
+    b"\xfd7zXZ": ("compressed with xz", "unxz FILE"),
+    b"\x28\xb5\x2f\xfd": ("compressed with zstd", "unzstd FILE"),
+    b"PK\x03\x04": ("a ZIP archive", "unzip FILE"),
+    b"PAR1": ("Parquet", "pandas.read_parquet('FILE')" + TO_LINES),
+    b"ARROW1\0": ("Arrow", "pandas.read_feather('FILE')" + TO_LINES),
 }
 ANY_OBJECT = re.compile(rb"^[ \t]*\{.*\}[ \t\r]*$", re.MULTILINE)  # a line that is one
+CONVERT = "minidpo data convert makes texts of it"
 ONE_OBJECT = "a file of pairs has one JSON object on each line (JSON Lines)"
 
 T = TypeVar("T")
+
+
+class Line(NamedTuple):
+    """A line of a file that is a JSON object."""
+
+    line: int  # counted from 1
+    document: dict[str, Any]
+    text: str  # the whole line
 
 
 class Row(NamedTuple):
@@ -79,22 +89,47 @@ def read(path: str | Path, fields: Sequence[str] = PAIRS) -> tuple[list[Row], li
     string, if a response is empty, or if chosen equals rejected. A fault in another of TRL's shapes names that shape
     and says how to convert it. Empty lines are skipped, and so are columns that are not in `fields`.
     """
-    entries: list[Row | Fault] = []
+    entries = [each if isinstance(each, Fault) else row_or_fault(each, fields) for each in read_objects(path)]
+    return [each for each in entries if isinstance(each, Row)], [each for each in entries if isinstance(each, Fault)]
+
+
+def read_objects(path: str | Path, arrays: bool = False) -> Iterator[Line | Fault]:
+    """The lines of a file that are JSON objects, and the faults of the others; or the items of an array, if wanted."""
     with open_regular(path) as file:
+        if arrays and is_array(file):
+            yield from read_array(path, file)
+            return
         refuse_other_formats(path, file)
         for line in itertools.count(1):
             content = file.readline(MAX_LINE_BYTES + 2)
             if not content:
                 break
             if len(content.rstrip(b"\r\n")) > MAX_LINE_BYTES:
-                entries.append(Fault(line, f"is longer than {MAX_LINE_BYTES} bytes", ascii(content[:100])))
+                yield Fault(line, f"is longer than {MAX_LINE_BYTES} bytes", ascii(content[:100]))
                 while content and not content.endswith(b"\n"):
                     content = file.readline(MAX_LINE_BYTES)
             elif content.strip():
-                entries.append(row_or_fault(line, content, fields))
-    rows = [entry for entry in entries if isinstance(entry, Row)]
-    faults = [entry for entry in entries if isinstance(entry, Fault)]
-    return rows, faults
+                yield line_or_fault(line, content)
+
+
+def read_array(path: str | Path, file: BufferedReader) -> Iterator[Line | Fault]:
+    """The items of a JSON array, each as if it were a line."""
+    content = file.read(MOST_BYTES + 1)
+    if len(content) > MOST_BYTES:
+        raise ValueError(f"{path} is longer than {MOST_BYTES} bytes: jq -c '.[]' makes lines of it")
+    try:
+        items = json.loads(content.decode("utf-8-sig"), object_pairs_hook=unique_keys)
+    except (ValueError, KeyError, RecursionError) as error:
+        raise ValueError(f"{path} is a JSON array that cannot be read ({error})") from error
+    for line, item in enumerate(items, 1):
+        yield line_or_fault(line, json.dumps(item).encode())
+
+
+def is_array(file: BufferedReader) -> bool:
+    """Whether a file begins as a JSON array of objects does."""
+    head = file.read(MAX_LINE_BYTES).removeprefix(b"\xef\xbb\xbf").strip()
+    file.seek(0)
+    return bool(re.match(rb"\[\s*(\{|\Z)", head))
 
 
 def open_regular(path: str | Path) -> BufferedReader:
@@ -112,7 +147,7 @@ def open_regular(path: str | Path) -> BufferedReader:
         marked = head[:2] in (b"\xff\xfe", b"\xfe\xff") and status.st_size % 2 == 0
         if kind is None and (marked or head.count(0) * 8 > len(head)):
             kind = "text in UTF-16" if marked else "binary, or text in UTF-16 or UTF-32", "save it as UTF-8"
-        fault = f"is {kind[0]}, not text in UTF-8: {kind[1]}" if kind else ""
+        fault = f"is {kind[0]}, not text in UTF-8: {remedy(kind[1], path)}" if kind else ""
     if fault:
         file.close()
         raise ValueError(f"{path} {fault}")
@@ -124,16 +159,22 @@ def refuse_other_formats(path: str | Path, file: BufferedReader) -> None:
     head = file.read(MAX_LINE_BYTES).removeprefix(b"\xef\xbb\xbf").strip()
     file.seek(0)
     kind = ""
-    if re.match(rb"\[\s*(\{|\Z)", head):
-        kind = "is a JSON array: write its objects one a line, with jq -c '.[]'"
+    if is_array(file):
+        kind = "is a JSON array: minidpo data convert FILE --out NEW"
     elif b"\r" in head and b"\n" not in head:
-        kind = "ends its lines with carriage returns alone: convert it with tr '\\r' '\\n'"
+        kind = "ends its lines with carriage returns alone: tr '\\r' '\\n' <FILE >NEW"
     elif head and len(head.partition(b"\n")[0]) < MAX_LINE_BYTES // 2 and not re.search(ANY_OBJECT, head):
-        kind = "is CSV, another table or plain text: convert it with pandas.read_csv(...)." + TO_LINES
+        kind = "is CSV, another table or plain text: pandas.read_csv('FILE')" + TO_LINES
         if head.startswith(b"{"):
-            kind = "has JSON objects that are broken off or go over several lines: write each on one, with jq -c ."
+            kind = "has JSON objects that are broken off or go over several lines: jq -c . FILE >NEW"
     if kind:
-        raise ValueError(f"{path} {kind}; {ONE_OBJECT}")
+        raise ValueError(f"{path} {remedy(kind, path)}; {ONE_OBJECT}")
+
+
+def remedy(text: str, path: str | Path) -> str:
+    """What to do with a file, by its name and that of a new one beside it."""
+    new = Path(path).with_suffix("").with_suffix(".lines.jsonl")
+    return text.replace("NEW", str(new)).replace("FILE", str(path))
 
 
 def fields_of(path: str | Path) -> tuple[str, ...]:
@@ -148,7 +189,7 @@ def fields_of(path: str | Path) -> tuple[str, ...]:
     return PAIRS if votes >= 0 else COMPLETIONS
 
 
-def row_or_fault(line: int, content: bytes, fields: Sequence[str]) -> Row | Fault:
+def line_or_fault(line: int, content: bytes) -> Line | Fault:
     """Parse one line."""
     text = content.decode("utf-8", errors="backslashreplace").removeprefix("\ufeff").rstrip("\r\n")
 
@@ -165,8 +206,16 @@ def row_or_fault(line: int, content: bytes, fields: Sequence[str]) -> Row | Faul
         return fault(f"key {error.args[0]!a} occurs twice")
     except (ValueError, RecursionError):
         return fault("is JSON that Python cannot read: a number has too many digits, or the nesting is too deep")
-    if not isinstance(document, dict):
-        return fault("is not a JSON object")
+    return Line(line, document, text) if isinstance(document, dict) else fault("is not a JSON object")
+
+
+def row_or_fault(each: Line, fields: Sequence[str]) -> Row | Fault:
+    """The texts of a line."""
+    line, document, text = each
+
+    def fault(reason: str) -> Fault:
+        return Fault(line, reason, text)
+
     if any(not isinstance(document.get(name), str) for name in fields):
         shape, hint = other_shape(document, fields)
         if shape:
@@ -200,7 +249,7 @@ def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def other_shape(document: dict[str, Any], fields: Sequence[str]) -> tuple[str, str]:
     """TRL's name for a row's shape, and how to convert it; two empty strings if the shape is that of `fields`."""
     if any(isinstance(document.get(name), list) for name in ("messages", *PAIRS, *COMPLETIONS)):
-        return "conversational", "apply the chat template first, so that every field is a string"
+        return "conversational", CONVERT
     if "completion" in document and "label" in document:
         return "unpaired-preference", 'put two responses to the same prompt into one row, as "chosen" and "rejected"'
     if "completion" in document and "chosen" in fields and not {"chosen", "rejected"} & document.keys():
@@ -209,7 +258,7 @@ def other_shape(document: dict[str, Any], fields: Sequence[str]) -> tuple[str, s
     if other and "prompt" not in document and set(fields[1:]) <= document.keys():
         return "instruction", f'rename "{other}" to "prompt"'
     if "prompt" not in document and {"chosen", "rejected"} <= document.keys() and "chosen" in fields:
-        return "implicit-prompt", 'move what chosen and rejected have in common at the beginning into a "prompt"'
+        return "implicit-prompt", CONVERT
     if "text" in document and not set(fields) & document.keys():
         return "language-modeling", "write each text on a line of a plain text file and pass that to `pretrain`"
     return "", ""
@@ -354,6 +403,32 @@ def usable_rows(
     """Read and encode a file; raises ValueError if no row can be used."""
     rows, faults = read(data, fields)
     ids = encode(rows, tokenizer, n_positions, truncation)
+    return usable(data, ids, faults, strict)._replace(remarks=remarks(data, ids.rows, tokenizer))
+
+
+def usable_ids(data: Path, vocab_size: int, n_positions: int, strict: bool) -> Usable:
+    """The same for pairs whose texts are lists of ids, used as they are; a row that is too long is a fault."""
+    ids, faults = Encoded([], [], [], []), []
+    for each in read_objects(data):
+        pair: list[Any] = [] if isinstance(each, Fault) else [each.document.get(name) for name in PAIRS]
+        if isinstance(each, Fault):
+            faults.append(each)
+        elif not all(
+            isinstance(x, list) and x and all(type(i) is int and 0 <= i < vocab_size for i in x) for x in pair
+        ):
+            faults.append(Fault(each.line, f"needs lists of ids from 0 to {vocab_size - 1}, none empty", each.text))
+        elif (count := len(pair[0]) + max(map(len, pair[1:]))) > n_positions + 1:
+            faults.append(Fault(each.line, f"has {count} ids, but only {n_positions + 1} fit the context", each.text))
+        elif pair[1] == pair[2]:
+            faults.append(Fault(each.line, "chosen equals rejected", each.text))
+        else:
+            ids.rows.append(Row(each.line, "", (), each.text))
+            ids.ids.append(tuple(pair))
+    return usable(data, consistent(ids), faults, strict)
+
+
+def usable(data: Path, ids: Encoded, faults: list[Fault], strict: bool) -> Usable:
+    """What can be used of a file, with its summary; raises ValueError if no row can."""
     faults = sorted(faults + ids.faults)
     document = set_aside(data, faults, strict)
     if not ids.rows:
@@ -362,7 +437,7 @@ def usable_rows(
         raise ValueError(f"{data}: no row can be used" + (f" (line {first.line}: {first.reason})" if first else ""))
     summary = f"{data.name}: {len(ids.rows)} rows, {len(faults)} set aside"
     summary += f", {len(ids.truncated)} truncated" * bool(ids.truncated)
-    return Usable(data, ids, faults, document, summary, remarks(data, ids.rows, tokenizer))
+    return Usable(data, ids, faults, document, summary, [])
 
 
 def remarks(path: Path, rows: Sequence[Row], tokenizer: Tokenizer) -> list[str]:

@@ -16,9 +16,9 @@ from ..backend import Array, to_host
 from ..model import Config, Params, forward
 from ..scoring import Pair, collate
 from ..tensor import Tensor
-from ..tokenizer import END_OF_TEXT, Tokenizer
+from ..tokenizer import END as END
+from ..tokenizer import Tokenizer
 
-END = "<|endoftext|>"  # the name of end-of-text
 Push = tuple[str, float]  # a token, and -dL/ds at its logit
 DERIVED = "shared policy_gap reference_gap margin reward_w reward_l weight loss says".split()
 
@@ -179,7 +179,7 @@ def pair(
 
     def name_of(token: int) -> str:
         text = f"#{token}" if tokenizer is None else tokenizer.decode([token])
-        return END if token == END_OF_TEXT else text
+        return END if token == config.eos_token_id else text
 
     def views(side: int) -> list[TokenView]:
         tokens = []

@@ -3,8 +3,7 @@
 A checkpoint is one folder:
 
     model.safetensors    parameters under GPT-2's names, float32 or float64
-    config.json          Hugging Face's config of a GPT-2
-    tokenizer.json       the character vocabulary
+    config.json and the other files of Hugging Face that hub.py describes
     state.safetensors    what a resumed run needs: optimizer arrays, JSON in the header's metadata, the model's SHA-256
 """
 
@@ -13,9 +12,10 @@ import hashlib
 import json
 import os
 import re
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy
 
@@ -23,43 +23,21 @@ from ..backend import to_host
 from ..model import Config, Params, parameter_shapes
 from ..tensor import Tensor
 from ..tokenizer import END_OF_TEXT, Tokenizer
-from . import safetensors
+from . import hub, safetensors
 from .files import CheckpointError, json_object, read_bytes, read_text, write_folder, write_whole
+from .hub import WEIGHTS
 
-HUGGING_FACE = {
-    "model_type": "gpt2",
-    "architectures": ["GPT2LMHeadModel"],
-    "activation_function": "gelu_new",
-    "layer_norm_epsilon": 1e-5,
-    "tie_word_embeddings": True,
-    "scale_attn_weights": True,
-    "scale_attn_by_inverse_layer_idx": False,
-    "add_cross_attention": False,
-    "embd_pdrop": 0.0,
-    "attn_pdrop": 0.0,
-    "resid_pdrop": 0.0,
-    "bos_token_id": END_OF_TEXT,
-    "eos_token_id": END_OF_TEXT,
-}
+SUMMED = ("config.json", "tokenizer.json")  # what the weights' metadata carries checksums of
 
-# The fields that this model cannot vary.
-FIXED = ["model_type", "activation_function", "layer_norm_epsilon", "tie_word_embeddings", "scale_attn_weights"]
-FIXED += ["scale_attn_by_inverse_layer_idx", "add_cross_attention", "bos_token_id", "eos_token_id"]
-
-FOREIGN = {  # what may lie in a folder instead of model.safetensors
-    "model*.safetensors.index.json": "the index of weights in several files",
-    "model-*-of-*.safetensors": "one of several files of weights",
-    "pytorch_model*.bin*": "a pickle, which can run code and is never opened",
-}
-CONVERT = 'Save it again from Python with transformers: model.float().save_pretrained(FOLDER, max_shard_size="100GB")'
+T = TypeVar("T", bound=Tokenizer | None)
 
 
-class Checkpoint(NamedTuple):
+class Checkpoint(NamedTuple, Generic[T]):
     """A model, its tokenizer, and whether their files carried checksums."""
 
     params: Params
     config: Config
-    tokenizer: Tokenizer
+    tokenizer: T  # None if theirs is not of characters: then there are lists of ids, and no texts
     verified: bool  # weights, config and tokenizer all carried checksums (wrong ones raise)
 
 
@@ -67,7 +45,7 @@ def save(
     folder: str | Path,
     params: Params,
     config: Config,
-    tokenizer: Tokenizer,
+    tokenizer: Tokenizer | None,
     arrays: Mapping[str, numpy.ndarray] | None = None,
     state: Mapping[str, Any] | None = None,
 ) -> None:
@@ -75,7 +53,7 @@ def save(
     folder = Path(folder)
     if folder.exists():
         raise CheckpointError(f"{folder} exists already: checkpoints are never overwritten")
-    if tokenizer.vocab_size != config.vocab_size:
+    if tokenizer and tokenizer.vocab_size != config.vocab_size:
         raise CheckpointError(f"a vocabulary of {tokenizer.vocab_size} does not fit a model of {config.vocab_size}")
     weights = {name: to_host(p.data) for name, p in params.items()}
     check_weights(weights, config, folder)
@@ -84,11 +62,8 @@ def save(
     except (TypeError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{folder}: the state is not JSON ({error})") from error
     json_object(training, f"{folder}: the state")
-    files = {
-        "config.json": json.dumps({**HUGGING_FACE, **dataclasses.asdict(config)}, indent=2).encode(),
-        "tokenizer.json": tokenizer.to_json().encode(),
-    }
-    sums = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
+    files = {name: text.encode() for name, text in hub.documents(config, tokenizer).items()}
+    sums = {name: hashlib.sha256(files[name]).hexdigest() for name in SUMMED if name in files}
     files["model.safetensors"] = safetensors.to_bytes(weights, {"format": "pt", **sums})
     optimizer_arrays = {name: to_host(x) for name, x in (arrays or {}).items()}
     owner = {"state": training, "model_sha256": hashlib.sha256(files["model.safetensors"]).hexdigest()}
@@ -125,59 +100,37 @@ def newest(folder: Path) -> str:
     )
 
 
-def read_config(path: Path, document: str) -> Config:
-    """The sizes in Hugging Face's config.json of a GPT-2; `path` is for messages. Other models are refused."""
-    content = json_object(document, f"{path}:")
-    for name in FIXED:
-        if content.get(name, HUGGING_FACE[name]) != HUGGING_FACE[name]:
-            raise CheckpointError(f"{path}: {name} is {content[name]!a}, here it can only be {HUGGING_FACE[name]!a}")
-    try:
-        sizes: dict[str, Any] = {field.name: content.get(field.name) for field in dataclasses.fields(Config)}
-        config = Config(**sizes)
-    except ValueError as error:
-        raise CheckpointError(f"{path}: {error}") from error
-    if content.get("n_inner") not in (None, 4 * config.n_embd):
-        raise CheckpointError(f"{path}: n_inner is {content['n_inner']!a}, here it can only be 4 n_embd")
-    return config
+def load(folder: str | Path, requires_grad: bool = False) -> Checkpoint[Tokenizer | None]:
+    """Read a checkpoint, or the latest in a folder of checkpoints; also what `save_pretrained` and TRL wrote.
 
-
-def load(folder: str | Path, requires_grad: bool = False) -> Checkpoint:
-    """Read a checkpoint, or the latest in a folder of checkpoints.
-
-    Raises CheckpointError if a file is missing, truncated, corrupted or foreign, or if the files disagree.
-    Weights that Hugging Face saved load too, without the prefix `transformer.`, the tied head and old files' buffers.
+    Raises CheckpointError if a file is missing, truncated, corrupted or foreign, or if the files disagree. Warns of
+    weights in half precision, which become float32, and of a tokenizer that is not of characters, which is left out.
+    An end-of-text of theirs with another id than 0 gets it: characters keep their order and follow as 1, 2, ...
     """
     folder = latest(folder)
-    path = folder / "model.safetensors"
-    for pattern, what in FOREIGN.items() if not os.path.lexists(path) else ():
-        if any(folder.glob(pattern)):
-            raise CheckpointError(f"{path}: is missing, and {pattern} is {what}. {CONVERT}")
-    documents = {name: read_text(folder / name) for name in ("config.json", "tokenizer.json")}
-    config = read_config(folder / "config.json", documents["config.json"])
-    stored, metadata, verified = safetensors.read(path)
+    documents = {"config.json": read_text(folder / "config.json")}
+    config = hub.read_config(folder / "config.json", documents["config.json"])
+    arrays, metadata, verified = hub.read_weights(folder)
+    if "tokenizer.json" in metadata or os.path.lexists(folder / "tokenizer.json"):
+        documents["tokenizer.json"] = read_text(folder / "tokenizer.json")
     for name, document in documents.items():
         verified = verified and name in metadata
         if name in metadata and metadata[name] != hashlib.sha256(document.encode()).hexdigest():
-            raise CheckpointError(f"{folder / name}: does not match the SHA-256 in {path.name}: changed or corrupted")
-    arrays = {name.removeprefix("transformer."): array for name, array in stored.items()}
-    if len(arrays) < len(stored):
-        raise CheckpointError(f"{path}: a parameter occurs twice, with and without the prefix transformer.")
-    head = arrays.pop("lm_head.weight", None)
-    if head is not None and not numpy.array_equal(head, arrays.get("wte.weight", head)):
-        raise CheckpointError(f"{path}: lm_head.weight is not wte.weight; here the head is tied")
-    arrays = {name: x for name, x in arrays.items() if not re.fullmatch(r"h\.\d+\.attn\.(masked_)?bias", name)}
-    check_weights(arrays, config, path)
+            raise CheckpointError(f"{folder / name}: does not match the SHA-256 in {WEIGHTS}: changed or corrupted")
+    check_weights(arrays, config, folder / WEIGHTS)
+    tokenizer, path = None, folder / "tokenizer.json"
     try:
-        tokenizer = Tokenizer.from_json(documents["tokenizer.json"])
-        json_object(documents["tokenizer.json"], f"{folder / 'tokenizer.json'}:")
-    except CheckpointError:
-        raise
-    except ValueError as error:
-        raise CheckpointError(f"{folder / 'tokenizer.json'}: {error}") from error
-    if tokenizer.vocab_size != config.vocab_size:
-        raise CheckpointError(
-            f"{folder / 'tokenizer.json'}: {tokenizer.vocab_size} ids, but config.json says {config.vocab_size}"
-        )
+        if path.name in documents:
+            tokenizer, ids = hub.read_tokenizer(documents[path.name], str(path))
+    except hub.Unreadable as error:
+        warnings.warn(f"{path}: {error}: loaded without a tokenizer", stacklevel=2)
+    if tokenizer:
+        if tokenizer.vocab_size != config.vocab_size:
+            raise CheckpointError(f"{path}: {tokenizer.vocab_size} ids, but config.json says {config.vocab_size}")
+        if ids[0] != config.eos_token_id:
+            raise CheckpointError(f"{path}: end-of-text is {ids[0]}, but config.json has {config.eos_token_id}")
+        arrays["wte.weight"] = arrays["wte.weight"][ids]
+        config = dataclasses.replace(config, eos_token_id=END_OF_TEXT)
     params = {name: Tensor(arrays[name], requires_grad=requires_grad) for name in parameter_shapes(config)}
     return Checkpoint(params, config, tokenizer, verified)
 
@@ -195,9 +148,8 @@ def check_weights(arrays: Mapping[str, numpy.ndarray], config: Config, path: Pat
     for name, shape in shapes.items():
         x = arrays[name]
         if x.shape != shape or x.dtype != dtype or dtype not in ("float32", "float64"):
-            half = f". It is in half precision. {CONVERT}" if x.dtype == "float16" else ""
             raise CheckpointError(
-                f"{path}: {name} is {x.dtype} {x.shape}; the config wants {shape}, and all float32 or all float64{half}"
+                f"{path}: {name} is {x.dtype} {x.shape}; the config wants {shape}, and all float32 or all float64"
             )
 
 

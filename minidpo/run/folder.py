@@ -227,7 +227,7 @@ def restore(folder: Path, params: Params, config: Config, tokenizer: Tokenizer, 
     """
     saved = checkpoint.load(folder)
     arrays, content = checkpoint.load_state(folder)
-    if saved.config != config or saved.tokenizer.characters != tokenizer.characters:
+    if saved.config != config or not saved.tokenizer or saved.tokenizer.characters != tokenizer.characters:
         raise CheckpointError(f"{folder}: is not a model of this run, which has {config} and its own characters")
     try:
         owner = description_sum(run_description(folder.parent))

@@ -4,13 +4,14 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy
 
 from ..backend import Array, array_module, to_host
 from ..model import Config, Params
 from ..scoring import Pair
-from ..tokenizer import Tokenizer
+from ..tokenizer import REPLACEMENT, Tokenizer
 from ..training import reference_logprobs
 from . import safetensors
 from .files import write_whole
@@ -29,7 +30,13 @@ def fingerprint(params: Params) -> str:
 
 def reference_key(reference: Params, config: Config, tokenizer: Tokenizer, pairs: Sequence[Pair]) -> str:
     """A SHA-256 of all that the reference's log-probabilities depend on, but for the last bits' machine."""
-    parts = (fingerprint(reference), str(config), tokenizer.to_json(), json.dumps(list(pairs)))
+    vocabulary: dict[str, Any] = {
+        "type": "characters",
+        "characters": tokenizer.characters,
+    }  # as in version 0.1, whose keys still hold
+    if REPLACEMENT in tokenizer.characters:
+        vocabulary |= {"replacement": tokenizer.replacement}
+    parts = (fingerprint(reference), str(config), json.dumps(vocabulary), json.dumps(list(pairs)))
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 

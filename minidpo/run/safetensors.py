@@ -13,8 +13,9 @@ import numpy
 
 from .files import CheckpointError, json_object, open_regular
 
-DTYPES = {"F16": "<f2", "F32": "<f4", "F64": "<f8", "I8": "|i1", "I16": "<i2", "I32": "<i4", "I64": "<i8"}
-DTYPES |= {"U8": "|u1", "U16": "<u2", "U32": "<u4", "U64": "<u8", "BOOL": "|b1"}
+BFLOAT16 = numpy.dtype([("bfloat16", "<u2")])  # the upper two bytes of a float32, which NumPy has no type for
+DTYPES: dict[str, Any] = {"BF16": BFLOAT16, "F16": "<f2", "F32": "<f4", "F64": "<f8", "I8": "|i1", "I16": "<i2"}
+DTYPES |= {"I32": "<i4", "I64": "<i8", "U8": "|u1", "U16": "<u2", "U32": "<u4", "U64": "<u8", "BOOL": "|b1"}
 NAMES = {numpy.dtype(code): name for name, code in DTYPES.items()}
 SUMS = ("sha256", "header_sha256")  # the names of the checksums in the metadata
 MOST_HEADER = 100 * 2**20  # bytes; the limit of the format
@@ -79,8 +80,7 @@ def read(path: Path) -> tuple[dict[str, numpy.ndarray], dict[str, str], bool]:
         fields = entry if isinstance(entry, dict) else {}
         dtype, shape, span = fields.get("dtype"), fields.get("shape"), fields.get("data_offsets")
         if not isinstance(dtype, str) or dtype not in DTYPES:
-            half = ". It is in half precision: convert it to float32, model.float()" if dtype == "BF16" else ""
-            raise fault(f"{name!a} has dtype {dtype!a}, known are {', '.join(DTYPES)}{half}")
+            raise fault(f"{name!a} has dtype {dtype!a}, known are {', '.join(DTYPES)}")
         if not (are_sizes(shape) and are_sizes(span)) or len(span) != 2:
             raise fault(f"{name!a} lacks a shape or a place in the data")
         count = math.prod(shape)
