@@ -5,7 +5,7 @@
 trains from one SFT model per seed, at the default beta of each loss and at two others declared here, and judges the
 last checkpoint. The best beta is chosen on validation prompts and reported on test prompts, which chose nothing. It
 prints a table and writes benchmarks/results/family.json. After an interruption, run it again with the same folder and
-it continues.
+it continues. It takes about an hour of CPU time.
 
 It does not show which loss is best: the world is small, learning rate and steps are the same for all, and only beta
 was searched. The reference point of KTO is held at 0, since pairs have no mismatched responses.
@@ -89,18 +89,25 @@ def rows_of(runs, name):
         yield kind, beta, [run["test"] for run in own if run["beta"] == beta]
 
 
+def interval(values, digits):
+    """The mean and half the length of its 95 % interval."""
+    half = STUDENT.get(len(values), math.nan) * (statistics.stdev(values) if len(values) > 1 else math.nan)
+    return f"{statistics.fmean(values):.{digits}f} ± {half / len(values) ** 0.5:.{digits}f}"
+
+
 def as_table(runs):
-    """The table in Markdown: means over the seeds and 95 % intervals."""
-    names = [name.replace("chosen_rise", "rise of the chosen's loss").replace("_", " ") for name in COLUMNS]
-    lines = [f"| loss | beta | {' | '.join(names)} |", f"|---|---|{'---:|' * len(names)}"]
+    """The table in Markdown: means over the seeds and 95 % intervals; the reward also as the gain in each seed."""
+    names = {"reward": "true reward", "kl": "KL to SFT", "chosen_rise": "rise of the chosen's loss"}
+    titles = [names.get(name, name.replace("_", " ")) for name in COLUMNS]
+    lines = [f"| loss | beta | {' | '.join(titles)} | reward, less the first row's |"]
+    lines.append(f"|---|---|{'---:|' * (len(titles) + 1)}")
+    first = []
     for name in dict.fromkeys(run["loss"] for run in runs):
         for kind, beta, rows in rows_of(runs, name):
-            cells = []
-            for column, digits in COLUMNS.items():
-                values = [row[column] for row in rows]
-                half = STUDENT.get(len(values), math.nan) * (statistics.stdev(values) if len(values) > 1 else math.nan)
-                cells.append(f"{statistics.fmean(values):.{digits}f} ± {half / len(values) ** 0.5:.{digits}f}")
-            lines.append(f"| {name} | {beta:g}, {kind} | {' | '.join(cells)} |")
+            first = first or [row["reward"] for row in rows]
+            cells = [interval([row[column] for row in rows], digits) for column, digits in COLUMNS.items()]
+            gains = [row["reward"] - reward for row, reward in zip(rows, first, strict=True)]
+            lines.append(f"| {name} | {beta:g}, {kind} | {' | '.join(cells)} | {interval(gains, 2)} |")
     return "\n".join(lines)
 
 

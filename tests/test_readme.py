@@ -15,6 +15,7 @@ import pytest
 from hypothesis import settings
 
 import minidpo
+from benchmarks import family as eight
 from benchmarks import speed
 from benchmarks.workload import SIZES as SIZES_OF_SPEED
 from minidpo import Tensor, cli, explain, losses
@@ -186,6 +187,27 @@ def test_the_figures_of_the_demo_are_those_that_its_benchmark_wrote():
     assert f"The demo takes {seconds} (`minidpo --help` names the processor)" in prose
     assert statistics.fmean(run["collapse"]["well_formed"] for run in RUNS) < 0.5  # "more than half ... gibberish"
     assert accuracies["collapse"] > accuracies["dpo"] - 0.05  # "as good as the good model's"
+
+
+def test_the_table_of_eight_losses_is_that_of_its_json():
+    """Eight losses, three declared settings each, three seeds, and the default budget of `minidpo dpo`."""
+    results = json.loads((RESULTS / "family.json").read_text())
+    table = eight.as_table(results["runs"])
+    assert table in BENCHMARKS
+    rows = [line.strip("| ").split(" | ") for line in table.splitlines()[2:]]
+    gains = {(row[0], row[1]): [float(x) for x in row[-1].split(" ± ")] for row in rows}
+    assert {name for (name, _), (gain, half) in gains.items() if abs(gain) > half > 0} == {"orpo"}
+    nats = [float(row[3].split(" ± ")[0]) for row in rows]
+    assert rows[nats.index(min(nats))][:2] == ["orpo", "0.1, default"]
+    others = [x for x, row in zip(nats, rows) if row[0] != "orpo"]
+    assert (min(others), max(others)) == (0.26, 0.62) and "by 0.26 to 0.62 nats" in BENCHMARKS
+    sft = statistics.fmean(each["reward"] for each in results["sft"].values())
+    assert f"the SFT models' true reward is {sft:.2f};" in " ".join(BENCHMARKS.split())
+    runs = {(run["seed"], run["loss"], run["beta"]) for run in results["runs"]}
+    assert runs == {(seed, name, beta) for seed in range(3) for name, betas in eight.BETAS.items() for beta in betas}
+    assert len(runs) == len(results["runs"]) == 72 and results["budget"] == eight.BUDGET
+    default = {name: p.default for name, p in inspect.signature(cli.dpo).parameters.items()}
+    assert all(default[name] == value for name, value in eight.BUDGET.items())
 
 
 def test_the_default_of_dpo_is_the_best_setting_that_is_always_healthy():
