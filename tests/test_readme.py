@@ -302,7 +302,7 @@ def test_the_number_of_runs_is_true():
     assert f"all {len(world.responses)} responses of a small world to three prompts" in HOUSE
     assert len(world.prompts) == 3
     count = len(list(frontier.policies(equalities.small_world(0, 2, 2), 0)))
-    assert f"{count} runs a world" in HOUSE.replace("thirty-five", "35")
+    assert f"{count} runs a world" in HOUSE.replace("forty-nine", "49")
 
 
 def test_thorough_draws_a_hundred_times_as_many():
