@@ -210,6 +210,22 @@ def test_the_table_of_eight_losses_is_that_of_its_json():
     assert all(default[name] == value for name, value in eight.BUDGET.items())
 
 
+def test_the_figures_beside_trl_are_those_of_their_json():
+    """Times and ratios are the medians of the turns in trl.json, all of which reached the same loss."""
+    results = json.loads((RESULTS / "trl.json").read_text())
+    ours, theirs = (results["turns"][name] for name in ("minidpo", "TRL"))
+    assert len(ours) == len(theirs) == results["rounds"] == 3
+    assert max(abs(a["loss"] - b["loss"]) for a in ours for b in theirs) < 1e-4
+    for words, name, factor, digits in (
+        ("100 steps, s", "stage", 1, 0), ("the same with imports, s", "stage with imports", 1, 0),
+        ("a token of one text, ms", "token, B = 1", 1000, 2),
+        ("a token of each of 32 texts, ms", "token, B = 32", 1000, 2),
+    ):  # fmt: skip
+        a, b = (statistics.median(turn[name] * factor for turn in turns) for turns in (ours, theirs))
+        ratio = statistics.median(x[name] / y[name] for x, y in zip(ours, theirs, strict=True))
+        assert f"| {words} | {a:.{digits}f} | {b:.{digits}f} | {ratio:.2f} |" in BENCHMARKS, words
+
+
 def test_the_default_of_dpo_is_the_best_setting_that_is_always_healthy():
     """No default falls below SFT: rate and steps are chosen on the desk, by rule, over three seeds."""
     results = json.loads((RESULTS / "defaults.json").read_text())
