@@ -121,9 +121,9 @@ def test_what_a_page_names_exists():
     folders = {"README.md": ROOT, "minidpo": SOURCE, "benchmarks": ROOT / "benchmarks", "tutorials": ROOT / "tutorials"}
     for page, text in PAGES.items():
         for target in re.findall(r"\]\(([\w./-]+)(?:#[\w-]*)?\)", text) + re.findall(r'(?:src|srcset)="([^"]+)"', text):
-            inside = folders[page] / target
-            installed = SOURCE / target.removeprefix("minidpo/") if target.startswith("minidpo/") else inside
-            beside = ROOT / target.removeprefix("../")  # a page of the package names a file of the repository
+            inside, from_root = folders[page] / target, target.removeprefix("../")
+            installed = SOURCE / from_root.removeprefix("minidpo/") if from_root.startswith("minidpo/") else inside
+            beside = ROOT / from_root  # a page of the package names a file of the repository
             assert inside.exists() or installed.exists() or beside.exists(), f"{page}: {target}"
         for name in re.findall(r"`minidpo (\w+)", text):
             assert name in parser.COMMANDS, f"{page}: {name}"
