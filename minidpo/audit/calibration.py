@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy
 
 from ..backend import Array
+from ..losses import sigma
 
 NORMAL = 1.959963984540054  # 95 % of a standard normal are within
 
@@ -90,7 +91,7 @@ def slope(z: Array, y: Array) -> tuple[float, float]:
         return (math.inf if signed.max() > 0 else -math.inf if signed.min() < 0 else math.nan), math.nan
 
     def uphill(s: float) -> float:
-        return float((signed * numpy.exp(-numpy.logaddexp(0, s * signed))).sum())  # falls in s, and has one root
+        return float((signed * sigma(-s * signed)).sum())  # falls in s, and has one root
 
     low, high = -1.0, 1.0
     while uphill(low) < 0:
@@ -100,13 +101,13 @@ def slope(z: Array, y: Array) -> tuple[float, float]:
     for _ in range(100):
         middle = (low + high) / 2
         low, high = (middle, high) if uphill(middle) > 0 else (low, middle)
-    information = z**2 * numpy.exp(-numpy.logaddexp(0, low * z) - numpy.logaddexp(0, -low * z))
+    information = z**2 * sigma(low * z) * sigma(-low * z)
     return low, float(1 / math.sqrt(information.sum()))
 
 
 def calibration(z: Array, y: Array) -> dict[str, Any]:
     """All figures of this file for pairs with log-odds z, (n,), and labels y, (n,), 0 or 1."""
-    p = numpy.exp(-numpy.logaddexp(0, -z))
+    p = sigma(z)
     s, error = slope(z, y)
     fpr, fnr = rates(p, y) if 0 < y.sum() < len(y) else (math.nan, math.nan)
     figures = {"ece": expected_error(p, y), "brier": brier(p, y), "slope": s, "slope_error": error}

@@ -199,10 +199,9 @@ def read_weights(folder: Path) -> tuple[dict[str, numpy.ndarray], dict[str, str]
         path, metadata, verified = folder / INDEX, {}, False
         stored = dict(shards(path))
     else:
-        found = next((what for pattern, what in FOREIGN.items() if any(folder.glob(pattern))), "")
-        if found:
-            name = next(pattern for pattern in FOREIGN if any(folder.glob(pattern)))
-            raise CheckpointError(f"{path}: is missing, and {name} is {found}. {CONVERT}")
+        for pattern, what in FOREIGN.items():
+            if any(folder.glob(pattern)):
+                raise CheckpointError(f"{path}: is missing, and {pattern} is {what}. {CONVERT}")
         stored, metadata, verified = safetensors.read(path)  # says that it is missing
     arrays = {name.removeprefix("transformer."): array for name, array in stored.items()}
     if len(arrays) < len(stored):

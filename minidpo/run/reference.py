@@ -30,10 +30,8 @@ def fingerprint(params: Params) -> str:
 
 def reference_key(reference: Params, config: Config, tokenizer: Tokenizer, pairs: Sequence[Pair]) -> str:
     """A SHA-256 of all that the reference's log-probabilities depend on, but for the last bits' machine."""
-    vocabulary: dict[str, Any] = {
-        "type": "characters",
-        "characters": tokenizer.characters,
-    }  # as in version 0.1, whose keys still hold
+    # as version 0.1 wrote it, whose keys still hold
+    vocabulary: dict[str, Any] = {"type": "characters", "characters": tokenizer.characters}
     if REPLACEMENT in tokenizer.characters:
         vocabulary |= {"replacement": tokenizer.replacement}
     parts = (fingerprint(reference), str(config), json.dumps(vocabulary), json.dumps(list(pairs)))

@@ -78,6 +78,7 @@ class Beside(NamedTuple):
 
 
 def beside(texts: Texts, b: int, found: Cells) -> Beside:
+    """Sort the cells of text b."""
     n, length = int(texts.prompt_lengths[b]), int(texts.lengths[b])
     shift, counted, odd = places(texts.rows[b], found)
     wanted = set(range(n, length))

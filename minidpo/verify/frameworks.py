@@ -18,7 +18,7 @@ class Framework:
     """NumPy; the others override what differs."""
 
     name = "numpy"
-    library: Any = numpy  # the module of its array functions
+    xp: Any = numpy  # the module of its array functions
 
     def array(self, x: Any, dtype: str | None = None) -> Any:
         """A new array of the framework."""
@@ -47,14 +47,14 @@ class Torch(Framework):
     name = "torch"
 
     def __init__(self) -> None:
-        self.library = importlib.import_module("torch")
+        self.xp = importlib.import_module("torch")
 
     def array(self, x: Any, dtype: str | None = None) -> Any:
-        made = self.library.tensor(numpy.ascontiguousarray(x))
-        return made.to(getattr(self.library, dtype)) if dtype else made
+        made = self.xp.tensor(numpy.ascontiguousarray(x))
+        return made.to(getattr(self.xp, dtype)) if dtype else made
 
     def host(self, x: Any) -> Array:
-        x = self.library.as_tensor(x).detach().cpu()
+        x = self.xp.as_tensor(x).detach().cpu()
         return (x.double() if x.is_floating_point() else x).numpy()
 
     def in_graph(self, x: Any) -> bool | None:
@@ -62,12 +62,12 @@ class Torch(Framework):
 
     def jacobian(self, f: Call, arrays: Sequence[Array]) -> list[list[Array | None]]:
         leaves = [self.array(x).requires_grad_() for x in arrays]
-        y = self.library.as_tensor(f(*leaves))
+        y = self.xp.as_tensor(f(*leaves))
         rows: list[list[Array | None]] = []
         for k in range(y.numel()):
             grads: Sequence[Any] = [None] * len(leaves)
             if y.requires_grad:
-                grads = self.library.autograd.grad(y.reshape(-1)[k], leaves, retain_graph=True, allow_unused=True)
+                grads = self.xp.autograd.grad(y.reshape(-1)[k], leaves, retain_graph=True, allow_unused=True)
             rows.append([None if g is None else self.host(g) for g in grads])
         return rows
 
@@ -77,15 +77,14 @@ class Jax(Framework):
 
     def __init__(self) -> None:
         self.jax = importlib.import_module("jax")
-        self.library = self.jax.numpy
+        self.xp = self.jax.numpy
 
     def array(self, x: Any, dtype: str | None = None) -> Any:
-        return self.library.asarray(x, dtype=dtype)
+        return self.xp.asarray(x, dtype=dtype)
 
     def host(self, x: Any) -> Array:
-        jnp = self.library
-        x = jnp.asarray(x)
-        return numpy.asarray(x.astype("float64") if jnp.issubdtype(x.dtype, jnp.floating) else x)
+        x = self.xp.asarray(x)
+        return numpy.asarray(x.astype("float64") if self.xp.issubdtype(x.dtype, self.xp.floating) else x)
 
     @contextlib.contextmanager
     def session(self) -> Any:
@@ -93,7 +92,7 @@ class Jax(Framework):
             yield
 
     def jacobian(self, f: Call, arrays: Sequence[Array]) -> list[list[Array | None]]:
-        y, pull = self.jax.vjp(lambda *xs: self.library.asarray(f(*xs)), *map(self.array, arrays))
+        y, pull = self.jax.vjp(lambda *xs: self.xp.asarray(f(*xs)), *map(self.array, arrays))
         unit = self.array(numpy.eye(y.size).reshape(y.size, *y.shape), y.dtype)
         rows = [self.host(each) for each in self.jax.vmap(pull)(unit)]
         return [[each[k] for each in rows] for k in range(y.size)]

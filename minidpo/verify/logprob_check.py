@@ -305,8 +305,8 @@ def _extremes(
         return y.reshape(-1), expected_scores(texts, model, whole)
 
     report.tried.append("logits of 1e4; a response of 400 tokens; pads of probability 0")
-    texts = random_texts(rng, SIZES, pad)
-    found, right = score(texts, fresh(8, scale=1e4))
+    texts, large = random_texts(rng, SIZES, pad), fresh(8, scale=1e4)
+    found, right = score(texts, large)
     _far(report, found, right, "with logits of 1e4")
     length = 400
     long = Texts([[3, 4]], [[*rng.integers(EOS + 1, V - 1, length - 1).tolist(), EOS]], pad)
@@ -317,7 +317,7 @@ def _extremes(
         report.remark(
             "nan_where_a_pad_is_minus_infinity", "where a pad has log-probability -inf it is nan: 0 * -inf; select"
         )
-    for narrow in ("float16", "bfloat16") if fresh(0).framework.name != "numpy" else ():
+    for narrow in ("float16", "bfloat16") if large.framework.name != "numpy" else ():
         try:
             found, right = score(texts, fresh(11, dtype=narrow))
         except Exception:  # a type that the subject does not take

@@ -255,12 +255,12 @@ def module(model: Model) -> Any:
         logits, loss = model(words.pop("input_ids", None) if ids is None else ids), None
         if model.framework.name == "torch" and words.get("labels") is not None:  # the mean, -100 left out
             pairs = logits[:, :-1].reshape(-1, model.vocabulary), words["labels"][:, 1:].reshape(-1)
-            loss = model.framework.library.nn.functional.cross_entropy(*pairs)
+            loss = model.framework.xp.nn.functional.cross_entropy(*pairs)
         return model.returns(logits, loss)
 
     if model.framework.name != "torch":
         return call
-    torch: Any = model.framework.library
+    torch: Any = model.framework.xp
 
     class Module(torch.nn.Module):
         def __init__(self) -> None:
@@ -314,7 +314,7 @@ class Encoding(dict[str, Any]):
 
 def stacked(framework: Framework, scores: list[Any]) -> Any:
     """Scores of single texts as one array."""
-    library = framework.library
-    make = framework.host if framework.name == "numpy" else getattr(library, "as_tensor", library.asarray)
+    xp = framework.xp
+    make = framework.host if framework.name == "numpy" else getattr(xp, "as_tensor", xp.asarray)
     scores = [numpy.float64(score) if isinstance(score, float) else score for score in map(leading, scores)]
-    return library.stack([make(score).reshape(-1)[0] for score in scores])
+    return xp.stack([make(score).reshape(-1)[0] for score in scores])
