@@ -1,7 +1,8 @@
 """The commands, as functions: `minidpo dpo --beta 0.2` on the command line is `cli.dpo(beta=0.2)` in Python."""
 
-from .desk import data, demo, judge
-from .look import displacement, evaluate, explain, sample, score
+from .desk import data, demo
+from .look import displacement, explain, sample, score
+from .measure import evaluate, judge
 from .parser import main
 from .prove import check, exact, frontier, invariances, oracles
 from .table_of_losses import losses

@@ -1,4 +1,4 @@
-"""The support desk: the demo that makes a base model, a helpful one and a preferred one, and the judge of its models.
+"""The support desk: the demo that makes a base model, a helpful one and a preferred one.
 
 The true reward of the desk's world is known, so the gain of each stage is measured, not read off its training loss.
 """
@@ -28,7 +28,7 @@ from ..streams import stream
 from ..tokenizer import END_OF_TEXT, TURN, printable
 from . import options as o
 from .parser import COMMANDS, command, parse
-from .train import load, same_vocabulary
+from .train import load
 
 STAGES = {"pretrain": "base", "sft": "SFT", "dpo": "DPO"}
 JUDGED = ("well_formed", "on_topic", "polite", "wrongly_declined", "wrongly_answered")
@@ -179,28 +179,6 @@ def as_text(rows: Sequence[Mapping[str, Any]]) -> str:
 def held_out_prompts(seed: int, count: int) -> list[str]:
     """Prompts of customers that no model was trained on."""
     return world.samples(world.prompt_distribution(world.split(seed)[1]), count, stream(seed, "demo", "prompts"))
-
-
-@command("learn")
-def judge(
-    *, checkpoint: o.Checkpoints, reference: o.Reference, replies: o.Replies = 500, seed: o.Seed = 0
-) -> list[dict[str, Any]]:
-    """Measure the true reward of models of the demo's world.
-
-    Give models the demo's held-out prompts and print how good their replies truly are, one column per model. The
-    seed must be that of the demo that they were trained in: it decides which prompts were held out.
-    """
-    prompts = held_out_prompts(seed, replies)
-    anchor = load(reference)
-    models = [load(folder) for folder in checkpoint]
-    for folder, model in zip(checkpoint, models):
-        if not set("".join(prompts) + TURN) <= set(model.tokenizer.characters):
-            raise ValueError(f"{folder}: lacks characters of the demo's world, so it is not a model of it")
-        same_vocabulary(folder, model, reference, anchor)
-    verdicts = results([partial(verdict, model, anchor, prompts, seed) for model in models], "judge")
-    rows = [{"model": printable(folder.resolve().name), **row} for folder, row in zip(checkpoint, verdicts)]
-    print(as_text(rows).replace("KL to SFT", f"KL to {printable(reference.resolve().name)}"))
-    return rows
 
 
 def facts(folder: Path, seed: int, metrics: Mapping[str, Mapping[str, float]], sft: Checkpoint) -> list[str]:

@@ -1,4 +1,4 @@
-"""The commands that look into a model: many pairs, one pair, its samples, and what a loss does not see."""
+"""The commands that look into a model: its scores and samples, one pair, and what a loss does not see."""
 
 import functools
 import math
@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from .. import losses, optim, training
-from ..audit import calibration as calibrated
 from ..data import preferences
 from ..data.preferences import PAIRS, Encoded
 from ..explain import displacement as first_order
@@ -22,7 +21,7 @@ from ..run.checkpoint import Checkpoint, CheckpointError
 from ..run.files import read_text, write_whole
 from ..run.folder import run_description
 from ..run.tasks import counted
-from ..scoring import Pair, collate, shared_logprobs
+from ..scoring import Pair, shared_logprobs
 from ..streams import stream
 from ..theory import no_never_yes
 from ..tokenizer import END_OF_TEXT, TURN, Tokenizer, printable
@@ -38,7 +37,6 @@ PLAIN = {"loss": "dpo", "nll-weight": "0.0", "label-smoothing": "0.0", "loss-opt
 NLL_WEIGHTS = (0.0, 0.02, 0.05, 0.1, 0.5)
 
 OwnReference = Annotated[o.Reference | None, Default("that of the dpo run, or the policy itself")]
-RunReference = Annotated[o.Reference | None, Default("that of the dpo run")]
 OwnBeta = Annotated[o.Beta | None, Default(f"that of the dpo run, or {BETA:g}")]
 
 
@@ -63,43 +61,6 @@ def scored_rows(
     more = [f"{data}: {len(rows.faults) - 20} more rows are set aside"] * (len(rows.faults) > 20)
     print("".join(f"{remark}\n" for remark in more + rows.remarks), end="", file=sys.stderr)
     return policy, ref, rows.ids, len(rows.faults)
-
-
-@command("look")
-def evaluate(
-    *, checkpoint: o.Checkpoint, data: o.Pairs, reference: RunReference = None, beta: OwnBeta = None,
-    calibration: o.Calibration = False,
-    strict: o.Strict = False, truncation: o.Truncation = "none", device: o.Device = "cpu", json: o.Json = False,
-) -> dict[str, Any]:  # fmt: skip
-    """Measure a policy against its reference on pairs.
-
-    Print the DPO loss alone, implicit rewards, accuracy (ties are counted beside it, not in it), log-probabilities,
-    and the rise of the chosen responses' loss against the reference in nats per token. With --calibration, also how
-    often labels are right beside the probability sigma(z) that the policy gives them, z being the reward margin.
-    """
-    reference, beta = given_or_of_run(checkpoint, reference, beta)
-    policy, ref, rows, faults = scored_rows(checkpoint, reference, data, truncation, strict, device)
-    pairs: list[Any] = rows.ids
-    ref_logp_w, ref_logp_l = training.reference_logprobs(ref.params, ref.config, counted(pairs, "reference: pairs"))
-    batch = collate(pairs, ref_logp_w, ref_logp_l)
-    metrics: dict[str, Any] = {"pairs": len(pairs), "set_aside": faults, "truncated": len(rows.truncated)}
-    watch = functools.partial(counted, what="policy: pairs")
-    metrics |= training.preference_evaluation(policy.params, policy.config, batch, beta, watch=watch)
-    metrics |= {"ref_logps/chosen": ref_logp_w.mean().item(), "ref_logps/rejected": ref_logp_l.mean().item()}
-    figures: dict[str, Any] = {}
-    if calibration:
-        logp_w, logp_l = training.reference_logprobs(policy.params, policy.config, watch(pairs))
-        y = calibrated.chosen_first(pairs)
-        z = beta * ((logp_w - ref_logp_w) - (logp_l - ref_logp_l))
-        figures = calibrated.calibration((2 * y - 1) * z.tolist(), y)
-    if json:
-        finite = {k: v if isinstance(v, list) or math.isfinite(v) else None for k, v in figures.items()}
-        print(dumps(metrics | ({"calibration": finite} if calibration else {}), allow_nan=False))
-    else:
-        for name, value in {**metrics, **{k: v for k, v in figures.items() if k != "bins"}}.items():
-            print(f"{name:<20} {value:>12}" if isinstance(value, int) else f"{name:<20} {value:>z12.4f}")
-        print(calibrated.table(figures["bins"]) if calibration else "", end="")
-    return metrics | ({"calibration": figures} if calibration else {})
 
 
 @command("look")
