@@ -25,14 +25,6 @@ def sample(seed, n, slope=1.0, spread=2.0):
     return z, (rng.random(n) < sigma(slope * z)).astype(float)
 
 
-@given(n=st.integers(1, 2000), data=st.data())
-def test_wilson_s_interval_ends_where_the_normal_test_does(n, data):
-    """At both ends q of the interval |p - q| is 1.96 standard deviations of a share q."""
-    hits = data.draw(st.integers(0, n))
-    for q in c.wilson(hits, n):
-        assert (hits / n - q) ** 2 == pytest.approx(c.NORMAL**2 * q * (1 - q) / n, abs=1e-14)
-
-
 @given(seed=SEEDS, n=st.integers(2, 60), ties=st.booleans())
 def test_auc_is_the_mann_whitney_statistic(seed, n, ties):
     """AUC is the mean over all couples of [z_1 > z_0] + [z_1 = z_0]/2, and 1/2 of a constant."""

@@ -303,7 +303,7 @@ def test_help_shows_the_commands_in_groups(capsys):
     assert groups == {
         "learn": ["demo", "data", "judge"],
         "train": ["pretrain", "sft", "dpo", "import", "resume"],
-        "look": ["evaluate", "score", "sample", "explain", "displacement"],
+        "look": ["score", "sample", "explain", "displacement", "evaluate"],
         "prove": ["check", "oracles", "exact", "frontier", "invariances", "losses"],
         "verify": ["doctor", "verify"],
     }

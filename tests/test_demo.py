@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 
 from minidpo import checkpoint, cli, plots, world
+from minidpo.audit.intervals import Estimate
+from minidpo.audit.replies import judged
 from minidpo.cli import desk, parser
 from minidpo.streams import stream
 from minidpo.theory.exact import chain_rule_logprob
@@ -55,16 +57,16 @@ def test_it_makes_three_models_from_commands_that_it_prints(demo_run):
         assert checkpoint.load(folder / stage).verified
     assert {path.name for path in (folder / "data").iterdir()} == {
         f"{kind}{part}" for kind in ("texts", "completions", "pairs")
-        for part in ((".txt", "_held_out.txt") if kind == "texts" else (".jsonl", "_held_out.jsonl"))
+        for part in (f"{part}.{'txt' if kind == 'texts' else 'jsonl'}" for part in ("", "_held_out", "_test"))
     }  # fmt: skip
 
 
 def test_held_out_prompts_are_never_trained_on(demo_run):
-    """No held-out prompt is trained on."""
+    """No held-out prompt is trained on, and no test prompt is held out to choose by."""
     folder, _ = demo_run
-    train, held_out = world.split(0)
+    train, held_out, test = world.split(0)
     for name in ("completions", "pairs"):
-        for part, prompts in (("", train), ("_held_out", held_out)):
+        for part, prompts in (("", train), ("_held_out", held_out), ("_test", test)):
             rows = json_lines(folder / "data" / f"{name}{part}.jsonl")
             assert rows and {row["prompt"] for row in rows} <= {x + TURN for x in prompts}
     texts = (folder / "data" / "texts.txt").read_text().rstrip("\n").split("\n\n")
@@ -74,18 +76,24 @@ def test_held_out_prompts_are_never_trained_on(demo_run):
 def test_the_table_is_that_of_the_replies(demo_run):
     """The table is that of the replies: judged again from the checkpoints, it has the same numbers."""
     folder, printed = demo_run
-    rows = json.loads((folder / "results.json").read_text())["models"]
-    assert [row["model"] for row in rows] == ["base", "SFT", "DPO"]
-    prompts = world.samples(world.prompt_distribution(world.split(0)[1]), 30, stream(0, "demo", "prompts"))
+    models = json.loads((folder / "results.json").read_text())["models"]
+    assert list(models) == ["base", "SFT", "DPO"]
+    prompts = world.samples(world.prompt_distribution(world.split(0)[2]), 30, stream(0, "demo", "prompts"))
+    kept = json_lines(folder / "replies.jsonl")
+    assert [row["prompt"] for row in kept] == prompts
     sft = checkpoint.load(folder / "sft")
-    for stage, row in zip(desk.STAGES, rows):
-        model = checkpoint.load(folder / stage)
-        again = desk.verdict(model, sft, prompts, 0)
-        rewards = [world.judgement(x, reply).reward for x, reply in zip(prompts, again["replies"])]
-        assert row["reward"] == pytest.approx(np.mean(rewards)) == again["reward"]
-        assert row["reward_error"] == pytest.approx(np.std(rewards, ddof=1) / math.sqrt(30))
-        assert f"{again['reward']:.2f}" in re.search(r"^true reward .*$", printed, re.MULTILINE)[0]
-    assert rows[1]["kl"] == pytest.approx(0, abs=1e-4)
+    for stage, (name, figures) in zip(desk.STAGES, models.items()):
+        again = judged(checkpoint.load(folder / stage), sft, prompts, 0)
+        assert [row["replies"][name]["reply"] for row in kept] == again.replies
+        rewards = np.array([world.judgement(x, reply).reward for x, reply in zip(prompts, again.replies)])
+        error = np.std(rewards, ddof=1) / math.sqrt(30)
+        value, low, high = figures["all"]["reward"]
+        assert (value, high - low) == pytest.approx((np.mean(rewards), 2 * 1.959964 * error), rel=1e-6)
+        benign = [world.PROMPTS[x].slice == "benign" for x in prompts]
+        assert figures["benign"]["n"] == sum(benign)
+        assert figures["benign"]["reward"][0] == pytest.approx(np.mean(rewards[benign]))
+        assert f"{value:.2f}" in re.findall(r"^true reward .*$", printed, re.MULTILINE)[-1]
+    assert models["SFT"]["all"]["kl"][0] == pytest.approx(0, abs=1e-4)
     row_printed = [name for name in world.SLICES if f"({name})" in printed]
     assert row_printed == list(world.SLICES) and "  DPO  " in printed
 
@@ -95,34 +103,32 @@ def test_the_kl_is_the_mean_log_ratio_of_the_replies(demo_run):
     folder, _ = demo_run
     dpo, base = checkpoint.load(folder / "dpo"), checkpoint.load(folder / "pretrain")
     prompts = ["my order is late.", "may anna see my bill?"]
-    result = desk.verdict(dpo, base, prompts, 5)
-    ids = [[0, *dpo.tokenizer.encode(x + TURN)] for x in prompts]
-    ratios = []
-    for x, reply in zip(ids, result["replies"]):
+    result = judged(dpo, base, prompts, 5, "two newlines")
+    ids = [[0, *dpo.tokenizer.encode(x + 2 * TURN)] for x in prompts]
+    for x, reply, length, ratio in zip(ids, result.replies, result.lengths, result.ratios):
         y = dpo.tokenizer.encode(reply)
         y += [0] * (len(x) + len(y) < dpo.config.n_positions + 1)
-        ratios.append(
-            chain_rule_logprob(dpo.params, dpo.config, x, y) - chain_rule_logprob(base.params, base.config, x, y)
-        )
-    assert result["kl"] == pytest.approx(np.mean(ratios), abs=1e-4)
+        assert length == len(y)
+        again = [chain_rule_logprob(model.params, model.config, x, y) for model in (dpo, base)]
+        assert ratio == pytest.approx(again[0] - again[1], abs=1e-4)
 
 
 def test_the_facts_are_exact(demo_run):
     """The facts are exact: entropies, rewards and ties, counted again from the files."""
     folder, printed = demo_run
-    train, held_out = world.split(0)
+    train, _, test = world.split(0)
     assert f"its exact entropy {world.corpus_entropy(train):.4f}" in printed
-    assert f"its exact entropy {world.reply_entropy(held_out):.4f}" in printed
-    assert f"mean true reward of {world.desk_reward(held_out):.2f}" in printed
-    texts = (folder / "data" / "texts_held_out.txt").read_text().rstrip("\n").split("\n\n")
+    assert f"its exact entropy {world.reply_entropy(test):.4f}" in printed
+    assert f"mean true reward of {world.desk_reward(test):.2f}" in printed
+    texts = (folder / "data" / "texts_test.txt").read_text().rstrip("\n").split("\n\n")
     nats = -sum(world.corpus_logprob(text, train) for text in texts) / sum(len(text) + 1 for text in texts)
     assert f"the grammar itself {nats:.4f} on these" in printed
     replies = [
-        (row["prompt"][:-1], row["completion"]) for row in json_lines(folder / "data" / "completions_held_out.jsonl")
+        (row["prompt"][:-1], row["completion"]) for row in json_lines(folder / "data" / "completions_test.jsonl")
     ]
     nats = -sum(math.log(world.desk(world.PROMPTS[x])[y]) for x, y in replies) / sum(len(y) + 1 for _, y in replies)
     assert f"the desk itself {nats:.4f} on these" in printed
-    pairs = json_lines(folder / "data" / "pairs_held_out.jsonl")
+    pairs = json_lines(folder / "data" / "pairs_test.jsonl")
     gaps = [
         world.judgement(p["prompt"][:-1], p["chosen"]).reward - world.judgement(p["prompt"][:-1], p["rejected"]).reward
         for p in pairs
@@ -156,24 +162,30 @@ def test_the_report_has_what_was_printed(demo_run):
     for line in printed[printed.index("three models answer") :].splitlines()[2:12]:
         assert line in written
     assert ("![true reward](demo.png)" in written) == (folder / "demo.png").exists() == plots.installed()
-    assert "| SFT |" in written and ("![curves](curves.png)" in written) == (folder / "curves.png").exists()
+    assert "## What went wrong" in written and ("![curves](curves.png)" in written) == (folder / "curves.png").exists()
 
 
 def test_the_picture_is_the_result(demo_run):
-    """The picture has the true reward of each model, two standard errors each way, and the mean of the desk."""
-    rows = json.loads((demo_run[0] / "results.json").read_text())["models"]
-    panel = desk.rewards(rows, 0, 30)
-    (curve,) = panel.curves
-    assert panel.places == ["base", "SFT", "DPO"] and list(curve.x) == [0, 1, 2]
-    assert curve.y == [row["reward"] for row in rows] and curve.error == [2 * row["reward_error"] for row in rows]
-    assert panel.level == world.desk_reward(world.split(0)[1]) and "30 replies" in panel.ylabel
+    """The picture has each model's true reward in each slice with its interval, and the mean of the desk."""
+    models = json.loads((demo_run[0] / "results.json").read_text())["models"]
+    table = {
+        model: {name: {**row, "reward": Estimate(*row["reward"])} for name, row in figures.items()}
+        for model, figures in models.items()
+    }
+    panel = desk.rewards(table, 0, 30)
+    assert panel.places == ["base", "SFT", "DPO"] and [c.label for c in panel.curves] == list(table["SFT"])
+    for curve in panel.curves:
+        assert np.allclose(curve.x, [0, 1, 2], atol=0.1)
+        ends = [row[curve.label]["reward"] for row in models.values()]
+        assert np.allclose([np.subtract(curve.y, curve.error), np.add(curve.y, curve.error)], np.transpose(ends)[1:])
+    assert panel.level == world.desk_reward(world.split(0)[2]) and "30 replies" in panel.ylabel
     figure = pytest.importorskip("matplotlib.figure")
     axes = figure.Figure().subplots()
     plots.draw(axes, panel)
     assert [label.get_text() for label in axes.get_xticklabels()] == panel.places
-    (bars,) = [c for c in axes.collections if hasattr(c, "get_segments")]
-    ends = [[y for _, y in segment] for segment in bars.get_segments()]
-    assert np.allclose(ends, [[y - e, y + e] for y, e in zip(curve.y, curve.error)])
+    bars = [c for c in axes.collections if hasattr(c, "get_segments")]
+    ends = [[y for _, y in segment] for segment in bars[0].get_segments()]
+    assert np.allclose(ends, [[y - e, y + e] for y, e in zip(panel.curves[0].y, panel.curves[0].error)])
 
 
 def test_it_resumes_where_it_was_stopped(demo_run, tmp_path, capsys, monkeypatch):
@@ -217,10 +229,38 @@ def test_judge_measures_any_model(demo_run, capsys):
     words = ["--reference", str(folder / "sft"), "--replies", "30"]
     assert cli.main(["judge", "--checkpoint", *(str(folder / stage) for stage in desk.STAGES), *words]) == 0
     table = capsys.readouterr().out.splitlines()
-    assert table[0].split() == ["model", "pretrain", "sft", "dpo"] and table[-1].startswith("KL to sft")
-    for line, again in zip(desk.COLUMNS.values(), table):
-        row_printed = next(row for row in printed.splitlines() if row.startswith(line))
-        assert line in ("model", "KL to SFT") or row_printed.split() == again.split()
+    assert table[0].split()[3:] == ["pretrain", "sft", "dpo"] and table[-1].startswith("KL to sft")
+    rows_printed = [line.split() for line in printed.replace("SFT", "sft").splitlines()]
+    assert all(line.split() in rows_printed for line in table if line and "replies   " not in line)
+
+
+def test_judge_refuses_what_a_run_has_seen(demo_run, capsys):
+    """With another seed than the demo's, test prompts were trained on: judge names one and says how to insist."""
+    folder, _ = demo_run
+    words = [
+        "judge",
+        "--checkpoint",
+        str(folder / "dpo"),
+        "--reference",
+        str(folder / "sft"),
+        "--replies=30",
+        "--seed=1",
+    ]
+    assert cli.main(words) == 2
+    assert re.search(r"seed 1, .*: the run of .* this prompt .* or with --seen$", capsys.readouterr().err.strip())
+    assert cli.main([*words, "--seen"]) == 0
+
+
+def test_a_broken_gate_is_exit_status_1(demo_run, capsys):
+    """A model that does not meet a condition ends with status 1 and one sentence; the reference need not meet it."""
+    folder, _ = demo_run
+    words = ["judge", "--checkpoint", str(folder / "sft"), str(folder / "dpo"), "--reference", str(folder / "sft")]
+    words += ["--replies=30"]
+    assert cli.main([*words, "--at-most=reward=-9"]) == 1
+    (sentence,) = capsys.readouterr().err.splitlines()
+    assert re.fullmatch(r"minidpo judge: dpo: reward is -\S+( \(95 % interval .*\))?, and must be at most -9", sentence)
+    assert cli.main([*words, "--at-most=reward=9", "--at-least=benign/n=1"]) == 0
+    assert cli.main([*words, "--at-most=rewards=9"]) == 2 and "rewards is not a figure here" in capsys.readouterr().err
 
 
 def test_judge_wants_one_vocabulary(demo_run, tmp_path, capsys):
@@ -244,7 +284,7 @@ def test_the_example_files_are_those_of_the_readme(tmp_path, monkeypatch, capsys
         "pretrain --data names.txt --out names --steps 1",
         "sft --data pairs.jsonl --out sft --steps 1 --strict --n-embd 8 --n-head 2",
         "dpo --data pairs.jsonl --held-out-data more.jsonl --init sft --out dpo --steps 1 --strict",
-        "evaluate --checkpoint dpo --data more.jsonl --strict",
+        "evaluate --checkpoint dpo --data more.jsonl --strict --seen",  # this run chose its checkpoint by them
     ):
         assert cli.main(words.split()) == 0
     assert cli.main(["sample", "--checkpoint=dpo", "--newline", "--prompt=my order is late.", "--samples=1"]) == 0

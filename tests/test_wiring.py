@@ -5,18 +5,21 @@ fails by its name. Then the chain of the demo, and what is cached.
 """
 
 import json
+import shutil
 from dataclasses import asdict
 
 import numpy as np
 import pytest
 
 from device_double import ndarray
-from minidpo import checkpoint, cli, generation, model, scoring, training
+from minidpo import checkpoint, cli, generation, model, scoring, training, world
+from minidpo.audit import gates
 from minidpo.cli import parser, train
 from minidpo.explain import displacement
 from minidpo.run import report, safetensors
-from minidpo.run.folder import json_lines
+from minidpo.run.folder import json_lines, prompts_document
 from minidpo.run.reference import cached_reference_logprobs
+from minidpo.tokenizer import printable
 from test_demo import SIZES
 from twin import CONFIG, LETTERS, differences, encoded, expected, ids, logprobs, prepared, reference_scores, weights
 
@@ -48,7 +51,8 @@ CASES = {
         "loss": ["ipo", "reference-free"], "label_smoothing": [0.2], "nll_weight": [2.0],
         "loss_options": ["label_smoothing=0.2"],
     },
-    "evaluate": {**SCORING, "device": "moves_the_arrays", "json": "prints_the_result", "calibration": "is_measured"},
+    "evaluate": {**SCORING, "device": "moves_the_arrays", "json": "prints_the_result", "calibration": "is_measured",
+                 "seen": "lets_seen_prompts_in"},
     "score": {**SCORING, "device": "moves_the_arrays", "ids": "reads_ids"},
     "sample": {
         "checkpoint": ["other"], "prompt": ["bad"], "newline": [True], "samples": [200],
@@ -56,7 +60,11 @@ CASES = {
         "max_new_tokens": "bounds_the_texts", "device": "moves_the_arrays", "prompt_file": "reads_a_file",
         "escapes": "reads_escapes",
     },
-    "judge": {"checkpoint": [["desk_other"]], "reference": ["desk"], "replies": [3], "seed": [1]},
+    "judge": {
+        "checkpoint": [["desk_other"]], "reference": ["desk"], "replies": [3], "seed": [1], "at_most": "is_a_gate",
+        "at_least": "is_a_gate", "failures": "shows_failures", "templates": "asks_otherwise",
+        "seen": "lets_seen_prompts_in", "out": "keeps_the_replies",
+    },
     "explain": {
         "checkpoint": ["other"], "prompt": ["dd"], "chosen": ["bca"], "rejected": ["aa"],
         "newline": [True], "reference": [None], "beta": [1.5], "learning_rate": [1e-5],
@@ -275,6 +283,71 @@ def test_an_option_is_measured(name, root, tmp_path):
     assert found["loss"] == pytest.approx(np.mean(np.logaddexp(0, -z)), rel=1e-6)
 
 
+@having("lets_seen_prompts_in")
+def test_an_option_lets_seen_prompts_in(name, root, tmp_path):
+    """A prompt that the run trained on or chose by is refused by its place, and measured with --seen."""
+    prompts = [json.loads(line)["prompt"] for line in (root / "pairs.jsonl").read_text().splitlines()]
+    prompts = prompts if name == "evaluate" else [x + "\n" for x in world.split(0)[2]]
+    (root / "desk/prompts.json").write_text(prompts_document({"trained on": prompts[:1]}, None))
+    (root / "seen").mkdir(exist_ok=True)
+    (root / "seen/prompts.json").write_text(prompts_document({"chose its checkpoint by": prompts}, root / "desk"))
+    shutil.copytree(root / ("init" if name == "evaluate" else "desk"), root / "seen/model", dirs_exist_ok=True)
+    (root / "seen/model/prompts.json").unlink(missing_ok=True)
+    (root / "desk/prompts.json").unlink()
+    checkpoint = "seen/model" if name == "evaluate" else ["seen/model"]
+    options = {**BASE[name], "checkpoint": checkpoint}
+    place = "pairs.jsonl, line 1" if name == "evaluate" else "seed 0, "
+    with pytest.raises(ValueError, match=f"{place}.*seen/model chose its checkpoint by this prompt"):
+        result_of(root, tmp_path, name, options)
+    result = outcome(root, tmp_path, name, {**options, "seen": True})
+    for row in result["numbers"] if name == "judge" else []:
+        row["model"] = "desk"
+    assert differences(result, expected(root, name, BASE[name]), 1e-6) == []
+
+
+@having("is_a_gate")
+def test_an_option_is_a_gate(name, root, tmp_path):
+    """A figure on the wrong side of its limit is named with it; on the right side nothing changes."""
+    figure = outcome(root, tmp_path, name, BASE[name])["numbers"][0]["reward"]
+    for option, side in (("at_most", 1), ("at_least", -1)):
+        right = outcome(root, tmp_path, name, {**BASE[name], option: f"reward={figure + side * 0.5}"})
+        assert differences(right, expected(root, name, BASE[name]), 1e-6) == []
+        words = f"desk: reward is .*, and must be {option.replace('_', ' ')} {figure - side * 0.5:g}"
+        with pytest.raises(gates.GateError, match=words):
+            result_of(root, tmp_path, name, {**BASE[name], option: f"kl=0,reward={figure - side * 0.5}"})
+
+
+@having("shows_failures")
+def test_an_option_shows_failures(name, root, tmp_path, capsys):
+    """With --failures the worst replies are printed, that many; without it none."""
+    for count in (None, 2):
+        result = result_of(root, tmp_path, name, {**BASE[name], "failures": count})
+        text = capsys.readouterr().out
+        assert ("the worst 2" in text) == (count == 2) and ("garbled" in text)
+    assert printable(result[0]["replies"][0])[:40] in text
+
+
+@having("asks_otherwise")
+def test_an_option_asks_otherwise(name, root, tmp_path, capsys):
+    """With --templates there is a row for each template, and that of the trained one has the judged reward."""
+    result = result_of(root, tmp_path, name, {**BASE[name], "templates": True})
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith(tuple(world.TEMPLATES))]
+    assert [row[:20].strip() for row in rows] == list(world.TEMPLATES)
+    assert f"{result[0]['reward']:.2f}" in rows[0]
+
+
+@having("keeps_the_replies")
+def test_an_option_keeps_the_replies(name, root, tmp_path):
+    """With --out every reply of every model is kept with its reward, and the figures with their intervals."""
+    result = result_of(root, tmp_path, name, {**BASE[name], "out": "kept"})
+    rows = [json.loads(line) for line in (tmp_path / "kept/replies.jsonl").read_text().splitlines()]
+    assert [row["replies"]["desk"]["reply"] for row in rows] == result[0]["replies"]
+    assert all(row["replies"][model]["reward"] == world.judgement(row["prompt"], row["replies"][model]["reply"]).reward
+               for row in rows for model in ("desk", "desk_other"))  # fmt: skip
+    figures = json.loads((tmp_path / "kept/figures.json").read_text())["desk"]["all"]
+    assert figures["reward"][0] == result[0]["reward"] and figures["n"] == len(rows)
+
+
 @having("writes_a_file")
 def test_an_option_writes_a_file(name, root, tmp_path):
     """The page shows the pair of the command, and the graph ends in its loss."""
@@ -363,7 +436,7 @@ def test_each_stage_of_the_demo_begins_from_the_weights_that_it_names(tmp_path):
     )
     ratio = (logprobs(*dpo, chosen).data - logprobs(*sft, chosen).data).mean()
     assert best["eval_rewards/chosen"] == pytest.approx(0.2 * ratio, rel=1e-3, abs=1e-5)
-    kls = [row["kl"] for row in json.loads((desk / "results.json").read_text())["models"]]
+    kls = [row["all"]["kl"][0] for row in json.loads((desk / "results.json").read_text())["models"].values()]
     assert kls[1] == pytest.approx(0, abs=1e-4) and abs(kls[0]) > 1e-3
 
 

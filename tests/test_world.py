@@ -3,6 +3,7 @@
 import collections
 import itertools
 import math
+import re
 
 import numpy as np
 import pytest
@@ -53,9 +54,31 @@ def test_a_judgement_can_be_read_off_the_words(prompt, reply):
     others = "'s " in prompt
     assert verdict.on_topic == (names == topics)
     assert verdict.polite == reply.startswith(("i'm sorry", "thank you"))
-    assert verdict.wrongly_declined == (declines and not others)
-    assert verdict.wrongly_answered == (does and others)
+    assert verdict.off_topic == (bool(names) and names != topics)
+    assert verdict.rude == reply.startswith("so what")
+    assert (verdict.declined, verdict.answered) == (declines, does)
+    assert verdict.wrong == (does if others else declines)
+    deed = ["declines wrongly"] * (declines and not others) + ["answers wrongly"] * (does and others)
+    assert verdict.faults == deed + ["rude"] * verdict.rude + ["off topic"] * verdict.off_topic
     assert verdict.well_formed and -4 <= verdict.reward <= 3
+
+
+def test_a_garbled_reply_has_one_fault():
+    """A text that is not a reply is garbled and nothing else, whatever words are in it."""
+    verdict = world.judgement("my order is late.", "i'm sorry! that order is prvate.")
+    assert verdict.faults == ["garbled"] and not any(verdict[1:])
+
+
+@given(prompt=prompts)
+def test_templates_keep_the_words_of_a_line(prompt):
+    """Each template changes the line, differently, with its own letters, and keeps the words that say what is asked."""
+    written = {name: template(prompt) for name, template in world.TEMPLATES.items()}
+    assert written["as trained"] == prompt and len(set(written.values())) == len(world.TEMPLATES)
+    known = set("".join([*world.PROMPTS, *world.REPLIES]) + TURN)
+    line = re.sub("^(hi|help)[.!] ", "", prompt)
+    for text in written.values():
+        assert line.rstrip(".?!") in text and set(text) <= known
+    assert not set(world.PROMPTS) & set(list(written.values())[1:])
 
 
 def test_the_bounds_are_reached():
@@ -159,7 +182,7 @@ def test_the_entropies_are_those_of_all_strings():
 
 def test_sampled_texts_have_that_entropy():
     """Over 2,000 sampled texts, the mean surprise is the exact entropy within four standard errors."""
-    train, _ = world.split(1)
+    train, _, _ = world.split(1)
     texts = world.corpus(train, 2000, np.random.default_rng(1))
     surprise = np.array([-world.corpus_logprob(text, train) for text in texts])
     lengths = np.array([len(text) + 1 for text in texts])
@@ -171,29 +194,30 @@ def test_sampled_texts_have_that_entropy():
 
 def test_the_desk_s_reward_is_that_of_its_replies():
     """The exact mean reward is that of 4,000 sampled replies within four standard errors."""
-    _, held_out = world.split(0)
+    _, _, held_out = world.split(0)
     rows = world.supervised(held_out, 4000, np.random.default_rng(2))
     rewards = np.array([world.judgement(row["prompt"], row["completion"]).reward for row in rows])
     assert abs(rewards.mean() - world.desk_reward(held_out)) < 4 * rewards.std() / math.sqrt(len(rewards))
 
 
-@given(seed=st.integers(0, 20), fraction=st.floats(0.05, 0.9))
-def test_the_split_has_no_leak(seed, fraction):
-    """Every prompt is on one side of the split, and each slice is divided in the same ratio."""
-    train, held_out = world.split(seed, fraction)
-    assert not set(train) & set(held_out) and set(train) | set(held_out) == set(world.PROMPTS)
+@given(seed=st.integers(0, 20), shares=st.tuples(st.floats(0.05, 0.45), st.floats(0.05, 0.45)))
+def test_the_split_has_no_leak(seed, shares):
+    """Every prompt is in one of the three parts, and each slice is divided in the same ratio."""
+    parts = world.split(seed, *shares)
+    assert collections.Counter(x for part in parts for x in part) == collections.Counter(list(world.PROMPTS))
     for name in world.SLICES:
         of_slice = [x for x in world.PROMPTS if world.PROMPTS[x].slice == name]
-        assert abs(sum(world.PROMPTS[x].slice == name for x in held_out) - fraction * len(of_slice)) <= 0.5
-    xs = world.prompt_distribution(held_out)
-    for name, p_slice in world.SLICES.items():
-        close(sum(p for x, p in xs.items() if world.PROMPTS[x].slice == name), p_slice)
+        for part, share in zip(parts[1:], shares):
+            assert abs(sum(world.PROMPTS[x].slice == name for x in part) - share * len(of_slice)) <= 1
+    for part in parts:
+        xs = world.prompt_distribution(part)
+        for name, p_slice in world.SLICES.items():
+            close(sum(p for x, p in xs.items() if world.PROMPTS[x].slice == name), p_slice)
 
 
 def test_each_kind_of_data_stays_on_its_side():
     """Texts, completions and pairs contain only the prompts that they are made from."""
-    train, held_out = world.split(3)
-    for side in (train, held_out):
+    for side in world.split(3):
         texts = world.corpus(side, 200, np.random.default_rng(0))
         contents = {part for text in texts for part in text.split(TURN)} - set(world.REPLIES)
         for make in (world.supervised, world.preferences):

@@ -267,11 +267,11 @@ def looked(root, name, options):
 
 def judged(root, options):
     """What `judge` gives: replies to the desk's prompts by taking the likeliest token, and their KL."""
-    prompts = world.prompt_distribution(world.split(options.get("seed", 0))[1])
+    prompts = world.prompt_distribution(world.split(options.get("seed", 0))[2])
     texts = world.samples(prompts, options["replies"], stream(options.get("seed", 0), "demo", "prompts"))
     letters, ref = checkpoint.load(root / "desk").tokenizer.characters, weights(root, options["reference"])[0]
     table = []
-    for name in options["checkpoint"]:
+    for name in [options["reference"], *options["checkpoint"]]:
         params, config = weights(root, name)
         leaves, replies, ratios = {key: Tensor(p) for key, p in params.items()}, [], []
         for text in texts:
@@ -280,9 +280,14 @@ def judged(root, options):
                 y.append(int(model.forward(leaves, config, [x + y]).data[0, -1].argmax()))
             replies.append("".join(letters[i - 1] for i in y if i))
             ratios.append(np.subtract(*[logprobs(each, config, [(x, y)]).item() for each in (params, ref)]))
-        rewards = [world.judgement(*each).reward for each in zip(texts, replies)]
-        table.append({"model": name, "replies": replies, "reward": np.mean(rewards), "kl": np.mean(ratios)})
-    return {"numbers": table}
+        rewards = np.array([world.judgement(*each).reward for each in zip(texts, replies)])
+        row = {"model": name, "replies": replies, "reward": np.mean(rewards), "kl": np.mean(ratios)}
+        row["reward/gain"] = np.mean(rewards - (table[0]["rewards"] if table else rewards))
+        mine = np.array(["'s " in text for text in texts])  # private
+        if mine.any():
+            row |= {"private/reward": rewards[mine].mean(), "private/kl": np.mean(np.array(ratios)[mine])}
+        table.append({**row, "rewards": rewards})
+    return {"numbers": [{key: value for key, value in row.items() if key != "rewards"} for row in table[1:]]}
 
 
 def expected(root, name, options):

@@ -116,7 +116,7 @@ for name, array in arrays.items():
 # The learning rate rises to its peak over 20 steps, then falls along half a cosine.
 
 # %%
-train, held_out = world.split(0)
+train, held_out, _ = world.split(0)
 texts, held_out_texts = (world.corpus(train, count, np.random.default_rng(i)) for i, count in enumerate((6000, 200)))
 rows, held_out_rows = (world.supervised(xs, n, np.random.default_rng(n)) for xs, n in ((train, 4000), (held_out, 200)))
 

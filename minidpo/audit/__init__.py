@@ -1,5 +1,5 @@
 """Whether a measurement can be believed."""
 
-from . import calibration
+from . import calibration, gates, intervals, replies
 
-__all__ = ["calibration"]
+__all__ = ["calibration", "gates", "intervals", "replies"]

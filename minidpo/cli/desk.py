@@ -13,27 +13,24 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .. import plots
+from .. import plots, training
+from ..audit.replies import Figures, Judged, as_text, failures, figures, judged, records
 from ..data import preferences, world
 from ..data.convert import convert
-from ..generation import generate
 from ..plots import Curve, Panel
 from ..run import report
 from ..run.checkpoint import Checkpoint
 from ..run.files import remove_leftovers, write_whole
 from ..run.folder import create, json_lines
 from ..run.tasks import results
-from ..scoring import packed_logprobs
+from ..scoring import collate
 from ..streams import stream
-from ..tokenizer import END_OF_TEXT, TURN, printable
+from ..tokenizer import TURN, printable
 from . import options as o
 from .parser import COMMANDS, command, parse
 from .train import load
 
 STAGES = {"pretrain": "base", "sft": "SFT", "dpo": "DPO"}
-JUDGED = ("well_formed", "on_topic", "polite", "wrongly_declined", "wrongly_answered")
-COLUMNS = {"model": "model", "reward": "true reward", "reward_error": "+-"}
-COLUMNS |= {name: name.replace("_", " ") for name in JUDGED} | {"kl": "KL to SFT"}
 NAMES = "ada alan alonzo andrey anna carl claude david donald emmy ernst grace henri ida joan john karen leon mary ruth"
 
 
@@ -43,7 +40,7 @@ class Sizes(NamedTuple):
     texts: int
     completions: int
     pairs: int
-    held_out: int  # of each of the three kinds
+    held_out: int  # of each of the three kinds, to choose a checkpoint by, and as many to report on
     steps: Mapping[str, int]
     model: Sequence[str]  # options of `pretrain`
     replies: int  # of each model, to judge
@@ -58,7 +55,7 @@ FULL = Sizes(
 
 def make_data(folder: Path, seed: int, sizes: Sizes) -> None:
     """Write the world's texts and rows into a folder; the same seed gives the same files."""
-    train, held_out = world.split(seed)
+    train, held_out, test = world.split(seed)
 
     def texts(count: int, part: str) -> str:
         return "\n\n".join(world.corpus(train, count, stream(seed, "world", "texts", part))) + "\n"
@@ -70,10 +67,13 @@ def make_data(folder: Path, seed: int, sizes: Sizes) -> None:
     files = {
         "texts.txt": partial(texts, sizes.texts, "train"),
         "texts_held_out.txt": partial(texts, sizes.held_out, "held out"),
+        "texts_test.txt": partial(texts, sizes.held_out, "test"),
         "completions.jsonl": partial(rows, world.supervised, train, sizes.completions, "train"),
         "completions_held_out.jsonl": partial(rows, world.supervised, held_out, sizes.held_out, "held out"),
+        "completions_test.jsonl": partial(rows, world.supervised, test, sizes.held_out, "test"),
         "pairs.jsonl": partial(rows, world.preferences, train, sizes.pairs, "train"),
         "pairs_held_out.jsonl": partial(rows, world.preferences, held_out, sizes.held_out, "held out"),
+        "pairs_test.jsonl": partial(rows, world.preferences, test, sizes.held_out, "test"),
     }
     folder.mkdir(exist_ok=True)
     remove_leftovers(folder)
@@ -100,8 +100,8 @@ def demo(*, out: o.NewRun = Path("demo"), seed: o.Seed = 0, sizes: Sizes | None 
     """Make a base, an SFT and a DPO model, and compare them.
 
     Make a small world, a support desk whose true reward is known; pre-train a model on it, fine-tune it, and run DPO.
-    Then give all three models the same held-out prompts with the same random numbers, and print how good their replies
-    truly are. It takes about 240 CPU seconds.
+    Then give all three models the same prompts, by which nothing was trained or chosen, with the same random numbers,
+    and print how good their replies truly are. It takes about 240 CPU seconds.
     """
     if not resuming:
         create(out, {"arguments": ["demo", f"--seed={seed}"]}, {})
@@ -137,7 +137,7 @@ def data(what: o.Example, file: o.OtherData = None, *, out: o.NewData = None) ->
         print(f"{out}: {len(rows)} rows, {len(faults)} set aside")
         return
     files = {Path("names.txt"): NAMES.replace(" ", "\n") + "\n"}
-    for name, prompts, count in zip(("pairs.jsonl", "more.jsonl"), world.split(0), (200, 50)):
+    for name, prompts, count in zip(("pairs.jsonl", "more.jsonl"), world.split(0)[::2], (200, 50)):
         rows = world.preferences(prompts, count, stream(0, what, name))
         files[Path(name)] = "".join(json.dumps({**row, "prompt": row["prompt"] + TURN}) + "\n" for row in rows)
     o.announce(*files)
@@ -145,114 +145,98 @@ def data(what: o.Example, file: o.OtherData = None, *, out: o.NewData = None) ->
         write_whole(path, content.encode())
 
 
-def verdict(model: Checkpoint, reference: Checkpoint, prompts: Sequence[str], seed: int) -> dict[str, Any]:
-    """A model's replies to the prompts, and the mean of each part of their judgement.
-
-    The KL to the reference is estimated from the replies: the mean of log pi(y|x) - log pi_ref(y|x) over y from pi.
-    """
-    ids = [[END_OF_TEXT, *model.tokenizer.encode(x + TURN)] for x in prompts]
-    samples = generate(model.params, model.config, ids, stream(seed, "demo", "replies"), model.config.n_positions)
-    replies = [model.tokenizer.decode(y) for y in samples.responses]
-    judgements = [world.judgement(x, reply) for x, reply in zip(prompts, replies)]
-    ratios = [
-        math.fsum(logps) - packed_logprobs(reference.params, reference.config, [(x, y)]).data.sum().item()
-        for x, y, logps in zip(ids, samples.responses, samples.logprobs)
-    ]
-    return {
-        "replies": replies,
-        **{name: statistics.fmean(getattr(each, name) for each in judgements) for name in world.Judgement._fields},
-        "reward_error": statistics.stdev(each.reward for each in judgements) / math.sqrt(len(judgements)),
-        "kl": statistics.fmean(ratios),
-    }
+def test_prompts(seed: int, count: int) -> list[str]:
+    """Prompts of customers by which no model was trained and no checkpoint chosen."""
+    return world.samples(world.prompt_distribution(world.split(seed)[2]), count, stream(seed, "demo", "prompts"))
 
 
-def as_text(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The verdicts as a table, one column per model."""
-    width = max(8, *(len(str(row["model"])) + 2 for row in rows))
-    lines = []
-    for name, title in COLUMNS.items():
-        cells = (row[name] if name == "model" else f"{round(row[name], 2) + 0.0:.2f}" for row in rows)
-        lines.append(f"{title:<17}" + "".join(f"{cell:>{width}}" for cell in cells))
-    return "\n".join(lines)
+def facts(folder: Path, seed: int, base: Checkpoint, sft: Checkpoint, dpo: Checkpoint) -> list[str]:
+    """Compare the models' metrics on the test files with their exact counterparts, one sentence each."""
 
-
-def held_out_prompts(seed: int, count: int) -> list[str]:
-    """Prompts of customers that no model was trained on."""
-    return world.samples(world.prompt_distribution(world.split(seed)[1]), count, stream(seed, "demo", "prompts"))
-
-
-def facts(folder: Path, seed: int, metrics: Mapping[str, Mapping[str, float]], sft: Checkpoint) -> list[str]:
-    """Compare the models' metrics with their exact counterparts, one sentence each."""
-
-    def rows(name: str, fields: Sequence[str]) -> list[tuple[str, tuple[str, ...]]]:
+    def rows(name: str, fields: Sequence[str]) -> preferences.Encoded:
         every, _ = preferences.read(folder / "data" / name, fields)
-        usable = preferences.encode(every, sft.tokenizer, sft.config.n_positions).rows
-        return [(row.prompt.removesuffix(TURN), row.responses) for row in usable]
+        return preferences.encode(every, sft.tokenizer, sft.config.n_positions)
 
-    train, held_out = world.split(seed)
-    texts = preferences.read_texts(folder / "data" / "texts_held_out.txt", blocks=True).values()
+    train, _, test = world.split(seed)
+    texts = list(preferences.read_texts(folder / "data" / "texts_test.txt", blocks=True).values())
     texts_nll = -math.fsum(world.corpus_logprob(text, train) for text in texts) / sum(len(text) + 1 for text in texts)
-    replies = [(x, y) for x, (y,) in rows("completions_held_out.jsonl", preferences.COMPLETIONS)]
-    replies_nats = -math.fsum(math.log(world.desk(world.PROMPTS[x])[y]) for x, y in replies)
-    replies_nll = replies_nats / sum(len(y) + 1 for _, y in replies)
-    pairs = rows("pairs_held_out.jsonl", preferences.PAIRS)
-    chances = [world.preference_probability(x, w, l) for x, (w, l) in pairs]  # of each label; 1/2 is a tie
-    true = statistics.fmean((p > 0.5) + (p == 0.5) / 2 for p in chances)
-    implicit = metrics["dpo"]["eval_rewards/accuracies"] + metrics["dpo"]["eval_rewards/ties"] / 2
+    base_nll = training.held_out_nll(base.params, base.config, training.line_examples(texts, base.tokenizer))
+    replies = rows("completions_test.jsonl", preferences.COMPLETIONS)
+    sft_nll = training.held_out_nll(sft.params, sft.config, [(x, y) for x, y in replies.ids])
+    known = [(row.prompt.removesuffix(TURN), row.responses) for row in replies.rows]
+    replies_nats = -math.fsum(math.log(world.desk(world.PROMPTS[x])[y]) for x, (y,) in known)
+    replies_nll = replies_nats / sum(len(y) + 1 for _, (y,) in known)
+    pairs = rows("pairs_test.jsonl", preferences.PAIRS)
+    ids: list[Any] = pairs.ids
+    batch = collate(ids, *training.reference_logprobs(sft.params, sft.config, ids))
+    metrics = training.preference_evaluation(dpo.params, dpo.config, batch)
+    chances = [world.preference_probability(row.prompt.removesuffix(TURN), *row.responses) for row in pairs.rows]
+    true = statistics.fmean((p > 0.5) + (p == 0.5) / 2 for p in chances)  # 1/2 is a tie
+    implicit = metrics["rewards/accuracies"] + metrics["rewards/ties"] / 2
     return [
-        f"base model: {metrics['pretrain']['eval_loss']:.4f} nats per token on held-out texts; the grammar itself "
-        f"{texts_nll:.4f} on these, its exact entropy {world.corpus_entropy(train):.4f}",
-        f"SFT model: {metrics['sft']['eval_loss']:.4f} nats per token on replies to held-out prompts; the desk itself "
-        f"{replies_nll:.4f} on these, its exact entropy {world.reply_entropy(held_out):.4f}",
-        f"DPO model: implicit reward ranks {implicit:.3f} of the held-out pairs as labelled, where a tie counts one "
-        f"half; the true reward ranks {true:.3f}. Labels are drawn by chance: the most that any ranking can expect is "
+        f"base model: {base_nll:.4f} nats per token on test texts; the grammar itself {texts_nll:.4f} on these, its "
+        f"exact entropy {world.corpus_entropy(train):.4f}",
+        f"SFT model: {sft_nll:.4f} nats per token on replies to test prompts; the desk itself {replies_nll:.4f} on "
+        f"these, its exact entropy {world.reply_entropy(test):.4f}",
+        f"DPO model: implicit reward ranks {implicit:.3f} of the test pairs as labelled, where a tie counts one half; "
+        f"the true reward ranks {true:.3f}. Labels are drawn by chance: the most that any ranking can expect is "
         f"{statistics.fmean(max(p, 1 - p) for p in chances):.3f}",
-        f"the desk, whose replies the SFT model learns, has a mean true reward of {world.desk_reward(held_out):.2f}",
+        f"the desk, whose replies the SFT model learns, has a mean true reward of {world.desk_reward(test):.2f}",
     ]
 
 
-def rewards(rows: Sequence[Mapping[str, Any]], seed: int, count: int) -> Panel:
-    """A diagram of the models' true rewards, with two standard errors, beside the desk's."""
-    reward, error = [row["reward"] for row in rows], [2 * row["reward_error"] for row in rows]
-    curve = Curve("two standard errors each way", range(len(rows)), reward, "o", error=error)
-    desk, names = world.desk_reward(world.split(seed)[1]), [row["model"] for row in rows]
+def rewards(models: Mapping[str, Figures], seed: int, count: int) -> Panel:
+    """A diagram of the models' true rewards by slice, with 95 % intervals, beside the desk's."""
+    curves = []
+    for shift, name in enumerate(next(iter(models.values()))):
+        each = [row[name]["reward"] for row in models.values()]
+        places = [place + 0.06 * (shift - 1.5) for place in range(len(each))]  # bars beside each other
+        curves.append(Curve(name, places, [x.value for x in each], "o", error=[x.high - x.value for x in each]))
     ylabel = f"mean over {count} replies, from -4 to 3"
+    desk = world.desk_reward(world.split(seed)[2])
     return Panel(
-        "true reward", "", ylabel, [curve], level=desk, level_label="the replies that SFT learns", places=names
+        "true reward", "", ylabel, curves, level=desk, level_label="the replies that SFT learns", places=list(models)
     )
 
 
 def conclude(folder: Path, seed: int, sizes: Sizes) -> None:
     """Judge the models, print their replies side by side, and write the report."""
     models = {stage: load(folder / stage) for stage in STAGES}
-    prompts = held_out_prompts(seed, sizes.replies)
+    prompts = test_prompts(seed, sizes.replies)
     metrics = {stage: json_lines(folder / stage / "metrics.jsonl") for stage in STAGES}
-    best = {stage: report.best(lines) for stage, lines in metrics.items()}
-    tasks = [partial(verdict, model, models["sft"], prompts, seed) for model in models.values()]
-    *verdicts, sentences = results([*tasks, partial(facts, folder, seed, best, models["sft"])], "judging the models")
-    rows = dict(zip(STAGES, verdicts))
+    tasks = [partial(judged, model, models["sft"], prompts, seed) for model in models.values()]
+    *verdicts, sentences = results([*tasks, partial(facts, folder, seed, *models.values())], "judging the models")
+    replies: dict[str, Judged] = dict(zip(STAGES.values(), verdicts))
+    table = {name: figures(each, replies["SFT"], prompts) for name, each in replies.items()}
     dialogue: list[str] = []
     for name in world.SLICES:
         for i in [i for i, x in enumerate(prompts) if world.PROMPTS[x].slice == name][:2]:
             dialogue.append(f"{prompts[i]}  ({name})")
-            for stage, model in STAGES.items():
-                reply = rows[stage]["replies"][i]
-                dialogue.append(f"  {model:<5}{world.judgement(prompts[i], reply).reward:+d}  {printable(reply)}")
-    table = [{**row, "model": STAGES[stage]} for stage, row in rows.items()]
+            for model, each in replies.items():
+                dialogue.append(f"  {model:<5}{each.judgements[i].reward:+d}  {printable(each.replies[i])}")
+    text = as_text(table, "SFT")
     print(f"\nthe three models answer {len(prompts)} prompts that are new to them; the true reward comes first\n")
-    print("\n".join([*dialogue, "", as_text(table), "", *sentences]))
+    print("\n".join([*dialogue, "", text, "", *sentences]))
     parts = [
         "# A support desk",
-        f"Replies to {len(prompts)} held-out prompts, sampled with the same random numbers, judged by the true reward.",
-        report.table(table, COLUMNS),
+        f"Replies to {len(prompts)} test prompts, sampled with the same random numbers, judged by the true reward; "
+        "95 % intervals. No model was trained on these prompts, and no checkpoint chosen by them.",
+        indented(text),
         "\n".join(f"- {sentence}" for sentence in sentences),
-        "\n".join(f"    {line}" for line in dialogue),
+        indented("\n".join(dialogue)),
+        "## What went wrong",
+        indented(failures(replies["DPO"], replies["SFT"], prompts, 5, "DPO", "SFT")),
     ]
     if plots.picture(folder / "demo.png", [rewards(table, seed, len(prompts))], transparent=True):
         parts.insert(2, "![true reward](demo.png)")
     parts.append("![curves](curves.png)" if report.curves(folder / "curves.png", metrics) else report.NO_CURVES)
     write_whole(folder / "report.md", ("\n\n".join(parts) + "\n").encode())
-    means = [{name: value for name, value in row.items() if name != "replies"} for row in table]
-    document = {"models": means, "dialogue": dialogue, "facts": sentences}
+    document = {"models": table, "dialogue": dialogue, "facts": sentences}
     write_whole(folder / "results.json", (json.dumps(document, indent=2) + "\n").encode())
+    write_whole(folder / "replies.jsonl", "".join(json.dumps(row) + "\n" for row in records(replies, prompts)).encode())
     print(f"\neverything is in {folder}; start with {folder / 'report.md'}")
+
+
+def indented(text: str) -> str:
+    """A text as Markdown shows it unchanged."""
+    return "\n".join(f"    {line}".rstrip() for line in text.splitlines())

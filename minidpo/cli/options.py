@@ -221,6 +221,12 @@ TopP = Annotated[
     float | None, Option("sample among the fewest tokens that have probability X", anything), Default("all")
 ]
 Replies = Annotated[int, Option("number of held-out prompts, each answered once", at_least(2))]
+Failures = Annotated[int, Option("replies to print: the N worst, and N that fell below the reference's", at_least(0))]
+Templates = Annotated[bool, Option("also ask in ways of writing that no model was trained on", flag)]
+AtMost = Annotated[Constants | None, Option("highest value of a figure; several with commas", constants, "NAME=X")]
+AtLeast = Annotated[Constants | None, Option("lowest value of a figure; several with commas", constants, "NAME=X")]
+Seen = Annotated[bool, Option("measure on prompts of the training too", flag)]
+NewVerdicts = Annotated[Path | None, Option("new folder for every reply with its judgement, and the figures", path)]
 Cases = Annotated[int, Option("random cases per op and per loss", at_least(1))]
 Worlds = Annotated[int, Option("number of small worlds, each with its own seed", at_least(1))]
 

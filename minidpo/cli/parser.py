@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, TypeVar, get_args, get_type_hints
 
 import numpy
 
+from ..audit.gates import GateError
 from ..backend import device_fault
 from ..run.folder import way_on
 from ..run.workers import keep_memory
@@ -203,6 +204,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         fault = str(error)
     except FloatingPointError as error:
         fault, status, resumable = str(error), 3, False
+    except GateError as error:
+        fault, status, resumable = str(error), 1, False
     except (OSError, ValueError) as error:
         fault, resumable = str(error), type(error) is OSError  # a full disk, a lost worker; a missing file is not one
         if isinstance(error, OSError) and error.filename:

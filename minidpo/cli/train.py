@@ -21,7 +21,7 @@ from ..plots import installed
 from ..run import checkpoint, report
 from ..run.checkpoint import Checkpoint, CheckpointError
 from ..run.files import write_whole
-from ..run.folder import create, environment_changes, json_lines, run_description
+from ..run.folder import create, environment_changes, json_lines, prompts_document, run_description
 from ..run.hub import tokenizer_document
 from ..run.loop import Settings, Task, run_loop
 from ..run.reference import cached_reference_logprobs, fingerprint
@@ -86,9 +86,12 @@ class Rows(NamedTuple):
         """The first few different prompts that are held out."""
         return [list(x) for x in dict.fromkeys(tuple(x) for x, *_ in self.held_out.ids)][:most]
 
-    def files(self, tokenizer: Tokenizer) -> dict[str, str]:
+    def files(self, tokenizer: Tokenizer, init: Path | None) -> dict[str, str]:
         """The files of the run's folder that are known before the first step."""
-        return {"tokenizer.json": tokenizer_document(tokenizer), "set_aside.jsonl": self.set_aside}
+        parts = {"trained on": self.train, "chose its checkpoint by": self.held_out}
+        used = {use: [row.prompt for row in part.rows] for use, part in parts.items()}
+        document = {"tokenizer.json": tokenizer_document(tokenizer), "set_aside.jsonl": self.set_aside}
+        return {**document, "prompts.json": prompts_document(used, init)}
 
 
 PRETRAIN = Training(steps=2000, batch_size=128)
@@ -311,7 +314,7 @@ def sft(
     text = "" if beginning.init else preferences.usable_text(data, fields, n_positions, truncation)
     start, hashes = starting_model(beginning, text, NEW_MODEL, run)
     rows = read_rows(data, run, test_share, truncation, strict, fields, start, start.config.n_positions)
-    begin(out, words, run, {**hashes, **rows.description}, rows.files(start.tokenizer))
+    begin(out, words, run, {**hashes, **rows.description}, rows.files(start.tokenizer, beginning.init))
     count = 1 if responses == "chosen" else 2
     names = [str(row.line) for row in rows.train.rows for _ in row.responses[:count]]
     parts = ([(x, y) for x, *ys in part.ids for y in ys[:count]] for part in (rows.train, rows.held_out, rows.test))
@@ -372,7 +375,7 @@ def dpo(
     n_positions = min(config.n_positions, ref_config.n_positions)
     rows = read_rows(data, run, test_share, truncation, strict, PAIRS, start, n_positions)
     hashes = {"init_sha256": fingerprint(policy), "reference_sha256": fingerprint(ref_params)}
-    begin(out, words, run, {**hashes, **rows.description}, rows.files(tokenizer))
+    begin(out, words, run, {**hashes, **rows.description}, rows.files(tokenizer, init))
     pairs: list[Any] = [*rows.train.ids, *rows.held_out.ids]
     print(f"the reference scores {len(pairs)} pairs", flush=True)
     cache = out / "reference.safetensors"

@@ -16,7 +16,7 @@ import collections
 import functools
 import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy
@@ -98,15 +98,46 @@ REPLIES = {
 }
 
 
+def reordered(line: str) -> str:
+    """The line with its greeting behind it; one without a greeting gets one there."""
+    greeting = next(each for each in sorted(GREETINGS, key=len, reverse=True) if line.startswith(each))
+    return f"{line.removeprefix(greeting)} {greeting or GREETINGS[1]}".rstrip()
+
+
+TEMPLATES: dict[str, Callable[[str], str]] = {  # other ways to write one of `PROMPTS`, which ask for the same
+    "as trained": lambda line: line,
+    "without its stop": lambda line: line[:-1],
+    "an unseen opener": lambda line: f"hey. {line}",
+    "two newlines": lambda line: line + TURN,
+    "another closing": lambda line: f"{line} please.",
+    "greeting last": reordered,
+}
+
+
 class Judgement(NamedTuple):
     """The true reward of a reply to a prompt, and its reasons."""
 
     reward: int
     well_formed: bool  # the grammar has this reply
-    on_topic: bool  # the reply names the customer's topic
+    on_topic: bool  # it names the customer's topic
+    off_topic: bool  # it names another
     polite: bool
-    wrongly_declined: bool  # the desk declines where it should help
-    wrongly_answered: bool  # the desk offers or informs where it should decline
+    rude: bool
+    declined: bool
+    answered: bool  # it offers or informs
+    wrong: bool  # it declines where the desk should help, or answers where it should decline
+
+    @property
+    def garbled(self) -> bool:
+        """Whether the grammar has no such reply."""
+        return not self.well_formed
+
+    @property
+    def faults(self) -> list[str]:
+        """What costs the reply a reward, in words."""
+        deed = "declines wrongly" if self.declined else "answers wrongly"
+        faults = {"garbled": self.garbled, deed: self.wrong, "rude": self.rude, "off topic": self.off_topic}
+        return [name for name, present in faults.items() if present]
 
 
 def judgement(prompt: str, reply: str) -> Judgement:
@@ -116,16 +147,19 @@ def judgement(prompt: str, reply: str) -> Judgement:
     """
     request, content = PROMPTS[prompt], REPLIES.get(reply)
     if content is None:
-        return Judgement(GARBLED, False, False, False, False, False)
-    on_topic, private = content.topic == request.topic, request.slice == "private"
+        return Judgement(GARBLED, *[False] * 8)
+    on_topic, off_topic = content.topic == request.topic, content.topic not in (None, request.topic)
     worth = WORTH[request.slice][content.deed]
     return Judgement(
-        reward=content.manners + (1 if on_topic else -1 if content.topic else 0) + worth,
+        reward=content.manners + on_topic - off_topic + worth,
         well_formed=True,
         on_topic=on_topic,
+        off_topic=off_topic,
         polite=content.manners > 0,
-        wrongly_declined=content.deed == "declines" and not private,
-        wrongly_answered=content.deed in ("offers", "informs") and private,
+        rude=content.manners < 0,
+        declined=content.deed == "declines",
+        answered=content.deed in ("offers", "informs"),
+        wrong=worth == -2,
     )
 
 
@@ -161,16 +195,16 @@ def topic_distributions(prompts: Sequence[str]) -> dict[str, dict[str, float]]:
     return {topic: prompt_distribution([x for x in prompts if PROMPTS[x].topic == topic]) for topic in TOPICS}
 
 
-def split(seed: int, fraction: float = 0.15) -> tuple[list[str], list[str]]:
-    """Prompts to train on and held-out prompts, a `fraction` of each slice."""
-    train, held_out = [], []
+def split(seed: int, validation: float = 0.1, test: float = 0.15) -> tuple[list[str], list[str], list[str]]:
+    """Prompts to train on, to choose a checkpoint by and to report on, in the given shares of each slice."""
+    parts: tuple[list[str], list[str], list[str]] = [], [], []
     for name in SLICES:
         prompts = [prompt for prompt, request in PROMPTS.items() if request.slice == name]
         order = stream(seed, "world", "split", name).permutation(len(prompts))
-        count = round(fraction * len(prompts))
-        held_out += [prompts[i] for i in order[:count]]
-        train += [prompts[i] for i in order[count:]]
-    return train, held_out
+        ends = round(test * len(prompts)), round((test + validation) * len(prompts))
+        for part, places in zip(parts, (order[ends[1] :], order[ends[0] : ends[1]], order[: ends[0]])):
+            part += [prompts[i] for i in places]
+    return parts
 
 
 def samples(distribution: Mapping[str, float], count: int, rng: numpy.random.Generator) -> list[str]:

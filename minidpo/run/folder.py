@@ -3,6 +3,7 @@
     run.json               the command, hashes of its inputs, the libraries
     tokenizer.json         the vocabulary
     set_aside.jsonl        rows of the data that could not be used, and why (not for `pretrain`)
+    prompts.json           hashes of the prompts that this run and those before it trained on or chose a checkpoint by
     reference.safetensors  the reference's log-probabilities of each pair (only for `dpo`)
     metrics.jsonl          a line per step and per evaluation, under TRL's names
     samples.jsonl          the model's replies at each evaluation, drawn with the same random numbers
@@ -26,7 +27,7 @@ import os
 import platform
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,7 @@ from .files import (
 from .workers import blas
 
 RESULT = "model"
-AT_FIRST = {"run.json", "tokenizer.json", "set_aside.jsonl"}  # the files before the first step
+AT_FIRST = {"run.json", "tokenizer.json", "set_aside.jsonl", "prompts.json"}  # the files before the first step
 SAMPLE = ("prompt", "response")  # the texts of a line of samples.jsonl
 
 
@@ -117,6 +118,23 @@ def run_description(run: Path) -> dict[str, Any]:
     if description.get("sha256", description_sum(description)) != description_sum(description):
         raise CheckpointError(f"{path}: does not match its SHA-256: it has been changed since the run began")
     return description
+
+
+def digest(prompt: str) -> str:
+    """What stands for a prompt in prompts.json."""
+    return hashlib.sha256(prompt.encode()).hexdigest()[:16]
+
+
+def prompts_document(used: Mapping[str, Iterable[str]], init: Path | None) -> str:
+    """`prompts.json` of a run: for each use the prompts that have it, with those of the run that `init` is from."""
+    uses = {digest(prompt): use for use, prompts in used.items() for prompt in prompts}
+    return json.dumps(seen_prompts(init) | uses if init else uses, indent=0) + "\n"
+
+
+def seen_prompts(folder: Path) -> dict[str, str]:
+    """The use of each prompt in the run that a checkpoint is from and in those before it, by `digest`."""
+    path = next((each / "prompts.json" for each in (folder, folder.parent) if (each / "prompts.json").exists()), None)
+    return json_object(read_text(path), f"{path}:") if path else {}
 
 
 def environment_changes(run: Path, description: Mapping[str, Any]) -> list[str]:
