@@ -15,6 +15,7 @@ from pathlib import Path
 
 from benchmarks.demo import command
 from minidpo import checkpoint
+from minidpo.audit import replies
 from minidpo.cli import desk
 from minidpo.run import report
 from minidpo.run.files import write_whole
@@ -36,10 +37,11 @@ def train(arguments, out):
 
 
 def verdict(folder, sft, seed):
-    """The means over a model's replies to held-out prompts."""
-    prompts = desk.held_out_prompts(seed, desk.FULL.replies)
-    means = desk.verdict(checkpoint.load(folder), checkpoint.load(sft), prompts, seed)
-    return {name: value for name, value in means.items() if name != "replies"}
+    """The means over a model's replies to the prompts that settings are chosen by."""
+    prompts = desk.test_prompts(seed, desk.FULL.replies, part=1)
+    own = replies.judged(checkpoint.load(folder), checkpoint.load(sft), prompts, seed)
+    means = {name: estimate.value for name, estimate in replies.flat(replies.figures(own, own, prompts)).items()}
+    return {**means, "well_formed": 1 - means["garbled"]}
 
 
 def one_seed(folder, seed):

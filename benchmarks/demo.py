@@ -8,12 +8,14 @@ writes benchmarks/results/demo.json; the README shows its figures.
 import argparse
 import json
 import resource
+import statistics
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
-from minidpo import checkpoint
+from minidpo import checkpoint, cli, world
+from minidpo.audit import replies
 from minidpo.cli import desk
 from minidpo.run import files, report
 from minidpo.run import folder as run_folder
@@ -33,7 +35,7 @@ def cpu_seconds():
 
 
 def one_seed(folder, seed):
-    """Run the demo with a seed, then DPO again at beta 0.1 without the likelihood term; the results of both."""
+    """Run the demo with a seed, then DPO again at beta 0.1 without the likelihood term; the figures of all models."""
     before = cpu_seconds()
     command("demo", "--out", folder, "--seed", seed)
     seconds = cpu_seconds() - before
@@ -41,21 +43,78 @@ def one_seed(folder, seed):
     options = [f"--data={data / 'pairs.jsonl'}", f"--held-out-data={data / 'pairs_held_out.jsonl'}", f"--seed={seed}"]
     options += [f"--steps={desk.FULL.steps['dpo']}", "--evaluate-every=60", f"--init={folder / 'sft'}"]
     command("dpo", *options, f"--out={folder / 'collapse'}", "--beta=0.1", "--nll-weight=0", "--learning-rate=3e-4")
-    models = {stage: checkpoint.load(folder / stage) for stage in (*desk.STAGES, "collapse")}
-    prompts = desk.held_out_prompts(seed, desk.FULL.replies)
-    collapse = desk.verdict(models["collapse"], models["sft"], prompts, seed)
-    del collapse["replies"]
-    best = {
-        stage: {**report.best(run_folder.json_lines(folder / stage / "metrics.jsonl"))} for stage in ("dpo", "collapse")
+    sft, dpo, collapse = (checkpoint.load(folder / stage) for stage in ("sft", "dpo", "collapse"))
+    prompts = desk.test_prompts(seed, desk.FULL.replies)
+    asked = {template: [replies.judged(model, sft, prompts, seed, template) for model in (sft, dpo)]
+             for template in world.TEMPLATES}  # fmt: skip
+    reference = asked["as trained"][0]
+    results = json.loads((folder / "results.json").read_text())
+    results["models"]["DPO, collapsed"] = replies.figures(
+        replies.judged(collapse, sft, prompts, seed), reference, prompts
+    )
+    templates = {
+        template: {
+            "SFT": replies.figures(own, own, prompts)["all"]["reward"],
+            **{name: replies.figures(policy, own, prompts)["all"][name] for name in ("reward", "gain", "garbled")},
+        }
+        for template, (own, policy) in asked.items()
     }
+    measured = {
+        stage: cli.evaluate(
+            checkpoint=folder / stage, reference=folder / "sft", data=data / "pairs_test.jsonl", calibration=True
+        )
+        for stage in ("dpo", "collapse")
+    }
+    best = {stage: report.best(run_folder.json_lines(folder / stage / "metrics.jsonl")) for stage in measured}
     return {
         "seed": seed,
         "cpu_seconds": seconds,
-        **json.loads((folder / "results.json").read_text()),
-        "collapse": collapse,
-        "measured": best,
+        **results,
+        "templates": templates,
+        "measured": measured,
+        "held_out": best,
         "environment": json.loads((folder / "dpo" / "run.json").read_text())["environment"],
     }
+
+
+ROWS = [
+    ("all", name) for name in ("reward", "gain", "better", "worse", "garbled", "on_topic", "polite", "length", "kl")
+]
+ROWS += [(part, name) for part in world.SLICES for name in ("reward", "declined", "answered", "garbled")]
+
+
+def value(figure):
+    """A figure without its interval."""
+    return figure[0] if isinstance(figure, list | tuple) else figure
+
+
+def cell(values):
+    """Mean and standard deviation over the seeds."""
+    return f"{statistics.fmean(values):z.2f} ± {statistics.stdev(values):.2f}"
+
+
+def as_table(runs):
+    """The figures of the models, by slice."""
+    models = list(runs[0]["models"])
+    lines = [f"| | {' | '.join(models)} |", "|---|" + "---:|" * len(models)]
+    for part, name in ROWS:
+        title = replies.TITLES[name].format("SFT") + (f", {part}" if part != "all" else "")
+        columns = [[value(run["models"][model][part][name]) for run in runs] for model in models]
+        lines.append(f"| {title} | {' | '.join(map(cell, columns))} |")
+        if (part, name) == ("all", "reward"):
+            ends = (f"{min(column):.2f}, {max(column):.2f}" for column in columns)
+            lines.append(f"| lowest and highest seed | {' | '.join(ends)} |")
+    return "\n".join(lines)
+
+
+def as_templates(runs):
+    """What DPO is worth in each template."""
+    lines = ["| the customer's line | SFT | DPO | DPO's gain | DPO, garbled |", "|---|" + "---:|" * 4]
+    for template in world.TEMPLATES:
+        columns = [[value(run["templates"][template][name]) for run in runs]
+                   for name in ("SFT", "reward", "gain", "garbled")]  # fmt: skip
+        lines.append(f"| {template} | {' | '.join(map(cell, columns))} |")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":
@@ -66,4 +125,4 @@ if __name__ == "__main__":
         runs = [one_seed(Path(folder) / f"demo{seed}", seed) for seed in seeds]
     RESULTS.parent.mkdir(exist_ok=True)
     files.write_whole(RESULTS, (json.dumps(runs, indent=2) + "\n").encode())
-    print(f"written to {RESULTS}")
+    print(as_table(runs), as_templates(runs), f"written to {RESULTS}", sep="\n\n")

@@ -23,6 +23,7 @@ import numpy as np
 
 from benchmarks.defaults import one_seed
 from minidpo import checkpoint, cli, family, ops
+from minidpo.audit import replies as judge
 from minidpo.cli import desk
 from minidpo.losses import PreferenceLoss
 from minidpo.run.files import write_whole
@@ -54,9 +55,10 @@ def kto_of_pairs(logp_w, logp_l, ref_logp_w, ref_logp_l, beta):
 
 def verdict(model, sft, prompts, seed):
     """The means over a model's replies to prompts."""
-    means = desk.verdict(checkpoint.load(model), checkpoint.load(sft), prompts, seed)
-    length = statistics.fmean(map(len, means.pop("replies")))
-    return {**{name: value for name, value in means.items() if name in COLUMNS}, "length": length}
+    own = judge.judged(checkpoint.load(model), checkpoint.load(sft), prompts, seed)
+    means = {name: estimate.value for name, estimate in judge.flat(judge.figures(own, own, prompts)).items()}
+    means |= {"well_formed": 1 - means["garbled"], "length": statistics.fmean(map(len, own.replies))}
+    return {name: value for name, value in means.items() if name in COLUMNS or name == "length"}
 
 
 def one_run(folder, seed, name, beta, budget, replies):
@@ -67,11 +69,10 @@ def one_run(folder, seed, name, beta, budget, replies):
     settings = {**files, "init": folder / "sft", "loss": loss, "beta": beta, "seed": seed, **budget}
     cli.dpo(**settings, out=out, evaluate_every=budget["steps"], resuming=out.exists())
     last = [line for line in json_lines(out / "metrics.jsonl") if "eval_loss" in line][-1]
-    prompts = desk.held_out_prompts(seed, 2 * replies)
     model, sft = out / step_name(last["step"]), folder / "sft"
     row = {
-        part: verdict(model, sft, half, seed)
-        for part, half in zip(("validation", "test"), np.split(np.array(prompts), 2))
+        part: verdict(model, sft, desk.test_prompts(seed, replies, number), seed)
+        for part, number in (("validation", 1), ("test", 2))
     }
     rise = {"chosen_rise": last["eval_nll/chosen_rise"]}
     return {"seconds": time.perf_counter() - started, **{part: {**means, **rise} for part, means in row.items()}}
