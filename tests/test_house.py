@@ -22,7 +22,7 @@ CEILINGS = {
     "verify": 2850,  # three frameworks, seven layouts, enumeration, a name for what each gradient says, the doctor
     "audit": 700,
     "run": 1820,  # damaged and edited runs are checked in full before anything moves; tasks; Hugging Face's files
-    "cli": 2200,  # judge: gates, templates, failures; import; the table of the losses and their picture, drawn from the losses themselves; verify
+    "cli": 2200,  # judge: gates, templates, failures; the table of the losses and their picture; verify
 }
 PACKAGE = 14_000
 ROOMS = ("data", "theory", "explain", "verify", "audit", "run", "cli")

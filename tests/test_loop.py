@@ -254,7 +254,9 @@ def setup(tmp_path, losses, patience=None, steps=10, evaluate_every=1):
     def step(indices):
         return training.sft_training_step(params, CONFIG, optimizer, [([0], [i % 3 + 1, 0]) for i in indices])
 
-    task = loop.Task(6, step, lambda: {"loss": next(script)}, lambda: [], lambda indices: f"lines {sorted(indices)}")
+    task = loop.Task(
+        6, step, lambda step: {"loss": next(script)}, lambda: [], lambda indices: f"lines {sorted(indices)}"
+    )
     settings = loop.Settings(0, steps, 2, 1e-3, 0, evaluate_every, patience)
     run_folder.create(tmp_path / "run", {"arguments": ["sft"]}, {})
     return tmp_path / "run", (params, CONFIG, TOKENIZER, optimizer, task, settings)

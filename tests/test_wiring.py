@@ -13,11 +13,11 @@ import pytest
 
 from device_double import ndarray
 from minidpo import checkpoint, cli, generation, model, scoring, training, world
-from minidpo.audit import gates
+from minidpo.audit import gates, replies
 from minidpo.cli import parser, train
 from minidpo.explain import displacement
 from minidpo.run import report, safetensors
-from minidpo.run.folder import json_lines, prompts_document
+from minidpo.run.folder import digest, json_lines, prompts_document
 from minidpo.run.reference import cached_reference_logprobs
 from minidpo.tokenizer import printable
 from test_demo import SIZES
@@ -49,7 +49,7 @@ CASES = {
     "dpo": {
         **TESTED, "seed": [3], "init": ["other"], "reference": [None], "beta": [1.5],
         "loss": ["ipo", "reference-free"], "label_smoothing": [0.2], "nll_weight": [2.0],
-        "loss_options": ["label_smoothing=0.2"],
+        "loss_options": ["label_smoothing=0.2"], "judge_every": "judges_a_run",
     },
     "evaluate": {**SCORING, "device": "moves_the_arrays", "json": "prints_the_result", "calibration": "is_measured",
                  "seen": "lets_seen_prompts_in"},
@@ -334,6 +334,38 @@ def test_an_option_asks_otherwise(name, root, tmp_path, capsys):
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith(tuple(world.TEMPLATES))]
     assert [row[:20].strip() for row in rows] == list(world.TEMPLATES)
     assert f"{result[0]['reward']:.2f}" in rows[0]
+
+
+@having("judges_a_run")
+def test_an_option_judges_a_run(name, root, tmp_path):
+    """Every N steps the log has reward, KL and share of sentences of the replies to held-out prompts, and no other
+    number changes; prompts of another world, and steps without an evaluation, are refused.
+    """
+    rows = world.preferences(world.split(0)[0][:20], 30, np.random.default_rng(0))
+    lines = [json.dumps({**row, "prompt": row["prompt"] + "\n"}) for row in rows]
+    (root / "customers.jsonl").write_text("\n".join(lines) + "\n")
+    options = {**BASE[name], "data": "customers", "held_out_data": None, "init": "desk", "reference": "desk_other",
+               "evaluate_every": 1, "steps": 3, "held_out_share": 0.3, "truncation": "response"}  # fmt: skip
+    plain, tried = (outcome(root, tmp_path, name, {**options, **more, "out": out})
+                    for more, out in (({}, "plain"), ({"judge_every": 2}, "judged")))  # fmt: skip
+    names = ("eval_judge/reward", "eval_judge/kl", "eval_judge/well_formed")
+    logged = {line["step"]: [line.pop(each) for each in names] for line in tried["lines"] if names[0] in line}
+    assert list(logged) == [0, 2]
+    for line in [*plain["lines"], *tried["lines"]]:
+        line.pop("tokens_per_second", None)
+    assert differences(tried, plain, 1e-12) == []
+    held_out = {line["prompt"] for line in json_lines(tmp_path / "judged/samples.jsonl", ("prompt", "response"))}
+    ref, saved = checkpoint.load(root / "desk_other"), json.loads((tmp_path / "judged/prompts.json").read_text())
+    asked = [x for x in dict.fromkeys(row["prompt"] for row in rows)
+             if saved[digest(x + "\n")] == "chose its checkpoint by"]  # fmt: skip
+    assert held_out <= {x + "\n" for x in asked}
+    own = replies.judged(checkpoint.load(root / "desk"), ref, asked, 0)
+    assert logged[0] == pytest.approx([np.mean([each.reward for each in own.judgements]), np.mean(own.ratios),
+                                       np.mean([each.well_formed for each in own.judgements])])  # fmt: skip
+    with pytest.raises(ValueError, match="--judge-every=3 is not a multiple of --evaluate-every=2"):
+        result_of(root, tmp_path, name, {**options, "evaluate_every": 2, "judge_every": 3, "out": "other"})
+    with pytest.raises(ValueError, match=r"--judge-every: '.*' is not a prompt of the demo's world"):
+        result_of(root, tmp_path, name, {**BASE[name], "judge_every": 1, "out": "other"})
 
 
 @having("keeps_the_replies")

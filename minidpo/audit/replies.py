@@ -2,6 +2,7 @@
 
 import collections
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -29,6 +30,11 @@ class Judged(NamedTuple):
     judgements: list[Judgement]
     lengths: list[int]  # tokens, end-of-text among them
     ratios: list[float]  # log pi(y|x) - log pi_ref(y|x), whose mean is an estimate of KL(pi || pi_ref)
+
+    def summary(self) -> dict[str, float]:
+        """Means over all replies, for the log of a run."""
+        shares = {name: [getattr(each, name) for each in self.judgements] for name in ("reward", "well_formed")}
+        return {f"judge/{name}": statistics.fmean(x) for name, x in {**shares, "kl": self.ratios}.items()}
 
 
 def judged(

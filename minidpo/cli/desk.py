@@ -145,9 +145,9 @@ def data(what: o.Example, file: o.OtherData = None, *, out: o.NewData = None) ->
         write_whole(path, content.encode())
 
 
-def test_prompts(seed: int, count: int) -> list[str]:
-    """Prompts of customers by which no model was trained and no checkpoint chosen."""
-    return world.samples(world.prompt_distribution(world.split(seed)[2]), count, stream(seed, "demo", "prompts"))
+def test_prompts(seed: int, count: int, part: int = 2) -> list[str]:
+    """Prompts of a part of `world.split`, by default that by which no model was trained and no checkpoint chosen."""
+    return world.samples(world.prompt_distribution(world.split(seed)[part]), count, stream(seed, "demo", "prompts"))
 
 
 def facts(folder: Path, seed: int, base: Checkpoint, sft: Checkpoint, dpo: Checkpoint) -> list[str]:

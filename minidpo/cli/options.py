@@ -171,6 +171,11 @@ MicroBatchSize = Annotated[
 LearningRate = Annotated[float, Option("peak learning rate of AdamW; it falls to 0 along a cosine", positive)]
 WarmupSteps = Annotated[int, Option("steps of linear warm-up", at_least(0))]
 EvaluateEvery = Annotated[int, Option("evaluate and save every N steps", at_least(1))]
+JudgeEvery = Annotated[
+    int | None,
+    Option("every N steps also log the true reward of replies to held-out prompts, in the demo's world", at_least(1)),
+    Default("never"),
+]
 Patience = Annotated[int | None, Option("end after N evaluations with no lower loss", at_least(1)), Default("never")]
 Strict = Annotated[bool, Option("refuse a file with unusable rows, instead of setting them aside", flag)]
 CUTS = "none (set the row aside), prompt (its beginning) or response (its end)"

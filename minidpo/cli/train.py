@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 from .. import model, optim, training
+from ..audit.replies import judged
 from ..backend import to_host
-from ..data import preferences
+from ..data import preferences, world
 from ..data.preferences import PAIRS, Encoded
 from ..generation import generate
 from ..losses import LOSSES, Choice
@@ -35,6 +36,7 @@ from . import options as o
 from .options import NO_MATPLOTLIB, Default
 from .parser import COMMANDS, arguments, command, flagged, parse
 
+JUDGED = 200  # prompts, at most
 LEAST_STEPS, MOST_STEPS = 10, 250  # between evaluations; within these, one follows each pass over the data
 
 
@@ -185,12 +187,13 @@ def read_rows(
 
 def train(
     out: Path, start: Checkpoint, optimizer: optim.Optimizer, step: Callable[[list[int]], training.Metrics],
-    evaluation: Callable[[Params, bool], training.Metrics], prompts: Sequence[list[int]], names: Sequence[str],
+    evaluation: Callable[[Params, int | None], training.Metrics], prompts: Sequence[list[int]], names: Sequence[str],
     run: Training, test: bool,
 ) -> Path:  # fmt: skip
     """Train on examples from these lines, report, and warn if chosen responses have become much less likely.
 
-    The evaluation takes parameters, and whether to measure them on the held-out or, once at the end, on the test rows.
+    The evaluation takes parameters and the step after which to measure them on the held-out rows, or None, once at the
+    end, for the test rows.
     """
     params, config, tokenizer, _ = start
 
@@ -203,7 +206,7 @@ def train(
 
     def finish() -> None:
         if test:
-            metrics = evaluation(model.placed(checkpoint.load(out).params, run.device), True)
+            metrics = evaluation(model.placed(checkpoint.load(out).params, run.device), None)
             write_whole(out / "test.json", (dumps(metrics, allow_nan=False) + "\n").encode())
             loss = f"{metrics['loss']:.4f}: {out / 'test.json'}"
             print(f"its loss on the test rows, which chose nothing, is {loss}")
@@ -215,7 +218,7 @@ def train(
         highest = run.learning_rate * run.steps / run.warmup_steps
         print(f"warning: --warmup-steps={run.warmup_steps} is more than --steps={run.steps}: the learning rate ends at "
               f"{highest:.2g} and never reaches {run.learning_rate:g}", file=sys.stderr)  # fmt: skip
-    task = Task(len(names), step, lambda: evaluation(params, False), replies, rows, finish)
+    task = Task(len(names), step, lambda step: evaluation(params, step), replies, rows, finish)
     result = run_loop(out, params, config, tokenizer, optimizer, task, settings)
     metrics = json_lines(out / "metrics.jsonl")
     best = report.best(metrics)
@@ -240,9 +243,9 @@ def likelihood_run(
             params, config, optimizer, batch, 1.0, run.micro_batch_size, workers.nll_sweep
         )
 
-    def evaluation(params: Params, on_test: bool) -> training.Metrics:
+    def evaluation(params: Params, step: int | None) -> training.Metrics:
         watch = partial(counted, what="held-out batches")
-        return {"loss": training.held_out_nll(params, config, test if on_test else held_out, watch=watch)}
+        return {"loss": training.held_out_nll(params, config, test if step is None else held_out, watch=watch)}
 
     with Workers(worker_count(params)) as workers:
         return train(out, start, optimizer, step, evaluation, prompts, names, run, bool(test))
@@ -355,7 +358,7 @@ def dpo(
     label_smoothing: Annotated[o.LabelSmoothing | None, Default("the loss's own")] = None,
     loss_options: Annotated[o.LossOptions | None, Default("the loss's own")] = None,
     nll_weight: o.NllWeight = 0.0, strict: o.Strict = False, truncation: o.Truncation = "none",
-    test_share: o.TestShare = 0.0, run: Training = DPO,
+    test_share: o.TestShare = 0.0, judge_every: o.JudgeEvery = None, run: Training = DPO,
 ) -> Path:  # fmt: skip
     """Train a model to prefer the chosen responses of pairs.
 
@@ -374,6 +377,12 @@ def dpo(
         same_vocabulary(init, start, reference, other)
     n_positions = min(config.n_positions, ref_config.n_positions)
     rows = read_rows(data, run, test_share, truncation, strict, PAIRS, start, n_positions)
+    customers = [row.prompt.removesuffix(TURN) for row in rows.held_out.rows] if judge_every else []
+    if judge_every and judge_every % (run.evaluate_every or 1):
+        raise ValueError(f"--judge-every={judge_every} is not a multiple of --evaluate-every={run.evaluate_every}")
+    if strangers := [x for x in customers if x not in world.PROMPTS]:
+        raise ValueError(f"--judge-every: {strangers[0]!a} is not a prompt of the demo's world, whose reward is known")
+    customers = list(dict.fromkeys(customers))[:JUDGED]
     hashes = {"init_sha256": fingerprint(policy), "reference_sha256": fingerprint(ref_params)}
     begin(out, words, run, {**hashes, **rows.description}, rows.files(tokenizer, init))
     pairs: list[Any] = [*rows.train.ids, *rows.held_out.ids]
@@ -390,14 +399,21 @@ def dpo(
         settings = strength, objective, nll_weight, 1.0, run.micro_batch_size, workers.dpo_sweep
         return training.dpo_training_step(policy, ref_params, config, optimizer, batch, *settings)
 
-    def evaluation(params: Params, on_test: bool) -> training.Metrics:
+    def evaluation(params: Params, step: int | None) -> training.Metrics:
         batch = held_out
-        if on_test:
+        if step is None:
             test: list[Any] = rows.test.ids
             ref = training.reference_logprobs(ref_params, ref_config, counted(test, "test pairs"))
             batch = collate(test, *map(to_host, ref))
         watch = partial(counted, what="held-out pairs")
-        return training.preference_evaluation(params, config, batch, strength, objective, nll_weight, watch)
+        metrics = training.preference_evaluation(params, config, batch, strength, objective, nll_weight, watch)
+        if step is not None and judge_every and step % judge_every == 0:
+            own, anchor = (
+                Checkpoint(params, config, tokenizer, True),
+                Checkpoint(ref_params, ref_config, tokenizer, True),
+            )
+            metrics |= judged(own, anchor, customers, run.seed).summary()
+        return metrics
 
     with Workers(worker_count(policy)) as workers:
         names, test = [str(row.line) for row in rows.train.rows], bool(rows.test.rows)

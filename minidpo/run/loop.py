@@ -41,7 +41,7 @@ class Task(NamedTuple):
 
     examples: int
     step: Callable[[list[int]], Metrics]
-    evaluate: Callable[[], Metrics]  # the run keeps the checkpoint with the lowest "loss"
+    evaluate: Callable[[int], Metrics]  # after a step; the run keeps the checkpoint with the lowest "loss"
     sample: Callable[[], list[dict[str, str]]]
     rows: Callable[[list[int]], str]  # names examples as a reader finds them in the data
     report: Callable[[], object] = lambda: None  # writes it; called while no other process can enter the run
@@ -132,7 +132,7 @@ def run_loop(
             while True:
                 end = state.step >= settings.steps
                 if (end or state.step % settings.evaluate_every == 0) and state.measured_at != state.step:
-                    metrics = {f"eval_{name}": value for name, value in task.evaluate().items()}
+                    metrics = {f"eval_{name}": value for name, value in task.evaluate(state.step).items()}
                     if not math.isfinite(metrics["eval_loss"]):
                         raise FloatingPointError(f"the held-out loss is {metrics['eval_loss']}")
                     state.record(metrics["eval_loss"])

@@ -19,6 +19,9 @@ COLUMNS = {  # of the table of evaluations
     "eval_rewards/margins": "reward margin",
     "eval_logps/chosen": "log pi(chosen)",
     "eval_nll/chosen_rise": "rise of the chosen's nats per token",
+    "eval_judge/reward": "true reward",
+    "eval_judge/kl": "KL",
+    "eval_judge/well_formed": "well formed",
 }
 CHOSEN_LOSS_WARNING = 0.025  # nats per token
 NO_CURVES = "There are no curves: they need matplotlib, which is in the `plot` extra."
@@ -124,6 +127,9 @@ def panels(name: str, metrics: Sequence[Mapping[str, Any]]) -> list[Panel]:
         ("likelihood term of the loss", "nats per token", ["loss/nll"], None, ""),
         ("reward accuracy", "share of pairs", ["rewards/accuracies"], 0.5, "one half"),
         ("implicit reward", "nats", ["rewards/chosen", "rewards/rejected"], 0.0, "the reference"),
+        ("true reward of replies", "from -4 to 3", ["judge/reward"], None, ""),
+        ("KL to the reference", "nats", ["judge/kl"], None, ""),
+        ("well-formed replies", "share", ["judge/well_formed"], None, ""),
     ]
     result = []
     for title, ylabel, keys, level, level_label in diagrams:
