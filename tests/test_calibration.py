@@ -37,6 +37,28 @@ def test_auc_is_the_mann_whitney_statistic(seed, n, ties):
     assert c.auc(0 * z, y) == 0.5 and math.isnan(c.auc(z, 0 * y))
 
 
+@given(seed=SEEDS, n=st.integers(2, 60), ties=st.booleans())
+def test_the_area_under_the_rates_is_the_auc(seed, n, ties):
+    """1 - FNR over FPR, at every threshold and joined by straight lines, encloses AUC; ties make slanted steps."""
+    z, y = sample(seed, n)
+    p = sigma(np.round(z) if ties else z)
+    y[0], y[1] = 0.0, 1.0
+    fpr, fnr = np.transpose([c.rates(p, y, t) for t in [math.inf, *sorted(set(p), reverse=True)]])
+    assert fpr[0] == 0 and fnr[0] == 1 and fpr[-1] == 1 and fnr[-1] == 0
+    assert np.trapezoid(1 - fnr, fpr) == pytest.approx(c.auc(p, y), abs=1e-12)
+
+
+@given(seed=SEEDS, n=st.integers(3, 60), kinds=st.integers(1, 4))
+def test_the_auc_is_a_mean_over_kinds_of_negatives(seed, n, kinds):
+    """Against negatives of several kinds AUC is the mean over the kinds, weighted by their numbers."""
+    z, y = sample(seed, n)
+    y[0], y[1] = 0.0, 1.0
+    kind = np.random.default_rng(seed).integers(0, kinds, n)
+    parts = [(y == 1) | (kind == k) for k in set(kind[y == 0])]
+    weights = [(y[part] == 0).sum() / (y == 0).sum() for part in parts]
+    assert c.auc(z, y) == pytest.approx(sum(w * c.auc(z[p], y[p]) for w, p in zip(weights, parts)), abs=1e-12)
+
+
 @given(seed=SEEDS, n=st.integers(3, 300))
 def test_the_slope_is_the_likeliest(seed, n):
     """At the slope the likelihood has its top: steps of a tenth of an error to either side lose."""

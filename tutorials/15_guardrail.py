@@ -1,0 +1,347 @@
+# %% [markdown]
+# # 15. A guardrail, and whom it stops
+#
+# **Question.** The probability that a model declines a request is used as an alarm for private requests. How often is
+# the alarm wrong, and for whom?
+#
+# **Afterwards you can say**
+# - how to compute that probability exactly, and why a single sampled reply is a poor substitute;
+# - why one false positive rate hides the requests that look private and are not;
+# - what ROC and AUC measure, and what they leave out;
+# - why the same alarm is mostly right in one place and mostly wrong in another.
+#
+# **Predict first.** An alarm goes off for 8 in 10 private requests and for 1 in 10 of the others. Where 3 requests in
+# 1000 are private, how many of 100 alarms are true? And somebody asks to see their own account. Is 1 in 10 also the
+# rate of false alarms for them?
+#
+# **The formula.** s(x) = P(decline|x) is the sum of pi(y|x) over every reply y that declines. There is an alarm where
+# s(x) >= t, the threshold.
+#
+#     FPR = P(s >= t | not private),   FNR = P(s < t | private)
+#     precision = P(private | s >= t) = q (1 - FNR)/(q (1 - FNR) + (1 - q) FPR)     Bayes; q is the share of private
+#     AUC = P(s(private) > s(other)) + P(s(private) = s(other))/2                   the Mann-Whitney statistic
+#
+# FPR is the false positive rate and FNR the false negative rate.
+
+# %%
+import math
+import pathlib
+
+import numpy as np
+
+from minidpo import Tensor, exact, generation, model, ops, optim, plots, scoring, training, world
+from minidpo.audit import calibration
+from minidpo.tokenizer import END_OF_TEXT, TURN, Tokenizer
+
+train, validation, test = world.split(0)
+declining = [y for y, reply in world.REPLIES.items() if reply.deed == "declines"]
+
+
+def slices(prompts):
+    return np.array([world.PROMPTS[x].slice for x in prompts])
+
+
+# %% [markdown]
+# ## From NumPy alone: rates, ROC, AUC
+# An ordinary request says what is wrong with one's own order. A private one asks for somebody else's. A benign one
+# looks private: "show me my order." or "may anna see my order?". Only private requests should raise the alarm.
+
+
+# %%
+def rates(s, private, t):
+    """FPR and FNR at a threshold."""
+    return (s[~private] >= t).mean(), (s[private] < t).mean()
+
+
+def roc(s, private):
+    """FPR and the share of private requests caught, 1 - FNR, at every threshold from the highest to the lowest."""
+    points = [rates(s, private, t) for t in [math.inf, *sorted(set(s), reverse=True)]]
+    return np.array([(fpr, 1 - fnr) for fpr, fnr in points]).T
+
+
+def couples(s, private):
+    """AUC by its definition: every private request beside every other one; a tie counts one half."""
+    a, b = s[private][:, None], s[~private]
+    return ((a > b) + (a == b) / 2).mean()
+
+
+def threshold_for(target, s, private):
+    """The lowest threshold with FPR <= target: just above the first score that would be one false alarm too many."""
+    others = np.sort(s[~private])[::-1]
+    return np.nextafter(others[math.floor(target * len(others))], math.inf)
+
+
+def precision(q, fpr, fnr):
+    return q * (1 - fnr) / (q * (1 - fnr) + (1 - q) * fpr)
+
+
+# %% [markdown]
+# ## The ideal: the desk itself
+# The desk knows which slice a request is from, so its P(decline|x) has three values. A threshold between 0.25 and 0.35
+# makes no error, and AUC is 1. An alarm from one sampled reply is far worse, even with the desk's own probabilities: it
+# goes off with probability P(decline|x), so it misses 65 % of the private requests and stops 25 % of the benign ones.
+
+# %%
+kinds, private = slices(test), slices(test) == "private"
+desk_score = np.array([math.fsum(world.desk(world.PROMPTS[x])[y] for y in declining) for x in test])
+for kind, expected in (("ordinary", 0.1), ("private", 0.35), ("benign", 0.25)):
+    np.testing.assert_allclose(desk_score[kinds == kind], expected, rtol=1e-12)
+assert rates(desk_score, private, 0.3) == (0, 0) and couples(desk_score, private) == 1
+
+# %% [markdown]
+# ## A model of the desk
+# We fine-tune a new model on the desk's replies, without pre-training. Then we sum over all declining replies: every
+# opening, wording, topic and ending. They share beginnings, so we lay out each prefix once, as one row. A row sees the
+# prompt and its own prefixes. In sorted order the prefixes of a row come before it, so a run of rows needs only the
+# path to its first row and itself. The prompt is read once for all replies.
+
+# %%
+tokenizer = Tokenizer.from_text("".join([*world.PROMPTS, *world.REPLIES, TURN]))
+config = model.Config(tokenizer.vocab_size, n_positions=96, n_embd=48, n_layer=2, n_head=4)
+
+
+def prompt_ids(x):
+    return [END_OF_TEXT, *tokenizer.encode(x + TURN)]
+
+
+def reply_ids(y):
+    return (*tokenizer.encode(y), END_OF_TEXT)
+
+
+def prefix_tree(replies, run=128):
+    """The prefixes of all replies; the keys of each run of rows; which row predicts which token of which reply."""
+    prefixes = sorted({y[:t] for y in replies for t in range(len(y))})  # the first is empty: the prompt's last row
+    number, runs = {p: i for i, p in enumerate(prefixes)}, []
+    for start in range(0, len(prefixes), run):
+        rows = np.arange(start, min(start + run, len(prefixes)))
+        path = [number[prefixes[start][:t]] for t in range(len(prefixes[start]))]
+        keys = np.array([*path, *rows])
+        hidden = [[prefixes[q][: len(prefixes[k])] != prefixes[k] for k in keys] for q in rows]
+        runs.append((rows, keys, np.array(hidden)))
+    picks = [(number[y[:t]], token, i) for i, y in enumerate(replies) for t, token in enumerate(y)]
+    return prefixes, runs, np.array(picks).T
+
+
+def tree_logprobs(params, x, tree):
+    """log pi(y|x) of every reply of the tree, from one forward.  -> (number of replies,)"""
+    prefixes, runs, (rows, tokens, replies) = tree
+    n = len(x) - 1  # rows before the prompt's last one, with which the tree begins
+    ids = np.array([*x, *(p[-1] for p in prefixes[1:])])
+    positions = np.array([*range(n), *(n + len(p) for p in prefixes)])
+
+    def attend(i, qkv):
+        q, k, v = qkv.data.transpose(1, 2, 0, 3)  # (N, 3, H, D) -> (3, H, N, D)
+        out = np.empty_like(q)
+        out[:, :n] = ops.causal_attention(q[:, :n], k[:, :n], v[:, :n]).data
+        for some, keys, hidden in runs:
+            keys, hidden = np.r_[:n, n + keys], np.pad(hidden, ((0, 0), (n, 0)))  # nothing of the prompt is hidden
+            out[:, n + some] = ops.causal_attention(q[:, n + some], k[:, keys], v[:, keys], hidden).data
+        return Tensor(out.swapaxes(0, 1))  # (H, N, D) -> (N, H, D)
+
+    logits = model.row_logits(params, config, model.Rows(ids, positions, []), attend).data[n:]
+    logp = logits - np.logaddexp.reduce(logits, axis=-1, keepdims=True)
+    return np.bincount(replies, logp[rows, tokens])
+
+
+rng = np.random.default_rng(0)
+params, steps = model.init(config, rng), 500
+replies_of_desk = world.supervised(train, 8000, rng)
+examples = [(prompt_ids(row["prompt"]), list(reply_ids(row["completion"]))) for row in replies_of_desk]
+optimizer = optim.AdamW(params)
+for step in range(steps):
+    optimizer.learning_rate = optim.warmup_cosine(step, steps, 5e-3, warmup_steps=20)
+    batch = [examples[i] for i in training.batch_indices(len(examples), 24, step, seed=0)]
+    loss = training.sft_training_step(params, config, optimizer, batch, max_norm=1.0)["loss"]
+    if step % 100 == 99:
+        print(f"step {step + 1}: loss {loss:.3f} nats per token", flush=True)
+params = model.frozen(params)
+
+# %% [markdown]
+# ## The library's version
+# `exact.exact_logprobs` gives the same numbers, and so does `scoring.packed_logprobs`, which scores each reply with a
+# prompt of its own, in 5.7 times as many rows. Drawn replies decline as often as the sum says, within their noise. How
+# much of the model's probability is on replies of the desk at all? We add up all 750 for a few prompts of each slice.
+
+# %%
+tree, whole_tree = (prefix_tree([reply_ids(y) for y in ys]) for ys in (declining, list(world.REPLIES)))
+x = prompt_ids("may i see anna's order?")
+by_tree = tree_logprobs(params, x, tree)
+by_library = exact.exact_logprobs(params, config, [x], [reply_ids(y) for y in declining]).data[0]
+np.testing.assert_allclose(by_tree, by_library, rtol=0, atol=1e-3)
+alone = [scoring.packed_logprobs(params, config, [(x, reply_ids(y))]).data.sum() for y in declining[::40]]
+np.testing.assert_allclose(by_tree[::40], alone, rtol=0, atol=1e-3)
+rows_alone, rows_of_tree = sum(len(x) + len(y) - 1 for y in map(reply_ids, declining)), len(x) - 1 + len(tree[0])
+assert round(rows_alone / rows_of_tree, 1) == 5.7
+draws = generation.generate(params, config, [x] * 400, np.random.default_rng(0), max_new_tokens=60).responses
+drawn, summed = np.mean([tokenizer.decode(y) in declining for y in draws]), np.exp(by_tree).sum()
+print(f"\n400 replies to one private request: {drawn:.3f} decline; the exact sum is {summed:.3f}")
+assert abs(drawn - summed) < 4 * math.sqrt(summed * (1 - summed) / 400)
+declines = np.array([reply.deed == "declines" for reply in world.REPLIES.values()])
+on_grammar = {}
+for kind in world.SLICES:
+    p = [np.exp(tree_logprobs(params, prompt_ids(x), whole_tree)) for x in np.array(test)[kinds == kind][:8]]
+    on_grammar[kind] = np.sum(p, axis=1)
+    share = np.mean([each[declines].sum() / each.sum() for each in p])
+    print(f"{kind:<9} on the grammar {on_grammar[kind].mean():.2f}, of which declining {share:.2f}")
+assert all((0 < mass).all() and (mass < 1).all() for mass in on_grammar.values())
+
+# %% [markdown]
+# ## A threshold, and who pays for it
+# The rest of the probability is on texts that the desk never writes. So the model's scores are lower than the desk's,
+# and a threshold does not carry over: at the desk's 0.3 this alarm is nearly silent. We choose t on the validation
+# prompts, as low as an FPR of 10 % allows, and read the errors off the test prompts, which have chosen nothing. The
+# interval is Wilson's: the q whose distance from the measured share is at most 1.96 sqrt(q (1 - q)/n).
+
+# %%
+s_validation, s = (
+    np.array([np.exp(tree_logprobs(params, prompt_ids(x), tree)).sum() for x in xs]) for xs in (validation, test)
+)
+t = threshold_for(0.1, s_validation, slices(validation) == "private")
+fpr, fnr = rates(s, private, t)
+print(f"\nthreshold {t:.3f}, chosen on {len(validation)} validation prompts for an FPR of 10 %")
+print(f"{'test prompts':<14}{'n':>5}{'mean score':>12}{'error':>7}{'rate':>8}{'95 % interval':>17}")
+interval = {}
+for name, members in (*((kind, kinds == kind) for kind in world.SLICES), ("not private", ~private)):
+    error, wrong = ("FNR", s[members] < t) if name == "private" else ("FPR", s[members] >= t)
+    low, high = interval[name] = calibration.wilson(wrong.sum(), len(wrong))
+    mean = s[members].mean()
+    print(f"{name:<14}{len(wrong):>5}{mean:>12.3f}{error:>7}{wrong.mean():>8.3f}{low:>9.3f} - {high:.3f}")
+    for q in (low, high):
+        assert abs(abs(wrong.mean() - q) - calibration.NORMAL * math.sqrt(q * (1 - q) / len(wrong))) < 1e-9
+assert calibration.rates(s, private, t) == (fpr, fnr) and rates(s, private, 0.3)[1] > 0.9
+
+# %% [markdown]
+# ## ROC and AUC
+# The ROC curve is the share of private requests caught against FPR, over all thresholds. The area under it is AUC: the
+# probability that a private request scores higher than another one. It is a mean over the other requests, so easy ones
+# raise it: AUC against all others is the mean of AUC against each slice, weighted by their numbers. And it does not say
+# how the threshold in use does.
+
+# %%
+auc = {"all others": couples(s, private)}
+for kind in ("ordinary", "benign"):
+    auc[kind] = couples(s[private | (kinds == kind)], private[private | (kinds == kind)])
+print("\nAUC, private against " + ", ".join(f"{name} {value:.3f}" for name, value in auc.items()))
+weights = [(kinds == kind).sum() / (~private).sum() for kind in ("ordinary", "benign")]
+np.testing.assert_allclose(weights @ np.array([auc["ordinary"], auc["benign"]]), auc["all others"], rtol=1e-12)
+for scores in (s, s.round(2), 0 * s):  # without ties, with many, and nothing else
+    x, y = roc(scores, private)
+    assert (np.diff(x) >= 0).all() and (np.diff(y) >= 0).all()  # as the threshold falls, FPR rises and FNR falls
+    area = (np.diff(x) * (y[1:] + y[:-1]) / 2).sum()  # of trapezoids: a step of the threshold meets all its ties
+    np.testing.assert_allclose([area, calibration.auc(scores, private)], couples(scores, private), rtol=1e-12)
+
+# %% [markdown]
+# ## Where few requests are private
+# Bayes' rule turns FPR and FNR into precision, the share of alarms that are true. FPR and FNR stay as they are when the
+# share of private requests changes; precision does not. In the odds it is plain: the odds of a true alarm are the odds
+# of a private request times (1 - FNR)/FPR.
+
+# %%
+shares, share_true = (0.3, 0.03, 0.003), {}
+print("\nprivate requests  precision  false alarms for each true one")
+for q in shares:
+    share_true[q] = precision(q, fpr, fnr)
+    print(f"{q:>16.1%}{share_true[q]:>11.3f}{1 / share_true[q] - 1:>31.1f}")
+    odds = q / (1 - q) * (1 - fnr) / fpr
+    np.testing.assert_allclose(share_true[q], odds / (1 + odds), rtol=1e-12)
+weight = np.where(private, 0.003 / private.sum(), 0.997 / (~private).sum())  # the same prompts in another mixture
+np.testing.assert_allclose(weight[private & (s >= t)].sum() / weight[s >= t].sum(), share_true[0.003], rtol=1e-12)
+
+# %% [markdown]
+# ## The answer to the prediction
+# 0.003 * 0.8 = 0.0024 of all requests raise a true alarm, and 0.997 * 0.1 = 0.0997 a false one. So 2 of 100 alarms are
+# true. Where 30 % of the requests are private, 77 are. And 1 in 10 is a mean over everybody else. A customer who asks
+# to see their own account looks much like one who asks for somebody else's. Here the benign requests are a quarter of
+# the others and have most of the false alarms.
+
+# %%
+np.testing.assert_allclose([precision(q, 0.1, 0.2) for q in (0.003, 0.3)], [0.02, 0.77], rtol=0, atol=5e-3)
+
+# %% [markdown]
+# ## A threshold chosen on test
+# Cut the scored prompts into two parts at random, 500 times. Choose the threshold on one part, and measure on that part
+# and on the other. On its own part an FPR of 10 % is kept each time, because that is how the threshold was chosen. On
+# the other part it is kept about half the time. The threshold with the smallest FPR + FNR flatters itself in the same
+# way: the sum is larger where it was not chosen.
+
+# %%
+pool, pool_private = np.r_[s_validation, s], np.r_[slices(validation) == "private", private]
+
+
+def least_errors(s, private):
+    """The threshold with the smallest FPR + FNR."""
+    return min(set(s), key=lambda t: sum(rates(s, private, t)))
+
+
+broken, totals = [], []
+for _ in range(500):
+    places = rng.permutation(len(pool))
+    one, other = ((pool[part], pool_private[part]) for part in (places[: len(validation)], places[len(validation) :]))
+    bound = threshold_for(0.1, *other)
+    broken.append([rates(*other, bound)[0] > 0.1, rates(*other, threshold_for(0.1, *one))[0] > 0.1])
+    totals.append([sum(rates(*other, least_errors(*part))) for part in (other, one)])
+    assert totals[-1][0] <= totals[-1][1]  # no threshold does better than the best on the very prompts
+broken_share, total = np.mean(broken, axis=0), np.mean(totals, axis=0)
+print(f"\n{'of 500 splits, the threshold chosen on':<40}{'test':>8}{'validation':>12}")
+print(f"{'FPR on test above the promised 10 %':<40}{broken_share[0]:>8.0%}{broken_share[1]:>12.0%}")
+print(f"{'smallest FPR + FNR, measured on test':<40}{total[0]:>8.3f}{total[1]:>12.3f}")
+
+# %%
+grid = np.linspace(0, s.max() * 1.05, 200)
+panels = [
+    plots.Panel("Alarms by threshold", "threshold t", "share with s >= t", curves := []),
+    plots.Panel("ROC: private against others", "FPR", "private caught, 1 - FNR", roc_curves := []),
+]
+for kind in ("ordinary", "benign", "private"):
+    curves.append(plots.Curve(kind, grid, [(s[kinds == kind] >= t).mean() for t in grid]))
+above = [(s[kinds == kind] >= t).mean() for kind in ("ordinary", "benign", "private")]
+curves.append(plots.Curve("at the chosen t", [t] * 3, above, "o", joined=False))
+for kind in ("ordinary", "benign"):
+    members = private | (kinds == kind)
+    roc_curves.append(plots.Curve(f"{kind}, AUC {auc[kind]:.2f}", *roc(s[members], private[members])))
+roc_curves.append(plots.Curve(f"all others, AUC {auc['all others']:.2f}", *roc(s, private)))
+roc_curves.append(plots.Curve("at the chosen t", [above[0], above[1], fpr], [1 - fnr] * 3, "o", joined=False))
+roc_curves.append(plots.Curve("a coin", [0, 1], [0, 1], faint=True))
+picture = pathlib.Path("15_guardrail.png")
+if plots.picture(picture, panels):
+    print(f"\npicture: {picture.name}")
+else:
+    print("\nthe picture needs matplotlib (the `plot` extra)")
+
+# %% [markdown]
+# ## What was shown
+# The probability of declining is a score that ranks requests well on the whole, and badly where it matters. Ordinary
+# requests hide the benign ones in FPR and in AUC. With the threshold from validation, the errors on test have intervals
+# that are wide for a slice of a few dozen prompts. And an alarm with constant error rates is right or wrong mostly by
+# how rare its cause is.
+#
+# ## Exercises
+# 1. For which share of private requests is every second alarm true? Give it by FPR and FNR.
+# 2. Find the bug: to promise an FPR of 10 %, somebody takes the threshold `np.quantile(s_validation, 0.9)`.
+# 3. Traffic without ordinary requests: private and benign ones only. What is FPR now, at the same threshold?
+
+# %%
+assert interval["ordinary"][1] < interval["benign"][0]  # the two FPRs differ, beyond their intervals
+assert interval["benign"][1] - interval["benign"][0] > 0.25  # wide
+assert weights[1] < 0.26 and (kinds[~private & (s >= t)] == "benign").mean() > 0.5
+assert auc["ordinary"] > auc["all others"] > auc["benign"] > 0.5
+assert share_true[0.3] > 0.5 > 0.25 > share_true[0.03] > 0.05 > share_true[0.003]  # mostly right, mostly wrong
+assert broken_share[0] == 0 and 0.3 < broken_share[1] < 0.7 and total[0] < total[1] - 0.02
+print("15: one FPR hides the benign requests; most alarms are false where few requests are private; a threshold")
+print("    chosen on test looks better than it is")
+
+# %% [markdown]
+# ## Solutions
+# 1. Precision is 1/2 where q (1 - FNR) = (1 - q) FPR: at q = FPR/(FPR + 1 - FNR).
+# 2. That promises alarms for 10 % of all requests, private ones among them. Most of these alarms are for private
+#    requests, so FPR is lower than promised and FNR higher. It is also another number wherever private requests are
+#    rarer, though the model is the same.
+# 3. The FPR of the benign ones. FPR is constant only while the mixture of the others is.
+
+# %%
+np.testing.assert_allclose(precision(fpr / (fpr + 1 - fnr), fpr, fnr), 0.5, rtol=1e-12)
+private_validation = slices(validation) == "private"
+quantile = np.quantile(s_validation, 0.9)
+assert quantile > t and rates(s_validation, private_validation, quantile)[0] < 0.05
+assert (s_validation >= quantile)[private_validation].sum() > (s_validation >= quantile)[~private_validation].sum()
+np.testing.assert_allclose(np.array(above[:2]) @ weights, fpr, rtol=1e-12)
