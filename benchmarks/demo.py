@@ -20,6 +20,8 @@ from minidpo.cli import desk
 from minidpo.run import files, report
 from minidpo.run import folder as run_folder
 
+COLLAPSING = ("--beta=0.1", "--nll-weight=0", "--learning-rate=3e-4", "--judge-every=20")
+CURVE = ("step", "eval_loss", "eval_rewards/accuracies", "eval_judge/reward", "eval_judge/kl", "eval_judge/well_formed")
 RESULTS = Path(__file__).parent / "results" / "demo.json"
 
 
@@ -41,8 +43,8 @@ def one_seed(folder, seed):
     seconds = cpu_seconds() - before
     data = folder / "data"
     options = [f"--data={data / 'pairs.jsonl'}", f"--held-out-data={data / 'pairs_held_out.jsonl'}", f"--seed={seed}"]
-    options += [f"--steps={desk.FULL.steps['dpo']}", "--evaluate-every=60", f"--init={folder / 'sft'}"]
-    command("dpo", *options, f"--out={folder / 'collapse'}", "--beta=0.1", "--nll-weight=0", "--learning-rate=3e-4")
+    options += [f"--steps={desk.FULL.steps['dpo']}", "--evaluate-every=20", f"--init={folder / 'sft'}"]
+    command("dpo", *options, f"--out={folder / 'collapse'}", *COLLAPSING)
     sft, dpo, collapse = (checkpoint.load(folder / stage) for stage in ("sft", "dpo", "collapse"))
     prompts = desk.test_prompts(seed, desk.FULL.replies)
     asked = {template: [replies.judged(model, sft, prompts, seed, template) for model in (sft, dpo)]
@@ -65,14 +67,15 @@ def one_seed(folder, seed):
         )
         for stage in ("dpo", "collapse")
     }
-    best = {stage: report.best(run_folder.json_lines(folder / stage / "metrics.jsonl")) for stage in measured}
+    lines = {stage: run_folder.json_lines(folder / stage / "metrics.jsonl") for stage in measured}
     return {
         "seed": seed,
         "cpu_seconds": seconds,
         **results,
         "templates": templates,
         "measured": measured,
-        "held_out": best,
+        "held_out": {stage: report.best(each) for stage, each in lines.items()},
+        "collapse": [{name: line[name] for name in CURVE} for line in lines["collapse"] if "eval_loss" in line],
         "environment": json.loads((folder / "dpo" / "run.json").read_text())["environment"],
     }
 

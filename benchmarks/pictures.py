@@ -33,9 +33,9 @@ def demo_rewards(path):
         figure = figures.Figure(figsize=(6.4, 2.5), layout="constrained")
         axes = figure.subplots()
         for row, color in enumerate(COLORS):
-            models = [(run["models"][row] if row < 3 else run["collapse"]) for run in runs]
-            rewards = [model["reward"] for model in models]
-            mean, formed = statistics.fmean(rewards), statistics.fmean(model["well_formed"] for model in models)
+            models = [run["models"][MODELS[row]]["all"] for run in runs]
+            rewards = [model["reward"][0] for model in models]
+            mean, formed = statistics.fmean(rewards), 1 - statistics.fmean(model["garbled"][0] for model in models)
             axes.plot(rewards, [row] * len(rewards), "o", color=color, markersize=7, alpha=0.7)
             axes.plot([mean, mean], [row - 0.28, row + 0.28], color=color, linewidth=3)
             axes.text(
@@ -47,6 +47,22 @@ def demo_rewards(path):
         for label, color in zip(axes.get_yticklabels(), COLORS):
             label.set_color(color)
         figure.savefig(path, dpi=120, transparent=True, metadata={"Software": None})
+
+
+def collapse(path):
+    """What a log shows of a run that collapses, and what the true reward shows, three seeds."""
+    runs = json.loads((HERE / "results" / "demo.json").read_text())
+    panels = []
+    for title, name, ylabel in (
+        ("what the log says: held-out reward accuracy rises", "eval_rewards/accuracies", "share of pairs"),
+        ("what happens: the true reward of replies falls", "eval_judge/reward", "from -4 to 3"),
+    ):
+        curves = [
+            plots.Curve(f"seed {run['seed']}", [x["step"] for x in run["collapse"]], [x[name] for x in run["collapse"]])
+            for run in runs
+        ]
+        panels.append(plots.Panel(title, "step", ylabel, curves))
+    plots.picture(path, panels, transparent=True)
 
 
 def family(path):
@@ -77,6 +93,7 @@ if __name__ == "__main__":
     if not plots.installed():
         sys.exit('pictures need matplotlib: python -m pip install -e ".[plot]"')
     demo_rewards(HERE / "results" / "demo.png")
+    collapse(HERE / "results" / "collapse.png")
     family(HERE / "results" / "losses.png")
     tutorial_pictures(TUTORIALS / "pictures")
-    print(f"drawn: {HERE / 'results' / 'demo.png'}, losses.png, {TUTORIALS / 'pictures'}")
+    print(f"drawn: {HERE / 'results' / 'demo.png'}, collapse.png, losses.png, {TUTORIALS / 'pictures'}")

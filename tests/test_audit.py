@@ -1,6 +1,7 @@
 """Intervals, figures by slice, failures and gates: against their definitions, by simulation and by hand."""
 
 import collections
+import itertools
 import json
 import math
 
@@ -9,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minidpo import world
-from minidpo.audit import gates, intervals, replies
+from minidpo import preferences, world
+from minidpo.audit import gates, intervals, pairs, replies
 from minidpo.audit.intervals import Estimate
 
 VALUES = st.lists(st.integers(-4, 3), min_size=2, max_size=40)
@@ -150,3 +151,62 @@ def test_a_gate_names_what_does_not_hold():
     assert broken[2] == "dpo: n is 5, and must be at least 6"
     with pytest.raises(ValueError, match="declined is not a figure here; there are benign/declined, n, bad"):
         gates.hold("dpo", figures, {"declined": 1.0}, {})
+
+
+# ---- pairs by group ---------------------------------------------------------------------------------------
+
+
+def encoded(rows, lengths):
+    """Rows with these fields and ids of these lengths of prompt, chosen and rejected."""
+    texts = [json.dumps({"prompt": "x", "chosen": "a", "rejected": "b", **row}) for row in rows]
+    made = [preferences.Row(i + 1, "x", ("a", "b"), text) for i, text in enumerate(texts)]
+    return preferences.Encoded(made, [([1] * x, [1] * w, [1] * l) for x, w, l in lengths], [], [])
+
+
+def test_groups_are_those_of_a_field():
+    """Every pair is in the group that its field names; where it has none it says so."""
+    rows = encoded([{"who": "b\n"}, {"who": "a"}, {}, {"who": "b\n"}, {"who": 3}], [(1, 1, 1)] * 5)
+    assert pairs.groups(rows, "who") == {"(none)": [2], "3": [4], "a": [1], "b\\n": [0, 3]}
+    with pytest.raises(ValueError, match="line 1: who is not a text or a number"):
+        pairs.groups(encoded([{"who": [1]}], [(1, 1, 1)]), "who")
+    with pytest.raises(ValueError, match="no row has the field nobody; lengths are prompt_length"):
+        pairs.groups(rows, "nobody")
+    with pytest.raises(ValueError, match="who has 51 values, and 50 groups"):
+        pairs.groups(encoded([{"who": i} for i in range(51)], [(1, 1, 1)] * 51), "who")
+
+
+@given(lengths=st.lists(st.tuples(*[st.integers(1, 30)] * 3), min_size=1, max_size=40))
+def test_lengths_are_cut_into_quarters(lengths):
+    """Groups of a length part the pairs, in order, none above a quarter but for equal lengths; a field comes first."""
+    rows = encoded([{}] * len(lengths), lengths)
+    for field, measure in (("prompt_length", 0), ("response_length", 1), ("length_difference", None)):
+        values = [pair[1] - pair[2] if measure is None else pair[measure] for pair in lengths]
+        found = pairs.groups(rows, field)
+        assert sorted(place for part in found.values() for place in part) == list(range(len(lengths)))
+        ends = [(min(values[i] for i in part), max(values[i] for i in part)) for part in found.values()]
+        assert list(found) == [f"{low} to {high} tokens" for low, high in ends]
+        assert all(a[1] < b[0] for a, b in itertools.pairwise(ends))
+        for part in found.values():
+            most = max(collections.Counter(values[i] for i in part).values())
+            assert len(part) <= len(values) / 4 + most
+    assert list(pairs.groups(encoded([{"prompt_length": "own"}], [(1, 1, 1)]), "prompt_length")) == ["own"]
+
+
+def test_bootstrap_intervals_cover_a_ratio():
+    """In 120 draws of 60 pairs, the interval of a ratio of sums, as nats per token are, holds it in about 95 %."""
+    rng, hits = np.random.default_rng(0), 0
+    for _ in range(120):
+        n = rng.integers(5, 40, 60)
+        nats = n * rng.normal(0.2, 0.05, 60)
+        found = pairs.estimates(lambda at, nats=nats, n=n: {"rise": nats[at].sum() / n[at].sum()}, range(60), rng)[
+            "rise"
+        ]
+        hits += found.low <= 0.2 <= found.high
+        assert found.value == nats.sum() / n.sum()
+    assert abs(hits / 120 - 0.94) < 0.06
+
+
+def test_shares_have_wilson_s_interval():
+    """An accuracy of 1 in ten pairs is not certain."""
+    found = pairs.estimates(lambda at: {"rewards/accuracies": 1.0, "loss": 0.5}, range(10), np.random.default_rng(0))
+    assert found["rewards/accuracies"] == (1.0, *intervals.wilson(10, 10)) and found["loss"] == (0.5, 0.5, 0.5)
