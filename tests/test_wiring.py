@@ -46,9 +46,12 @@ CASES = {
     "dpo": {
         **TESTED, "seed": [3], "init": ["other"], "reference": [None], "beta": [1.5],
         "loss": ["ipo", "reference-free"], "label_smoothing": [0.2], "nll_weight": [2.0],
-        "loss_options": ["label_smoothing=0.2"],
+        "loss_options": ["label_smoothing=0.2"], "repeats": "counts_labels",
     },
-    "evaluate": {**SCORING, "device": "moves_the_arrays", "json": "prints_the_result", "calibration": "is_measured"},
+    "evaluate": {
+        **SCORING, "device": "moves_the_arrays", "json": "prints_the_result", "calibration": "is_measured",
+        "repeats": "counts_labels",
+    },
     "score": {**SCORING, "device": "moves_the_arrays", "ids": "reads_ids"},
     "sample": {
         "checkpoint": ["other"], "prompt": ["bad"], "newline": [True], "samples": [200],
@@ -275,6 +278,18 @@ def test_an_option_is_measured(name, root, tmp_path):
     assert found["loss"] == pytest.approx(np.mean(np.logaddexp(0, -z)), rel=1e-6)
 
 
+@having("counts_labels")
+def test_an_option_counts_labels(name, root, tmp_path):
+    """With --repeats=count a step on three different pairs is the step on the seven rows that hold them."""
+    step = {"steps": 1, "batch_size": 3} if name == "dpo" else {}
+    options = {**BASE[name], **step, "data": "repeated"}
+    right = expected(root, name, {**options, "batch_size": 7} if step else options)
+    if "numbers" in right:
+        right["numbers"] |= {"pairs": 3, "set_aside": 0, "truncated": 0, "labels": 7, "pairs/split": 2 / 3}
+    assert differences(outcome(root, tmp_path, name, {**options, "repeats": "count"}), right, 1e-6) == []
+    assert differences(outcome(root, tmp_path / "aside", name, options), right, 1e-6) != []
+
+
 @having("writes_a_file")
 def test_an_option_writes_a_file(name, root, tmp_path):
     """The page shows the pair of the command, and the graph ends in its loss."""
@@ -391,6 +406,7 @@ def test_a_step_gets_the_reference_scores_of_its_pairs(root, tmp_path, monkeypat
         result_of(root, tmp_path, "dpo", {**BASE["dpo"], "steps": 4})
     cli.resume(tmp_path / "run")
     assert len(batches) == 5 and batches[2].pairs == batches[3].pairs
-    for pairs, *scores in batches:
+    for pairs, *scores, votes in batches:
+        assert votes is None
         for actual, right in zip(scores, reference_scores(root, "other", pairs), strict=True):
             assert actual == pytest.approx(right, rel=1e-9)

@@ -8,6 +8,8 @@ from typing import Annotated, Any
 
 from .. import training
 from ..audit import calibration as calibrated
+from ..backend import to_host
+from ..data import preferences
 from ..run.tasks import counted, results
 from ..scoring import collate
 from ..tokenizer import TURN, printable
@@ -24,24 +26,31 @@ RunReference = Annotated[o.Reference | None, Default("that of the dpo run")]
 @command("look")
 def evaluate(
     *, checkpoint: o.Checkpoint, data: o.Pairs, reference: RunReference = None, beta: OwnBeta = None,
-    calibration: o.Calibration = False,
+    calibration: o.Calibration = False, repeats: o.Repeats = "set-aside",
     strict: o.Strict = False, truncation: o.Truncation = "none", device: o.Device = "cpu", json: o.Json = False,
 ) -> dict[str, Any]:  # fmt: skip
     """Measure a policy against its reference on pairs.
 
     Print the DPO loss alone, implicit rewards, accuracy (ties are counted beside it, not in it), log-probabilities,
     and the rise of the chosen responses' loss against the reference in nats per token. With --calibration, also how
-    often labels are right beside the probability sigma(z) that the policy gives them, z being the reward margin.
+    often labels are right beside the probability sigma(z) that the policy gives them, z being the reward margin. Votes
+    count as in `dpo`; with them, also the number of labels, the share of split pairs, and the loss that no model can go
+    below.
     """
     reference, beta = given_or_of_run(checkpoint, reference, beta)
-    policy, ref, rows, faults = scored_rows(checkpoint, reference, data, truncation, strict, device)
+    policy, ref, rows, faults = scored_rows(checkpoint, reference, data, truncation, strict, device, repeats=repeats)
     pairs: list[Any] = rows.ids
+    votes = preferences.label_metrics(rows.rows)
+    if votes and calibration:
+        raise ValueError(f"{data}: --calibration takes single labels: remove the votes, and --repeats count")
     ref_logp_w, ref_logp_l = training.reference_logprobs(ref.params, ref.config, counted(pairs, "reference: pairs"))
-    batch = collate(pairs, ref_logp_w, ref_logp_l)
-    metrics: dict[str, Any] = {"pairs": len(pairs), "set_aside": faults, "truncated": len(rows.truncated)}
+    batch = collate(pairs, ref_logp_w, ref_logp_l, [row.votes for row in rows.rows])
+    metrics: dict[str, Any] = {"pairs": len(pairs), "set_aside": faults, "truncated": len(rows.truncated), **votes}
     watch = functools.partial(counted, what="policy: pairs")
     metrics |= training.preference_evaluation(policy.params, policy.config, batch, beta, watch=watch)
-    metrics |= {"ref_logps/chosen": ref_logp_w.mean().item(), "ref_logps/rejected": ref_logp_l.mean().item()}
+    both = to_host(ref_logp_w), to_host(ref_logp_l)
+    metrics |= {"ref_logps/chosen": training.label_mean(*both, batch.votes)}
+    metrics |= {"ref_logps/rejected": training.label_mean(*both[::-1], batch.votes)}
     figures: dict[str, Any] = {}
     if calibration:
         logp_w, logp_l = training.reference_logprobs(policy.params, policy.config, watch(pairs))

@@ -15,7 +15,7 @@ from typing import Annotated, Any, NamedTuple
 import numpy
 
 from .. import losses
-from ..data.preferences import TRUNCATIONS
+from ..data.preferences import REPEATS, TRUNCATIONS
 from ..training import Loss
 from ..verify.frameworks import FRAMEWORKS
 from ..verify.loss_check import NAMES
@@ -176,6 +176,12 @@ Strict = Annotated[bool, Option("refuse a file with unusable rows, instead of se
 CUTS = "none (set the row aside), prompt (its beginning) or response (its end)"
 Truncation = Annotated[
     str, Option(f"part to cut from rows that exceed the context: {CUTS}", one_of(*TRUNCATIONS), "NAME")
+]
+Repeats = Annotated[
+    str,
+    Option(
+        "pairs that repeat or contradict others: set-aside, or count, which adds up votes", one_of(*REPEATS), "NAME"
+    ),
 ]
 Responses = Annotated[str, Option("responses of a pair to learn: both or chosen", one_of("both", "chosen"), "NAME")]
 Blocks = Annotated[bool, Option("let empty lines separate the texts, which may have several lines", flag)]
