@@ -355,6 +355,17 @@ def test_written_votes_and_repeated_rows_are_one_run(folder, tmp_path, capsys):
             assert each[name] == pytest.approx(right[name], rel=1e-9, abs=1e-12), name
 
 
+def test_the_votes_of_test_rows_count(folder, tmp_path):
+    """The result on the test rows is that of an evaluation of these rows with their votes."""
+    run, path = tmp_path / "run", tmp_path / "test.jsonl"
+    cli.dpo(data=folder / "votes.jsonl", init=folder / "init", out=run, **SETTINGS)
+    lines = (folder / "votes.jsonl").read_text().splitlines()
+    path.write_text("\n".join(line for line in lines if preferences.part(json.loads(line)["prompt"], 0, 0.3, 0.2) == 2))
+    result, right = json.loads((run / "test.json").read_text()), cli.evaluate(checkpoint=run, data=path)
+    names = result.keys() & right.keys() - {"loss"}
+    assert "labels" in right and {name: result[name] for name in names} == pytest.approx({n: right[n] for n in names})
+
+
 def test_halves_of_votes_add_up(folder):
     """An evaluation on two rows with half of the votes each, the other way round, is that on one row."""
     models = {"checkpoint": folder / "init", "reference": folder / "init"}
