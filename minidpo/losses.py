@@ -151,8 +151,8 @@ class Choice:
     """A loss of `LOSSES` by its name, with options: a function of the four log-probabilities and beta.
 
     It passes on those of these arguments, and of the responses' lengths, that the loss takes. Arguments with one entry
-    per pair (`probability`, `weight`) cannot be options. Raises ValueError if there is no such loss or option, or if
-    the loss needs more than a pair.
+    per pair (`probability`, `weight`) are `labels`, passed on as they are, and cannot be options. Raises ValueError if
+    there is no such loss or option, or if the loss needs more than a pair.
     """
 
     name: str
@@ -176,13 +176,13 @@ class Choice:
 
     def __call__(
         self, logp_w: Any, logp_l: Any, ref_logp_w: Any, ref_logp_l: Any, beta: float,
-        length_w: Any = None, length_l: Any = None,
+        length_w: Any = None, length_l: Any = None, **labels: Any,
     ) -> PreferenceLoss:  # fmt: skip
         given = {"logp_w": logp_w, "logp_l": logp_l, "ref_logp_w": ref_logp_w, "ref_logp_l": ref_logp_l, "beta": beta}
         given |= {"length_w": length_w, "length_l": length_l}
         loss = LOSSES[self.name]
         taken = inspect.signature(loss).parameters
-        return loss(**{name: x for name, x in given.items() if name in taken}, **self.options)
+        return loss(**{name: x for name, x in given.items() if name in taken}, **labels, **self.options)
 
 
 # ---- arguments, checked and prepared ----------------------------------------------------------------------
@@ -254,5 +254,5 @@ def _weighted_mean(z: Tensor, correct: Array, flipped: Array, total: float) -> T
         counted = xp.flatnonzero(weights)
         if counted.size:
             z_counted = ops.reshape(z, weights.shape)[counted]
-            terms.append(ops.sum(weights[counted] * ops.logsigmoid(sign * z_counted) / total))
+            terms.append(ops.sum(ops.logsigmoid(sign * z_counted) * weights[counted] / total))
     return -(terms[0] + terms[1] if len(terms) == 2 else terms[0])

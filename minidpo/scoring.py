@@ -25,11 +25,16 @@ Pick = tuple[int, int, int]  # the row that predicts a token, the token, the num
 
 
 class Batch(NamedTuple):
-    """Pairs for one step, and their log-probabilities under the reference if these are known already."""
+    """Pairs for one step, and their log-probabilities under the reference if these are known already.
+
+    Votes [7, 3] count as seven such pairs and three whose responses are exchanged: in the loss, in the likelihood of
+    the chosen responses, and in every metric.
+    """
 
     pairs: Sequence[Pair]
     ref_logp_w: Array = None  # (B,)
     ref_logp_l: Array = None
+    votes: Array = None  # (B, 2), for chosen and for rejected; None if each pair is one label
 
 
 def sequence_logprob(params: Params, config: Config, prompt: Any, response: Any) -> Tensor:
@@ -156,10 +161,13 @@ def checked(examples: Sequence[Any]) -> Sequence[Any]:
     return examples
 
 
-def collate(pairs: Sequence[Any], ref_logp_w: Array | None = None, ref_logp_l: Array | None = None) -> Batch:
+def collate(
+    pairs: Sequence[Any], ref_logp_w: Array | None = None, ref_logp_l: Array | None = None, votes: Any = None
+) -> Batch:
     """A batch of pairs (prompt, chosen, rejected) of ids, of any lengths.
 
     `ref_logp_w` and `ref_logp_l`, (B,), are what `training.reference_logprobs` returned for these pairs, if known.
+    `votes`, (B, 2), are (1, 0) unless given.
     """
     for logp in (ref_logp_w, ref_logp_l):
         if (logp is None) != (ref_logp_w is None) or (logp is not None and logp.shape != (len(pairs),)):
@@ -167,7 +175,11 @@ def collate(pairs: Sequence[Any], ref_logp_w: Array | None = None, ref_logp_l: A
     lists = [tuple([operator.index(token) for token in ids] for ids in pair) for pair in pairs]
     if any(len(pair) != 3 for pair in lists):
         raise ValueError("a pair is (prompt, chosen, rejected)")
-    return Batch(checked(lists), ref_logp_w, ref_logp_l)
+    batch = Batch(checked(lists), ref_logp_w, ref_logp_l)
+    votes = asarray([(1, 0)] * len(pairs) if votes is None else votes)
+    if votes.shape != (len(pairs), 2) or not ((votes >= 0).all() and (votes.sum(axis=1) > 0).all()):
+        raise ValueError(f"votes must be ({len(pairs)}, 2), two numbers of at least 0 for each pair, and not both 0")
+    return batch if (votes == (1, 0)).all() else batch._replace(votes=votes)
 
 
 def token_logprobs(logits: Tensor, picks: list[Pick]) -> Tensor:

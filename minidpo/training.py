@@ -26,20 +26,21 @@ ROUNDING = 8  # units in the last place of a log-probability; up to 2.5 were see
 Example = tuple[list[int], list[int]]  # ids of prompt and response
 Metrics = dict[str, float]
 Watch = Callable[[Any], Iterable[Any]]  # passes items on one by one, and may tell how many there have been
-Loss = Callable[..., PreferenceLoss]  # of the four log-probabilities and beta, and lengths if it takes them by name
+Loss = Callable[..., PreferenceLoss]  # of the four log-probabilities, beta, and constants that it takes `by_name`
 
 
 # ---- preferences ------------------------------------------------------------------------------------------
 
 
 class Swept(NamedTuple):
-    """A share of the objective, with the rewards and log-probabilities of its pairs."""
+    """A share of the objective, with the rewards, log-probabilities and votes of its pairs."""
 
     objective: float
     reward_w: list[float]
     reward_l: list[float]
     logp_w: list[float]
     logp_l: list[float]
+    votes: list[list[float]]  # empty if each pair is one label
 
 
 def dpo_sweep(
@@ -50,32 +51,70 @@ def dpo_sweep(
     loss: Loss = losses.dpo_loss,
     nll_weight: float = 0.0,
     micro_batch_size: int | None = None,
-    whole: Sequence[int] | None = None,
+    whole: Sequence[float] | None = None,
 ) -> Swept:
     """Add the gradient of a batch's objective to `grad` of the policy, a micro-batch of M pairs at a time.
 
-    The batch holds the reference's log-probabilities. `whole` is (pairs, chosen tokens) of the full batch, if
-    this is only a share of it. Raises FloatingPointError if the objective is not finite.
+    The batch holds the reference's log-probabilities. `whole` is `counts` of the full batch, if this is only a share
+    of it. Raises FloatingPointError if the objective is not finite, ValueError if the loss cannot use votes.
     """
-    B, tokens = whole or (len(batch.pairs), sum(len(w) for _, w, _ in batch.pairs))
+    labels, tokens = whole or counts(batch)
     parts = []
     for part in micro_batches([len(x) + len(w) + len(l) for x, w, l in batch.pairs], micro_batch_size, policy):
-        pairs, ref_logp_w, ref_logp_l = batch.pairs[part], batch.ref_logp_w[part], batch.ref_logp_l[part]
+        arrays: list[Any] = [None if x is None else x[part] for x in batch]
+        pairs, ref_logp_w, ref_logp_l, votes = share = Batch(*arrays)
         logp_w, logp_l = shared_logprobs(policy, config, pairs)  # -> (M,), (M,)
-        out = loss(logp_w, logp_l, ref_logp_w, ref_logp_l, beta, **lengths(loss, pairs))
-        objective = out.loss * (len(pairs) / B)  # the mean over the batch, this part's share
+        out = loss(logp_w, logp_l, ref_logp_w, ref_logp_l, beta, **by_name(loss, pairs, votes))
+        objective = out.loss * (counts(share)[0] / labels)  # the mean over the batch, this part's share
         if nll_weight:
-            objective = objective - (nll_weight / tokens) * ops.sum(logp_w)
+            objective = objective - (nll_weight / tokens) * over_labels(ops.sum, logp_w, logp_l, votes)
         value = finite(objective)
         objective.backward()
-        parts.append(Swept(value, *[to_host(x.data).tolist() for x in (out.reward_w, out.reward_l, logp_w, logp_l)]))
+        arrays = [x.data for x in (out.reward_w, out.reward_l, logp_w, logp_l)] + [[] if votes is None else votes]
+        parts.append(Swept(value, *[numpy.asarray(to_host(x)).tolist() for x in arrays]))
     return join(parts)
 
 
-def lengths(loss: Loss, pairs: Sequence[Pair]) -> dict[str, list[int]]:
-    """Tokens of the chosen and of the rejected responses, end-of-text among them, under the names that a loss takes."""
-    counts = {"length_w": [len(w) for _, w, _ in pairs], "length_l": [len(l) for _, _, l in pairs]}
-    return {name: count for name, count in counts.items() if name in inspect.signature(loss).parameters}
+def over_labels(add: Callable[[Any], Any], w: Any, l: Any, votes: Array | None) -> Any:
+    """Add up, over labels, w of the pairs whose chosen response was preferred and l of those the other way round.
+
+    A response without a vote is left out, not multiplied by 0: its log-probability may be -inf.
+    """
+    if votes is None:
+        return add(w)
+    sides = [(y, n, numpy.flatnonzero(n)) for y, n in zip((w, l), votes.T)]
+    return sum(add(y[some] * constant_like(y, n[some])) for y, n, some in sides if some.size)
+
+
+def constant_like(y: Any, x: Array) -> Array:
+    """An array of the host where and as y, a Tensor, is; as it is beside another array."""
+    return array_module(y.data).asarray(x, dtype=y.dtype) if isinstance(y, Tensor) else x
+
+
+def label_mean(w: Array, l: Array, votes: Array | None) -> float:
+    """The mean of `over_labels`."""
+    return float(over_labels(numpy.sum, w, l, votes) / (len(w) if votes is None else votes.sum()))
+
+
+def counts(batch: Batch) -> tuple[float, float]:
+    """The labels of a batch, and the tokens of the responses that they prefer."""
+    length_w, length_l = (numpy.array([len(pair[i]) for pair in batch.pairs]) for i in (1, 2))
+    labels = len(batch.pairs) if batch.votes is None else float(batch.votes.sum())
+    return labels, over_labels(numpy.sum, length_w, length_l, batch.votes).item()
+
+
+def by_name(loss: Loss, pairs: Sequence[Pair], votes: Array | None) -> dict[str, Any]:
+    """What a loss takes by name: tokens of the responses, end-of-text among them; of votes, probability and weight."""
+    lengths = {"length_w": [len(w) for _, w, _ in pairs], "length_l": [len(l) for _, _, l in pairs]}
+    taken = inspect.signature(losses.LOSSES[loss.name] if isinstance(loss, losses.Choice) else loss).parameters
+    given: dict[str, Any] = {name: length for name, length in lengths.items() if name in taken}
+    if votes is not None:
+        if not {"probability", "weight"} <= taken.keys():
+            name = getattr(loss, "name", getattr(loss, "__name__", "given"))
+            raise ValueError(f"the loss {name} takes no probability and weight: choose dpo")
+        n = votes.sum(axis=1)
+        given |= {"probability": votes[:, 0] / n, "weight": n}
+    return given
 
 
 def join(parts: Sequence[Swept]) -> Swept:
@@ -99,7 +138,7 @@ def dpo_training_step(
 ) -> Metrics:
     """One step of direct preference optimisation: raise the margin of chosen over rejected, against a reference.
 
-        L = loss(log pi(y_w|x), log pi(y_l|x), log pi_ref(y_w|x), log pi_ref(y_l|x), beta[, length_w, length_l])
+        L = loss(log pi(y_w|x), log pi(y_l|x), log pi_ref(y_w|x), log pi_ref(y_l|x), beta[, constants])
             - nll_weight mean_t log pi(y_w,t | x, y_w,<t)
 
     `sweep` may share the pairs out to several processes. Raises FloatingPointError if loss or gradient is not finite;
@@ -112,11 +151,12 @@ def dpo_training_step(
     swept = sweep(policy, config, batch, beta, loss, nll_weight, micro_batch_size)
     grad_norm = optim.clip_global_norm(policy, max_norm)
     optimizer.step()
-    value, reward_w, reward_l, logp_w, logp_l = (numpy.array(column) for column in swept)
+    value, reward_w, reward_l, logp_w, logp_l, labels = (numpy.array(column) for column in swept)
+    votes = labels if labels.size else None
     rounding = ROUNDING * float(numpy.finfo(policy["wte.weight"].dtype).eps) * (abs(logp_w) + abs(logp_l))
-    metrics = preference_metrics(value, reward_w, reward_l, logp_w, logp_l, beta * rounding)
+    metrics = preference_metrics(value, reward_w, reward_l, logp_w, logp_l, beta * rounding, votes)
     if nll_weight:
-        nll = -math.fsum(swept.logp_w) / sum(len(w) for _, w, _ in batch.pairs)
+        nll = -over_labels(math.fsum, logp_w, logp_l, votes) / counts(batch)[1]
         metrics |= {"loss/dpo": swept.objective - nll_weight * nll, "loss/nll": nll}
     tokens = sum(len(w) + len(l) for _, w, l in batch.pairs)
     return {**metrics, "grad_norm": grad_norm, "learning_rate": optimizer.learning_rate, "tokens": tokens}
@@ -142,27 +182,30 @@ def with_reference(batch: Batch, reference: Params, config: Config, policy: Para
     if any(logp is None for logp in logps):
         logps = reference_logprobs(reference, config, batch.pairs)
     wte = policy["wte.weight"].data
-    return Batch(batch.pairs, *[array_module(wte).asarray(logp, dtype=wte.dtype) for logp in logps])
+    ref_logp_w, ref_logp_l = (array_module(wte).asarray(logp, dtype=wte.dtype) for logp in logps)
+    return batch._replace(ref_logp_w=ref_logp_w, ref_logp_l=ref_logp_l)
 
 
 def preference_metrics(
-    loss: Any, reward_w: Array, reward_l: Array, logp_w: Array, logp_l: Array, tie: Any = 0.0
-) -> Metrics:
-    """The loss, and means over pairs; ties are not wins and have their own metric.
+    loss: Any, reward_w: Array, reward_l: Array, logp_w: Array, logp_l: Array, tie: Any = 0.0,
+    votes: Array | None = None,
+) -> Metrics:  # fmt: skip
+    """The loss, and means over labels; ties are not wins and have their own metric.
 
+    Of votes [7, 3], seven labels are right if the chosen reward is the higher one, three if it is the lower.
     Rewards tie that differ by at most `tie`: 0 where each pair was scored alone. In a step, policy and reference are
     scored in other batches, and it is what rounding can make of equal models, beta 8 eps (|log pi_w| + |log pi_l|).
     """
     ties = abs(reward_w - reward_l) <= tie
     return {
         "loss": float(loss),
-        "rewards/chosen": reward_w.mean().item(),
-        "rewards/rejected": reward_l.mean().item(),
-        "rewards/margins": (reward_w - reward_l).mean().item(),
-        "rewards/accuracies": ((reward_w > reward_l) & ~ties).mean().item(),
-        "rewards/ties": ties.mean().item(),
-        "logps/chosen": logp_w.mean().item(),
-        "logps/rejected": logp_l.mean().item(),
+        "rewards/chosen": label_mean(reward_w, reward_l, votes),
+        "rewards/rejected": label_mean(reward_l, reward_w, votes),
+        "rewards/margins": label_mean(reward_w - reward_l, reward_l - reward_w, votes),
+        "rewards/accuracies": label_mean((reward_w > reward_l) & ~ties, (reward_l > reward_w) & ~ties, votes),
+        "rewards/ties": label_mean(ties, ties, votes),
+        "logps/chosen": label_mean(logp_w, logp_l, votes),
+        "logps/rejected": label_mean(logp_l, logp_w, votes),
     }
 
 
@@ -182,14 +225,22 @@ def preference_evaluation(
     pairs go by. Raises FloatingPointError if a metric is not finite.
     """
     constants = {name: p.detach() for name, p in policy.items()}
-    logp_w, logp_l = map(Tensor, reference_logprobs(constants, config, watch(batch.pairs)))
-    batch = with_reference(batch, {}, config, policy)
-    out = loss(logp_w, logp_l, batch.ref_logp_w, batch.ref_logp_l, beta, **lengths(loss, batch.pairs))
-    columns = (to_host(x.data).astype("float64") for x in (out.reward_w, out.reward_l, logp_w, logp_l))
-    metrics = preference_metrics(out.loss.item(), *columns)
-    tokens = sum(len(w) for _, w, _ in batch.pairs)
-    chosen_nll = -float(to_host(logp_w.data).sum(dtype="float64")) / tokens
-    ref_nll = -float(to_host(batch.ref_logp_w).sum(dtype="float64")) / tokens
+    logps = reference_logprobs(constants, config, watch(batch.pairs))
+    return preference_summary(*logps, with_reference(batch, {}, config, policy), beta, loss, nll_weight)
+
+
+def preference_summary(
+    logp_w: Any, logp_l: Any, batch: Batch, beta: float = 0.1, loss: Loss = losses.dpo_loss, nll_weight: float = 0.0
+) -> Metrics:
+    """The metrics of `preference_evaluation`, from the policy's log-probabilities of the batch's pairs, (B,)."""
+    pairs, *refs, votes = batch
+    logp_w, logp_l = Tensor(logp_w), Tensor(logp_l)
+    out = loss(logp_w, logp_l, *refs, beta, **by_name(loss, pairs, votes))
+    arrays = (out.reward_w.data, out.reward_l.data, logp_w.data, logp_l.data, *refs)
+    reward_w, reward_l, w, l, ref_w, ref_l = (to_host(x).astype("float64") for x in arrays)
+    metrics = preference_metrics(out.loss.item(), reward_w, reward_l, w, l, votes=votes)
+    sums = over_labels(numpy.sum, w, l, votes), over_labels(numpy.sum, ref_w, ref_l, votes)
+    chosen_nll, ref_nll = (-float(total) / counts(batch)[1] for total in sums)
     if nll_weight:
         metrics |= {"loss/dpo": metrics["loss"], "loss/nll": chosen_nll}
     metrics["loss"] += nll_weight * chosen_nll

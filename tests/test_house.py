@@ -13,15 +13,15 @@ SPINE = "tensor ops gradcheck losses model scoring optim training".split()
 LEANS_ON = "backend tokenizer generation streams plots".split()
 # lines of Python at most: a ceiling is raised in the open, in the change that needs it, with the reason in its commit
 CEILINGS = {
-    "spine": 2320,  # a maximum for hinges, log(1 - e^x) for odds; first guesses are answered
+    "spine": 2380,  # a maximum for hinges, log(1 - e^x) for odds; first guesses are answered; votes in every mean
     "leans on": 575,
     "family": 705,  # 27 losses, each with its gradient and its source: 23 lines a loss
-    "data": 880,  # ways to write a request; every foreign format has a name and a remedy, or is converted; rows of ids
+    "data": 950,  # ways to write a request; every foreign format has a name and a remedy; votes read and counted
     "theory": 1500,
     "explain": 850,
     "verify": 2850,  # three frameworks, seven layouts, enumeration, a name for what each gradient says, the doctor
     "audit": 700,
-    "run": 1820,  # damaged and edited runs are checked in full before anything moves; tasks; Hugging Face's files
+    "run": 1830,  # damaged and edited runs are checked in full before anything moves; tasks; Hugging Face's files
     "cli": 2200,  # judge: gates, templates, failures; the table of the losses and their picture; verify
 }
 PACKAGE = 14_000

@@ -49,10 +49,13 @@ CASES = {
     "dpo": {
         **TESTED, "seed": [3], "init": ["other"], "reference": [None], "beta": [1.5],
         "loss": ["ipo", "reference-free"], "label_smoothing": [0.2], "nll_weight": [2.0],
-        "loss_options": ["label_smoothing=0.2"], "judge_every": "judges_a_run",
+        "loss_options": ["label_smoothing=0.2"], "judge_every": "judges_a_run", "repeats": "counts_labels",
     },
-    "evaluate": {**SCORING, "device": "moves_the_arrays", "json": "prints_the_result", "calibration": "is_measured",
-                 "seen": "lets_seen_prompts_in"},
+    "evaluate": {
+        **SCORING, "device": "moves_the_arrays", "json": "prints_the_result", "calibration": "is_measured",
+        "seen": "lets_seen_prompts_in", "repeats": "counts_labels", "slices": "groups_the_pairs",
+        "at_most": "is_a_gate", "at_least": "is_a_gate",
+    },
     "score": {**SCORING, "device": "moves_the_arrays", "ids": "reads_ids"},
     "sample": {
         "checkpoint": ["other"], "prompt": ["bad"], "newline": [True], "samples": [200],
@@ -308,13 +311,34 @@ def test_an_option_lets_seen_prompts_in(name, root, tmp_path):
 @having("is_a_gate")
 def test_an_option_is_a_gate(name, root, tmp_path):
     """A figure on the wrong side of its limit is named with it; on the right side nothing changes."""
-    figure = outcome(root, tmp_path, name, BASE[name])["numbers"][0]["reward"]
+    numbers = outcome(root, tmp_path, name, BASE[name])["numbers"]
+    metric, figure = ("reward", numbers[0]["reward"]) if name == "judge" else ("loss", numbers["loss"])
     for option, side in (("at_most", 1), ("at_least", -1)):
-        right = outcome(root, tmp_path, name, {**BASE[name], option: f"reward={figure + side * 0.5}"})
+        right = outcome(root, tmp_path, name, {**BASE[name], option: f"{metric}={figure + side * 0.5}"})
         assert differences(right, expected(root, name, BASE[name]), 1e-6) == []
-        words = f"desk: reward is .*, and must be {option.replace('_', ' ')} {figure - side * 0.5:g}"
+        words = f": {metric} is .*, and must be {option.replace('_', ' ')} {figure - side * 0.5:g}"
         with pytest.raises(gates.GateError, match=words):
-            result_of(root, tmp_path, name, {**BASE[name], option: f"kl=0,reward={figure - side * 0.5}"})
+            result_of(root, tmp_path, name, {**BASE[name], option: f"{metric}={figure - side * 0.5}"})
+
+
+@having("groups_the_pairs")
+def test_an_option_groups_the_pairs(name, root, tmp_path, capsys):
+    """With --slices each group has the metrics that its rows have in a file of their own, and a gate can name them."""
+    lines = [json.loads(line) for line in (root / "pairs.jsonl").read_text().splitlines()]
+    parts = {"even": lines[::2], "odd": lines[1::2]}
+    both = [{**row, "kind": ("even", "odd")[i % 2]} for i, row in enumerate(lines)]
+    for part, rows in {**parts, "both": both}.items():
+        (root / f"{part}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = {**BASE[name], "data": "both", "slices": "kind"}
+    found = result_of(root, tmp_path, name, options)["slices"]
+    assert list(found) == ["even", "odd"] and "kind" in capsys.readouterr().out
+    for part in parts:
+        own = result_of(root, tmp_path, name, {**BASE[name], "data": part})
+        assert found[part]["pairs"] == own["pairs"]
+        for metric in set(own) - {"pairs", "set_aside", "truncated"}:
+            assert found[part][metric].value == pytest.approx(own[metric], rel=1e-9), metric
+    with pytest.raises(gates.GateError, match=r": odd/loss is .*, and must be at most -1"):
+        result_of(root, tmp_path, name, {**options, "at_most": "odd/loss=-1"})
 
 
 @having("shows_failures")
@@ -378,6 +402,18 @@ def test_an_option_keeps_the_replies(name, root, tmp_path):
                for row in rows for model in ("desk", "desk_other"))  # fmt: skip
     figures = json.loads((tmp_path / "kept/figures.json").read_text())["desk"]["all"]
     assert figures["reward"][0] == result[0]["reward"] and figures["n"] == len(rows)
+
+
+@having("counts_labels")
+def test_an_option_counts_labels(name, root, tmp_path):
+    """With --repeats=count a step on three different pairs is the step on the seven rows that hold them."""
+    step = {"steps": 1, "batch_size": 3} if name == "dpo" else {}
+    options = {**BASE[name], **step, "data": "repeated"}
+    right = expected(root, name, {**options, "batch_size": 7} if step else options)
+    if "numbers" in right:
+        right["numbers"] |= {"pairs": 3, "set_aside": 0, "truncated": 0, "labels": 7, "pairs/split": 2 / 3}
+    assert differences(outcome(root, tmp_path, name, {**options, "repeats": "count"}), right, 1e-6) == []
+    assert differences(outcome(root, tmp_path / "aside", name, options), right, 1e-6) != []
 
 
 @having("writes_a_file")
@@ -496,6 +532,7 @@ def test_a_step_gets_the_reference_scores_of_its_pairs(root, tmp_path, monkeypat
         result_of(root, tmp_path, "dpo", {**BASE["dpo"], "steps": 4})
     cli.resume(tmp_path / "run")
     assert len(batches) == 5 and batches[2].pairs == batches[3].pairs
-    for pairs, *scores in batches:
+    for pairs, *scores, votes in batches:
+        assert votes is None
         for actual, right in zip(scores, reference_scores(root, "other", pairs), strict=True):
             assert actual == pytest.approx(right, rel=1e-9)

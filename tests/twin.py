@@ -24,6 +24,7 @@ FILES = {  # the last row is too long; a text has one line, or, with --blocks, s
     "more": [("a" + x, w + "a", l) for x, w, l in ROWS],
     "held": [("dab\n", "c", "bd"), ("db\n", "aca", "d")],
     "held_too": [("acd\n", "bb", "d"), ("bb\n", "d", "caa"), ("ca\n", "a", "b")],
+    "repeated": [ROWS[0]] * 3 + [(ROWS[0][0], *ROWS[0][:0:-1]), ROWS[1], ROWS[2], (ROWS[2][0], *ROWS[2][:0:-1])],
     "many": [(f"{a}{b}{c}\n", "ab", "dca") for a in "abcd" for b in "abcd" for c in "abcd"],
 }
 TEXTS = {"pairs": "ab\ncd\n\nbad\ndaca\n\nb\ncabb\n\nad", "more": "dd\nbc\n\nabc\nd\ncab\n\nb", "held": "ca\ndb\n",

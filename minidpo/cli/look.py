@@ -42,7 +42,7 @@ OwnBeta = Annotated[o.Beta | None, Default(f"that of the dpo run, or {BETA:g}")]
 
 def scored_rows(
     checkpoint: Path, reference: Path | None, data: Path, truncation: str, strict: bool, device: str = "cpu",
-    ids: bool = False,
+    ids: bool = False, repeats: str = "",
 ) -> tuple[Checkpoint, Checkpoint, Encoded, int]:  # fmt: skip
     """Policy, reference, the rows of a file that both can score, and how many rows were set aside."""
     read = load_ids if ids else load
@@ -55,7 +55,7 @@ def scored_rows(
     if ids:
         rows = preferences.usable_ids(data, policy.config.vocab_size, n_positions, strict)
     else:
-        rows = preferences.usable_rows(data, PAIRS, policy.tokenizer, n_positions, truncation, strict)
+        rows = preferences.usable_rows(data, PAIRS, policy.tokenizer, n_positions, truncation, strict, repeats)
     for fault in rows.faults[:20]:
         print(f"{data}, line {fault.line}: set aside, {fault.reason}", file=sys.stderr)
     more = [f"{data}: {len(rows.faults) - 20} more rows are set aside"] * (len(rows.faults) > 20)

@@ -1,6 +1,5 @@
 """The commands that measure: a policy on pairs, and the true reward of models of the desk."""
 
-import functools
 import math
 from collections.abc import Sequence
 from functools import partial
@@ -11,14 +10,18 @@ from typing import Annotated, Any
 from .. import training
 from ..audit import calibration as calibrated
 from ..audit import gates
+from ..audit.pairs import as_text as as_groups
+from ..audit.pairs import estimates, groups
 from ..audit.replies import as_text, figures, flat, judged, records
 from ..audit.replies import failures as as_failures
 from ..audit.replies import templates as as_templates
-from ..data import world
+from ..backend import to_host
+from ..data import preferences, world
 from ..run.files import write_folder
 from ..run.folder import digest, seen_prompts
 from ..run.tasks import counted, results
-from ..scoring import collate
+from ..scoring import Batch, collate
+from ..streams import stream
 from ..tokenizer import TURN, printable
 from . import options as o
 from .desk import test_prompts
@@ -33,40 +36,67 @@ RunReference = Annotated[o.Reference | None, Default("that of the dpo run")]
 @command("look")
 def evaluate(
     *, checkpoint: o.Checkpoint, data: o.Pairs, reference: RunReference = None, beta: OwnBeta = None,
-    calibration: o.Calibration = False, seen: o.Seen = False,
+    repeats: o.Repeats = "set-aside", slices: o.Slices = None, calibration: o.Calibration = False,
+    at_most: o.AtMost = None, at_least: o.AtLeast = None, seen: o.Seen = False,
     strict: o.Strict = False, truncation: o.Truncation = "none", device: o.Device = "cpu", json: o.Json = False,
 ) -> dict[str, Any]:  # fmt: skip
     """Measure a policy against its reference on pairs.
 
     Print the DPO loss alone, implicit rewards, accuracy (ties are counted beside it, not in it), log-probabilities,
     and the rise of the chosen responses' loss against the reference in nats per token. With --calibration, also how
-    often labels are right beside the probability sigma(z) that the policy gives them, z being the reward margin.
+    often labels are right beside the probability sigma(z) that the policy gives them, z being the reward margin. Votes
+    count as in `dpo`; with them, also the number of labels, the share of split pairs, and the loss that no model can go
+    below. With --slices, the same for groups of pairs, with 95 % intervals. A condition is NAME=X with a metric's name,
+    or GROUP/NAME=X; the exit status is 1 if one does not hold.
     """
     reference, beta = given_or_of_run(checkpoint, reference, beta)
-    policy, ref, rows, faults = scored_rows(checkpoint, reference, data, truncation, strict, device)
+    policy, ref, rows, faults = scored_rows(checkpoint, reference, data, truncation, strict, device, repeats=repeats)
     pairs: list[Any] = rows.ids
     if not seen:
         refuse_seen(checkpoint, [(f"{data}, line {row.line}", row.prompt) for row in rows.rows])
-    ref_logp_w, ref_logp_l = training.reference_logprobs(ref.params, ref.config, counted(pairs, "reference: pairs"))
-    batch = collate(pairs, ref_logp_w, ref_logp_l)
-    metrics: dict[str, Any] = {"pairs": len(pairs), "set_aside": faults, "truncated": len(rows.truncated)}
-    watch = functools.partial(counted, what="policy: pairs")
-    metrics |= training.preference_evaluation(policy.params, policy.config, batch, beta, watch=watch)
-    metrics |= {"ref_logps/chosen": ref_logp_w.mean().item(), "ref_logps/rejected": ref_logp_l.mean().item()}
+    votes = preferences.label_metrics(rows.rows)
+    if votes and calibration:
+        raise ValueError(f"{data}: --calibration takes single labels: remove the votes, and --repeats count")
+    ref_logps = training.reference_logprobs(ref.params, ref.config, counted(pairs, "reference: pairs"))
+    logps = training.reference_logprobs(policy.params, policy.config, counted(pairs, "policy: pairs"))
+    every = collate(pairs, *ref_logps, [row.votes for row in rows.rows])
+
+    def summary(places: Any) -> dict[str, Any]:
+        """The metrics of some of the pairs."""
+        some = Batch([pairs[i] for i in places], *(x if x is None else x[places] for x in every[1:]))
+        found = training.preference_summary(logps[0][places], logps[1][places], some, beta)
+        ref_w, ref_l = to_host(some.ref_logp_w), to_host(some.ref_logp_l)
+        found |= {"ref_logps/chosen": training.label_mean(ref_w, ref_l, some.votes)}
+        return found | {"ref_logps/rejected": training.label_mean(ref_l, ref_w, some.votes)}
+
+    metrics: dict[str, Any] = {"pairs": len(pairs), "set_aside": faults, "truncated": len(rows.truncated), **votes}
+    metrics |= summary(range(len(pairs)))
     figures: dict[str, Any] = {}
     if calibration:
-        logp_w, logp_l = training.reference_logprobs(policy.params, policy.config, watch(pairs))
         y = calibrated.chosen_first(pairs)
-        z = beta * ((logp_w - ref_logp_w) - (logp_l - ref_logp_l))
-        figures = calibrated.calibration((2 * y - 1) * z.tolist(), y)
+        z = beta * ((logps[0] - ref_logps[0]) - (logps[1] - ref_logps[1]))
+        figures = calibrated.calibration((2 * y - 1) * to_host(z).astype(float), y)
+    parts = groups(rows, slices) if slices else {}
+    parts |= {"": list(range(len(pairs)))} if at_most or at_least else {}
+    tables: dict[str, dict[str, Any]] = {
+        part: {"pairs": len(places), **estimates(summary, places, stream(0, "bootstrap"))}
+        for part, places in parts.items()
+    }
+    limited = tables.pop("", {})
     if json:
         finite = {k: v if isinstance(v, list) or math.isfinite(v) else None for k, v in figures.items()}
-        print(dumps(metrics | ({"calibration": finite} if calibration else {}), allow_nan=False))
+        more = {"calibration": finite} if calibration else {}
+        print(dumps(metrics | more | ({"slices": tables} if slices else {}), allow_nan=False))
     else:
         for name, value in {**metrics, **{k: v for k, v in figures.items() if k != "bins"}}.items():
             print(f"{name:<20} {value:>12}" if isinstance(value, int) else f"{name:<20} {value:>z12.4f}")
         print(calibrated.table(figures["bins"]) if calibration else "", end="")
-    return metrics | ({"calibration": figures} if calibration else {})
+        print(as_groups(slices, tables) if slices else "", end="")
+    named = {f"{part}/{name}": value for part, row in tables.items() for name, value in row.items() if name != "pairs"}
+    named |= {name: value for name, value in limited.items() if name != "pairs"}
+    if broken := gates.hold(str(checkpoint), named, at_most or {}, at_least or {}):
+        raise gates.GateError("; ".join(broken))
+    return metrics | ({"calibration": figures} if calibration else {}) | ({"slices": tables} if slices else {})
 
 
 def refuse_seen(checkpoint: Path, prompts: Sequence[tuple[str, str]]) -> None:

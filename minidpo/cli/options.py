@@ -15,7 +15,7 @@ from typing import Annotated, Any, NamedTuple
 import numpy
 
 from .. import losses
-from ..data.preferences import TRUNCATIONS
+from ..data.preferences import REPEATS, TRUNCATIONS
 from ..training import Loss
 from ..verify.frameworks import FRAMEWORKS
 from ..verify.loss_check import NAMES
@@ -182,6 +182,12 @@ CUTS = "none (set the row aside), prompt (its beginning) or response (its end)"
 Truncation = Annotated[
     str, Option(f"part to cut from rows that exceed the context: {CUTS}", one_of(*TRUNCATIONS), "NAME")
 ]
+Repeats = Annotated[
+    str,
+    Option(
+        "pairs that repeat or contradict others: set-aside, or count, which adds up votes", one_of(*REPEATS), "NAME"
+    ),
+]
 Responses = Annotated[str, Option("responses of a pair to learn: both or chosen", one_of("both", "chosen"), "NAME")]
 Blocks = Annotated[bool, Option("let empty lines separate the texts, which may have several lines", flag)]
 Channels = Annotated[int | None, Option("channels of a new model", at_least(1))]
@@ -209,6 +215,10 @@ NllWeight = Annotated[float, Option("weight of the chosen responses' nats per to
 # Looking into models, and proving.
 StepRate = Annotated[float, Option("learning rate of the trial step", positive)]
 Table = Annotated[bool, Option("print the faults that the tests produce, and what is found", flag)]
+Slices = Annotated[
+    str | None,
+    Option("field of the rows to group by, or prompt_length, response_length, length_difference", text, "FIELD"),
+]
 Calibration = Annotated[bool, Option("also print whether sigma(z) is how often labels are right", flag)]
 Json = Annotated[bool, Option("print one JSON object instead of tables", flag)]
 Prompt = Annotated[str, Option("text of the prompt", text)]

@@ -10,6 +10,8 @@ from json import dumps
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
+import numpy
+
 from .. import model, optim, training
 from ..audit.replies import judged
 from ..backend import to_host
@@ -30,6 +32,7 @@ from ..run.tasks import counted
 from ..run.workers import Workers, worker_count
 from ..scoring import collate
 from ..streams import stream
+from ..tensor import Tensor
 from ..tokenizer import END_OF_TEXT, TURN, Tokenizer, UnknownCharacterError
 from ..training import Example, Loss
 from . import options as o
@@ -165,12 +168,12 @@ def starting_model(
 
 def read_rows(
     data: Path, run: Training, test_share: float, truncation: str, strict: bool, fields: Sequence[str],
-    start: Checkpoint, n_positions: int,
+    start: Checkpoint, n_positions: int, repeats: str = "",
 ) -> Rows:  # fmt: skip
     """Read, validate, encode and split rows: by their prompts, as written."""
     usable = []
     for path in filter(None, (data, run.held_out_data)):
-        usable.append(preferences.usable_rows(path, fields, start.tokenizer, n_positions, truncation, strict))
+        usable.append(preferences.usable_rows(path, fields, start.tokenizer, n_positions, truncation, strict, repeats))
         print(usable[-1].summary)
         print("".join(f"{remark}\n" for remark in usable[-1].remarks), end="", file=sys.stderr)
     held_out_share, held_out = (0, usable[1]) if run.held_out_data else (run.held_out_share, None)
@@ -350,6 +353,15 @@ def preference_loss(
     return chosen, beta
 
 
+def try_votes(data: Path, loss: Loss, beta: float) -> None:
+    """Refuse a loss that cannot use votes, before anything is written."""
+    zero = Tensor(numpy.zeros(1))
+    try:
+        loss(zero, zero, zero.data, zero.data, beta, **training.by_name(loss, [([0], [0], [0])], numpy.ones((1, 2))))
+    except ValueError as error:
+        raise ValueError(f"{data}: the votes on its pairs cannot be used: {error}") from error
+
+
 @command("train")
 def dpo(
     *, data: o.Pairs, init: o.Init, out: o.NewRun,
@@ -358,14 +370,17 @@ def dpo(
     label_smoothing: Annotated[o.LabelSmoothing | None, Default("the loss's own")] = None,
     loss_options: Annotated[o.LossOptions | None, Default("the loss's own")] = None,
     nll_weight: o.NllWeight = 0.0, strict: o.Strict = False, truncation: o.Truncation = "none",
-    test_share: o.TestShare = 0.0, judge_every: o.JudgeEvery = None, run: Training = DPO,
+    repeats: o.Repeats = "set-aside", test_share: o.TestShare = 0.0, judge_every: o.JudgeEvery = None,
+    run: Training = DPO,
 ) -> Path:  # fmt: skip
     """Train a model to prefer the chosen responses of pairs.
 
     Direct preference optimisation on JSON Lines of prompt, chosen and rejected. The frozen reference is the model of
     --init, unless --reference names another. Rewards in the metrics are those that the loss compares:
     beta log(pi/pi_ref) with most losses, beta log pi without a reference, per token if the loss takes means over
-    tokens. `minidpo losses` prints the losses.
+    tokens. `minidpo losses` prints the losses. Votes beside a pair count: {"prompt": "Hi", "chosen": "Hello!",
+    "rejected": "Huh?", "votes": [7, 3]} is seven such pairs and three whose responses are exchanged, "p": 0.7 is seven
+    tenths and three tenths of a pair.
     """
     objective, beta = preference_loss(loss, label_smoothing, beta, loss_options)
     words = arguments("dpo", locals())
@@ -376,7 +391,12 @@ def dpo(
         ref_params, ref_config, _, _ = other = load(reference, device=run.device)
         same_vocabulary(init, start, reference, other)
     n_positions = min(config.n_positions, ref_config.n_positions)
-    rows = read_rows(data, run, test_share, truncation, strict, PAIRS, start, n_positions)
+    rows = read_rows(data, run, test_share, truncation, strict, PAIRS, start, n_positions, repeats)
+    votes, held_out_votes, test_votes = (
+        numpy.array([row.votes for row in part.rows], dtype=float) for part in rows[:3]
+    )
+    if any((each != (1, 0)).any() for each in (votes, held_out_votes, test_votes) if each.size):
+        try_votes(data, objective, strength)
     customers = [row.prompt.removesuffix(TURN) for row in rows.held_out.rows] if judge_every else []
     if judge_every and judge_every % (run.evaluate_every or 1):
         raise ValueError(f"--judge-every={judge_every} is not a multiple of --evaluate-every={run.evaluate_every}")
@@ -391,11 +411,11 @@ def dpo(
     scores = cached_reference_logprobs(cache, ref_params, ref_config, tokenizer, pairs)
     ref_logp_w, ref_logp_l = (to_host(logp) for logp in scores)  # a step takes those of its pairs
     count = len(rows.train.ids)
-    held_out = collate(pairs[count:], ref_logp_w[count:], ref_logp_l[count:])
+    held_out = collate(pairs[count:], ref_logp_w[count:], ref_logp_l[count:], held_out_votes)
     optimizer = optim.AdamW(policy, run.learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
 
     def step(indices: list[int]) -> training.Metrics:
-        batch = collate([pairs[i] for i in indices], ref_logp_w[indices], ref_logp_l[indices])
+        batch = collate([pairs[i] for i in indices], ref_logp_w[indices], ref_logp_l[indices], votes[indices])
         settings = strength, objective, nll_weight, 1.0, run.micro_batch_size, workers.dpo_sweep
         return training.dpo_training_step(policy, ref_params, config, optimizer, batch, *settings)
 
@@ -404,7 +424,7 @@ def dpo(
         if step is None:
             test: list[Any] = rows.test.ids
             ref = training.reference_logprobs(ref_params, ref_config, counted(test, "test pairs"))
-            batch = collate(test, *map(to_host, ref))
+            batch = collate(test, to_host(ref[0]), to_host(ref[1]), test_votes)
         watch = partial(counted, what="held-out pairs")
         metrics = training.preference_evaluation(params, config, batch, strength, objective, nll_weight, watch)
         if step is not None and judge_every and step % judge_every == 0:

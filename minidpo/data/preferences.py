@@ -3,6 +3,10 @@
 A file is JSON Lines, in TRL's format: `{"prompt": ..., "chosen": ..., "rejected": ...}` for preferences,
 `{"prompt": ..., "completion": ...}` for supervised fine-tuning. Prompt and response are joined without a separator,
 so a prompt that should end in a newline contains one. Every line that cannot be used becomes a `Fault` with its reason.
+
+A pair may have been judged more than once: `"votes": [7, 3]` beside it says that seven preferred chosen and three
+rejected, `"p": 0.7` that chosen is preferred with this probability. `dpo` and `evaluate` use both; other commands read
+the label alone.
 """
 
 import collections
@@ -10,6 +14,7 @@ import contextlib
 import hashlib
 import itertools
 import json
+import math
 import os
 import re
 import stat
@@ -28,6 +33,8 @@ COMPLETIONS = ("prompt", "completion")
 PROMPTS = ("instruction", "question", "query", "input", "context", "user")  # what other data sets call a prompt
 MAX_LINE_BYTES = 2**20  # without the newline
 TRUNCATIONS = ("none", "prompt", "response")
+REPEATS = ("set-aside", "count")
+FEWEST, MOST_VOTES = 1e-6, 1e9  # of a response, if any: sums are exact enough in float32
 USES = ("train on", "hold out", "test on")  # of the parts
 
 MOST_BYTES = 2**28  # of a JSON array
@@ -63,6 +70,7 @@ class Row(NamedTuple):
     prompt: str
     responses: tuple[str, ...]  # chosen and rejected, or one completion
     text: str  # the whole line
+    votes: tuple[float, float] = (1, 0)  # of a pair: for chosen, for rejected
 
 
 class Fault(NamedTuple):
@@ -80,14 +88,16 @@ class Encoded(NamedTuple):
     ids: list[tuple[list[int], ...]]  # prompt and responses of each row
     faults: list[Fault]
     truncated: list[int]  # line numbers of those of these rows that were cut to fit the context
+    lost: float = 0  # votes of pairs that are faults because they repeat or contradict another
 
 
 def read(path: str | Path, fields: Sequence[str] = PAIRS) -> tuple[list[Row], list[Fault]]:
     """Read a JSON Lines file: the rows that can be used, and the lines that cannot.
 
     A line is a fault if it is not a JSON object in UTF-8 of at most `MAX_LINE_BYTES`, if a field is missing or not a
-    string, if a response is empty, or if chosen equals rejected. A fault in another of TRL's shapes names that shape
-    and says how to convert it. Empty lines are skipped, and so are columns that are not in `fields`.
+    string, if a response is empty, if chosen equals rejected, or if votes make no sense. A fault in another of TRL's
+    shapes names that shape and says how to convert it. Empty lines are skipped, and so are columns that are not in
+    `fields`, but for the votes of pairs.
     """
     entries = [each if isinstance(each, Fault) else row_or_fault(each, fields) for each in read_objects(path)]
     return [each for each in entries if isinstance(each, Row)], [each for each in entries if isinstance(each, Fault)]
@@ -233,7 +243,28 @@ def row_or_fault(each: Line, fields: Sequence[str]) -> Row | Fault:
         return fault(f"{fields[1 + responses.index('')]} is empty")
     if len(set(responses)) < len(responses):
         return fault("chosen equals rejected")
-    return Row(line, prompt, tuple(responses), text)
+    try:
+        return Row(line, prompt, tuple(responses), text, votes_of(document) if len(responses) == 2 else (1, 0))
+    except ValueError as error:
+        return fault(str(error))
+
+
+def votes_of(document: dict[str, Any]) -> tuple[float, float]:
+    """A pair's votes for chosen and for rejected; raises ValueError if they make no sense."""
+    votes, p = document.get("votes"), document.get("p")
+    if votes is not None and p is not None:
+        raise ValueError("has both votes and p: remove one of them")
+    if p is not None:
+        if type(p) not in (int, float) or not 0 <= p <= 1:
+            raise ValueError("p is the probability that chosen is preferred, from 0 to 1: correct or remove it")
+        return p, 1 - p
+    both: list[Any] = (
+        [1, 0] if votes is None else votes if isinstance(votes, list) and len(votes) == 2 else [None, None]
+    )
+    if any(type(v) not in (int, float) or not (v == 0 or FEWEST <= v <= MOST_VOTES) for v in both) or not any(both):
+        bounds = f"each 0 or from {FEWEST:g} to {MOST_VOTES:g}, and not both 0: correct or remove them"
+        raise ValueError(f"votes are two numbers, for chosen and for rejected, as [7, 3], {bounds}")
+    return both[0], both[1]
 
 
 def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -264,7 +295,9 @@ def other_shape(document: dict[str, Any], fields: Sequence[str]) -> tuple[str, s
     return "", ""
 
 
-def encode(rows: Sequence[Row], tokenizer: Tokenizer, n_positions: int, truncation: str = "none") -> Encoded:
+def encode(
+    rows: Sequence[Row], tokenizer: Tokenizer, n_positions: int, truncation: str = "none", repeats: str = "set-aside"
+) -> Encoded:
     """Encode rows as ids: end-of-text begins each prompt, and ends each response that is not cut.
 
     Prompt and response may have n_positions + 1 tokens together, since the last token is never an input. For a longer
@@ -272,8 +305,8 @@ def encode(rows: Sequence[Row], tokenizer: Tokenizer, n_positions: int, truncati
     of the responses; "response" cuts in the opposite order. Every response keeps at least one token.
 
     A row is also a fault if a character is not in the vocabulary. A pair is one too if its ids repeat an earlier pair,
-    if chosen equals rejected, or if another pair prefers the opposite: then neither of the two is used. Completions
-    may repeat.
+    if chosen equals rejected, or if another pair prefers the opposite: then neither of the two is used. With `repeats`
+    "count" such pairs add their votes to the first of them instead. Completions may repeat.
     """
     if truncation not in TRUNCATIONS:
         raise ValueError(f"truncation must be one of {', '.join(TRUNCATIONS)}, not {truncation!a}")
@@ -305,7 +338,11 @@ def encode(rows: Sequence[Row], tokenizer: Tokenizer, n_positions: int, truncati
         encoded.rows.append(row)
         encoded.ids.append((x, *ys))
         encoded.truncated.extend([row.line] * too_long)
-    return consistent(encoded) if all(len(row.responses) == 2 for row in rows) else encoded
+    if not all(len(row.responses) == 2 for row in rows):
+        return encoded
+    result = counted(encoded) if repeats == "count" else consistent(encoded)
+    usable = {row.line for row in result.rows}
+    return result._replace(truncated=[line for line in encoded.truncated if line in usable])
 
 
 def cut(x: list[int], ys: list[list[int]], limit: int, truncation: str) -> tuple[list[int], list[list[int]]]:
@@ -337,8 +374,41 @@ def consistent(encoded: Encoded) -> Encoded:
         else:
             result.rows.append(row)
             result.ids.append(ids)
-    usable = {row.line for row in result.rows}
-    return result._replace(truncated=[line for line in encoded.truncated if line in usable])
+    return result._replace(lost=label_count(encoded.rows) - label_count(result.rows))
+
+
+def counted(encoded: Encoded) -> Encoded:
+    """Add the votes of pairs that repeat an earlier pair or contradict it, compared as ids, to those of that pair."""
+    result = Encoded([], [], list(encoded.faults), [])
+    places: dict[tuple[tuple[int, ...], ...], tuple[int, bool]] = {}  # of a pair in the result; whether it contradicts
+    for row, ids in zip(encoded.rows, encoded.ids):
+        x, w, l = map(tuple, ids)
+        i, contradicts = places.setdefault((x, w, l), (len(result.rows), False))
+        places.setdefault((x, l, w), (i, True))
+        if i == len(result.rows):
+            result.rows.append(row._replace(votes=(0, 0)))
+            result.ids.append(ids)
+        (a, b), (more, fewer) = result.rows[i].votes, reversed(row.votes) if contradicts else row.votes
+        result.rows[i] = result.rows[i]._replace(votes=(a + more, b + fewer))
+    return result
+
+
+def label_count(rows: Sequence[Row]) -> float:
+    """The sum of all votes."""
+    return math.fsum(sum(row.votes) for row in rows)
+
+
+def label_metrics(rows: Sequence[Row]) -> dict[str, float]:
+    """The number n of labels, the share of split pairs, and what no DPO loss can go below; nothing without votes.
+
+    sum_i n_i H(p_i) / sum_i n_i,   H(p) = -p log p - (1 - p) log(1 - p), in nats
+    """
+    if all(row.votes == (1, 0) for row in rows):
+        return {}
+    labels = label_count(rows)
+    nats = math.fsum(-v * math.log(v / sum(row.votes)) for row in rows for v in row.votes if v)
+    split = sum(all(row.votes) for row in rows) / len(rows)
+    return {"labels": labels, "pairs/split": split, "loss/infimum": nats / labels}
 
 
 def split(
@@ -398,12 +468,21 @@ class Usable(NamedTuple):
 
 
 def usable_rows(
-    data: Path, fields: Sequence[str], tokenizer: Tokenizer, n_positions: int, truncation: str, strict: bool
-) -> Usable:
-    """Read and encode a file; raises ValueError if no row can be used."""
+    data: Path, fields: Sequence[str], tokenizer: Tokenizer, n_positions: int, truncation: str, strict: bool,
+    repeats: str = "",
+) -> Usable:  # fmt: skip
+    """Read and encode a file; raises ValueError if no row can be used. With `repeats`, also say what was voted."""
     rows, faults = read(data, fields)
-    ids = encode(rows, tokenizer, n_positions, truncation)
-    return usable(data, ids, faults, strict)._replace(remarks=remarks(data, ids.rows, tokenizer))
+    ids = encode(rows, tokenizer, n_positions, truncation, repeats)
+    found, sentences = usable(data, ids, faults, strict), remarks(data, ids.rows, tokenizer)
+    if repeats == "set-aside" and ids.lost:
+        fact = "labels are lost with pairs that repeat or contradict others: --repeats count keeps them"
+        sentences.append(f"{data}: {ids.lost:g} of {ids.lost + label_count(ids.rows):g} {fact}")
+    summary = found.summary
+    if repeats and (labels := label_metrics(ids.rows)):
+        summary += f", {labels['labels']:g} labels; {labels['pairs/split']:.1%} of the pairs are split"
+        summary += f", so that no DPO loss on them is below {labels['loss/infimum']:.4f}"
+    return found._replace(summary=summary, remarks=sentences)
 
 
 def usable_ids(data: Path, vocab_size: int, n_positions: int, strict: bool) -> Usable:

@@ -26,7 +26,7 @@ from ..backend import Array, array_module, on_host, to_host
 from ..losses import LOSSES, Choice
 from ..model import Config, Params
 from ..scoring import Batch
-from ..training import Example, Loss, Swept, dpo_sweep, join, nll_sweep
+from ..training import Example, Loss, Swept, counts, dpo_sweep, join, nll_sweep
 
 MOST = 8  # processes in all; more have not been tried
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's constants for mallopt
@@ -168,22 +168,21 @@ class Workers:
         named = portable(loss)
         if self.count == 1 or named is None:
             return dpo_sweep(policy, config, batch, beta, loss, nll_weight, micro_batch_size)
-        pairs, *refs = batch
+        pairs, *refs, votes = batch
         common = {
             "config": dataclasses.asdict(config),
             "beta": float(beta),
             "loss": named,
             "nll_weight": float(nll_weight),
             "micro_batch_size": micro_batch_size,
-            "whole": (len(pairs), sum(len(w) for _, w, _ in pairs)),
+            "whole": counts(batch),
         }
-        ref_logp_w, ref_logp_l = map(to_host, refs)
+        arrays = [*map(to_host, refs), votes]
         questions = [
             {
                 **common,
                 "pairs": [pairs[i] for i in part],
-                "ref_logp_w": ref_logp_w[part].tolist(),
-                "ref_logp_l": ref_logp_l[part].tolist(),
+                "arrays": [None if x is None else x[part].tolist() for x in arrays],
             }
             for part in shares([len(x) + len(w) + len(l) for x, w, l in pairs], self.count)
         ]
@@ -207,11 +206,12 @@ class Workers:
             return nll_sweep(params, config, question["examples"], question["micro_batch_size"], question["tokens"])
         wte = params["wte.weight"].data
         name, options = question["loss"]
-        refs = [array_module(wte).asarray(question[side], dtype=wte.dtype) for side in ("ref_logp_w", "ref_logp_l")]
+        *refs, votes = question["arrays"]
+        refs = [array_module(wte).asarray(logp, dtype=wte.dtype) for logp in refs]
         return dpo_sweep(
             params,
             config,
-            Batch(question["pairs"], *refs),
+            Batch(question["pairs"], *refs)._replace(votes=votes and numpy.array(votes)),
             question["beta"],
             LOSSES[name] if options is None else Choice(name, options),
             **{key: question[key] for key in ("nll_weight", "micro_batch_size", "whole")},
