@@ -129,6 +129,7 @@ def test_a_reference_of_its_own_and_of_another_shape(run, capsys):
 def test_evaluate_knows_what_the_run_was_made_with(command, run, capsys, tmp_path):
     """Reference and beta are those of the run unless given, and stderr says so; a missing one is named."""
     words = [command, f"--data={run.parent / 'pairs.jsonl'}", f"--checkpoint={run}"]
+    words += ["--seen"] * (command == "evaluate")
     init, other = f"--reference={run.parent / 'init'}", [f"--reference={run}", "--beta=0.3"]
 
     def printed(*more):
