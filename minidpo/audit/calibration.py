@@ -14,8 +14,7 @@ import numpy
 
 from ..backend import Array
 from ..losses import sigma
-
-NORMAL = 1.959963984540054  # 95 % of a standard normal are within
+from .intervals import wilson
 
 
 def chosen_first(pairs: Sequence[tuple[Sequence[int], ...]]) -> Array:
@@ -25,15 +24,6 @@ def chosen_first(pairs: Sequence[tuple[Sequence[int], ...]]) -> Array:
         return hashlib.sha256(repr((list(x), list(y))).encode()).digest()
 
     return numpy.array([digest(x, w) < digest(x, l) for x, w, l in pairs], dtype=float)
-
-
-def wilson(hits: float, n: int) -> tuple[float, float]:
-    """The 95 % interval of a share: all q with |hits/n - q| <= 1.96 sqrt(q (1 - q)/n). Source: Wilson 1927."""
-    if n == 0:
-        return 0.0, 1.0
-    p, s = hits / n, NORMAL**2 / n
-    middle, half = (p + s / 2) / (1 + s), math.sqrt(s * p * (1 - p) + s * s / 4) / (1 + s)
-    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 class Bin(NamedTuple):
