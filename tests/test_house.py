@@ -26,7 +26,7 @@ CEILINGS = {
 }
 PACKAGE = 13_500
 ROOMS = ("data", "theory", "explain", "verify", "audit", "run", "cli")
-ARROWS = {("verify", "theory")}  # between rooms, beside those to data and those of cli: exact sums over responses
+ARROWS = {("verify", "theory"), ("audit", "run")}  # beside those to data and of cli: exact sums; models and progress
 PATHS = sorted(SOURCE.rglob("*.py"))
 
 

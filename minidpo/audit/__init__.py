@@ -1,5 +1,5 @@
 """Whether a measurement can be believed."""
 
-from . import calibration
+from . import calibration, intervals, proxy
 
-__all__ = ["calibration"]
+__all__ = ["calibration", "intervals", "proxy"]
