@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minidpo import model, plots, scoring
-from minidpo.audit import proxy
+from minidpo.audit import intervals, proxy
 from minidpo.data import world
 from minidpo.run.checkpoint import Checkpoint
 from minidpo.streams import stream
@@ -82,6 +82,7 @@ def test_a_planted_flaw_makes_the_true_reward_rise_and_fall():
     values = [row.true.value for row in rows]
     assert max(values) == values[3] > values[0] and values[-1] == world.GARBLED
     assert [row.garbled.value for row in rows] == pytest.approx([size / 64 for size in proxy.SIZES])
+    assert rows[0].garbled[1:] == pytest.approx(intervals.wilson(5 / 64, 5))
     assert [row.implicit.value for row in rows] == sorted(row.implicit.value for row in rows)
     text = proxy.goodhart_text(rows).split("\n")
     assert [int(line.split()[0]) for line in text[1:]] == list(proxy.SIZES) and "1.00" in text[-1]
@@ -104,9 +105,11 @@ def test_the_implicit_reward_is_its_definition():
 
 
 def test_each_candidate_has_its_own_stream():
-    """More replies or prompts leave the first ones alone, and each reply goes with its prompt."""
+    """More replies or prompts leave the first alone; each reply goes with its prompt; a repeated prompt draws anew."""
     few, more = (proxy.candidates(ONE, list(world.PROMPTS)[:P], 3, n) for P, n in ((1, 2), (2, 4)))
     assert few[0] == more[0][:2] and len(set(more[0])) > 1
+    first, second = proxy.candidates(ONE, [PROMPT, PROMPT], 3, 2)
+    assert first != second
     assert [len(row) for row in more] == [4, 4] and more[1][0][0] == proxy.text(ONE, list(world.PROMPTS)[1], "")[0]
 
 

@@ -21,7 +21,7 @@ from ..run.tasks import counted
 from ..scoring import shared_logprobs
 from ..streams import stream
 from ..tokenizer import END_OF_TEXT, TURN, printable
-from .intervals import Estimate, mean, share
+from .intervals import Estimate, mean, share, wilson
 
 SIZES = (1, 2, 4, 8, 16, 32, 64)
 Text = tuple[tuple[int, ...], tuple[int, ...]]  # ids of a prompt and of a reply to it
@@ -65,7 +65,7 @@ def best_of(score: Array, value: Array, size: int) -> float:
 
         sum_k C(k-1, size-1)/C(n, size) value_(k),   k = 1 ... n in the order of the score; equal scores share
 
-    Source: Nakano et al. 2021 (arXiv 2112.09332), appendix I.
+    Source: Nakano et al. 2021 (arXiv 2112.09332).
     """
     n = len(score)
     weight = [math.comb(k, size - 1) / math.comb(n, size) for k in range(n)]  # k scores are lower
@@ -80,7 +80,7 @@ class Best(NamedTuple):
     kl: float  # log N - (N-1)/N, nats: the choice moves the reference at most so far (Beirami et al. 2024, 2401.01879)
     implicit: Estimate  # of the best by implicit reward
     true: Estimate  # of the same
-    garbled: Estimate  # of the same
+    garbled: Estimate  # of the same: the share that the grammar lacks, with Wilson's interval
     ceiling: Estimate  # true reward of the best by true reward
 
 
@@ -89,8 +89,9 @@ def goodhart(implicit: Array, true: Array, garbled: Array, sizes: Sequence[int] 
     rows = []
     for N in sizes:
         columns = [(implicit, implicit), (implicit, true), (implicit, garbled), (true, true)]
-        estimates = [mean([best_of(*each, N) for each in zip(score, value)]) for score, value in columns]
-        rows.append(Best(N, math.log(N) - (N - 1) / N, *estimates))
+        own, gold, bad, best = ([best_of(*each, N) for each in zip(score, value)] for score, value in columns)
+        part = Estimate(sum(bad) / len(bad), *wilson(sum(bad), len(bad)))
+        rows.append(Best(N, math.log(N) - (N - 1) / N, mean(own), mean(gold), part, mean(best)))
     return rows
 
 
