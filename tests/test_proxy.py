@@ -86,9 +86,14 @@ def test_a_planted_flaw_makes_the_true_reward_rise_and_fall():
     assert [row.implicit.value for row in rows] == sorted(row.implicit.value for row in rows)
     text = proxy.goodhart_text(rows).split("\n")
     assert [int(line.split()[0]) for line in text[1:]] == list(proxy.SIZES) and "1.00" in text[-1]
-    upper, lower = proxy.panels(rows)
-    assert list(upper.curves[1].y) == values and upper.places[6] == "64\n3.17" and len(lower.curves) == 1
-    assert plots.installed() is False or plots.png([upper, lower]).startswith(b"\x89PNG")
+    panels = proxy.panels(rows)
+    assert panels[0].curves[0].y == values and panels[0].places[6] == "64\n3.17"
+    assert panels[0].curves[1].y == [row.ceiling.value for row in rows]
+    assert panels[1].curves[0].y == [row.implicit.value for row in rows]
+    (curve,) = panels[2].curves
+    ends = [(y - below, y + above) for y, (below, above) in zip(curve.y, curve.error)]
+    assert ends == [pytest.approx(row.garbled[1:]) for row in rows]
+    assert plots.installed() is False or plots.png(panels).startswith(b"\x89PNG")
 
 
 def test_the_implicit_reward_is_its_definition():

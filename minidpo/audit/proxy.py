@@ -118,22 +118,19 @@ def goodhart_text(rows: Sequence[Best]) -> str:
 
 
 def panels(rows: Sequence[Best]) -> list[Panel]:
-    """Goodhart's curve: the true and the implicit reward of the best of N."""
-
-    def panel(title: str, **columns: Sequence[Estimate]) -> Panel:
+    """Goodhart's curve: true reward, implicit reward and garbled replies of the best of N."""
+    places, xlabel = [f"{row.size}\n{row.kl:.2f}" for row in rows], "N; below it, the nats of KL that it costs at most"
+    result = []
+    shown = {"true reward": ["true", "ceiling"], "implicit reward": ["implicit"], "share garbled": ["garbled"]}
+    for title, names in shown.items():
         curves = []
-        for label, estimates in columns.items():
-            error = [each.high - each.value for each in estimates]
+        for name in names:
+            estimates, judge = [getattr(row, name) for row in rows], "true" if name == "ceiling" else "implicit"
+            error = [(each.value - each.low, each.high - each.value) for each in estimates]
             values = [each.value for each in estimates]
-            curves.append(Curve(label.replace("_", " "), range(len(rows)), values, "o", error=error))
-        xlabel = "N; below it, the nats of KL that it costs at most"
-        return Panel(title, xlabel, "mean, with 95 %", curves, places=[f"{row.size}\n{row.kl:.2f}" for row in rows])
-
-    true, implicit, ceiling = ([getattr(row, name) for row in rows] for name in ("true", "implicit", "ceiling"))
-    return [
-        panel("true reward of the best of N", chosen_by_true_reward=ceiling, chosen_by_implicit_reward=true),
-        panel("implicit reward of the best of N", chosen_by_implicit_reward=implicit),
-    ]
+            curves.append(Curve(f"chosen by {judge} reward", range(len(rows)), values, "o", error=error))
+        result.append(Panel(f"{title} of the best of N", xlabel, "mean, with 95 %", curves, places=places))
+    return result
 
 
 PARTS = {  # of each reply of the grammar
