@@ -123,10 +123,10 @@ def by_group(z: Array, y: Array, groups: Sequence[str]) -> dict[str, dict[str, A
 def against_truth(z: Array, gap: Array) -> dict[str, float]:
     """sigma(z) beside the true probabilities p = sigma(gap), for true log-odds `gap`, the difference of true rewards.
 
-    absolute_error = mean |sigma(z) - p|,   kl = mean KL(p || sigma(z)), nats,
-    gap_slope = sum z gap / sum gap^2: what a point of true reward adds to z, 1 for the true model,
-    brier_floor = mean p (1 - p) and brier_excess = mean (sigma(z) - p)^2, whose sum is the expected Brier score,
-    true_temperature: the temperature that `slope` finds where p is in the place of labels
+        absolute_error = mean |sigma(z) - p|,   kl = mean KL(p || sigma(z)), nats,   gap_slope = sum z gap / sum gap^2,
+        brier_floor = mean p (1 - p),   brier_excess = mean (sigma(z) - p)^2,   whose sum is the expected Brier score
+
+    gap_slope is what a point of true reward adds to z; true_temperature is what `slope` finds with p for the labels.
     """
     p, q, log_sigma = sigma(gap), sigma(z), lambda x: ops.logsigmoid(x).data
     kl = p * (log_sigma(gap) - log_sigma(z)) + (1 - p) * (log_sigma(-gap) - log_sigma(-z))
