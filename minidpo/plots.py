@@ -14,6 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy
+
 from .tokenizer import printable
 
 INK = "#767676"  # of everything that is not a curve
@@ -34,7 +36,7 @@ class Curve(NamedTuple):
     marker: str | None = None
     faint: bool = False  # thin and grey, below the others
     joined: bool = True  # False: points without a line
-    error: Sequence[float] = ()  # half the length of the bar at each point
+    error: Sequence[float | tuple[float, float]] = ()  # length of the bar at each point: each way, or below and above
 
 
 class Panel(NamedTuple):
@@ -86,7 +88,7 @@ def draw(axes: Any, panel: Panel) -> None:
             linestyle=dash, linewidth=width, marker=curve.marker, markersize=size,
         )  # fmt: skip
         if curve.error:
-            axes.errorbar(curve.x, curve.y, curve.error, fmt="none", ecolor=color, capsize=4)
+            axes.errorbar(curve.x, curve.y, numpy.transpose(curve.error), fmt="none", ecolor=color, capsize=4)
         ends += [(y, curve.label, color) for y in [y for y in curve.y if math.isfinite(y)][-1:]]
     if not named_at_ends(panel):
         axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2)

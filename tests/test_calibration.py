@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minidpo import cli
+from minidpo import cli, plots
 from minidpo.audit import calibration as c
 
 SEEDS = st.integers(0, 2**32 - 1)
@@ -38,14 +38,18 @@ def test_auc_is_the_mann_whitney_statistic(seed, n, ties):
 
 
 @given(seed=SEEDS, n=st.integers(2, 60), ties=st.booleans())
-def test_the_area_under_the_rates_is_the_auc(seed, n, ties):
-    """1 - FNR over FPR, at every threshold and joined by straight lines, encloses AUC; ties make slanted steps."""
+def test_the_area_below_the_roc_curve_is_the_auc(seed, n, ties):
+    """By the trapezoidal rule, which gives ties one half. The curve goes from (0, 0) to (1, 1) and holds every rate."""
     z, y = sample(seed, n)
-    p = sigma(np.round(z) if ties else z)
+    z = np.round(z) if ties else z
     y[0], y[1] = 0.0, 1.0
-    fpr, fnr = np.transpose([c.rates(p, y, t) for t in [math.inf, *sorted(set(p), reverse=True)]])
-    assert fpr[0] == 0 and fnr[0] == 1 and fpr[-1] == 1 and fnr[-1] == 0
-    assert np.trapezoid(1 - fnr, fpr) == pytest.approx(c.auc(p, y), abs=1e-12)
+    fpr, found = map(np.array, c.roc(z, y))
+    assert (fpr[0], found[0], fpr[-1], found[-1]) == (0, 0, 1, 1)
+    area = ((fpr[1:] - fpr[:-1]) * (found[1:] + found[:-1]) / 2).sum()
+    assert area == pytest.approx(c.auc(z, y), abs=1e-12)
+    for threshold in z:
+        i = np.unique(z)[::-1].tolist().index(threshold) + 1
+        assert (fpr[i], 1 - found[i]) == pytest.approx(c.rates(z, y, threshold), abs=1e-12)
 
 
 @given(seed=SEEDS, n=st.integers(3, 60), kinds=st.integers(1, 4))
@@ -78,13 +82,14 @@ def test_the_slope_is_the_likeliest(seed, n):
     assert error == pytest.approx(1 / math.sqrt(-second), rel=1e-2)
 
 
-@pytest.mark.parametrize("slope", [0.3, 1.0, 2.5])
+@pytest.mark.parametrize("slope", [0.3, 1.0, 1 / 0.55, 2.5])
 def test_a_planted_fault_is_recovered(slope):
     """Of labels that follow sigma(slope z) the slope comes back, and its temperature repairs the model."""
     z, y = sample(3, 20_000, slope)
     found, error = c.slope(z, y)
     assert abs(found - slope) < 4 * error and error < 0.1
-    as_is, repaired = (c.expected_error(sigma(z * factor), y) for factor in (1.0, found))
+    assert c.calibration(z, y)["temperature"] == 1 / found
+    as_is, repaired = (c.calibration(z * factor, y)["ece"] for factor in (1.0, found))
     assert repaired < 0.02 and (slope == 1.0 or as_is > 3 * repaired)
     assert c.brier(sigma(found * z), y) <= c.brier(sigma(z), y) + 1e-9
 
@@ -92,11 +97,92 @@ def test_a_planted_fault_is_recovered(slope):
 def test_the_errors_of_a_few_pairs_are_by_hand():
     """ECE, Brier score, FPR and FNR of five pairs, counted by hand."""
     p, y = np.array([0.12, 0.18, 0.62, 0.67, 0.95]), np.array([0.0, 1.0, 1.0, 0.0, 1.0])
-    assert c.expected_error(p, y) == pytest.approx((2 * 0.35 + 2 * 0.145 + 1 * 0.05) / 5)
+    assert c.expected_error(c.bins(p, y)) == pytest.approx((2 * 0.35 + 2 * 0.145 + 1 * 0.05) / 5)
     assert c.brier(p, y) == pytest.approx((0.12**2 + 0.82**2 + 0.38**2 + 0.67**2 + 0.05**2) / 5)
     assert c.rates(p, y) == (0.5, pytest.approx(1 / 3))
     assert [(round(each.low, 1), each.n) for each in c.bins(p, y)] == [(0.1, 2), (0.6, 2), (0.9, 1)]
+    z = np.log(p / (1 - p))
+    figures = c.calibration(z, y)
+    assert (figures["pairs"], figures["fpr"], figures["fnr"]) == (5, 0.5, pytest.approx(1 / 3))
+    assert figures["brier"] == pytest.approx(c.brier(p, y)) and figures["ece"] == pytest.approx(1.04 / 5)
     assert c.bins(np.array([1.0, 0.0]), np.array([1.0, 0.0]))[-1].n == 1  # 1 lies in the last bin
+
+
+@given(seed=SEEDS, n=st.integers(2, 40))
+def test_a_probability_counts_as_that_many_labels(seed, n):
+    """The slope of probabilities p is that of a pair with label 1 repeated p times and one with label 0 1 - p times."""
+    rng = np.random.default_rng(seed)
+    z, tenths = rng.normal(0, 2, n), rng.integers(1, 10, n)
+    labels = np.concatenate([[1.0] * k + [0.0] * (10 - k) for k in tenths])
+    assert c.slope(z, tenths / 10)[0] == pytest.approx(c.slope(np.repeat(z, 10), labels)[0], rel=1e-9, abs=1e-12)
+
+
+def test_without_a_label_against_z_there_is_no_slope():
+    """The slope is infinite if all labels agree with z, minus infinite if all disagree; z = 0 says nothing."""
+    z, y = np.array([2.0, -1.0, 0.0]), np.array([1.0, 0.0, 1.0])
+    assert c.slope(z, y)[0] == math.inf and c.slope(-z, y)[0] == -math.inf and math.isnan(c.slope(0 * z, y)[0])
+    assert c.calibration(z, y)["temperature"] == 0 and math.isnan(c.calibration(0 * z, y)["temperature"])
+
+
+def test_a_group_has_the_figures_of_its_pairs_alone():
+    """Each group's figures are those of its pairs; one with labels of one kind has nan where both are needed."""
+    z, y = sample(5, 60)
+    groups = ["benign", "private", "private"] * 20
+    y[::3] = 1.0  # all benign ones
+    found = c.by_group(z, y, groups)
+    assert list(found) == ["benign", "private", "all"] and [each["pairs"] for each in found.values()] == [20, 40, 60]
+    private = np.arange(60) % 3 > 0
+    assert found["private"] == c.calibration(z[private], y[private]) and found["all"] == c.calibration(z, y)
+    assert math.isnan(found["benign"]["auc"]) and math.isnan(found["benign"]["fpr"])
+    assert found["benign"]["fnr"] == (z[::3] < 0).mean()
+    lines = c.as_text(found).split("\n")
+    assert len(lines) == 6 and lines[2].split()[:2] == ["benign", "20"] and "nan" in lines[2]
+    assert c.by_group(np.array([1.0]), np.array([0.0]), ["alone"])["alone"]["slope"] == -math.inf
+
+
+def test_the_true_model_has_no_error_and_a_scaled_one_has_its_scale():
+    """z = gap is without error; z = 0.3 gap has a slope of 0.3 in the gap, and the temperature 0.3 repairs it."""
+    gap = np.random.default_rng(0).integers(-7, 8, 1000).astype(float)
+    exact = c.against_truth(gap, gap)
+    assert (exact["absolute_error"], exact["kl"], exact["brier_excess"]) == pytest.approx((0, 0, 0), abs=1e-15)
+    assert (exact["gap_slope"], exact["true_temperature"]) == pytest.approx((1, 1))
+    scaled = c.against_truth(0.3 * gap, gap)
+    assert (scaled["gap_slope"], scaled["true_temperature"]) == pytest.approx((0.3, 0.3))
+
+
+@given(seed=SEEDS, n=st.integers(1, 50))
+def test_the_errors_against_the_truth_are_their_definitions(seed, n):
+    """The KL and the error are sums over both labels; the Brier score's expectation is floor and excess."""
+    rng = np.random.default_rng(seed)
+    z, gap = rng.normal(0, 3, n), rng.integers(-7, 8, n).astype(float)
+    found, p, q = c.against_truth(z, gap), sigma(gap), sigma(z)
+    kl = [a * math.log(a / b) + (1 - a) * math.log((1 - a) / (1 - b)) for a, b in zip(p, q)]
+    assert found["kl"] == pytest.approx(np.mean(kl), abs=1e-9)
+    assert found["absolute_error"] == pytest.approx(np.mean(np.abs(p - q)))
+    assert found["brier_floor"] + found["brier_excess"] == pytest.approx(np.mean(p * (1 - q) ** 2 + (1 - p) * q**2))
+    if gap.any():
+        residual = z - found["gap_slope"] * gap
+        assert residual @ gap == pytest.approx(0, abs=1e-9)  # the normal equation of least squares
+    else:
+        assert math.isnan(found["gap_slope"])
+
+
+def test_the_picture_shows_the_bins_before_and_after_and_the_threshold():
+    """Points and bars are the bins; its temperature brings a scaled model nearer the diagonal; ROC holds its point."""
+    z, y = sample(7, 5000, slope=1 / 0.55)
+    honest, roc = c.panels(z, y)
+    diagonal, before, after = honest.curves
+    rows = c.calibration(z, y)["bins"]
+    assert list(before.y) == [row["share"] for row in rows]
+    assert [(y - below, y + above) for y, (below, above) in zip(before.y, before.error)] == [
+        pytest.approx(row["interval"]) for row in rows
+    ]
+    distance = [max(abs(x - y) for x, y in zip(curve.x, curve.y)) for curve in (before, after)]
+    assert distance[1] < 0.6 * distance[0] and "0.5" in after.label and list(diagonal.x) == list(diagonal.y)
+    fpr, fnr = c.rates(sigma(z), y)
+    assert (roc.curves[-1].x, roc.curves[-1].y) == ([fpr], [1 - fnr])
+    assert len(c.panels(z, 0 * y)) == 1 and len(c.panels(0 * z, y)[0].curves) == 2  # no ROC; no temperature
+    assert plots.installed() is False or plots.png(c.panels(z, y)).startswith(b"\x89PNG")
 
 
 @given(seed=SEEDS, thresholds=st.tuples(st.floats(0, 1), st.floats(0, 1)))

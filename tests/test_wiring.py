@@ -13,8 +13,8 @@ import pytest
 
 from device_double import ndarray
 from minidpo import checkpoint, cli, generation, model, scoring, training, world
-from minidpo.audit import gates, replies
-from minidpo.cli import parser, train
+from minidpo.audit import gates, proxy, replies
+from minidpo.cli import measure, parser, train
 from minidpo.explain import displacement
 from minidpo.run import report, safetensors
 from minidpo.run.folder import digest, json_lines, prompts_document
@@ -54,6 +54,7 @@ CASES = {
     "evaluate": {
         **SCORING, "device": "moves_the_arrays", "json": "prints_the_result", "calibration": "is_measured",
         "seen": "lets_seen_prompts_in", "repeats": "counts_labels", "slices": "groups_the_pairs",
+        "plot": "draws_diagrams",
         "at_most": "is_a_gate", "at_least": "is_a_gate",
     },
     "score": {**SCORING, "device": "moves_the_arrays", "ids": "reads_ids"},
@@ -66,7 +67,7 @@ CASES = {
     "judge": {
         "checkpoint": [["desk_other"]], "reference": ["desk"], "replies": [3], "seed": [1], "at_most": "is_a_gate",
         "at_least": "is_a_gate", "failures": "shows_failures", "templates": "asks_otherwise",
-        "seen": "lets_seen_prompts_in", "out": "keeps_the_replies",
+        "seen": "lets_seen_prompts_in", "out": "keeps_the_replies", "proxy": "is_under_pressure",
     },
     "explain": {
         "checkpoint": ["other"], "prompt": ["dd"], "chosen": ["bca"], "rejected": ["aa"],
@@ -414,6 +415,39 @@ def test_an_option_counts_labels(name, root, tmp_path):
         right["numbers"] |= {"pairs": 3, "set_aside": 0, "truncated": 0, "labels": 7, "pairs/split": 2 / 3}
     assert differences(outcome(root, tmp_path, name, {**options, "repeats": "count"}), right, 1e-6) == []
     assert differences(outcome(root, tmp_path / "aside", name, options), right, 1e-6) != []
+
+
+@having("draws_diagrams")
+def test_an_option_draws_diagrams(name, root, tmp_path):
+    """The picture needs --calibration, and is not drawn over another file."""
+    pytest.importorskip("matplotlib")
+    options = {**BASE[name], "plot": tmp_path / "roc.png"}
+    with pytest.raises(ValueError, match="--plot needs --calibration"):
+        result_of(root, tmp_path, name, options)
+    result_of(root, tmp_path, name, {**options, "calibration": True})
+    assert (tmp_path / "roc.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(ValueError, match="exists already"):
+        result_of(root, tmp_path, name, {**options, "calibration": True})
+
+
+@having("is_under_pressure")
+def test_an_option_is_under_pressure(name, root, tmp_path, capsys, monkeypatch):
+    """With --proxy the reference's replies are chosen by the model's implicit reward, which its run's beta scales."""
+    asked = []
+    monkeypatch.setattr(proxy, "SIZES", (1, 2))
+    for function in ("best_of_reference", "edits_of_policy"):
+        recorded(
+            monkeypatch, proxy, function, lambda policy, reference, beta, *_: asked.append((policy, reference, beta))
+        )
+    monkeypatch.setattr(measure, "results", lambda tasks, what: [task() for task in tasks])
+    result_of(root, tmp_path, name, {**BASE[name], "proxy": True, "out": "pressed"})
+    text = capsys.readouterr().out
+    assert "desk's implicit reward as a judge of desk_other's replies" in text and "replies with both" in text
+    weights = [[model.params["wte.weight"].data for model in each[:2]] for each in asked]
+    for own, ref in weights:
+        assert (own == checkpoint.load(root / "desk").params["wte.weight"].data).all()
+        assert (ref == checkpoint.load(root / "desk_other").params["wte.weight"].data).all()
+    assert [beta for *_, beta in asked] == [0.1, 0.1]
 
 
 @having("writes_a_file")

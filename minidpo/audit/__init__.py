@@ -1,5 +1,5 @@
 """Whether a measurement can be believed."""
 
-from . import calibration, gates, intervals, pairs, replies
+from . import calibration, gates, intervals, pairs, proxy, replies
 
-__all__ = ["calibration", "gates", "intervals", "pairs", "replies"]
+__all__ = ["calibration", "gates", "intervals", "pairs", "proxy", "replies"]

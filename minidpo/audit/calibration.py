@@ -7,13 +7,15 @@ model looks under-confident.
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy
 
+from .. import ops
 from ..backend import Array
 from ..losses import sigma
+from ..plots import Curve, Panel
 from .intervals import wilson
 
 
@@ -47,9 +49,9 @@ def bins(p: Array, y: Array, count: int = 10) -> list[Bin]:
     return found
 
 
-def expected_error(p: Array, y: Array) -> float:
+def expected_error(each: Sequence[Bin]) -> float:
     """ECE = sum over bins of (n/N) |mean p - mean y|. Source: Guo et al. 2017 (arXiv 1706.04599), equation 3."""
-    return sum(each.n * abs(each.predicted - each.share) for each in bins(p, y)) / len(p)
+    return sum(b.n * abs(b.predicted - b.share) for b in each) / sum(b.n for b in each)
 
 
 def brier(p: Array, y: Array) -> float:
@@ -65,8 +67,16 @@ def auc(z: Array, y: Array) -> float:
 
 
 def rates(p: Array, y: Array, threshold: float = 0.5) -> tuple[float, float]:
-    """FPR, the share of y = 0 with p >= threshold, and FNR, the share of y = 1 with p < threshold."""
-    return float((p[y == 0] >= threshold).mean()), float((p[y == 1] < threshold).mean())
+    """FPR, the share of y = 0 with p >= threshold, and FNR, the share of y = 1 with p < threshold; nan without any."""
+    false, missed = p[y == 0] >= threshold, p[y == 1] < threshold
+    return float(false.mean()) if len(false) else math.nan, float(missed.mean()) if len(missed) else math.nan
+
+
+def roc(z: Array, y: Array) -> tuple[list[float], list[float]]:
+    """FPR and 1 - FNR at every threshold, from above the largest z to the smallest. The area below it is the AUC."""
+    thresholds = numpy.concatenate([[math.inf], numpy.unique(z)[::-1]])
+    shares = [1 - numpy.searchsorted(numpy.sort(part), thresholds) / len(part) for part in (z[y == 0], z[y == 1])]
+    return shares[0].tolist(), shares[1].tolist()
 
 
 def slope(z: Array, y: Array) -> tuple[float, float]:
@@ -74,14 +84,13 @@ def slope(z: Array, y: Array) -> tuple[float, float]:
 
         sum z (y - sigma(s z)) = 0,   error = 1/sqrt(sum z^2 sigma (1 - sigma))
 
-    inf if every label is as z says, -inf if none is, nan if every z is 0.
+    y may be a probability. inf if every label is as z says, -inf if none is, nan if every z is 0.
     """
-    signed = z * (2 * y - 1)  # positive where the label is as z says
-    if (signed >= 0).all() or (signed <= 0).all():
-        return (math.inf if signed.max() > 0 else -math.inf if signed.min() < 0 else math.nan), math.nan
+    if not (z * (y - (z > 0))).any() or not (z * (y - (z < 0))).any():
+        return (math.nan if not z.any() else math.inf if (z * (y - 0.5)).sum() > 0 else -math.inf), math.nan
 
     def uphill(s: float) -> float:
-        return float((signed * sigma(-s * signed)).sum())  # falls in s, and has one root
+        return float((z * (y - sigma(s * z))).sum())  # falls in s, and has one root
 
     low, high = -1.0, 1.0
     while uphill(low) < 0:
@@ -96,13 +105,66 @@ def slope(z: Array, y: Array) -> tuple[float, float]:
 
 
 def calibration(z: Array, y: Array) -> dict[str, Any]:
-    """All figures of this file for pairs with log-odds z, (n,), and labels y, (n,), 0 or 1."""
+    """All figures of pairs with log-odds z, (n,), and labels y, (n,), 0 or 1; nan where one kind is missing."""
     p = sigma(z)
-    s, error = slope(z, y)
-    fpr, fnr = rates(p, y) if 0 < y.sum() < len(y) else (math.nan, math.nan)
-    figures = {"ece": expected_error(p, y), "brier": brier(p, y), "slope": s, "slope_error": error}
+    each, (s, error), (fpr, fnr) = bins(p, y), slope(z, y), rates(p, y)
+    figures = {"pairs": len(y), "ece": expected_error(each), "brier": brier(p, y), "slope": s, "slope_error": error}
     figures |= {"temperature": 1 / s if s else math.inf, "auc": auc(z, y), "fpr": fpr, "fnr": fnr}
-    return {**figures, "bins": [each._asdict() for each in bins(p, y)]}
+    return {**figures, "bins": [b._asdict() for b in each]}
+
+
+def by_group(z: Array, y: Array, groups: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """The `calibration` of the pairs of each group, in the order of first appearance, and of all."""
+    names = numpy.array(groups)
+    parts = {name: names == name for name in dict.fromkeys(groups)} | {"all": numpy.full(len(names), True)}
+    return {name: calibration(z[part], y[part]) for name, part in parts.items()}
+
+
+def against_truth(z: Array, gap: Array) -> dict[str, float]:
+    """sigma(z) beside the true probabilities p = sigma(gap), for true log-odds `gap`, the difference of true rewards.
+
+        absolute_error = mean |sigma(z) - p|,   kl = mean KL(p || sigma(z)), nats,   gap_slope = sum z gap / sum gap^2,
+        brier_floor = mean p (1 - p),   brier_excess = mean (sigma(z) - p)^2,   whose sum is the expected Brier score
+
+    gap_slope is what a point of true reward adds to z; true_temperature is what `slope` finds with p for the labels.
+    """
+    p, q, log_sigma = sigma(gap), sigma(z), lambda x: ops.logsigmoid(x).data
+    kl = p * (log_sigma(gap) - log_sigma(z)) + (1 - p) * (log_sigma(-gap) - log_sigma(-z))
+    return {
+        "absolute_error": float(abs(q - p).mean()),
+        "kl": float(kl.mean()),
+        "gap_slope": float(z @ gap / (gap @ gap)) if gap.any() else math.nan,
+        "true_temperature": 1 / s if (s := slope(z, p)[0]) else math.inf,
+        "brier_floor": float((p * (1 - p)).mean()),
+        "brier_excess": brier(q, p),
+    }
+
+
+def panels(z: Array, y: Array) -> list[Panel]:
+    """The reliability diagram, also after its temperature, and the ROC curve where there are labels of both kinds."""
+    figures, diagonal = calibration(z, y), ([0.0, 1.0], [0.0, 1.0])
+    curves, temperature = [Curve("as sigma(z) says", *diagonal, faint=True)], figures["temperature"]
+    for divisor in (1.0, temperature) if 0 < temperature < math.inf else (1.0,):
+        rows = bins(sigma(z / divisor), y)
+        error = [(each.share - each.interval[0], each.interval[1] - each.share) for each in rows]
+        x, share = [each.predicted for each in rows], [each.share for each in rows]
+        curves.append(Curve("as trained" if divisor == 1 else f"temperature {divisor:.2f}", x, share, "o", error=error))
+    honest = Panel(f"calibration: ECE {figures['ece']:.3f}", "mean sigma(z)", "share right, with 95 %", curves)
+    if math.isnan(figures["auc"]):
+        return [honest]
+    found = [Curve("chance", *diagonal, faint=True), Curve("any threshold", *roc(z, y))]
+    found.append(Curve("sigma(z) = 0.5", [figures["fpr"]], [1 - figures["fnr"]], "o"))
+    return [honest, Panel(f"ROC: AUC {figures['auc']:.3f}", "FPR", "1 - FNR", found)]
+
+
+def as_text(groups: Mapping[str, dict[str, Any]]) -> str:
+    """The figures `by_group` as a table, one group a row."""
+    names = ("pairs", "ece", "brier", "slope", "temperature", "auc", "fpr", "fnr")
+    lines = ["", f"{'':<12}" + "".join(f"{name:>13}" for name in names)]
+    for group, figures in groups.items():
+        cells = (f"{figures[name]:>13}" if name == "pairs" else f"{figures[name]:>z13.3f}" for name in names)
+        lines.append(f"{group:<12}" + "".join(cells))
+    return "\n".join([*lines, ""])
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:

@@ -1,15 +1,16 @@
 """The commands that measure: a policy on pairs, and the true reward of models of the desk."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from json import dumps
 from pathlib import Path
 from typing import Annotated, Any
 
-from .. import training
+from .. import plots, training
 from ..audit import calibration as calibrated
 from ..audit import gates
+from ..audit import proxy as under
 from ..audit.pairs import as_text as as_groups
 from ..audit.pairs import estimates, groups
 from ..audit.replies import as_text, figures, flat, judged, records
@@ -17,7 +18,7 @@ from ..audit.replies import failures as as_failures
 from ..audit.replies import templates as as_templates
 from ..backend import to_host
 from ..data import preferences, world
-from ..run.files import write_folder
+from ..run.files import write_folder, write_whole
 from ..run.folder import digest, seen_prompts
 from ..run.tasks import counted, results
 from ..scoring import Batch, collate
@@ -25,11 +26,12 @@ from ..streams import stream
 from ..tokenizer import TURN, printable
 from . import options as o
 from .desk import test_prompts
-from .look import OwnBeta, given_or_of_run, scored_rows
-from .options import Default
+from .look import OwnBeta, given_or_of_run, run_settings, scored_rows
+from .options import NO_MATPLOTLIB, Default, announce
 from .parser import command
 from .train import load, same_vocabulary
 
+PRESSED = 100  # prompts, and replies, under pressure
 RunReference = Annotated[o.Reference | None, Default("that of the dpo run")]
 
 
@@ -37,18 +39,22 @@ RunReference = Annotated[o.Reference | None, Default("that of the dpo run")]
 def evaluate(
     *, checkpoint: o.Checkpoint, data: o.Pairs, reference: RunReference = None, beta: OwnBeta = None,
     repeats: o.Repeats = "set-aside", slices: o.Slices = None, calibration: o.Calibration = False,
-    at_most: o.AtMost = None, at_least: o.AtLeast = None, seen: o.Seen = False,
+    plot: o.Diagrams = None, at_most: o.AtMost = None, at_least: o.AtLeast = None, seen: o.Seen = False,
     strict: o.Strict = False, truncation: o.Truncation = "none", device: o.Device = "cpu", json: o.Json = False,
 ) -> dict[str, Any]:  # fmt: skip
     """Measure a policy against its reference on pairs.
 
     Print the DPO loss alone, implicit rewards, accuracy (ties are counted beside it, not in it), log-probabilities,
     and the rise of the chosen responses' loss against the reference in nats per token. With --calibration, also how
-    often labels are right beside the probability sigma(z) that the policy gives them, z being the reward margin. Votes
+    often labels are right beside the probability sigma(z) that the policy gives them, z being the reward margin; on
+    pairs of the demo's world, also how far sigma(z) is from the true probability. Votes
     count as in `dpo`; with them, also the number of labels, the share of split pairs, and the loss that no model can go
     below. With --slices, the same for groups of pairs, with 95 % intervals. A condition is NAME=X with a metric's name,
     or GROUP/NAME=X; the exit status is 1 if one does not hold.
     """
+    if plot and not (calibration and plots.installed()):
+        raise ValueError("--plot needs --calibration" if plots.installed() else NO_MATPLOTLIB)
+    announce(plot)
     reference, beta = given_or_of_run(checkpoint, reference, beta)
     policy, ref, rows, faults = scored_rows(checkpoint, reference, data, truncation, strict, device, repeats=repeats)
     pairs: list[Any] = rows.ids
@@ -71,12 +77,20 @@ def evaluate(
 
     metrics: dict[str, Any] = {"pairs": len(pairs), "set_aside": faults, "truncated": len(rows.truncated), **votes}
     metrics |= summary(range(len(pairs)))
+    parts = groups(rows, slices) if slices else {}
     figures: dict[str, Any] = {}
     if calibration:
         y = calibrated.chosen_first(pairs)
-        z = beta * ((logps[0] - ref_logps[0]) - (logps[1] - ref_logps[1]))
-        figures = calibrated.calibration((2 * y - 1) * to_host(z).astype(float), y)
-    parts = groups(rows, slices) if slices else {}
+        margin = to_host((logps[0] - ref_logps[0]) - (logps[1] - ref_logps[1])).astype(float)
+        z, texts = (2 * y - 1) * beta * margin, [(row.prompt.removesuffix(TURN), *row.responses) for row in rows.rows]
+        figures = calibrated.calibration(z, y)
+        if all(x in world.PROMPTS for x, _, _ in texts):  # of the demo's world, where the truth is known
+            gap = [world.judgement(x, w).reward - world.judgement(x, l).reward for x, w, l in texts]
+            figures["truth"] = calibrated.against_truth(z, (2 * y - 1) * gap)
+        if slices:
+            figures["slices"] = {part: calibrated.calibration(z[places], y[places]) for part, places in parts.items()}
+        if plot:
+            write_whole(plot, plots.png(calibrated.panels(z, y)))
     parts |= {"": list(range(len(pairs)))} if at_most or at_least else {}
     tables: dict[str, dict[str, Any]] = {
         part: {"pairs": len(places), **estimates(summary, places, stream(0, "bootstrap"))}
@@ -84,19 +98,26 @@ def evaluate(
     }
     limited = tables.pop("", {})
     if json:
-        finite = {k: v if isinstance(v, list) or math.isfinite(v) else None for k, v in figures.items()}
-        more = {"calibration": finite} if calibration else {}
+        more = {"calibration": finite(figures)} if calibration else {}
         print(dumps(metrics | more | ({"slices": tables} if slices else {}), allow_nan=False))
     else:
-        for name, value in {**metrics, **{k: v for k, v in figures.items() if k != "bins"}}.items():
+        numbers = {name: value for name, value in figures.items() if not isinstance(value, list | dict)}
+        for name, value in {**metrics, **numbers, **figures.get("truth", {})}.items():
             print(f"{name:<20} {value:>12}" if isinstance(value, int) else f"{name:<20} {value:>z12.4f}")
         print(calibrated.table(figures["bins"]) if calibration else "", end="")
+        print(calibrated.as_text(figures["slices"]) if calibration and slices else "", end="")
         print(as_groups(slices, tables) if slices else "", end="")
     named = {f"{part}/{name}": value for part, row in tables.items() for name, value in row.items() if name != "pairs"}
     named |= {name: value for name, value in limited.items() if name != "pairs"}
     if broken := gates.hold(str(checkpoint), named, at_most or {}, at_least or {}):
         raise gates.GateError("; ".join(broken))
     return metrics | ({"calibration": figures} if calibration else {}) | ({"slices": tables} if slices else {})
+
+
+def finite(figures: Mapping[str, Any]) -> dict[str, Any]:
+    """The figures as JSON has them, where nan and inf are null."""
+    values = {name: finite(x) if isinstance(x, dict) else x for name, x in figures.items()}
+    return {name: None if isinstance(x, float) and not math.isfinite(x) else x for name, x in values.items()}
 
 
 def refuse_seen(checkpoint: Path, prompts: Sequence[tuple[str, str]]) -> None:
@@ -115,7 +136,7 @@ def refuse_seen(checkpoint: Path, prompts: Sequence[tuple[str, str]]) -> None:
 def judge(
     *, checkpoint: o.Checkpoints, reference: o.Reference, replies: o.Replies = 500, seed: o.Seed = 0,
     failures: o.Failures = 0, templates: o.Templates = False, at_most: o.AtMost = None, at_least: o.AtLeast = None,
-    seen: o.Seen = False, out: o.NewVerdicts = None,
+    proxy: o.Proxy = False, seen: o.Seen = False, out: o.NewVerdicts = None,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Measure the true reward of models of the demo's world.
 
@@ -123,10 +144,11 @@ def judge(
     prompts, with 95 % intervals and the paired difference to the reference, which draws with the same random numbers.
     The seed must be that of the demo that they were trained in: it decides which prompts are for the test. A condition
     is NAME=X with a figure's name, such as benign/declined=0.10 or reward/gain=0; every checkpoint but the reference
-    must meet it, else the exit status is 1.
+    must meet it, else the exit status is 1. With --proxy, the implicit reward of each model is put under pressure: it
+    chooses the best of up to 64 replies of the reference, and edits of replies try to raise it.
     """
     prompts = test_prompts(seed, replies)
-    o.announce(out)
+    announce(out)
     anchor, name = load(reference), printable(reference.resolve().name)
     models = [load(folder) for folder in checkpoint]
     for folder, model in zip(checkpoint, models):
@@ -148,11 +170,22 @@ def judge(
     for label, group, model in zip(labels, groups[1:], own):
         parts += [as_templates(group, groups[0], label, name)] * templates
         parts += [as_failures(model, base, prompts, failures, label, name)] * bool(failures)
+    drawn = {name: base, **dict(zip(labels, own))}
+    files = {"replies.jsonl": "".join(dumps(row) + "\n" for row in records(drawn, prompts)).encode()}
+    files |= {"figures.json": (dumps(tables, indent=2) + "\n").encode()}
+    for folder, label, model, each in zip(checkpoint, labels, models, own) if proxy else ():
+        _, beta, _ = run_settings(folder, reference, None)
+        some = list(dict.fromkeys(zip(prompts, each.replies)))[:PRESSED]
+        best = partial(under.best_of_reference, model, anchor, beta, list(dict.fromkeys(prompts))[:PRESSED], seed)
+        edits = partial(under.edits_of_policy, model, anchor, beta, some)
+        curves, kinds = results([best, edits], f"{label} under pressure")
+        parts += [f"{label}'s implicit reward as a judge of {name}'s replies\n\n{under.goodhart_text(curves['all'])}"]
+        parts += [under.edits_text(kinds)]
+        if plots.installed():
+            files[f"goodhart-{label.replace('/', '_')}.png"] = plots.png(under.panels(curves["all"]))
     print("\n\n".join(parts))
     if out:
-        drawn = {name: base, **dict(zip(labels, own))}
-        lines = "".join(dumps(row) + "\n" for row in records(drawn, prompts))
-        write_folder(out, {"replies.jsonl": lines.encode(), "figures.json": (dumps(tables, indent=2) + "\n").encode()})
+        write_folder(out, files)
     broken = []
     for folder, label, table in zip(checkpoint, labels, tables.values()):
         if folder.resolve() != reference.resolve():

@@ -220,6 +220,7 @@ Slices = Annotated[
     Option("field of the rows to group by, or prompt_length, response_length, length_difference", text, "FIELD"),
 ]
 Calibration = Annotated[bool, Option("also print whether sigma(z) is how often labels are right", flag)]
+Diagrams = Annotated[Path | None, Option("new PNG file for reliability diagram and ROC curve; needs matplotlib", path)]
 Json = Annotated[bool, Option("print one JSON object instead of tables", flag)]
 Prompt = Annotated[str, Option("text of the prompt", text)]
 Chosen = Annotated[str, Option("text of the preferred response", text)]
@@ -240,6 +241,7 @@ Failures = Annotated[int, Option("replies to print: the N worst, and N that fell
 Templates = Annotated[bool, Option("also ask in ways of writing that no model was trained on", flag)]
 AtMost = Annotated[Constants | None, Option("highest value of a figure; several with commas", constants, "NAME=X")]
 AtLeast = Annotated[Constants | None, Option("lowest value of a figure; several with commas", constants, "NAME=X")]
+Proxy = Annotated[bool, Option("also press the implicit reward: best of N replies, and edits", flag)]
 Seen = Annotated[bool, Option("measure on prompts of the training too", flag)]
 NewVerdicts = Annotated[Path | None, Option("new folder for every reply with its judgement, and the figures", path)]
 Cases = Annotated[int, Option("random cases per op and per loss", at_least(1))]
