@@ -58,7 +58,7 @@ class Cache:
 
     def read(self) -> Array:
         """Read the prompts, those of one length together and equal ones once; return the logits after each.  (B, V)"""
-        xp, logits = self.xp, self.xp.empty((len(self.prompts), self.config.vocab_size), self.keys_values.dtype)
+        xp, logits = self.xp, self.xp.zeros((len(self.prompts), self.config.vocab_size), self.keys_values.dtype)
         for T in sorted({len(x) for x in self.prompts}):
             texts = [b for b, x in enumerate(self.prompts) if len(x) == T]
             place = {x: i for i, x in enumerate(dict.fromkeys(tuple(self.prompts[b]) for b in texts))}
