@@ -188,11 +188,28 @@ def flops(config, pairs):
     return 3 * 2 * total
 
 
+def blas():
+    """NumPy's BLAS as contenders load it, with the kernel that it chooses, as OpenBLAS says it."""
+    text = (
+        "import ctypes, numpy; "
+        "library = ctypes.CDLL(__import__('numpy._core._multiarray_umath', fromlist=['x']).__file__); "
+        "config = library.scipy_openblas_get_config64_; config.restype = ctypes.c_char_p; print(config().decode())"
+    )
+    done = subprocess.run([sys.executable, "-c", text], env={**OWN_KERNELS, **THREADS}, capture_output=True, text=True)
+    return done.stdout.strip() or "not OpenBLAS"
+
+
 def environment():
-    """The machine, its versions of the libraries, and the number of threads."""
+    """The machine, NumPy's BLAS and its kernel, versions of the libraries, and the number of threads."""
     versions = {"python": platform.python_version()}
     for module in MODULES:
         with contextlib.suppress(ImportError):
             versions |= importlib.import_module(f"benchmarks.contenders.{module}").versions()
     cpu = [line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")]
-    return {"cpu": cpu[0] if cpu else platform.processor(), "cores": os.cpu_count(), "threads": 2, **versions}
+    return {
+        "cpu": cpu[0] if cpu else platform.processor(),
+        "cores": os.cpu_count(),
+        "threads": 2,
+        "blas": blas(),
+        **versions,
+    }
