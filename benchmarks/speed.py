@@ -22,8 +22,9 @@ import numpy
 from benchmarks.workload import BETA, draw
 from minidpo import Tensor, losses, ops, scoring
 
-MODULES = ("ours", "pytorch", "dense")
+MODULES = ("ours", "pytorch", "dense", "huggingface")
 THREADS = {name: "2" for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")}
+OWN_KERNELS = {name: value for name, value in os.environ.items() if name != "OPENBLAS_CORETYPE"}  # the machine's
 TOLERANCE = 2e-3  # of float32 against float64, relative to the loss and to each parameter's largest gradient
 PAUSE = 0.25  # seconds, in which the last contender's threads fall asleep
 SLOW, FEW = 2.0, 3  # a contender has only FEW rounds if its steps took at least SLOW seconds in each
@@ -43,7 +44,7 @@ def contenders(suite, names=None):
         except ImportError as error:
             missing.append(f"{module}: {error}")
             continue
-        for name, contender in suites[suite].items():
+        for name, contender in suites.get(suite, {}).items():
             library = getattr(contender, "library", None)
             if library and importlib.util.find_spec(library) is None:
                 missing.append(f"{name}: {library} is not installed")
@@ -61,7 +62,7 @@ class Worker:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env={**os.environ, **THREADS},
+            env={**OWN_KERNELS, **THREADS},
             cwd=pathlib.Path(__file__).parents[1],
         )
         self.answer()
@@ -139,7 +140,7 @@ def measure(size, seed, rounds, seconds=0.3, names=None, suite="step", say=print
     """Let contenders take turns; the times, peak memory and error of each, and which libraries are missing."""
     installed, missing = contenders(suite, names)
     work = draw(size, seed)
-    if suite != "sampling":
+    if not suite.startswith("sampling"):
         expected = truth(work)
     results = {}
     with contextlib.ExitStack() as stack:
@@ -187,11 +188,28 @@ def flops(config, pairs):
     return 3 * 2 * total
 
 
+def blas():
+    """NumPy's BLAS as contenders load it, with the kernel that it chooses, as OpenBLAS says it."""
+    text = (
+        "import ctypes, numpy; "
+        "library = ctypes.CDLL(__import__('numpy._core._multiarray_umath', fromlist=['x']).__file__); "
+        "config = library.scipy_openblas_get_config64_; config.restype = ctypes.c_char_p; print(config().decode())"
+    )
+    done = subprocess.run([sys.executable, "-c", text], env={**OWN_KERNELS, **THREADS}, capture_output=True, text=True)
+    return done.stdout.strip() or "not OpenBLAS"
+
+
 def environment():
-    """The machine, its versions of the libraries, and the number of threads."""
+    """The machine, NumPy's BLAS and its kernel, versions of the libraries, and the number of threads."""
     versions = {"python": platform.python_version()}
     for module in MODULES:
         with contextlib.suppress(ImportError):
             versions |= importlib.import_module(f"benchmarks.contenders.{module}").versions()
     cpu = [line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")]
-    return {"cpu": cpu[0] if cpu else platform.processor(), "cores": os.cpu_count(), "threads": 2, **versions}
+    return {
+        "cpu": cpu[0] if cpu else platform.processor(),
+        "cores": os.cpu_count(),
+        "threads": 2,
+        "blas": blas(),
+        **versions,
+    }

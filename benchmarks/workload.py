@@ -65,6 +65,12 @@ def endless(policy):
     return {**policy, "wte.weight": wte, "ln_f.bias": policy["ln_f.bias"] + numpy.float32(away)}
 
 
+def beginnings(work, count):
+    """Different prompts to sample after, a quarter of the context each."""
+    rng = numpy.random.default_rng(0)
+    return rng.integers(1, work.config.vocab_size, (count, work.config.n_positions // 4)).tolist()
+
+
 def padded(pairs):
     """One padded batch of chosen, then rejected texts: inputs, targets and which targets count.  (2B, T) each."""
     texts = [[*x, *w] for x, w, _ in pairs] + [[*x, *l] for x, _, l in pairs]

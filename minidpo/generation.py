@@ -1,5 +1,6 @@
 """Sampling responses from the model, with a cache of keys and values."""
 
+import math
 import operator
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -8,7 +9,7 @@ import numpy
 
 from . import ops
 from .backend import Array, array_module, index_array, to_host
-from .model import Config, Params, Rows, check_length, row_logits
+from .model import Config, Params, Rows, row_logits
 from .tensor import Tensor
 
 
@@ -20,46 +21,78 @@ class Generation(NamedTuple):
 
 
 class Cache:
-    """Keys and values of every layer for B texts of equal length, so that a step computes only the new tokens."""
+    """Keys and values of every layer for B texts, so that a step computes only the new tokens.
 
-    def __init__(self, params: Params, config: Config, B: int, length: int):
-        check_length(length, config)
+    All texts end in the same column, so a shorter one begins in a later column.
+    """
+
+    def __init__(self, params: Params, config: Config, prompts: Sequence[Sequence[int]], columns: int):
         self.params = {name: p.detach() for name, p in params.items()}  # no graph
-        self.config = config
-        self.length = 0  # tokens of each text so far
-        wte = params["wte.weight"].data
-        shape = (config.n_layer, 2, B, config.n_head, length, config.n_embd // config.n_head)
-        self.keys_values = array_module(wte).zeros(shape, dtype=wte.dtype)
+        self.config, self.prompts, self.end = config, prompts, max(map(len, prompts))
+        self.xp = xp = array_module(params["wte.weight"].data)
+        self.starts = xp.asarray([self.end - len(x) for x in prompts])  # (B,), the column of each text's first token
+        self.keys_values = self.room(len(prompts), columns)
 
-    def extend(self, tokens: Array) -> Array:
-        """Append T tokens to every text and return the logits after the last one.  (B, T) -> (B, V)"""
-        xp, (B, T) = array_module(self.keys_values), tokens.shape
-        start, end, H = self.length, self.length + T, self.config.n_head
-        later = xp.arange(end) > xp.arange(start, end)[:, None]  # (T, S), the same in all layers
+    def room(self, B: int, S: int) -> Array:
+        """Zeros for the keys and values of B texts in S columns.  (n_layer, 2, B, H, S, D)"""
+        config, dtype = self.config, self.params["wte.weight"].dtype
+        return self.xp.zeros((config.n_layer, 2, B, config.n_head, S, config.n_embd // config.n_head), dtype=dtype)
+
+    def forward(self, tokens: Array, positions: Array, hidden: Array, keys_values: Array) -> Array:
+        """Write keys and values of T new tokens into the last T of S columns, and return the logits after the last.
+
+        (B, T), (B, T), (..., S, T), (n_layer, 2, B, H, S, D) -> (B, V); `hidden` is -inf where a token must not see a
+        column, else 0.
+        """
+        (B, T), H, S = tokens.shape, self.config.n_head, keys_values.shape[-2]
 
         def attend(i: int, qkv: Tensor) -> Tensor:
             heads = qkv.data.reshape(B, T, 3, H, -1).transpose(2, 0, 3, 1, 4)  # (B T, 3, H, D) -> (3, B, H, T, D)
-            self.keys_values[i, :, :, :, start:end] = heads[1:]
-            keys, values = (self.keys_values[i, j, :, :, :end] for j in range(2))
-            y = ops.causal_attention(heads[0], keys, values, later).data
+            keys_values[i, :, :, :, S - T :] = heads[1:]
+            y, _ = ops.attention(heads[0] * heads.shape[-1] ** -0.5, keys_values[i, 0], keys_values[i, 1], hidden)
             return Tensor(y.swapaxes(1, 2).reshape(B * T, H, -1))  # (B, H, T, D) -> (B T, H, D)
 
-        ids = index_array(tokens, self.config.vocab_size, xp).reshape(B * T)
-        places = xp.tile(xp.arange(start, end), B)  # where in its text each token is
-        logits = row_logits(self.params, self.config, Rows(ids, places, []), attend).data
-        self.length = end
-        return logits.reshape(B, T, -1)[:, -1]  # (B T, V) -> (B, V)
+        ids = index_array(tokens, self.config.vocab_size, self.xp)
+        rows = Rows(ids.reshape(-1), positions.reshape(-1), [], range(T - 1, B * T, T) if T > 1 else None)
+        return row_logits(self.params, self.config, rows, attend).data
+
+    def read(self) -> Array:
+        """Read the prompts, those of one length together and equal ones once; return the logits after each.  (B, V)"""
+        xp, logits = self.xp, self.xp.zeros((len(self.prompts), self.config.vocab_size), self.keys_values.dtype)
+        for T in sorted({len(x) for x in self.prompts}):
+            texts = [b for b, x in enumerate(self.prompts) if len(x) == T]
+            place = {x: i for i, x in enumerate(dict.fromkeys(tuple(self.prompts[b]) for b in texts))}
+            later = xp.arange(T)[:, None] > xp.arange(T)  # (S, T), S = T
+            group, hidden = self.room(len(place), T), xp.where(later, -math.inf, 0.0).astype("float32")
+            out = self.forward(numpy.array(list(place)), xp.tile(xp.arange(T), len(place)), hidden, group)
+            rows, into = xp.asarray([place[tuple(self.prompts[b])] for b in texts]), xp.asarray(texts)
+            self.keys_values[:, :, into, :, self.end - T : self.end], logits[into] = group[:, :, rows], out[rows]
+        return logits
+
+    def extend(self, tokens: Array) -> Array:
+        """Append a token to every text, and return the logits after it.  (B,) -> (B, V)"""
+        self.end += 1
+        before = self.xp.arange(self.end) < self.starts[:, None]  # (B, S)
+        hidden = self.xp.where(before, -math.inf, 0.0).astype("float32")[:, None, :, None]  # (B, S) -> (B, 1, S, 1)
+        used = self.keys_values[..., : self.end, :]
+        return self.forward(tokens[:, None], self.end - 1 - self.starts, hidden, used)
+
+    def keep(self, rows: Sequence[int]) -> list[int]:
+        """Drop all texts but these, the last ones taking the rows that become free; return the row each came from."""
+        B = len(rows)
+        holes, movers = sorted(set(range(B)) - set(rows)), [row for row in rows if row >= B]
+        if holes:
+            to, of = self.xp.asarray(holes), self.xp.asarray(movers)
+            self.keys_values[:, :, to, :, : self.end] = self.keys_values[:, :, of, :, : self.end]
+            self.starts[to] = self.starts[of]
+        self.keys_values, self.starts, moved = self.keys_values[:, :, :B], self.starts[:B], dict(zip(holes, movers))
+        return [moved.get(row, row) for row in range(B)]
 
 
 def draw(
     logp: numpy.ndarray, uniform: numpy.ndarray, temperature: float, top_k: int | None, top_p: float | None
 ) -> numpy.ndarray:
     """Draw a token per row by inverting the cumulative distribution at `uniform`, in [0, 1).  (B, V), (B,) -> (B,)"""
-    nan = numpy.isnan(logp).any(axis=-1)
-    if nan.any():
-        raise FloatingPointError(
-            f"prompt {nan.argmax()}: the model's log-probabilities are nan; look for nan or inf in its parameters"
-        )
     if temperature == 0:
         return logp.argmax(axis=-1)
     order = numpy.argsort(-logp, axis=-1, kind="stable")  # likeliest first, ties by id
@@ -95,8 +128,9 @@ def generate(
     probability together.
 
     `rng` is one generator for all prompts or one for each. With its own, a response does not depend on the other
-    prompts. A common one gives each step a number per prompt, also for a prompt that is still being read or a response
-    that has ended; so among prompts of one length, a response does not depend on when the others end.
+    prompts. A common one gives each step a number per prompt, also for a response that has ended; so a response does
+    not depend on the other prompts, only on how many there are. Both hold up to rounding: the last bits of a matrix
+    product depend on its number of rows, and may in rare cases decide between two tokens.
 
     Source: Fan et al. 2018 (arXiv 1805.04833) for top-k, Holtzman et al. 2020 (arXiv 1904.09751) for top-p.
     """
@@ -110,38 +144,40 @@ def generate(
             raise ValueError(f"{name} = {number} is out of range: it must be {condition}")
     if len(prompt) and numpy.ndim(prompt[0]) == 0:
         prompt = [prompt]
-    texts, end = [[operator.index(token) for token in ids] for ids in prompt], config.eos_token_id
-    lengths = [len(text) for text in texts]
-    if not texts:
+    prompts, end = [[operator.index(token) for token in ids] for ids in prompt], config.eos_token_id
+    if not prompts:
         raise ValueError("there is no prompt: generation needs at least one")
-    for b, length in enumerate(lengths):
+    for b, length in enumerate(map(len, prompts)):
         if not length:
             raise ValueError(f"prompt {b} has no token: begin each prompt with end-of-text, id {end}")
         if length > config.n_positions:
             raise ValueError(
                 f"prompt {b} has {length} tokens, but the model's n_positions = {config.n_positions}: shorten it"
             )
-    if not isinstance(rng, numpy.random.Generator) and len(rng) != len(texts):
-        raise ValueError(f"there are {len(rng)} random generators for {len(texts)} prompts: give one, or one for each")
-    done = [False] * len(texts)
-    logprobs: list[list[float]] = [[] for _ in texts]
-    limit = min(max(lengths) + max_new_tokens, config.n_positions + 1)  # tokens of a text
-    cache = Cache(params, config, len(texts), limit - 1)
-    tokens = numpy.array([text[: min(lengths)] for text in texts])
-    while not all(done):
-        logp = to_host(ops.log_softmax(cache.extend(tokens)).data)  # (B, T) -> (B, V)
-        t = cache.length
-        drawing = [t >= length and not over for length, over in zip(lengths, done)]
+    if not isinstance(rng, numpy.random.Generator) and len(rng) != len(prompts):
+        raise ValueError(f"there are {len(rng)} random generators for {len(prompts)} prompts: give one or one each")
+    most = [min(max_new_tokens, config.n_positions + 1 - len(x)) for x in prompts]  # tokens of each response
+    out = Generation([[] for _ in prompts], [[] for _ in prompts])
+    cache = Cache(params, config, prompts, max(map(len, prompts)) + max(most) - 1)
+    texts, logits = list(range(len(prompts))), cache.read()  # which text each row of the cache continues
+    while True:
+        logp = to_host(ops.log_softmax(logits).data)  # (B, V), B texts that have not ended
+        nan = numpy.isnan(logp).any(axis=-1)
+        if nan.any():
+            raise FloatingPointError(
+                f"prompt {texts[nan.argmax()]}: the model's log-probabilities are nan; look for nan or inf in its "
+                "parameters"
+            )
         if isinstance(rng, numpy.random.Generator):
-            uniform = rng.random(len(texts))
+            uniform = rng.random(len(prompts))[texts]
         else:
-            uniform = numpy.array([own.random() if now else 0.0 for own, now in zip(rng, drawing)])
-        new = draw(logp, uniform, temperature, top_k, top_p)
-        for b, text in enumerate(texts):
-            if drawing[b]:
-                text.append(int(new[b]))
-                logprobs[b].append(float(logp[b, new[b]]))
-                done[b] = text[-1] == end or len(text) == min(lengths[b] + max_new_tokens, limit)
-        # a longer prompt gives its own next token; finished rows receive end-of-text, and their output is ignored
-        tokens = numpy.array([[text[t] if t < len(text) else end] for text in texts])
-    return Generation([text[n:] for text, n in zip(texts, lengths)], logprobs)
+            uniform = numpy.array([rng[b].random() for b in texts])
+        tokens = draw(logp, uniform, temperature, top_k, top_p)
+        for b, token, nats in zip(texts, tokens.tolist(), logp[numpy.arange(len(texts)), tokens].tolist()):
+            out.responses[b].append(token)
+            out.logprobs[b].append(nats)
+        going = [row for row, b in enumerate(texts) if out.responses[b][-1] != end and len(out.responses[b]) < most[b]]
+        if not going:
+            return out
+        rows = cache.keep(going)
+        texts, logits = [texts[row] for row in rows], cache.extend(tokens[rows])

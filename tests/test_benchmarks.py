@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from benchmarks import family as eight
-from benchmarks import speed, trl, workload
+from benchmarks import sampling, speed, trl, workload
 from benchmarks.contenders import ours
 from benchmarks.workload import SIZES, Size, draw
-from minidpo import Tensor, checkpoint, cli, explain, losses, ops, scoring
+from minidpo import Tensor, checkpoint, cli, explain, generation, losses, ops, scoring
 
 SMALL = Size(vocab=11, n_embd=8, n_layer=2, n_head=2, T=16, pairs=6)
 
@@ -81,10 +81,27 @@ def test_operations_are_counted_on_the_graph(monkeypatch):
     assert sum(2 * times * n * k * m for times, (n, k, m) in products) == forward
 
 
-def test_sampling_counts_its_tokens():
-    """Sampling fills the context and returns the number of new tokens, by which its time is divided."""
-    work = draw(SMALL, 0)
-    assert ours.Sampling(work).step() == SMALL.T - len(work.pairs[0][0][: SMALL.T // 4])
+@pytest.mark.parametrize(("contender", "texts"), [(ours.Sampling, 1), (ours.ManyTexts, 32)])
+def test_sampling_counts_its_tokens(contender, texts, monkeypatch):
+    """Texts follow different prompts, fill the context together, and their time is divided by the tokens of one."""
+    outputs, generate = [], generation.generate
+    monkeypatch.setattr(generation, "generate", lambda *args: outputs.append(generate(*args)) or outputs[-1])
+    many = contender(draw(SMALL, 0))
+    assert many.step() == SMALL.T + 1 - SMALL.T // 4
+    assert [len(x) for x in outputs[0].responses] == [SMALL.T + 1 - SMALL.T // 4] * texts
+    assert len(set(map(tuple, many.prompts))) == texts and {len(x) for x in many.prompts} == {SMALL.T // 4}
+
+
+def test_the_table_of_sampling_has_medians_and_ratios():
+    """Times are medians in ms, shares the medians of the rounds' ratios."""
+    turns = {"minidpo": [1e-3, 2e-3, 9e-3], "PyTorch eager": [2e-3, 1e-3, 6e-3], "transformers": [4e-3, 4e-3, 9e-3]}
+    each = {name: {"seconds": seconds, "median": np.median(seconds)} for name, seconds in turns.items()}
+    lines = sampling.as_table({suite: dict.fromkeys(SIZES, each) for suite in sampling.SUITES.values()}).splitlines()
+    assert lines[2:5] == [
+        "| one text: ms a token | 2.00 | 2.00 | 2.00 |",
+        "| one text: share of the lean loop | 1.50 | 1.50 | 1.50 |",
+        "| one text: share of `model.generate` | 0.50 | 0.50 | 0.50 |",
+    ]
 
 
 def test_the_family_is_trained_once_each_and_reported_by_validation(tmp_path, monkeypatch):
@@ -126,7 +143,7 @@ def test_the_run_that_trl_is_compared_with_is_that_of_the_command(tmp_path, monk
     """The steps beside TRL's are those of `minidpo dpo`: rows, order, schedule, optimizer and clipping."""
     monkeypatch.chdir(tmp_path)
     cli.data("example")
-    cli.sft(data="pairs.jsonl", out="sft", steps=60, n_embd=16, n_head=2, warmup_steps=0, learning_rate=0.02)
+    cli.sft(data="pairs.jsonl", out="sft", steps=80, n_embd=16, n_head=2, warmup_steps=0, learning_rate=0.02)
     cli.dpo(data="pairs.jsonl", init="sft", out="dpo", steps=12, evaluate_every=12)
     lines = [json.loads(line) for line in (tmp_path / "dpo" / "metrics.jsonl").read_text().splitlines()]
     lines = [line for line in lines if "loss" in line]

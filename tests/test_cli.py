@@ -142,6 +142,41 @@ def test_a_sample_does_not_depend_on_how_many_there_are(trained, capsys):
         assert capsys.readouterr().out.splitlines() == texts[:count]
 
 
+@pytest.mark.parametrize(
+    ("lines", "more", "sentence"),
+    [
+        ('{"prompt": "a"}\n{"prompt": "a\u00e9"}\n', [], r"character '\xe9' at position 1 of FILE, line 2, to MODEL"),
+        ('{"prompt": "a"}\n{"text": "a"}\n', [], "FILE, line 2: has no text as its prompt"),
+        ('{"prompt": "a"}\nem\n', [], "FILE, line 2: "),
+        ('{"prompt": "' + 99 * "a" + '"}\n', [], "FILE, line 1, to MODEL: 100 tokens, but the model's n_positions = "),
+        ("\n", [], "FILE: has no prompt"),
+        ('{"prompt": "a"}\n', ["--prompt=a"], "in place of --prompt, --prompt-file and --escapes"),
+        ('{"prompt": "a"}\n', ["--prompt-file=FILE"], "in place of --prompt, --prompt-file and --escapes"),
+    ],
+)
+def test_a_file_of_prompts_that_cannot_be_used_is_refused(trained, capsys, tmp_path, lines, more, sentence):
+    """The message names file and line, and the model that cannot read a prompt; nothing is answered before."""
+    (tmp_path / "prompts.jsonl").write_text(lines)
+    folder, file = str(trained[0] / "model"), str(tmp_path / "prompts.jsonl")
+    more = [word.replace("FILE", file) for word in more]
+    assert cli.main(["sample", "--checkpoint", folder, folder, "--prompts", file, *more]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and sentence.replace("FILE", file).replace("MODEL", folder) in err and err.count("\n") == 1
+
+
+def test_two_models_of_one_name_are_told_apart(trained, capsys, tmp_path):
+    """Answers stand beside the folder's name, or its whole path where two have the same; one prompt needs no file."""
+    other = shutil.copytree(trained[0] / "model", tmp_path / "model")
+    command = ["sample", "--checkpoint", str(trained[0] / "model"), str(other), "--prompt", "em", "--newline"]
+    if "\n" not in checkpoint.load(other).tokenizer.characters:
+        command.pop()
+    assert cli.main(command) == 0
+    prompt, *answers = capsys.readouterr().out.splitlines()
+    assert prompt == "em" and len(answers) == 2
+    (first, text), (second, again) = (answer.strip().split("  ", 1) for answer in answers)
+    assert (first, second) == (str(trained[0] / "model"), str(other)) and text.strip() == again.strip() != ""
+
+
 def test_a_reader_that_has_enough_ends_the_samples_in_silence(trained):
     """`minidpo sample | head` prints nothing but the texts, though two thousand million were asked for."""
     words = [sys.executable, "-m", "minidpo", "sample", "--checkpoint", str(trained[0] / "model")]

@@ -16,17 +16,50 @@ close = np.testing.assert_allclose
 prompts = st.lists(ids(1, 5), min_size=1, max_size=3)
 
 
-@given(tokens=st.lists(ids(6, 6), min_size=1, max_size=3), cuts=st.lists(st.integers(1, 3), min_size=1, max_size=3))
-def test_the_cache_gives_the_logits_of_a_full_forward(tokens, cuts):
-    """The cache gives the logits of a full forward, whatever the number of tokens in each step."""
-    params, tokens = small(), np.array(tokens)
-    full = model.forward(params, CONFIG, tokens).data
-    cache, start = Cache(params, CONFIG, len(tokens), 6), 0
-    for cut in [*cuts, 6]:
-        end = min(start + cut, 6)
-        if start < end:
-            close(cache.extend(tokens[:, start:end]), full[:, end - 1], rtol=1e-10, atol=1e-10)
-        start = end
+@given(prompts=st.lists(ids(1, 5), min_size=1, max_size=4), new=ids(3, 3), data=st.data())
+def test_the_cache_gives_the_logits_of_a_full_forward(prompts, new, data):
+    """The cache gives the logits of a full forward, for prompts of any lengths, also after some texts have left."""
+    params = small()
+    cache, texts = Cache(params, CONFIG, prompts, max(map(len, prompts)) + 3), [list(x) for x in prompts]
+    logits = cache.read()
+    for token in new:
+        for text, row in zip(texts, logits, strict=True):
+            close(row, model.forward(params, CONFIG, [text]).data[0, -1], rtol=1e-10, atol=1e-10)
+        left = data.draw(st.lists(st.sampled_from(range(len(texts))), min_size=1, unique=True).map(sorted))
+        rows = cache.keep(left)
+        assert sorted(rows) == left
+        texts = [[*texts[row], (token + row) % CONFIG.vocab_size] for row in rows]
+        logits = cache.extend(np.array([text[-1] for text in texts]))
+
+
+def forwards(monkeypatch):
+    """A list that receives the shape of the new tokens of every forward."""
+    shapes, forward = [], Cache.forward
+
+    def counting(self, tokens, *others):
+        shapes.append(tokens.shape)
+        return forward(self, tokens, *others)
+
+    monkeypatch.setattr(Cache, "forward", counting)
+    return shapes
+
+
+def test_texts_that_have_ended_leave_the_batch(monkeypatch):
+    """Every step computes one row for each text that goes on, so in all one row for each token but the last."""
+    shapes = forwards(monkeypatch)
+    prompts = [[b % 5, b // 5] for b in range(20)]
+    out = generate(small(), CONFIG, prompts, np.random.default_rng(0), 9)
+    lengths = np.array([len(response) for response in out.responses])
+    assert len(set(lengths)) > 3
+    assert shapes == [(20, 2)] + [((lengths > t).sum(), 1) for t in range(1, max(lengths))]
+
+
+def test_each_prompt_is_read_once_beside_those_of_its_length(monkeypatch):
+    """Equal prompts are read once and prompts of one length together, none of them token by token."""
+    shapes = forwards(monkeypatch)
+    prompts = [[1, 2, 3], [4], [1, 2, 3], [3], [4], [4], [2, 2, 2, 2], [1, 2, 4]]
+    generate(small(), CONFIG, prompts, np.random.default_rng(0), 1)
+    assert shapes == [(2, 1), (2, 3), (1, 4)]
 
 
 @given(
@@ -54,7 +87,7 @@ def test_a_response_is_complete(prompts, seed, cap):
 
 @given(prompts=prompts, seed=st.integers(0, 99))
 def test_a_prompt_s_sample_does_not_depend_on_when_others_end(prompts, seed):
-    """Equal random numbers give a prompt the same response alone and among other prompts of its length."""
+    """Equal random numbers give a prompt the same response alone and among other prompts."""
 
     class OneNumberPerStep(np.random.Generator):
         def random(self, n):
@@ -65,8 +98,23 @@ def test_a_prompt_s_sample_does_not_depend_on_when_others_end(prompts, seed):
         rng.numbers = np.random.default_rng(seed)
         return generate(small(), CONFIG, prompts, rng, 9).responses
 
-    equal = [prompt for prompt in prompts if len(prompt) == len(prompts[0])]
-    assert sample(equal) == [sample([prompt])[0] for prompt in equal]
+    assert sample(prompts) == [sample([prompt])[0] for prompt in prompts]
+
+
+@given(prompts=prompts, seed=st.integers(0, 99), cap=st.integers(1, 9))
+def test_a_common_generator_gives_each_step_a_number_per_prompt(prompts, seed, cap):
+    """A common generator's numbers are a table of steps by prompts, whatever their lengths and those of responses."""
+    numbers = iter(np.random.default_rng(seed).random((9, len(prompts))).T)
+
+    class Column:
+        def __init__(self):
+            self.numbers = iter(next(numbers))
+
+        def random(self):
+            return next(self.numbers)
+
+    common = generate(small(), CONFIG, prompts, np.random.default_rng(seed), cap)
+    assert common.responses == generate(small(), CONFIG, prompts, [Column() for _ in prompts], cap).responses
 
 
 @given(prompts=prompts, seed=st.integers(0, 99))
@@ -104,8 +152,10 @@ def test_nan_is_refused_and_a_tiny_temperature_is_greedy():
     """The message names the prompt whose log-probabilities are nan; a temperature of almost 0 overflows nowhere."""
     logp = np.log([[0.7, 0.2, 0.1]])
     assert draw(logp, np.array([0.999]), 1e-320, None, None).tolist() == [0]
+    params = small()
+    params["wpe.weight"].data[2:] = np.nan  # so that the prompt with a third token is at fault
     with pytest.raises(FloatingPointError, match="prompt 1: the model's log-probabilities are nan"):
-        draw(np.concatenate([logp, logp * np.nan]), np.array([0.5, 0.5]), 1.0, None, None)
+        generate(params, CONFIG, [[1], [1, 2, 3]], np.random.default_rng(0), 1)
 
 
 def test_ties_go_to_the_first():
@@ -116,8 +166,8 @@ def test_ties_go_to_the_first():
 def test_the_cache_has_the_model_s_dtype():
     """A float32 model samples in float32."""
     params = model.init(CONFIG, np.random.default_rng(0))
-    cache = Cache(params, CONFIG, 1, 3)
-    assert cache.keys_values.dtype == cache.extend(np.array([[1, 2]])).dtype == "float32"
+    cache = Cache(params, CONFIG, [[1, 2]], 3)
+    assert cache.keys_values.dtype == cache.read().dtype == cache.extend(np.array([1])).dtype == "float32"
 
 
 def test_greedy_takes_the_likeliest():
@@ -174,7 +224,7 @@ def test_the_defaults_leave_the_model_s_distribution_alone():
 
 def test_sampling_builds_no_graph():
     """The cache holds parameters that need no gradient, so a long sample stores no activations."""
-    cache = Cache(small(), CONFIG, 1, 3)
+    cache = Cache(small(), CONFIG, [[1]], 3)
     assert not any(p.requires_grad for p in cache.params.values())
 
 

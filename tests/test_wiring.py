@@ -12,13 +12,14 @@ import numpy as np
 import pytest
 
 from device_double import ndarray
-from minidpo import checkpoint, cli, generation, model, scoring, training, world
+from minidpo import checkpoint, cli, generation, model, scoring, tokenizer, training, world
 from minidpo.audit import gates, proxy, replies
 from minidpo.cli import measure, parser, train
 from minidpo.explain import displacement
 from minidpo.run import report, safetensors
 from minidpo.run.folder import digest, json_lines, prompts_document
 from minidpo.run.reference import cached_reference_logprobs
+from minidpo.streams import stream
 from minidpo.tokenizer import printable
 from test_demo import SIZES
 from twin import CONFIG, LETTERS, differences, encoded, expected, ids, logprobs, prepared, reference_scores, weights
@@ -62,7 +63,7 @@ CASES = {
         "checkpoint": ["other"], "prompt": ["bad"], "newline": [True], "samples": [200],
         "temperature": [0.3], "top_k": [2], "top_p": [0.5], "seed": "draws_other_texts",
         "max_new_tokens": "bounds_the_texts", "device": "moves_the_arrays", "prompt_file": "reads_a_file",
-        "escapes": "reads_escapes",
+        "escapes": "reads_escapes", "prompts": "compares_answers",
     },
     "judge": {
         "checkpoint": [["desk_other"]], "reference": ["desk"], "replies": [3], "seed": [1], "at_most": "is_a_gate",
@@ -482,6 +483,29 @@ def test_an_option_reads_a_file(name, root, tmp_path):
     (tmp_path / "prompt").write_text(BASE[name]["prompt"])
     result = result_of(root, tmp_path, name, {**BASE[name], "prompt": None, "prompt_file": tmp_path / "prompt"})
     assert result == result_of(root, tmp_path, name, BASE[name])
+
+
+@having("compares_answers")
+def test_an_option_compares_answers(name, root, tmp_path, capsys):
+    """Each different prompt of a file is answered once by each model, with the same random numbers."""
+    lines = [{"prompt": "ab", "chosen": "c", "rejected": "d"}, {"prompt": "ba"}, {"prompt": "ab", "completion": "c"}]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    options = {"checkpoint": ["init", "other"], "prompts": tmp_path / "prompts.jsonl", "newline": True, "samples": 20}
+    both, printed = result_of(root, tmp_path, name, options), capsys.readouterr().out.splitlines()
+    order = [(x, model) for x in ("ab", "ba") for _ in range(20) for model in ("init", "other")]
+    assert [(row["prompt"], row["model"]) for row in both] == order
+    below = [f"  {row['model']:<5}  {tokenizer.printable(row['response'])}" for row in both]
+    assert printed == ["ab", *below[:40], "ba", *below[40:]]
+    twice = result_of(root, tmp_path, name, {**options, "checkpoint": ["init"], "samples": 2})
+    firsts = [both[i] for i in (0, 2, 40, 42)]
+    assert twice == firsts and len({row["response"] for row in both if row["model"] == "init"}) > 20
+    for x in ("ab", "ba"):
+        params, _, characters, _ = checkpoint.load(root / "other")
+        rngs = [stream(0, "samples", x, i) for i in range(20)]
+        ids = [[0, *characters.encode(x + "\n")]] * 20
+        texts = generation.generate(params, CONFIG, ids, rngs, CONFIG.n_positions).responses
+        wanted = [row["response"] for row in both if (row["prompt"], row["model"]) == (x, "other")]
+        assert list(map(characters.decode, texts)) == wanted
 
 
 @having("reads_escapes")

@@ -5,7 +5,7 @@ import functools
 
 import numpy
 
-from benchmarks.workload import BETA, LEARNING_RATE, endless
+from benchmarks.workload import BETA, LEARNING_RATE, beginnings, endless
 from minidpo import Tensor, generation, losses, model, optim, preferences, scoring, training
 from minidpo.backend import device_module, to_host
 from minidpo.run import workers
@@ -139,21 +139,29 @@ def products(config, pairs):
 class Sampling:
     """Sample one text, token by token, with a key-value cache."""
 
+    texts = 1
+
     def __init__(self, work):
         self.work = work
         self.params = model.frozen({name: Tensor(x) for name, x in endless(work.policy).items()})
+        self.prompts = beginnings(work, self.texts)
+        workers.keep_memory()  # as the commands do
 
     def step(self):
-        T = self.work.config.n_positions
-        prompt = self.work.pairs[0][0][: T // 4]
-        samples = generation.generate(
-            self.params, self.work.config, [prompt], numpy.random.default_rng(0), T - len(prompt)
-        )
-        return len(samples.responses[0])
+        rngs = [numpy.random.default_rng([0, b]) for b in range(self.texts)]
+        samples = generation.generate(self.params, self.work.config, self.prompts, rngs, self.work.config.n_positions)
+        return max(map(len, samples.responses))
+
+
+class ManyTexts(Sampling):
+    """Sample 32 texts at once."""
+
+    texts = 32
 
 
 CONTENDERS = {
     "step": {"minidpo, padded": Padded, "minidpo": Best, "minidpo, products alone": Products},
     "sampling": {"minidpo": Sampling},
+    "sampling 32": {"minidpo": ManyTexts},
     "gpu": {"minidpo": BestOnGPU},
 }

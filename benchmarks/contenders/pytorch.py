@@ -4,7 +4,7 @@ import numpy
 import torch
 import torch.nn.functional as F
 
-from benchmarks.workload import BETA, LEARNING_RATE, endless, padded
+from benchmarks.workload import BETA, LEARNING_RATE, beginnings, endless, padded
 from minidpo.run import workers
 
 torch.set_num_threads(2)
@@ -168,34 +168,42 @@ class Best(Padded):
 class Sampling:
     """Sample one text, token by token, with a key-value cache."""
 
+    texts = 1
+
     def __init__(self, work):
         self.work = work
         self.params = {name: torch.tensor(x) for name, x in endless(work.policy).items()}
+        self.prompts = torch.tensor(beginnings(work, self.texts))
 
     @torch.no_grad()
     def step(self):
-        config, params = self.work.config, self.params
+        config, params, B = self.work.config, self.params, self.texts
         T, H = config.n_positions, config.n_head
-        prompt = self.work.pairs[0][0][: T // 4]
-        cache = torch.zeros(config.n_layer, 2, H, T, config.n_embd // H)
+        cache = torch.zeros(config.n_layer, 2, B, H, T, config.n_embd // H)
         draws = torch.Generator().manual_seed(0)
-        new, start, count = torch.tensor(prompt), 0, 0
+        new, start, count = self.prompts, 0, 0
         while True:
-            n = len(new)
+            n = new.shape[1]
 
-            def attend(i, qkv):
-                q, k, v = qkv.view(n, 3, H, -1).permute(1, 2, 0, 3)  # noqa: B023
-                cache[i, 0, :, start : start + n], cache[i, 1, :, start : start + n] = k, v  # noqa: B023
-                keys, values = cache[i, :, :, : start + n]  # noqa: B023
-                y = F.scaled_dot_product_attention(q[None], keys[None], values[None], is_causal=n > 1)[0]  # noqa: B023
-                return y.transpose(0, 1).reshape(n, -1)  # noqa: B023
+            def attend(i, qkv):  # (B, n, 3C) -> (B, n, C)
+                q, k, v = qkv.view(B, n, 3, H, -1).permute(2, 0, 3, 1, 4)  # noqa: B023
+                cache[i, 0, :, :, start : start + n], cache[i, 1, :, :, start : start + n] = k, v  # noqa: B023
+                keys, values = cache[i, :, :, :, : start + n]  # noqa: B023
+                y = F.scaled_dot_product_attention(q, keys, values, is_causal=n > 1)  # noqa: B023
+                return y.transpose(1, 2).reshape(B, n, -1)  # noqa: B023
 
             x = params["wte.weight"][new] + params["wpe.weight"][start : start + n]
-            logits = layers(params, config, x, attend)[-1] @ params["wte.weight"].T
-            token = torch.multinomial(torch.softmax(logits, -1), 1, generator=draws)
-            start, new, count = start + n, token, count + 1
-            if token.item() == 0 or start == T:
+            logits = layers(params, config, x, attend)[:, -1] @ params["wte.weight"].T
+            tokens = torch.multinomial(torch.softmax(logits, -1), 1, generator=draws)
+            start, new, count = start + n, tokens, count + 1
+            if bool((tokens == 0).all()) or start == T:
                 return count
+
+
+class ManyTexts(Sampling):
+    """Sample 32 texts at once."""
+
+    texts = 32
 
 
 class OnGPU:
@@ -227,6 +235,7 @@ CONTENDERS = {
         "PyTorch eager, our recipe": Best,
     },
     "sampling": {"PyTorch eager": Sampling},
+    "sampling 32": {"PyTorch eager": ManyTexts},
     "gpu": {
         "PyTorch eager, padded": PaddedOnGPU,
         "PyTorch compiled (reduce-overhead), padded": CompiledOnGPU,

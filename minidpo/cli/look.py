@@ -20,7 +20,7 @@ from ..generation import generate
 from ..run.checkpoint import Checkpoint, CheckpointError
 from ..run.files import read_text, write_whole
 from ..run.folder import run_description
-from ..run.tasks import counted
+from ..run.tasks import counted, printed, tell
 from ..scoring import Pair, shared_logprobs
 from ..streams import stream
 from ..theory import no_never_yes
@@ -99,29 +99,75 @@ def score(
 
 @command("look")
 def sample(
-    *, checkpoint: o.Checkpoint, prompt: o.Prompt = "", prompt_file: o.PromptFile = None, escapes: o.Escapes = False,
-    newline: o.Newline = False, samples: o.Samples = 5, seed: o.Seed = 0, max_new_tokens: o.MaxNewTokens = None,
-    temperature: o.Temperature = 1.0, top_k: o.TopK = None, top_p: o.TopP = None, device: o.Device = "cpu",
-) -> list[str]:  # fmt: skip
-    """Sample texts from a model.
+    *, checkpoint: o.Checkpoints, prompt: o.Prompt = "", prompt_file: o.PromptFile = None, escapes: o.Escapes = False,
+    prompts: o.Prompts = None, newline: o.Newline = False,
+    samples: Annotated[o.Samples | None, Default("5, or 1 for each prompt of a file or of several models")] = None,
+    seed: o.Seed = 0, max_new_tokens: o.MaxNewTokens = None, temperature: o.Temperature = 1.0, top_k: o.TopK = None,
+    top_p: o.TopP = None, device: o.Device = "cpu",
+) -> list[str] | list[dict[str, str]]:  # fmt: skip
+    """Sample texts from a model, or the answers of several side by side.
 
     Print texts that the model continues from the prompt, one per line; with --newline, its responses alone. The first
-    text is the same whatever the number of texts.
+    text is the same whatever the number of texts. With --prompts, or several checkpoints, print each different prompt
+    once, and below it each model's response; all models get the same random numbers, one stream per prompt and sample.
     """
-    loaded = load(checkpoint, device=device)
-    params, config, tokenizer, _ = loaded
-    prompt = prompt_text(prompt, prompt_file, escapes)
-    if replaced := tokenizer.replaced([prompt]):
-        print(f"the prompt: {replaced}", file=sys.stderr)
-    ids = [END_OF_TEXT, *encoded(tokenizer, prompt + (TURN if newline else ""), "the prompt")]
-    most, texts = max_new_tokens or config.n_positions, list[str]()
-    for start in range(0, samples, AT_ONCE):
-        rngs = [stream(seed, "samples", i) for i in range(start, min(start + AT_ONCE, samples))]
-        generation = generate(params, config, [ids] * len(rngs), rngs, most, temperature, top_k, top_p)
-        new = [("" if newline else prompt) + tokenizer.decode(response) for response in generation.responses]
-        print("\n".join(map(printable, new)), flush=True)
-        texts += new
+    models = {folder: load(folder, device=device) for folder in checkpoint}
+    if prompts is not None and (prompt or prompt_file or escapes):
+        raise ValueError("--prompts takes the prompts from its file, in place of --prompt, --prompt-file and --escapes")
+    if prompts is None:
+        places = {prompt_text(prompt, prompt_file, escapes): "the prompt"}
+    else:
+        places = {x: f"{prompts}, line {line}" for x, line in different_prompts(prompts).items()}
+    alone = prompts is None and len(models) == 1
+    ids: dict[Path, list[list[int]]] = {}
+    for folder, (_, config, tokenizer, _) in models.items():
+        if replaced := tokenizer.replaced(places):
+            print(f"{'the prompt' if alone else folder}: {replaced}", file=sys.stderr)
+        of = "" if alone else f", to {folder}"
+        ids[folder] = [[END_OF_TEXT, *encoded(tokenizer, x + (TURN if newline else ""), f"{place}{of}")]
+                       for x, place in places.items()]  # fmt: skip
+        for x, place in zip(ids[folder], places.values()):
+            if not alone and len(x) > config.n_positions:
+                raise ValueError(f"{place}{of}: {len(x)} tokens, but the model's n_positions = {config.n_positions}")
+    each, rows, texts = samples or (5 if alone else 1), list(places), list[Any]()
+    names = [folder.resolve().name for folder in models]
+    names = [printable(name if names.count(name) == 1 else str(folder)) for name, folder in zip(names, models)]
+    starts = range(0, len(rows) * each, AT_ONCE)
+    for start in starts if alone else counted(starts, "answers: batches"):
+        batch = [divmod(row, each) for row in range(start, min(start + AT_ONCE, len(rows) * each))]
+        answers = []
+        for folder, (params, config, tokenizer, _) in models.items():
+            rngs = [stream(seed, "samples", *([] if alone else [rows[x]]), i) for x, i in batch]
+            most, beginnings = max_new_tokens or config.n_positions, [ids[folder][x] for x, _ in batch]
+            generation = generate(params, config, beginnings, rngs, most, temperature, top_k, top_p)
+            answers.append([tokenizer.decode(response) for response in generation.responses])
+        if alone:
+            new = [("" if newline else rows[0]) + answer for answer in answers[0]]
+            print("\n".join(map(printable, new)), flush=True)
+            texts += new
+            continue
+        tell("")  # on a terminal the line of progress gives way
+        for (x, i), *replies in zip(batch, *answers):
+            print(*([printable(rows[x])] if i == 0 else []), sep="\n", end="\n" * (i == 0))
+            for name, reply in zip(names, replies):
+                print(f"  {name:<{max(map(len, names))}}  {printable(reply)}", flush=True)
+                texts.append({"prompt": rows[x], "model": name, "response": reply})
+        printed()
     return texts
+
+
+def different_prompts(path: Path) -> dict[str, int]:
+    """The different prompts of JSON Lines of prompts, pairs or completions, with the line each is first on."""
+    found: dict[str, int] = {}
+    for each in preferences.read_objects(path):
+        x = each.document.get("prompt") if isinstance(each, preferences.Line) else None
+        if not isinstance(x, str):
+            reason = "has no text as its prompt" if isinstance(each, preferences.Line) else each.reason
+            raise ValueError(f"{path}, line {each.line}: {reason}")
+        found.setdefault(x, each.line)
+    if not found:
+        raise ValueError(f'{path}: has no prompt; each line is a JSON object with one, as {{"prompt": "..."}}')
+    return found
 
 
 def prompt_text(prompt: str, prompt_file: Path | None, escapes: bool) -> str:

@@ -44,7 +44,8 @@ class Option(NamedTuple):
         """Check a value from Python."""
         if not self.several:
             return self.check(given)
-        return [self.check(each) for each in ([given] if isinstance(given, str | os.PathLike) else given)]
+        many = isinstance(given, Sequence) and not isinstance(given, str)
+        return [self.check(each) for each in (given if many else [given])]
 
 
 class Default(NamedTuple):
@@ -226,6 +227,7 @@ Prompt = Annotated[str, Option("text of the prompt", text)]
 Chosen = Annotated[str, Option("text of the preferred response", text)]
 Rejected = Annotated[str, Option("text of the other response", text)]
 PromptFile = Annotated[Path | None, Option("file with the text of the prompt, - for the standard input", path)]
+Prompts = Annotated[Path | None, Option("JSON Lines with a prompt each; other columns are ignored", path)]
 Escapes = Annotated[bool, Option("read \\n, \\t and \\\\ in these texts as newline, tab and backslash", flag)]
 Newline = Annotated[bool, Option("end the prompt with a newline, after which a response begins", flag)]
 Ids = Annotated[bool, Option("the data holds lists of ids in place of texts", flag)]
