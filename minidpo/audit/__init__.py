@@ -1,5 +1,5 @@
-"""Whether a measurement can be believed."""
+"""Whether a measurement can be believed, and where a model comes from."""
 
-from . import calibration
+from . import calibration, provenance, versions
 
-__all__ = ["calibration"]
+__all__ = ["calibration", "provenance", "versions"]

@@ -204,6 +204,8 @@ NllWeight = Annotated[float, Option("weight of the chosen responses' nats per to
 # Looking into models, and proving.
 StepRate = Annotated[float, Option("learning rate of the trial step", positive)]
 Table = Annotated[bool, Option("print the faults that the tests produce, and what is found", flag)]
+Chain = Annotated[bool, Option("compute every hash again and name the first link that no longer holds", flag)]
+OtherRun = Annotated[Path | None, Option("earlier run whose rows this run's are compared with", path, "RUN")]
 Calibration = Annotated[bool, Option("also print whether sigma(z) is how often labels are right", flag)]
 Json = Annotated[bool, Option("print one JSON object instead of tables", flag)]
 Prompt = Annotated[str, Option("text of the prompt", text)]
