@@ -22,9 +22,9 @@ CEILINGS = {
     "verify": 2850,  # three frameworks, seven layouts, enumeration, a name for what each gradient says, the doctor
     "audit": 700,
     "run": 1820,  # damaged and edited runs are checked in full before anything moves; tasks; Hugging Face's files
-    "cli": 2060,  # card and the recipe of a run; import; the table of the losses and their picture, drawn from the losses themselves; verify
+    "cli": 2060,  # import; the table and the picture of the losses, drawn from the losses; verify; card, a run's recipe
 }
-PACKAGE = 13_930  # every link from the data to a model: hashes, the card, two versions of the data
+PACKAGE = 13_930  # of which 430: every link from the data to a model: hashes, the card, two versions of the data
 ROOMS = ("data", "theory", "explain", "verify", "audit", "run", "cli")
 ARROWS = {  # between rooms, beside those to data and those of cli
     ("verify", "theory"),  # exact sums over responses

@@ -134,6 +134,13 @@ def chain(run: Path) -> list[Link]:
     return list(links.values())
 
 
+def run_sums(words: Sequence[str]) -> dict[str, str]:
+    """The hash of the run.json behind each model that a command begins with, which makes the runs a chain."""
+    link = Link(Path(), {"arguments": words})
+    runs = {option: run_of(path) / "run.json" for option, path, _ in link.inputs(MODELS)}
+    return {f"{option}_run_sha256": file_sum(path) for option, path in runs.items() if path.exists()}
+
+
 def checks(links: Sequence[Link]) -> Iterator[tuple[str, Any, Callable[[], str]]]:
     """Every link's name, its recorded hash (None: not recorded), and a function that computes it again."""
     weights = functools.cache(weights_sum)
@@ -145,6 +152,9 @@ def checks(links: Sequence[Link]) -> Iterator[tuple[str, Any, Callable[[], str]]
             yield f"{folder}: --{option} {path}", recorded, functools.partial(file_sum, path)
         for option, path, recorded in link.inputs(MODELS):
             yield f"{folder}: --{option} {path}", recorded, functools.partial(weights, path)
+            if recorded := link.description.get(f"{option}_run_sha256"):
+                run = run_of(path) / "run.json"
+                yield f"{folder}: --{option} {run}", recorded, functools.partial(file_sum, run)
         if sealed is None:
             own = functools.partial(description_sum, link.description)
             yield f"{folder / 'run.json'}", link.description.get("sha256"), own
@@ -228,8 +238,9 @@ def facts(link: Link) -> Iterator[tuple[str, str]]:
             command.append(f"{option}={short(value)}" if option[2:] in (*FILES, *MODELS) else word)
         yield "command", code(shlex.join(command))
         for option, path, recorded in link.inputs((*FILES, *MODELS)):
-            what = "weights" if option in MODELS else "SHA-256"
-            yield option, f"{code(short(path))}, {what} {words(recorded or NOT_RECORDED)}"
+            sums = {"weights" if option in MODELS else "SHA-256": recorded or NOT_RECORDED}
+            sums |= {"run.json": run} if (run := description.get(f"{option}_run_sha256")) else {}
+            yield option, f"{code(short(path))}, {words(sums)}"
         yield "rows", words(description.get("counts", NOT_RECORDED))
         yield from ((name, words(settings[name])) for name in ("steps", "loss", "beta") if name in settings)
         yield from ((name, words(recipe.get(name, NOT_RECORDED))) for name in RECIPE)

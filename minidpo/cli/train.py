@@ -155,7 +155,7 @@ def begin(
         recipe = {"template": template, "scored": scored, "clip": {"max_norm": MAX_NORM}}
         recipe |= {"optimizer": {"name": type(optimizer).__name__, **constants}}
         recipe |= {"samples": {**DECODER, "seed": run.seed, "stream": "samples"}}
-        create(out, {"arguments": words, **hashes, "recipe": recipe}, files)
+        create(out, {"arguments": words, **hashes, **provenance.run_sums(words), "recipe": recipe}, files)
     print(f"{out} will hold the run and its report, with {'curves' if installed() else f'no curves: {NO_MATPLOTLIB}'}")
 
 
