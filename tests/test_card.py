@@ -293,7 +293,10 @@ def test_the_hash_of_the_sources_has_names_and_contents(tmp_path):
     ):
         (tmp_path / name).write_text(content)
         sums.append(run_folder.tree_sum(tmp_path))
-    assert len(set(sums)) == 6
+    for old, new in (("a.py", "z.py"), ("z.py", "room/z.py")):
+        (tmp_path / old).rename(tmp_path / new)
+        sums.append(run_folder.tree_sum(tmp_path))
+    assert len(set(sums)) == 8
     (tmp_path / "e.pyc").write_text("x")
     assert run_folder.tree_sum(tmp_path) == sums[-1]
 

@@ -117,20 +117,20 @@ def chain(run: Path) -> list[Link]:
     """The runs and models that a run follows from, the first of them first, and the run itself last."""
     links: dict[Path, Link] = {}
 
-    def visit(folder: Path, trail: tuple[Path, ...]) -> None:
+    def visit(folder: Path, depth: int) -> None:
         key = folder.resolve()
-        if key in trail or len(trail) > MOST_LINKS:
+        if depth > MOST_LINKS:
             raise CheckpointError(f"{folder}: follows from itself, or from more than {MOST_LINKS} runs")
         if key not in links:
-            is_run = not trail or os.path.lexists(folder / "run.json")
+            is_run = depth == 0 or os.path.lexists(folder / "run.json")
             link = Link(folder, run_description(folder) if is_run else {})
             if is_run and (name := link.description["arguments"][0]) not in TRAINS:
                 raise CheckpointError(f"{folder}: {name!a} trains no model itself; name one of the runs in the folder")
             for _, model, _ in link.inputs(MODELS):
-                visit(run_of(model), (*trail, key))
+                visit(run_of(model), depth + 1)
             links[key] = link
 
-    visit(run_of(run), ())
+    visit(run_of(run), 0)
     return list(links.values())
 
 
