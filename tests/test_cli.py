@@ -338,7 +338,7 @@ def test_help_shows_the_commands_in_groups(capsys):
     assert groups == {
         "learn": ["demo", "data", "judge"],
         "train": ["pretrain", "sft", "dpo", "import", "resume"],
-        "look": ["score", "sample", "explain", "displacement", "evaluate"],
+        "look": ["card", "score", "sample", "explain", "displacement", "evaluate"],
         "prove": ["check", "oracles", "exact", "frontier", "invariances", "losses"],
         "verify": ["doctor", "verify"],
     }

@@ -286,7 +286,7 @@ def test_evaluate_and_score_agree_with_the_chain_rule(folder, tmp_path, capsys):
 
 def test_evaluate_prints_no_minus_zero(folder, capsys, monkeypatch):
     """What rounds to 0 is printed as 0."""
-    monkeypatch.setattr(training, "preference_evaluation", lambda *_, **__: {"nll/chosen_rise": -1e-9})
+    monkeypatch.setattr(training, "preference_summary", lambda *_, **__: {"nll/chosen_rise": -1e-9})
     printed = evaluated(folder, folder / "pairs.jsonl", capsys, "--beta=0.5").out
     assert re.search(r"^nll/chosen_rise +0\.0000$", printed, re.MULTILINE)
 

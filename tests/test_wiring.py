@@ -77,6 +77,7 @@ CASES = {
         "escapes": "reads_escapes",
     },
     "displacement": {**SCORING, "learning_rate": [1e-4]},
+    "card": {"run": "names_a_run", "verify": "verifies", "against": "compares"},
 }  # fmt: skip
 SHORT = {"data": "pairs", "held_out_data": "held", "init": "init", "out": "run", "steps": 2, "batch_size": 4, "seed": 0,
          "evaluate_every": 1, "warmup_steps": 0, "learning_rate": 0.05}  # fmt: skip
@@ -528,6 +529,38 @@ def test_an_option_reads_ids(name, root, tmp_path):
     (root / "ids.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ids))
     again = result_of(root, tmp_path, name, {**BASE[name], "data": "ids", "ids": True})
     assert [{**each, "line": 0} for each in again] == [{**each, "line": 0} for each in scores] and len(scores) > 2
+
+
+@having("names_a_run")
+def test_an_option_names_a_run(name, root, tmp_path, capsys):
+    """The card is of the run that is named, and of what it began with."""
+    result_of(root, tmp_path, "sft", {**BASE["sft"], "out": "one"})
+    result_of(root, tmp_path, "dpo", {**BASE["dpo"], "init": str(tmp_path / "one"), "out": "two"})
+    capsys.readouterr()
+    for run, links in (("one", 2), ("two", 4)):  # init, one, other, two
+        assert cli.main([name, str(tmp_path / run)]) == 0
+        printed = capsys.readouterr().out
+        assert printed.startswith(f"# Where `{run}` comes from") and printed.count("\n## ") == links
+
+
+@having("verifies")
+def test_an_option_verifies(name, root, tmp_path, capsys):
+    """With --verify the exit status is 0 if every hash holds, and 1 if one does not."""
+    result_of(root, tmp_path, "sft", BASE["sft"])
+    assert cli.main([name, str(tmp_path / "run"), "--verify"]) == 0
+    (tmp_path / "run" / "samples.jsonl").write_text("")
+    assert cli.main([name, str(tmp_path / "run"), "--verify"]) == 1
+    assert "no longer holds" in capsys.readouterr().out
+
+
+@having("compares")
+def test_an_option_compares(name, root, tmp_path, capsys):
+    """With --against the rows of this run are compared with those of the other."""
+    for run, data in (("old", "pairs"), ("new", "more")):
+        result_of(root, tmp_path, "dpo", {**BASE["dpo"], "data": data, "out": run})
+    capsys.readouterr()
+    assert cli.main([name, str(tmp_path / "new"), "--against", str(tmp_path / "old")]) == 0
+    assert capsys.readouterr().out.startswith("7 rows added, 7 removed\n0 of 2 pairs")
 
 
 # ---- the chain of the demo, and what is cached ----------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """The commands, as functions: `minidpo dpo --beta 0.2` on the command line is `cli.dpo(beta=0.2)` in Python."""
 
+from .card import card
 from .desk import data, demo
 from .look import displacement, explain, sample, score
 from .measure import evaluate, judge
@@ -9,7 +10,7 @@ from .table_of_losses import losses
 from .train import dpo, import_, pretrain, resume, sft
 from .verifying import doctor, verify
 
-__all__ = ["check", "data", "demo", "displacement", "doctor", "dpo", "evaluate", "exact", "explain", "frontier"]
+__all__ = ["card", "check", "data", "demo", "displacement", "doctor", "dpo", "evaluate", "exact", "explain", "frontier"]
 __all__ += [
     "import_",
     "invariances",

@@ -220,6 +220,8 @@ Slices = Annotated[
     str | None,
     Option("field of the rows to group by, or prompt_length, response_length, length_difference", text, "FIELD"),
 ]
+Chain = Annotated[bool, Option("compute every hash again and name the first link that no longer holds", flag)]
+OtherRun = Annotated[Path | None, Option("earlier run whose rows this run's are compared with", path, "RUN")]
 Calibration = Annotated[bool, Option("also print whether sigma(z) is how often labels are right", flag)]
 Diagrams = Annotated[Path | None, Option("new PNG file for reliability diagram and ROC curve; needs matplotlib", path)]
 Json = Annotated[bool, Option("print one JSON object instead of tables", flag)]

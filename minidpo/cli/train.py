@@ -13,6 +13,7 @@ from typing import Annotated, Any, NamedTuple
 import numpy
 
 from .. import model, optim, training
+from ..audit import provenance, versions
 from ..audit.replies import judged
 from ..backend import to_host
 from ..data import preferences, world
@@ -41,6 +42,10 @@ from .parser import COMMANDS, arguments, command, flagged, parse
 
 JUDGED = 200  # prompts, at most
 LEAST_STEPS, MOST_STEPS = 10, 250  # between evaluations; within these, one follows each pass over the data
+MAX_NORM = 1.0  # of the gradient of a step
+DECODER: dict[str, Any] = {"temperature": 1.0, "top_k": None, "top_p": None}  # of the samples during a run
+TEMPLATE = "end-of-text, prompt as written, response, end-of-text; no roles"
+SCORED = "response tokens, end-of-text among them; not the prompt's"
 
 
 class Training(NamedTuple):
@@ -85,7 +90,7 @@ class Rows(NamedTuple):
     held_out: Encoded
     test: Encoded
     set_aside: str  # JSON Lines
-    description: dict[str, str]  # hashes of the files, and how many rows were used
+    description: dict[str, Any]  # hashes of the files, and how many rows were used
 
     def prompts(self, most: int = 5) -> list[list[int]]:
         """The first few different prompts that are held out."""
@@ -139,20 +144,32 @@ def same_vocabulary(folder: Path, loaded: Checkpoint, other_folder: Path, other:
         )
 
 
-def begin(out: Path, words: list[str], run: Training, hashes: dict[str, str], files: dict[str, str]) -> None:
+def adamw(params: Params, run: Training, weight_decay: float) -> optim.AdamW:
+    """The optimizer of the commands."""
+    return optim.AdamW(params, run.learning_rate, betas=(0.9, 0.99), weight_decay=weight_decay)
+
+
+def begin(
+    out: Path, words: list[str], run: Training, optimizer: optim.AdamW, hashes: dict[str, Any],
+    files: dict[str, str], template: str = TEMPLATE, scored: str = SCORED,
+) -> None:  # fmt: skip
     """Make the run's folder, or check that the existing one was made from the same files and models."""
     if run.resuming:
-        inputs = {name: value for name, value in hashes.items() if name != "rows"}  # which follow from the rest
+        inputs = {name: value for name, value in hashes.items() if name not in ("rows", "counts")}  # these follow
         for change in environment_changes(out, inputs):
             print(f"{out}: {change}; the last bits of the result may differ", file=sys.stderr)
     else:
-        create(out, {"arguments": words, **hashes}, files)
+        constants = {name: getattr(optimizer, name) for name in ("betas", "eps", "weight_decay")}
+        recipe = {"template": template, "scored": scored, "clip": {"max_norm": MAX_NORM}}
+        recipe |= {"optimizer": {"name": type(optimizer).__name__, **constants}}
+        recipe |= {"samples": {**DECODER, "seed": run.seed, "stream": "samples"}}
+        create(out, {"arguments": words, **hashes, **provenance.run_sums(words), "recipe": recipe}, files)
     print(f"{out} will hold the run and its report, with {'curves' if installed() else f'no curves: {NO_MATPLOTLIB}'}")
 
 
 def starting_model(
     options: Beginning, text: str, sizes: dict[str, int], run: Training
-) -> tuple[Checkpoint, dict[str, str]]:
+) -> tuple[Checkpoint, dict[str, Any]]:
     """The model of --init and its hash, or a new model that reads the characters of a text."""
     if options.init:
         for name, value in options._asdict().items():
@@ -180,10 +197,10 @@ def read_rows(
     parts, faults = preferences.parts(usable[0], held_out, run.seed, held_out_share, test_share)
     document = "".join(each.set_aside for each in usable) + preferences.set_aside(data, faults, strict)
     print(", ".join(f"{len(part.rows)} rows to {use}" for part, use in zip(parts, preferences.USES) if part.rows))
-    description = {
-        **run.hashes(data),
-        "rows": "; ".join(text for each in usable for text in (each.summary, *each.remarks)),
-    }
+    texts = [text for each in usable for text in (each.summary, *each.remarks)]
+    counts = versions.counts(dict(zip(preferences.USES, (part.rows for part in parts))), document)
+    texts += [f"{field}: {provenance.words(counts[field])}" for field in versions.FIELDS if field in counts]
+    description: dict[str, Any] = {**run.hashes(data), "rows": "; ".join(texts), "counts": counts}
     train, held, test = parts
     return Rows(train, held, test, document, description if held_out else {**description, **SPLIT})
 
@@ -201,18 +218,20 @@ def train(
     params, config, tokenizer, _ = start
 
     def replies() -> list[dict[str, str]]:
-        responses = generate(params, config, prompts, stream(run.seed, "samples"), config.n_positions).responses
+        rng = stream(run.seed, "samples")
+        responses = generate(params, config, prompts, rng, config.n_positions, **DECODER).responses
         return [{"prompt": tokenizer.decode(x), "response": tokenizer.decode(y)} for x, y in zip(prompts, responses)]
 
     def rows(batch: list[int]) -> str:
         return f"lines {', '.join(dict.fromkeys(names[i] for i in sorted(batch)[:32]))}"
 
     def finish() -> None:
-        if test:
+        if test and not (out / "result.json").exists():  # which has its hash
             metrics = evaluation(model.placed(checkpoint.load(out).params, run.device), None)
             write_whole(out / "test.json", (dumps(metrics, allow_nan=False) + "\n").encode())
             loss = f"{metrics['loss']:.4f}: {out / 'test.json'}"
             print(f"its loss on the test rows, which chose nothing, is {loss}")
+        provenance.seal(out)
         report.write(out)
 
     every = run.evaluate_every or min(MOST_STEPS, max(LEAST_STEPS, len(names) // run.batch_size))
@@ -233,17 +252,17 @@ def train(
 
 
 def likelihood_run(
-    out: Path, start: Checkpoint, examples: Sequence[Example], held_out: Sequence[Example],
-    prompts: Sequence[list[int]], names: Sequence[str], run: Training, test: Sequence[Example] = (),
+    out: Path, start: Checkpoint, optimizer: optim.Optimizer, examples: Sequence[Example],
+    held_out: Sequence[Example], prompts: Sequence[list[int]], names: Sequence[str], run: Training,
+    test: Sequence[Example] = (),
 ) -> Path:  # fmt: skip
     """Train on the likelihood of examples, which is what `pretrain` and `sft` share."""
     params, config = start.params, start.config
-    optimizer = optim.AdamW(params, run.learning_rate, betas=(0.9, 0.99), weight_decay=0.01)
 
     def step(indices: list[int]) -> training.Metrics:
         batch = [examples[i] for i in indices]
         return training.sft_training_step(
-            params, config, optimizer, batch, 1.0, run.micro_batch_size, workers.nll_sweep
+            params, config, optimizer, batch, MAX_NORM, run.micro_batch_size, workers.nll_sweep
         )
 
     def evaluation(params: Params, step: int | None) -> training.Metrics:
@@ -298,9 +317,13 @@ def pretrain(
         print(f"{data}: {replaced}", file=sys.stderr)
     if repeated := len(set(train_texts) & set(held_out_texts)):
         print(f"{repeated} of the held-out texts are also trained on")
-    begin(out, words, run, {**hashes, **run.hashes(data)}, {"tokenizer.json": tokenizer_document(start.tokenizer)})
+    optimizer = adamw(start.params, run, weight_decay=0.01)
+    hashes |= {**run.hashes(data), "counts": dict(zip(preferences.USES, map(len, halves)))}
+    documents = {"tokenizer.json": tokenizer_document(start.tokenizer)}
+    every = "every token of the text, and end-of-text"
+    begin(out, words, run, optimizer, hashes, documents, "end-of-text, text as written, end-of-text", every)
     names = [str(line) for line, _ in halves[0]]
-    return likelihood_run(out, start, examples, held_out, [[END_OF_TEXT]] * 5, names, run)
+    return likelihood_run(out, start, optimizer, examples, held_out, [[END_OF_TEXT]] * 5, names, run)
 
 
 @command("train")
@@ -320,12 +343,13 @@ def sft(
     text = "" if beginning.init else preferences.usable_text(data, fields, n_positions, truncation)
     start, hashes = starting_model(beginning, text, NEW_MODEL, run)
     rows = read_rows(data, run, test_share, truncation, strict, fields, start, start.config.n_positions)
-    begin(out, words, run, {**hashes, **rows.description}, rows.files(start.tokenizer, beginning.init))
+    optimizer = adamw(start.params, run, weight_decay=0.01)
+    begin(out, words, run, optimizer, {**hashes, **rows.description}, rows.files(start.tokenizer, beginning.init))
     count = 1 if responses == "chosen" else 2
     names = [str(row.line) for row in rows.train.rows for _ in row.responses[:count]]
     parts = ([(x, y) for x, *ys in part.ids for y in ys[:count]] for part in (rows.train, rows.held_out, rows.test))
     examples, held_out, test = parts
-    return likelihood_run(out, start, examples, held_out, rows.prompts(), names, run, test)
+    return likelihood_run(out, start, optimizer, examples, held_out, rows.prompts(), names, run, test)
 
 
 def preference_loss(
@@ -404,7 +428,8 @@ def dpo(
         raise ValueError(f"--judge-every: {strangers[0]!a} is not a prompt of the demo's world, whose reward is known")
     customers = list(dict.fromkeys(customers))[:JUDGED]
     hashes = {"init_sha256": fingerprint(policy), "reference_sha256": fingerprint(ref_params)}
-    begin(out, words, run, {**hashes, **rows.description}, rows.files(tokenizer, init))
+    optimizer = adamw(policy, run, weight_decay=0.0)
+    begin(out, words, run, optimizer, {**hashes, **rows.description}, rows.files(tokenizer, init))
     pairs: list[Any] = [*rows.train.ids, *rows.held_out.ids]
     print(f"the reference scores {len(pairs)} pairs", flush=True)
     cache = out / "reference.safetensors"
@@ -412,11 +437,10 @@ def dpo(
     ref_logp_w, ref_logp_l = (to_host(logp) for logp in scores)  # a step takes those of its pairs
     count = len(rows.train.ids)
     held_out = collate(pairs[count:], ref_logp_w[count:], ref_logp_l[count:], held_out_votes)
-    optimizer = optim.AdamW(policy, run.learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
 
     def step(indices: list[int]) -> training.Metrics:
         batch = collate([pairs[i] for i in indices], ref_logp_w[indices], ref_logp_l[indices], votes[indices])
-        settings = strength, objective, nll_weight, 1.0, run.micro_batch_size, workers.dpo_sweep
+        settings = strength, objective, nll_weight, MAX_NORM, run.micro_batch_size, workers.dpo_sweep
         return training.dpo_training_step(policy, ref_params, config, optimizer, batch, *settings)
 
     def evaluation(params: Params, step: int | None) -> training.Metrics:
@@ -428,11 +452,8 @@ def dpo(
         watch = partial(counted, what="held-out pairs")
         metrics = training.preference_evaluation(params, config, batch, strength, objective, nll_weight, watch)
         if step is not None and judge_every and step % judge_every == 0:
-            own, anchor = (
-                Checkpoint(params, config, tokenizer, True),
-                Checkpoint(ref_params, ref_config, tokenizer, True),
-            )
-            metrics |= judged(own, anchor, customers, run.seed).summary()
+            anchor = Checkpoint(ref_params, ref_config, tokenizer, True)
+            metrics |= judged(start._replace(params=params), anchor, customers, run.seed).summary()
         return metrics
 
     with Workers(worker_count(policy)) as workers:

@@ -10,6 +10,7 @@
     step-000100/           checkpoints: the last one and the best
     model/                 the result: the model of the best checkpoint
     latest                 the name of the checkpoint to resume from, or of the result
+    result.json            at the end, the hash of each of these files, and one of the result's weights
     report.md              the report, for a person
     curves.png             its picture (only where matplotlib is installed)
 
@@ -21,6 +22,7 @@ import dataclasses
 import fcntl
 import glob
 import hashlib
+import importlib
 import json
 import math
 import os
@@ -56,15 +58,28 @@ SAMPLE = ("prompt", "response")  # the texts of a line of samples.jsonl
 
 
 def environment() -> dict[str, Any]:
-    """The libraries and the machine: the last bits of a result depend on them."""
+    """The code, the libraries and the machine: the last bits of a result depend on them."""
+    package = importlib.import_module(__name__.partition(".")[0])
     library = numpy.show_config(mode="dicts").get("Build Dependencies", {}).get("blas", {})
     threads = blas()
     return {
+        "minidpo": package.__version__,
+        "minidpo_sha256": tree_sum(Path(str(package.__file__)).parent),
+        "python": platform.python_version(),
         "numpy": numpy.__version__,
         "blas": f"{library.get('name')} {library.get('version')}",
         "blas_threads": threads.get() if threads else None,  # None: cannot be read
         "machine": f"{platform.system()} {platform.machine()}",
     }
+
+
+def tree_sum(root: Path, kinds: Sequence[str] = (".py", ".html", ".toml")) -> str:
+    """SHA-256 of the names and contents of a package's sources, in the order of their names."""
+    sums = hashlib.sha256()
+    for name, path in sorted((p.relative_to(root).as_posix(), p) for p in root.rglob("*") if p.suffix in kinds):
+        content = path.read_bytes()
+        sums.update(f"{name} {len(content)}\n".encode() + content)
+    return sums.hexdigest()
 
 
 def create(run: Path, description: Mapping[str, Any], files: Mapping[str, str]) -> None:
@@ -148,7 +163,8 @@ def environment_changes(run: Path, description: Mapping[str, Any]) -> list[str]:
             option = f"--{name.removesuffix('_sha256').replace('_', '-')}"
             raise CheckpointError(f"{run}: cannot resume, the input of {option} has changed since the run began")
     now, then = environment(), old["environment"]
-    return [f"{name} was {then.get(name)!a} and is {now[name]!a}" for name in now if then.get(name) != now[name]]
+    before = {name: ascii(then[name]) if name in then else "not recorded" for name in now}
+    return [f"{name} was {before[name]} and is {now[name]!a}" for name in now if then.get(name) != now[name]]
 
 
 @dataclasses.dataclass
