@@ -460,3 +460,16 @@ def test_the_example_is_what_the_commands_print(tmp_path, monkeypatch, capsys):
     for block in re.findall(r"```(?:markdown|text)\n(.*?)```", text, re.DOTALL):
         for line in filter(None, block.splitlines()):
             assert all(part in masked(printed) for part in masked(line).split("...")), line
+
+
+def test_the_majority_counts_votes():
+    """Votes decide which response is preferred, whichever side of a row it is on; where they are equal, none is."""
+
+    def row(line, w, l, *votes):
+        return preferences.Row(line, "x", (w, l), "", votes)
+
+    assert versions.majority([row(1, "a", "b", 3.0, 7.0)]).responses == ("b", "a")
+    both = [row(1, "a", "b", 3.0, 2.0), row(2, "b", "a", 2.0, 0.0)]
+    assert versions.majority(both)[:3] == (2, "x", ("b", "a"))
+    assert versions.majority([row(1, "a", "b", 1.0, 0.0), row(2, "b", "a", 1.0, 0.0)]) is None
+    assert versions.majority([row(4, "a", "b", 0.7, 0.3)])[:3] == (4, "x", ("a", "b"))

@@ -64,9 +64,13 @@ def rows_of(run: Path) -> list[Row]:
 
 
 def majority(rows: Sequence[Row]) -> Row | None:
-    """The first row that prefers what most rows of one question prefer; None if two are preferred equally often."""
-    (label, n), *others = collections.Counter(row.responses[0] for row in rows).most_common()
-    return None if others and others[0][1] == n else next(row for row in rows if row.responses[0] == label)
+    """The pair as most votes of one question order it, with the line of a row that says so; None if two are equal."""
+    votes: collections.Counter[str] = collections.Counter()
+    for row in rows:
+        votes.update(dict(zip(row.responses, row.votes)))
+    (label, n), (other, m) = votes.most_common()
+    first = next((row for row in rows if row.responses[0] == label), rows[0])
+    return None if n == m else first._replace(responses=(label, other))
 
 
 def changes(run: Path, other: Path) -> Changes:
