@@ -12,13 +12,15 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 
 from minidpo import checkpoint, cli, world
-from minidpo.audit import replies
+from minidpo.audit import proxy, replies
 from minidpo.cli import desk
 from minidpo.run import files, report
 from minidpo.run import folder as run_folder
+from minidpo.run.tasks import results
 
 COLLAPSING = ("--beta=0.1", "--nll-weight=0", "--learning-rate=3e-4", "--judge-every=20")
 CURVE = ("step", "eval_loss", "eval_rewards/accuracies", "eval_judge/reward", "eval_judge/kl", "eval_judge/well_formed")
@@ -47,13 +49,18 @@ def one_seed(folder, seed):
     command("dpo", *options, f"--out={folder / 'collapse'}", *COLLAPSING)
     sft, dpo, collapse = (checkpoint.load(folder / stage) for stage in ("sft", "dpo", "collapse"))
     prompts = desk.test_prompts(seed, desk.FULL.replies)
-    asked = {template: [replies.judged(model, sft, prompts, seed, template) for model in (sft, dpo)]
-             for template in world.TEMPLATES}  # fmt: skip
-    reference = asked["as trained"][0]
-    results = json.loads((folder / "results.json").read_text())
-    results["models"]["DPO, collapsed"] = replies.figures(
-        replies.judged(collapse, sft, prompts, seed), reference, prompts
-    )
+    some, lines = list(dict.fromkeys(prompts))[:100], run_folder.json_lines
+    document = json.loads((folder / "results.json").read_text())
+    kept = [json.loads(line) for line in (folder / "replies.jsonl").read_text().splitlines()]
+    answers = list(dict.fromkeys((row["prompt"], row["replies"]["DPO"]["reply"]) for row in kept))[:100]
+    judging = [partial(replies.judged, model, sft, prompts, seed, template)
+               for template in world.TEMPLATES for model in (sft, dpo)]  # fmt: skip
+    judging += [partial(replies.judged, collapse, sft, prompts, seed)]
+    pressing = [partial(proxy.best_of_reference, dpo, sft, 0.2, some, seed)]
+    pressing += [partial(proxy.edits_of_policy, dpo, sft, 0.2, answers)]
+    *verdicts, curves, edits = results([*judging, *pressing], "judging")
+    asked = dict(zip(world.TEMPLATES, zip(verdicts[::2], verdicts[1::2])))
+    document["models"]["DPO, collapsed"] = replies.figures(verdicts[-1], asked["as trained"][0], prompts)
     templates = {
         template: {
             "SFT": replies.figures(own, own, prompts)["all"]["reward"],
@@ -67,15 +74,17 @@ def one_seed(folder, seed):
         )
         for stage in ("dpo", "collapse")
     }
-    lines = {stage: run_folder.json_lines(folder / stage / "metrics.jsonl") for stage in measured}
+    logs = {stage: lines(folder / stage / "metrics.jsonl") for stage in measured}
     return {
         "seed": seed,
         "cpu_seconds": seconds,
-        **results,
+        **document,
         "templates": templates,
+        "best_of": [row._asdict() for row in curves["all"]],
+        "edits": {kind: row._asdict() for kind, row in edits.items()},
         "measured": measured,
-        "held_out": {stage: report.best(each) for stage, each in lines.items()},
-        "collapse": [{name: line[name] for name in CURVE} for line in lines["collapse"] if "eval_loss" in line],
+        "held_out": {stage: report.best(each) for stage, each in logs.items()},
+        "collapse": [{name: line[name] for name in CURVE} for line in logs["collapse"] if "eval_loss" in line],
         "environment": json.loads((folder / "dpo" / "run.json").read_text())["environment"],
     }
 
@@ -110,6 +119,25 @@ def as_table(runs):
     return "\n".join(lines)
 
 
+def as_best_of(runs):
+    """The best of N replies of the reference, chosen by the implicit reward."""
+    lines = ["| N | KL at most | implicit reward | true reward | garbled | true reward, chosen by itself |"]
+    lines += ["|---:|---:|---:|---:|---:|---:|"]
+    for rows in zip(*(run["best_of"] for run in runs)):
+        cells = (cell([row[name][0] for row in rows]) for name in ("implicit", "true", "garbled", "ceiling"))
+        lines.append(f"| {rows[0]['size']} | {rows[0]['kl']:.2f} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def as_edits(runs):
+    """Edits of well-formed replies, of all seeds together."""
+    lines = ["| edit | edits | raise the implicit reward | lower the true one | do both |", "|---|" + "---:|" * 4]
+    for kind in runs[0]["edits"]:
+        counts = (sum(run["edits"][kind][name] for run in runs) for name in ("n", "raising", "lowering", "both"))
+        lines.append(f"| {kind} | {' | '.join(map(str, counts))} |")
+    return "\n".join(lines)
+
+
 def as_templates(runs):
     """What DPO is worth in each template."""
     lines = ["| the customer's line | SFT | DPO | DPO's gain | DPO, garbled |", "|---|" + "---:|" * 4]
@@ -128,4 +156,5 @@ if __name__ == "__main__":
         runs = [one_seed(Path(folder) / f"demo{seed}", seed) for seed in seeds]
     RESULTS.parent.mkdir(exist_ok=True)
     files.write_whole(RESULTS, (json.dumps(runs, indent=2) + "\n").encode())
-    print(as_table(runs), as_templates(runs), f"written to {RESULTS}", sep="\n\n")
+    tables = (table(runs) for table in (as_table, as_templates, as_best_of, as_edits))
+    print(*tables, f"written to {RESULTS}", sep="\n\n")
