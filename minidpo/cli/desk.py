@@ -214,7 +214,7 @@ def conclude(folder: Path, seed: int, sizes: Sizes) -> None:
             dialogue.append(f"{prompts[i]}  ({name})")
             for model, each in replies.items():
                 dialogue.append(f"  {model:<5}{each.judgements[i].reward:+d}  {printable(each.replies[i])}")
-    text = as_text(table, "SFT")
+    text, faults = as_text(table, "SFT"), failures(replies["DPO"], replies["SFT"], prompts, 5, "DPO", "SFT")
     print(f"\nthe three models answer {len(prompts)} prompts that are new to them; the true reward comes first\n")
     print("\n".join([*dialogue, "", text, "", *sentences]))
     parts = [
@@ -225,13 +225,13 @@ def conclude(folder: Path, seed: int, sizes: Sizes) -> None:
         "\n".join(f"- {sentence}" for sentence in sentences),
         indented("\n".join(dialogue)),
         "## What went wrong",
-        indented(failures(replies["DPO"], replies["SFT"], prompts, 5, "DPO", "SFT")),
+        indented(faults),
     ]
     if plots.picture(folder / "demo.png", [rewards(table, seed, len(prompts))], transparent=True):
         parts.insert(2, "![true reward](demo.png)")
     parts.append("![curves](curves.png)" if report.curves(folder / "curves.png", metrics) else report.NO_CURVES)
     write_whole(folder / "report.md", ("\n\n".join(parts) + "\n").encode())
-    document = {"models": table, "dialogue": dialogue, "facts": sentences}
+    document = {"models": table, "dialogue": dialogue, "failures": faults.splitlines(), "facts": sentences}
     write_whole(folder / "results.json", (json.dumps(document, indent=2) + "\n").encode())
     write_whole(folder / "replies.jsonl", "".join(json.dumps(row) + "\n" for row in records(replies, prompts)).encode())
     print(f"\neverything is in {folder}; start with {folder / 'report.md'}")
