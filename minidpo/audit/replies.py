@@ -17,7 +17,8 @@ from .intervals import Estimate, mean, paired, share
 
 RATES = ("declined", "answered", "garbled", "on_topic", "polite")
 TITLES = {  # of the rows of a table; declined and answered mean opposite things in different slices
-    "reward": "true reward", "gain": "gain over {}", "better": "replies better", "equal": "replies equal", "worse": "replies worse",
+    "reward": "true reward", "gain": "gain over {}", "better": "replies better", "equal": "replies equal",
+    "worse": "replies worse",
     **{name: name.replace("_", " ") for name in RATES}, "length": "length, tokens", "kl": "KL to {}",
 }  # fmt: skip
 Figures = dict[str, dict[str, Any]]  # by slice, and "all"; counts, and Estimates
