@@ -441,7 +441,7 @@ def test_an_option_is_under_pressure(name, root, tmp_path, capsys, monkeypatch):
         recorded(
             monkeypatch, proxy, function, lambda policy, reference, beta, *_: asked.append((policy, reference, beta))
         )
-    monkeypatch.setattr(measure, "results", lambda tasks, what: [task() for task in tasks])
+    monkeypatch.setattr(measure, "results", lambda tasks, what: (task() for task in tasks))
     result_of(root, tmp_path, name, {**BASE[name], "proxy": True, "out": "pressed"})
     text = capsys.readouterr().out
     assert "desk's implicit reward as a judge of desk_other's replies" in text and "replies with both" in text

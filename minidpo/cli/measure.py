@@ -16,8 +16,9 @@ from ..audit.pairs import estimates, groups
 from ..audit.replies import as_text, figures, flat, judged, records
 from ..audit.replies import failures as as_failures
 from ..audit.replies import templates as as_templates
-from ..backend import to_host
+from ..backend import Array, to_host
 from ..data import preferences, world
+from ..data.preferences import Encoded
 from ..run.files import write_folder, write_whole
 from ..run.folder import digest, seen_prompts
 from ..run.tasks import counted, results
@@ -47,10 +48,10 @@ def evaluate(
     Print the DPO loss alone, implicit rewards, accuracy (ties are counted beside it, not in it), log-probabilities,
     and the rise of the chosen responses' loss against the reference in nats per token. With --calibration, also how
     often labels are right beside the probability sigma(z) that the policy gives them, z being the reward margin; on
-    pairs of the demo's world, also how far sigma(z) is from the true probability. Votes
-    count as in `dpo`; with them, also the number of labels, the share of split pairs, and the loss that no model can go
-    below. With --slices, the same for groups of pairs, with 95 % intervals. A condition is NAME=X with a metric's name,
-    or GROUP/NAME=X; the exit status is 1 if one does not hold.
+    pairs of the demo's world, also how far sigma(z) is from the true probability. Votes count as in `dpo`; with them,
+    also the number of labels, the share of split pairs, and the loss that no model can go below. With --slices, the
+    same for groups of pairs, with 95 % intervals. A condition is NAME=X with a metric's name, or GROUP/NAME=X; the exit
+    status is 1 if one does not hold.
     """
     if plot and not (calibration and plots.installed()):
         raise ValueError("--plot needs --calibration" if plots.installed() else NO_MATPLOTLIB)
@@ -78,17 +79,12 @@ def evaluate(
     metrics: dict[str, Any] = {"pairs": len(pairs), "set_aside": faults, "truncated": len(rows.truncated), **votes}
     metrics |= summary(range(len(pairs)))
     parts = groups(rows, slices) if slices else {}
-    figures: dict[str, Any] = {}
+    more: dict[str, Any] = {}
     if calibration:
-        y = calibrated.chosen_first(pairs)
         margin = to_host((logps[0] - ref_logps[0]) - (logps[1] - ref_logps[1])).astype(float)
-        z, texts = (2 * y - 1) * beta * margin, [(row.prompt.removesuffix(TURN), *row.responses) for row in rows.rows]
-        figures = calibrated.calibration(z, y)
-        if all(x in world.PROMPTS for x, _, _ in texts):  # of the demo's world, where the truth is known
-            gap = [world.judgement(x, w).reward - world.judgement(x, l).reward for x, w, l in texts]
-            figures["truth"] = calibrated.against_truth(z, (2 * y - 1) * gap)
-        if slices:
-            figures["slices"] = {part: calibrated.calibration(z[places], y[places]) for part, places in parts.items()}
+        y = calibrated.chosen_first(pairs)
+        z = (2 * y - 1) * beta * margin
+        more["calibration"] = calibration_figures(rows, z, y, parts)
         if plot:
             write_whole(plot, plots.png(calibrated.panels(z, y)))
     parts |= {"": list(range(len(pairs)))} if at_most or at_least else {}
@@ -97,10 +93,11 @@ def evaluate(
         for part, places in parts.items()
     }
     limited = tables.pop("", {})
+    more |= {"slices": tables} if slices else {}
     if json:
-        more = {"calibration": finite(figures)} if calibration else {}
-        print(dumps(metrics | more | ({"slices": tables} if slices else {}), allow_nan=False))
+        print(dumps(metrics | finite(more), allow_nan=False))
     else:
+        figures = more.get("calibration", {})
         numbers = {name: value for name, value in figures.items() if not isinstance(value, list | dict)}
         for name, value in {**metrics, **numbers, **figures.get("truth", {})}.items():
             print(f"{name:<20} {value:>12}" if isinstance(value, int) else f"{name:<20} {value:>z12.4f}")
@@ -111,13 +108,28 @@ def evaluate(
     named |= {name: value for name, value in limited.items() if name != "pairs"}
     if broken := gates.hold(str(checkpoint), named, at_most or {}, at_least or {}):
         raise gates.GateError("; ".join(broken))
-    return metrics | ({"calibration": figures} if calibration else {}) | ({"slices": tables} if slices else {})
+    return metrics | more
 
 
-def finite(figures: Mapping[str, Any]) -> dict[str, Any]:
-    """The figures as JSON has them, where nan and inf are null."""
-    values = {name: finite(x) if isinstance(x, dict) else x for name, x in figures.items()}
-    return {name: None if isinstance(x, float) and not math.isfinite(x) else x for name, x in values.items()}
+def calibration_figures(rows: Encoded, z: Array, y: Array, parts: Mapping[str, Any]) -> dict[str, Any]:
+    """The calibration of all pairs and of each part; on pairs of the demo's world, also against the truth."""
+    found = calibrated.calibration(z, y)
+    texts = [(row.prompt.removesuffix(TURN), *row.responses) for row in rows.rows]
+    if all(x in world.PROMPTS for x, *_ in texts):
+        gap = [world.judgement(x, w).reward - world.judgement(x, l).reward for x, w, l in texts]
+        found["truth"] = calibrated.against_truth(z, (2 * y - 1) * gap)
+    if parts:
+        found["slices"] = {part: calibrated.calibration(z[places], y[places]) for part, places in parts.items()}
+    return found
+
+
+def finite(figures: Any) -> Any:
+    """Figures as JSON has them, where nan and inf are null."""
+    if isinstance(figures, Mapping):
+        return {name: finite(x) for name, x in figures.items()}
+    if isinstance(figures, list | tuple):
+        return [finite(x) for x in figures]
+    return None if isinstance(figures, float) and not math.isfinite(figures) else figures
 
 
 def refuse_seen(checkpoint: Path, prompts: Sequence[tuple[str, str]]) -> None:
@@ -149,50 +161,52 @@ def judge(
     """
     prompts = test_prompts(seed, replies)
     announce(out)
-    anchor, name = load(reference), printable(reference.resolve().name)
-    models = [load(folder) for folder in checkpoint]
-    for folder, model in zip(checkpoint, models):
+    folders = {each.resolve(): each for each in (reference, *checkpoint)}  # each once, the reference first
+    names = [printable(folder.name) for folder in folders]
+    if len(set(names)) < len(names):  # as a/model and b/model have
+        names = [printable(str(folder)) for folder in folders]
+    name, models = names[0], dict(zip(names, map(load, folders.values())))
+    anchor = models[name]
+    for folder, model in zip(folders.values(), models.values()):
         if not set("".join(prompts) + TURN) <= set(model.tokenizer.characters):
             raise ValueError(f"{folder}: lacks characters of the demo's world, so it is not a model of it")
         same_vocabulary(folder, model, reference, anchor)
         if not seen:
             refuse_seen(folder, [(f"seed {seed}, {printable(x)}", x + TURN) for x in prompts])
     written = list(world.TEMPLATES) if templates else ["as trained"]
-    tasks = [partial(judged, model, anchor, prompts, seed, each) for model in [anchor, *models] for each in written]
-    verdicts = list(results(tasks, "judge"))
-    groups = [dict(zip(written, verdicts[i : i + len(written)])) for i in range(0, len(verdicts), len(written))]
-    base, *own = (group["as trained"] for group in groups)
-    labels = [printable(folder.resolve().name) for folder in checkpoint]
-    if len({name, *labels}) < len({reference, *checkpoint}):  # as a/model and b/model have
-        name, *labels = (printable(str(folder)) for folder in (reference, *checkpoint))
-    tables = {label: figures(each, base, prompts) for label, each in zip(labels, own, strict=True)}
+    tasks = [partial(judged, model, anchor, prompts, seed, each) for model in models.values() for each in written]
+    verdicts = results(tasks, "judge")
+    groups = {label: {each: next(verdicts) for each in written} for label in models}
+    drawn = {label: group["as trained"] for label, group in groups.items()}
+    base, labels = drawn[name], [names[list(folders).index(each.resolve())] for each in checkpoint]
+    tables = {label: figures(drawn[label], base, prompts) for label in labels}
     parts = [as_text(tables, name)]
-    for label, group, model in zip(labels, groups[1:], own):
-        parts += [as_templates(group, groups[0], label, name)] * templates
-        parts += [as_failures(model, base, prompts, failures, label, name)] * bool(failures)
-    drawn = {name: base, **dict(zip(labels, own))}
     files = {"replies.jsonl": "".join(dumps(row) + "\n" for row in records(drawn, prompts)).encode()}
-    files |= {"figures.json": (dumps(tables, indent=2) + "\n").encode()}
-    for folder, label, model, each in zip(checkpoint, labels, models, own) if proxy else ():
-        _, beta, _ = run_settings(folder, reference, None)
-        some = list(dict.fromkeys(zip(prompts, each.replies)))[:PRESSED]
-        best = partial(under.best_of_reference, model, anchor, beta, list(dict.fromkeys(prompts))[:PRESSED], seed)
-        edits = partial(under.edits_of_policy, model, anchor, beta, some)
-        curves, kinds = results([best, edits], f"{label} under pressure")
-        parts += [f"{label}'s implicit reward as a judge of {name}'s replies\n\n{under.goodhart_text(curves['all'])}"]
-        parts += [under.edits_text(kinds)]
-        if plots.installed():
-            files[f"goodhart-{label.replace('/', '_')}.png"] = plots.png(under.panels(curves["all"]))
+    files |= {"figures.json": (dumps(finite(tables), indent=2) + "\n").encode()}
+    for label in labels:
+        parts += [as_templates(groups[label], groups[name], label, name)] * templates
+        parts += [as_failures(drawn[label], base, prompts, failures, label, name)] * bool(failures)
+        if proxy:
+            _, beta, _ = run_settings(checkpoint[labels.index(label)], reference, None)
+            some = list(dict.fromkeys(zip(prompts, drawn[label].replies)))[:PRESSED]
+            asked = list(dict.fromkeys(prompts))[:PRESSED]
+            best = partial(under.best_of_reference, models[label], anchor, beta, asked, seed)
+            edits = partial(under.edits_of_policy, models[label], anchor, beta, some)
+            curves, kinds = results([best, edits], f"{label} under pressure")
+            parts += [f"{label}'s implicit reward as a judge of {name}'s replies", under.goodhart_text(curves["all"])]
+            parts += [under.edits_text(kinds)]
+            if plots.installed():
+                files[f"goodhart-{label.replace('/', '_')}.png"] = plots.png(under.panels(curves["all"]))
     print("\n\n".join(parts))
     if out:
         write_folder(out, files)
-    broken = []
-    for folder, label, table in zip(checkpoint, labels, tables.values()):
-        if folder.resolve() != reference.resolve():
-            broken += gates.hold(label, flat(table), at_most or {}, at_least or {})
+    broken: list[str] = []
+    for label in labels:
+        if label != name:
+            broken += gates.hold(label, flat(tables[label]), at_most or {}, at_least or {})
     if broken:
         raise gates.GateError("; ".join(broken))
     return [
-        {"model": label, "replies": each.replies, **{key: x.value for key, x in flat(table).items()}}
-        for label, each, table in zip(labels, own, tables.values())
+        {"model": label, "replies": drawn[label].replies, **{key: x.value for key, x in flat(tables[label]).items()}}
+        for label in labels
     ]
