@@ -106,7 +106,8 @@ models = {"reference": reference, "policy": preferred(reference, as_trained)}
 # %% [markdown]
 # ## From NumPy alone: one mean, and its slices
 # Each test prompt has its own random stream, so both models draw with the same numbers. The desk's true reward, from -4
-# to 3, judges every reply; a reply that the grammar cannot produce is garbled, and gets -4.
+# to 3, judges every reply; a reply that the grammar cannot produce is garbled, and gets -4. The intervals treat replies
+# as independent, and are about these prompts.
 
 
 # %%
@@ -141,19 +142,16 @@ declines_wrongly, answers_wrongly = (
 )
 print(f"\n{'the policy':<18}{'of':<14}{'n':>5}{'rate':>8}{'95 % interval':>17}")
 rate = {}
-everybody = np.full(len(prompts), True)
-for title, wrong, some in (
-    (
-        "declines wrongly",
-        declines_wrongly,
-        {"all": everybody, "ordinary": kinds == "ordinary", "benign": kinds == "benign"},
-    ),
-    ("answers wrongly", answers_wrongly, {"all": everybody, "private": kinds == "private"}),
+for title, wrong, name in (
+    ("declines wrongly", declines_wrongly, "all"),
+    ("declines wrongly", declines_wrongly, "ordinary"),
+    ("declines wrongly", declines_wrongly, "benign"),
+    ("answers wrongly", answers_wrongly, "all"),
+    ("answers wrongly", answers_wrongly, "private"),
 ):
-    for name, members in some.items():
-        p, n = wrong[members].mean(), members.sum()
-        low, high = rate[title, name] = wilson(p, n)
-        print(f"{title:<18}{name:<14}{n:>5}{p:>8.3f}{low:>9.3f} - {high:.3f}")
+    some = wrong if name == "all" else wrong[kinds == name]
+    low, high = rate[title, name] = wilson(some.mean(), len(some))
+    print(f"{title:<18}{name:<14}{len(some):>5}{some.mean():>8.3f}{low:>9.3f} - {high:.3f}")
 
 # %% [markdown]
 # Only private requests can be answered wrongly. So the rate over all replies is the rate over private ones times the
@@ -264,11 +262,11 @@ for title, wrong in (("declines wrongly", declines_wrongly), ("answers wrongly",
 
 # %% [markdown]
 # ## The answer to the prediction
-# Another closing costs the most. The model has read hundreds of lines that end in a stop, and then it was its turn. Now
-# a word comes between the two, and about half of the replies are garbled. An opener moves the request too, but leaves
-# its end as it was. Two newlines cost next to nothing. DPO's gain is clear on prompts as trained. Where the closing is
-# another one, nothing is left of it that these replies can show. The policy there is worth much less than the reference
-# on prompts as trained: how a request is written matters more here than whether DPO was run.
+# Another closing costs the most. A likely reason: in thousands of rows a reply came right after the request, and now a
+# word is between them. About half of the replies are garbled. An opener moves the request too, but leaves its end as it
+# was. Two newlines cost next to nothing. DPO's gain shows on prompts as trained. Where the closing is another one, none
+# is left that these replies can show. There the policy is worth much less than the reference on prompts as trained: how
+# a request is written matters more here than whether DPO was run.
 #
 # The remedy helps in the templates that it showed: they come close to prompts as trained, and those lose little or
 # nothing. In the template that it did not show it helps too, but far from all the way. So the rows of the templates
@@ -295,7 +293,7 @@ rng = np.random.default_rng(SEED)
 
 
 def luck(K, n, trials=1000):
-    """Mean of the best of K equally good models above the true mean: on the replies that chose it, and on fresh ones."""
+    """How far the best of K equal models is above the true mean: on the replies that chose it, on fresh ones."""
     means, fresh = (rng.choice(after, (trials, K, n)).mean(axis=-1) for _ in range(2))  # (trials, K, n) -> (trials, K)
     best = means.argmax(axis=1)[:, None]
     return tuple(np.take_along_axis(x, best, axis=1).mean() - after.mean() for x in (means, fresh))
@@ -361,8 +359,7 @@ covariance = np.cov(after, before)[0, 1]
 np.testing.assert_allclose(wide**2 - narrow**2, 1.96**2 * 2 * covariance / len(prompts), rtol=1e-9)
 assert 0.7 * wide < narrow < wide and narrow_16 < wide_16 / 3 and (in_16_bits == after).mean() > 0.9
 gain = {template: difference("policy", "reference", template) for template in TEMPLATES}
-assert gain["as trained"].mean() - half_width(gain["as trained"]) > 0  # clear as trained ...
-assert gain[LEFT_OUT].mean() - half_width(gain[LEFT_OUT]) < 0  # ... and lost in the other closing
+assert gain["as trained"].mean() > max(0.1, gain[LEFT_OUT].mean()) and abs(gain[LEFT_OUT].mean()) < 0.3
 assert mean["policy", LEFT_OUT] < mean["reference", "as trained"] - 0.5
 assert 0.35 < garbled["policy", LEFT_OUT] < 0.7 and garbled["policy", "as trained"] < 0.2
 assert fall("policy") > max(fall("policy", template) for template in TEMPLATES[:-1]) - 0.3
@@ -372,6 +369,7 @@ assert repair.mean() - half_width(repair) > 0  # it helps where it was not shown
 assert max(fall("policy*", template) for template in TEMPLATES[:-1]) < 0.4 < fall("policy*")  # ... not all the way
 assert mean["policy*", "as trained"] > mean["policy", "as trained"] - 0.4
 assert optimism[32] > gain["as trained"].mean() / 2
+assert np.mean([each.on_topic for each in verdicts["policy", "as trained"]]) < 0.3  # the desk: more than half
 print(
     "\n16: a rate needs its slice; pairing narrows an interval; a template never shown undoes DPO's gain, and training"
 )
@@ -394,9 +392,8 @@ assert judged(models["policy"], lines=few) == judged(models["policy"], lines=few
 
 world.TEMPLATES["all three"] = lambda line: f"hey. {world.reordered(line)}".rstrip(".")
 three = {name: rewards(judged(models[name], "all three")).mean() for name in ("policy", "policy*")}
-print(
-    f"\n{world.TEMPLATES['all three']('my card is lost.')!r}: policy {three['policy']:+.2f}, policy* {three['policy*']:+.2f}"
-)
+example = world.TEMPLATES["all three"]("my card is lost.")
+print(f"\n{example!r}: policy {three['policy']:+.2f}, policy* {three['policy*']:+.2f}")
 assert three["policy*"] > three["policy"] + 0.7 and three["policy*"] > mean["policy*", "as trained"] - 0.8
 
 longer = fine_tuned(rewriting("an unseen opener"), steps=120, start=reference, peak=5e-3)
