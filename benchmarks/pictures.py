@@ -53,14 +53,15 @@ def collapse(path):
     """What a log shows of a run that collapses, and what the true reward shows, three seeds."""
     runs = json.loads((HERE / "results" / "demo.json").read_text())
     panels = []
-    for title, name, ylabel in (
-        ("what the log says: held-out reward accuracy rises", "eval_rewards/accuracies", "share of pairs"),
-        ("what happens: the true reward of replies falls", "eval_judge/reward", "from -4 to 3"),
+    for title, name, ylabel, start in (  # before the first step all pairs tie, and no accuracy says anything
+        ("what the log says: held-out reward accuracy rises", "eval_rewards/accuracies", "share of pairs", 1),
+        ("what happens: the true reward of replies falls", "eval_judge/reward", "from -4 to 3", 0),
     ):
-        curves = [
-            plots.Curve(f"seed {run['seed']}", [x["step"] for x in run["collapse"]], [x[name] for x in run["collapse"]])
-            for run in runs
-        ]
+        curves = []
+        for run in runs:
+            lines = run["collapse"][start:]
+            x, y = ([line[key] for line in lines] for key in ("step", name))
+            curves.append(plots.Curve(f"seed {run['seed']}", x, y))
         panels.append(plots.Panel(title, "step", ylabel, curves))
     plots.picture(path, panels, transparent=True)
 

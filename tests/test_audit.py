@@ -49,10 +49,24 @@ def test_intervals_cover_what_they_estimate():
 
 
 def test_what_has_no_spread_has_no_interval():
-    """One value alone has an infinite interval, none has nan and every share; a plain number is its own interval."""
+    """One value alone has an infinite interval, none has nan and every share."""
     assert intervals.mean([2.0]) == (2.0, -math.inf, math.inf)
     assert math.isnan(intervals.mean([]).value) and intervals.share([])[1:] == (0.0, 1.0)
-    assert str(Estimate(3, 3, 3)) == "3.00" and str(Estimate(-0.001, -1, 0.5)) == "0.00 [-1.00, 0.50]"
+    assert str(Estimate(-0.001, -1, 0.5)) == "0.00 [-1.00, 0.50]"
+    alone = pairs.estimates(lambda at: {"loss": 0.5, "rewards/ties": 0.0}, [3], np.random.default_rng(0))
+    assert alone["loss"] == (0.5, -math.inf, math.inf) and alone["rewards/ties"] == (0.0, *intervals.wilson(0, 1))
+
+
+def test_shares_of_votes_have_the_bootstrap_s_interval():
+    """A pair with a thousand votes is one pair: Wilson's interval for as many labels would hide that."""
+    rng, weights = np.random.default_rng(0), np.array([1000.0] + [1.0] * 39)
+    right = rng.random(40) < 0.65
+
+    def accuracy(at):
+        return {"rewards/accuracies": (right[at] * weights[at]).sum() / weights[at].sum()}
+
+    found = pairs.estimates(accuracy, range(40), rng, ())["rewards/accuracies"]
+    assert found.low < 0.65 < found.high
 
 
 @given(pairs=st.lists(st.tuples(st.integers(-4, 3), st.integers(-4, 3)), min_size=2, max_size=30))
@@ -151,7 +165,7 @@ def test_templates_are_compared_with_the_reference():
         {"as trained": ref, "two newlines": own}, {"as trained": ref, "two newlines": ref}, "a", "b"
     )
     _, same, worse = table.splitlines()
-    assert same.split()[:3] == ["as", "trained", "2.20"] and same.count("0.00 [0.00") == 1 and "0.20 [0.04" in worse
+    assert same.split()[:3] == ["as", "trained", "2.20"] and same.count("0.00 [0.00") == 2 and "0.20 [0.04" in worse
     assert f"{np.mean([-2, -4, -3, 2, -1]):.2f} [" in worse and "-3.80 [" in worse
 
 

@@ -124,20 +124,14 @@ def test_without_a_label_against_z_there_is_no_slope():
     assert c.calibration(z, y)["temperature"] == 0 and math.isnan(c.calibration(0 * z, y)["temperature"])
 
 
-def test_a_group_has_the_figures_of_its_pairs_alone():
-    """Each group's figures are those of its pairs; one with labels of one kind has nan where both are needed."""
-    z, y = sample(5, 60)
-    groups = ["benign", "private", "private"] * 20
-    y[::3] = 1.0  # all benign ones
-    found = c.by_group(z, y, groups)
-    assert list(found) == ["benign", "private", "all"] and [each["pairs"] for each in found.values()] == [20, 40, 60]
-    private = np.arange(60) % 3 > 0
-    assert found["private"] == c.calibration(z[private], y[private]) and found["all"] == c.calibration(z, y)
+def test_what_one_kind_of_label_cannot_say_is_nan():
+    """A group with labels of one kind has nan where both are needed, in the table too."""
+    z, _ = sample(5, 20)
+    found = {"benign": c.calibration(z, np.ones(20)), "alone": c.calibration(np.array([1.0]), np.array([0.0]))}
     assert math.isnan(found["benign"]["auc"]) and math.isnan(found["benign"]["fpr"])
-    assert found["benign"]["fnr"] == (z[::3] < 0).mean()
+    assert found["benign"]["fnr"] == (z < 0).mean() and found["alone"]["slope"] == -math.inf
     lines = c.as_text(found).split("\n")
-    assert len(lines) == 6 and lines[2].split()[:2] == ["benign", "20"] and "nan" in lines[2]
-    assert c.by_group(np.array([1.0]), np.array([0.0]), ["alone"])["alone"]["slope"] == -math.inf
+    assert len(lines) == 5 and lines[2].split()[:2] == ["benign", "20"] and "nan" in lines[2]
 
 
 def test_the_true_model_has_no_error_and_a_scaled_one_has_its_scale():

@@ -472,4 +472,6 @@ def test_the_majority_counts_votes():
     both = [row(1, "a", "b", 3.0, 2.0), row(2, "b", "a", 2.0, 0.0)]
     assert versions.majority(both)[:3] == (2, "x", ("b", "a"))
     assert versions.majority([row(1, "a", "b", 1.0, 0.0), row(2, "b", "a", 1.0, 0.0)]) is None
+    tenths = [row(1, "a", "b", 0.1, 0.9)] * 3 + [row(2, "b", "a", 0.1, 0.9)] * 3
+    assert versions.majority(tenths) is None
     assert versions.majority([row(4, "a", "b", 0.7, 0.3)])[:3] == (4, "x", ("a", "b"))

@@ -5,7 +5,6 @@ import inspect
 import io
 import itertools
 import json
-import math
 import re
 import shlex
 import statistics
@@ -189,16 +188,17 @@ def test_what_is_said_of_the_collapse_is_measured():
     )
     assert f"the true reward {true}, ties counted as one half" in section
     assert f"no ranking can expect more than {most}" in section
-    for run in RUNS:  # the accuracy ends above where it began, the true reward below
-        first, *_, last = run["collapse"]
-        assert last["eval_rewards/accuracies"] > 0.7 and last["eval_judge/reward"] < first["eval_judge/reward"] - 1
+    for run in RUNS:  # the accuracy rises after the first evaluation, too, and the true reward ends below SFT's
+        first, second, *_, last = run["collapse"]
+        assert last["eval_rewards/accuracies"] > second["eval_rewards/accuracies"] + 0.05
+        assert last["eval_judge/reward"] < first["eval_judge/reward"] - 1
 
 
 def test_what_is_said_of_templates_calibration_and_pressure_is_measured():
     """DPO loses without the final stop, is under-confident, and its best of 64 gain little over its best of 32."""
     section, front = " ".join(BENCHMARKS.split()), " ".join(README.split())
     without = [run["templates"]["without its stop"]["gain"] for run in RUNS]
-    assert all(high < 0 for _, _, high in without)  # in every seed
+    assert all(gain < 0 for gain, _, _ in without)  # in every seed
     lost = mean([-gain for gain, _, _ in without])
     assert f"DPO is {lost} below SFT" in front and f"by {lost} in the mean" in section
     found = [run["measured"]["dpo"]["calibration"] for run in RUNS]
@@ -298,11 +298,11 @@ def test_the_default_of_dpo_is_the_best_setting_that_is_always_healthy():
 
 
 def test_each_stage_is_better_than_the_one_before_in_every_seed():
-    """Base, SFT, DPO: each gains more than twice the standard error."""
+    """Base, SFT, DPO: each interval is above the one before, in every slice."""
     for run in RUNS:
-        for before, after in itertools.pairwise(run["models"]):
-            gain = after["reward"] - before["reward"]
-            assert gain > 2 * math.hypot(before["reward_error"], after["reward_error"])
+        for part in run["models"]["SFT"]:
+            ends = [run["models"][name][part]["reward"] for name in ("base", "SFT", "DPO")]
+            assert all(before[2] < after[1] for before, after in itertools.pairwise(ends)), part
 
 
 def test_the_figures_of_speed_are_those_that_the_benchmark_wrote():

@@ -301,7 +301,8 @@ def test_a_metric_that_is_not_finite_is_an_error(command, folder, tmp_path, caps
     assert cli.main([*command, f"--checkpoint={tmp_path / 'nan'}", *words]) == 3
     assert cli.main([*command, f"--checkpoint={folder / 'init'}", *words, "--beta=1e308"]) == 3
     printed = capsys.readouterr()
-    assert "finite" in printed.err and printed.err.count("\n") == 2 and "nan" not in printed.out.lower()
+    faults = [line for line in printed.err.splitlines() if "records no prompts" not in line]
+    assert all("finite" in line for line in faults) and len(faults) == 2 and "nan" not in printed.out.lower()
 
 
 def test_held_out_texts_that_are_trained_on_are_counted(folder, tmp_path, capsys):

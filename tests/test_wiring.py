@@ -294,9 +294,9 @@ def test_an_option_lets_seen_prompts_in(name, root, tmp_path):
     """A prompt that the run trained on or chose by is refused by its place, and measured with --seen."""
     prompts = [json.loads(line)["prompt"] for line in (root / "pairs.jsonl").read_text().splitlines()]
     prompts = prompts if name == "evaluate" else [x + "\n" for x in world.split(0)[2]]
-    (root / "desk/prompts.json").write_text(prompts_document({"trained on": prompts[:1]}, None))
+    (root / "desk/prompts.json").write_text(prompts_document({"trained on": prompts[:1]}))
     (root / "seen").mkdir(exist_ok=True)
-    (root / "seen/prompts.json").write_text(prompts_document({"chose its checkpoint by": prompts}, root / "desk"))
+    (root / "seen/prompts.json").write_text(prompts_document({"chose its checkpoint by": prompts}, [root / "desk"]))
     shutil.copytree(root / ("init" if name == "evaluate" else "desk"), root / "seen/model", dirs_exist_ok=True)
     (root / "seen/model/prompts.json").unlink(missing_ok=True)
     (root / "desk/prompts.json").unlink()

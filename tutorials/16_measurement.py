@@ -262,11 +262,11 @@ for title, wrong in (("declines wrongly", declines_wrongly), ("answers wrongly",
 
 # %% [markdown]
 # ## The answer to the prediction
-# Another closing costs the most. A likely reason: in thousands of rows a reply came right after the request, and now a
-# word is between them. About half of the replies are garbled. An opener moves the request too, but leaves its end as it
-# was. Two newlines cost next to nothing. DPO's gain shows on prompts as trained. Where the closing is another one, none
-# is left that these replies can show. There the policy is worth much less than the reference on prompts as trained: how
-# a request is written matters more here than whether DPO was run.
+# Another closing costs the most, or nearly. A likely reason: in thousands of rows a reply came right after the
+# request, and now a word is between them. About half of the replies are garbled. An opener moves the request too, but
+# leaves its end as it was. Two newlines cost next to nothing. DPO's gain shows on prompts as trained. Where the
+# closing is another one, little or none is left. There the policy is worth much less than the reference on prompts as
+# trained: how a request is written matters more here than whether DPO was run.
 #
 # The remedy helps in the templates that it showed: they come close to prompts as trained, and those lose little or
 # nothing. In the template that it did not show it helps too, but far from all the way. So the rows of the templates
@@ -285,8 +285,8 @@ print(f"\nfrom 'as trained' to '{LEFT_OUT}': policy {-fall('policy'):+.2f}, poli
 # Eight seeds are trained, the best on some replies is chosen, and its mean on these replies is reported. Suppose that
 # all are equally good: each one's rewards are drawn from those that the policy had. We draw 100 rewards for each of K
 # models, 1000 times. Whatever the best one's mean has above the true mean is luck, and on fresh replies it is gone.
-# That is why `world.split` has a part to choose by and another to report on. Here luck alone reaches the size of DPO's
-# gain.
+# That is why `world.split` has a part to choose by and another to report on. Here luck alone reaches at least half
+# of DPO's gain.
 
 # %%
 rng = np.random.default_rng(SEED)
@@ -379,7 +379,7 @@ print("    on others repairs a part; the best of several is lucky")
 # ## Solutions
 # 1. The second model gets the numbers that come after the first one's. Nothing crashes, and the interval is merely as
 #    wide as without pairing. Measure a model against itself: its gain must be 0 for every prompt.
-# 2. Nearly as well as with one of them, though it never saw two together. The policy garbles most of these replies.
+# 2. Nearly as well as with one of them, though it never saw two together. The policy is worth far less there.
 # 3. The closing, now shown, gains most. The opener gains less, or nothing that shows; it had less to lose. Whether
 #    rewriting helps with a template that was not shown is a question about that template, to be measured for each.
 # 4. Four times as many, 400: luck falls with s/sqrt(n), as an interval does.
@@ -390,7 +390,7 @@ first, second = (generation.generate(models["policy"], config, ids, common, 60).
 assert first != second
 assert judged(models["policy"], lines=few) == judged(models["policy"], lines=few)
 
-world.TEMPLATES["all three"] = lambda line: f"hey. {world.reordered(line)}".rstrip(".")
+world.TEMPLATES["all three"] = lambda line: f"hey. {world.reordered(line[:-1])}"
 three = {name: rewards(judged(models[name], "all three")).mean() for name in ("policy", "policy*")}
 example = world.TEMPLATES["all three"]("my card is lost.")
 print(f"\n{example!r}: policy {three['policy']:+.2f}, policy* {three['policy*']:+.2f}")

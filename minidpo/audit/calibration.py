@@ -113,20 +113,13 @@ def calibration(z: Array, y: Array) -> dict[str, Any]:
     return {**figures, "bins": [b._asdict() for b in each]}
 
 
-def by_group(z: Array, y: Array, groups: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """The `calibration` of the pairs of each group, in the order of first appearance, and of all."""
-    names = numpy.array(groups)
-    parts = {name: names == name for name in dict.fromkeys(groups)} | {"all": numpy.full(len(names), True)}
-    return {name: calibration(z[part], y[part]) for name, part in parts.items()}
-
-
 def against_truth(z: Array, gap: Array) -> dict[str, float]:
     """sigma(z) beside the true probabilities p = sigma(gap), for true log-odds `gap`, the difference of true rewards.
 
         absolute_error = mean |sigma(z) - p|,   kl = mean KL(p || sigma(z)), nats,   gap_slope = sum z gap / sum gap^2,
         brier_floor = mean p (1 - p),   brier_excess = mean (sigma(z) - p)^2,   whose sum is the expected Brier score
 
-    gap_slope is what a point of true reward adds to z; true_temperature is what `slope` finds with p for the labels.
+    gap_slope is what a point of true reward adds to z; true_temperature is 1/s of the `slope` s with p for the labels.
     """
     p, q, log_sigma = sigma(gap), sigma(z), lambda x: ops.logsigmoid(x).data
     kl = p * (log_sigma(gap) - log_sigma(z)) + (1 - p) * (log_sigma(-gap) - log_sigma(-z))
@@ -158,7 +151,7 @@ def panels(z: Array, y: Array) -> list[Panel]:
 
 
 def as_text(groups: Mapping[str, dict[str, Any]]) -> str:
-    """The figures `by_group` as a table, one group a row."""
+    """The `calibration` of each group as a table, one group a row."""
     names = ("pairs", "ece", "brier", "slope", "temperature", "auc", "fpr", "fnr")
     lines = ["", f"{'':<12}" + "".join(f"{name:>13}" for name in names)]
     for group, figures in groups.items():

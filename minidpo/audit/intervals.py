@@ -9,15 +9,14 @@ NORMAL = 1.959963984540054  # 95 % of a standard normal are within
 
 
 class Estimate(NamedTuple):
-    """A number and the 95 % interval around it; a number that was counted, not estimated, is its own interval."""
+    """A number and the 95 % interval around it."""
 
     value: float
     low: float
     high: float
 
     def __str__(self) -> str:
-        value, low, high = (f"{x:z.2f}" for x in self)
-        return value if low == high else f"{value} [{low}, {high}]"
+        return f"{self.value:z.2f} [{self.low:z.2f}, {self.high:z.2f}]"
 
 
 def wilson(hits: float, n: int) -> tuple[float, float]:

@@ -1,6 +1,7 @@
 """Metrics of pairs by group, with 95 % intervals."""
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -45,17 +46,21 @@ def groups(encoded: Encoded, field: str) -> dict[str, list[int]]:
     return dict(sorted(found.items()))
 
 
-def estimates(statistic: Statistic, places: Sequence[int], rng: numpy.random.Generator) -> dict[str, Estimate]:
-    """Every metric of some pairs with its interval: Wilson's for shares, else the bootstrap's.
+def estimates(
+    statistic: Statistic, places: Sequence[int], rng: numpy.random.Generator, shares: Sequence[str] = SHARES
+) -> dict[str, Estimate]:
+    """Every metric of some pairs with its interval: Wilson's for shares of pairs, else the bootstrap's.
 
-    The bootstrap draws the pairs anew, with replacement, and takes 2.5 % off each end. Source: Efron 1979.
+    The bootstrap draws the pairs anew, with replacement, and takes 2.5 % off each end; below some ten pairs its
+    intervals are too narrow, and one pair alone has an infinite one. Source: Efron 1979.
     """
     n = len(places)
     draws = [statistic(numpy.asarray(places)[rng.integers(n, size=n)]) for _ in range(DRAWS)]
     found = {}
     for name, value in statistic(numpy.asarray(places)).items():
         low, high = numpy.quantile([draw[name] for draw in draws], [0.025, 0.975]).tolist()
-        found[name] = Estimate(value, *(wilson(value * n, n) if name in SHARES else (low, high)))
+        low, high = (low, high) if n > 1 else (-math.inf, math.inf)
+        found[name] = Estimate(value, *(wilson(value * n, n) if name in shares else (low, high)))
     return found
 
 

@@ -4,6 +4,7 @@
 shows an accident or an edit. It does not show a forger who writes all of them anew: compare with a card printed before.
 """
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -149,7 +150,9 @@ def checks(links: Sequence[Link]) -> Iterator[tuple[str, Any, Callable[[], str]]
     for link in links:
         if not link.description:
             continue  # the run that begins with it has its hash
-        folder, sealed = link.folder, link.sealed()
+        folder = link.folder
+        with named(f"{folder / 'result.json'}"):
+            sealed = link.sealed()
         for option, path, recorded in link.inputs(FILES):
             yield f"{folder}: --{option} {path}", recorded, functools.partial(file_sum, path)
         for option, path, recorded in link.inputs(MODELS):
@@ -161,16 +164,28 @@ def checks(links: Sequence[Link]) -> Iterator[tuple[str, Any, Callable[[], str]]
             own = functools.partial(description_sum, link.description)
             yield f"{folder / 'run.json'}", link.description.get("sha256"), own
             yield f"{folder / 'result.json'}", None, str
-            if not checkpoint.load(folder).verified:
-                raise CheckpointError("the weights have lost their checksums")
+            with named(f"{folder}: the result's weights"):
+                if not checkpoint.load(folder).verified:
+                    raise CheckpointError("the weights have lost their checksums")
         else:
             for name, recorded in sealed["files"].items():
                 yield f"{folder / name}", recorded, functools.partial(file_sum, folder / name)
             yield f"{folder}: the result's weights", str(sealed.get("model")), functools.partial(weights, folder)
-        best = folder / step_name(report.best(json_lines(folder / "metrics.jsonl"))["step"])
+        with named(f"{folder / 'metrics.jsonl'}"):
+            best = folder / step_name(report.best(json_lines(folder / "metrics.jsonl"))["step"])
         if best.exists():
-            result = weights(folder / RESULT)
+            with named(f"{folder / RESULT}"):
+                result = weights(folder / RESULT)
             yield f"{folder}: the result, which is {best.name}", result, functools.partial(weights, best)
+
+
+@contextlib.contextmanager
+def named(name: str) -> Iterator[None]:
+    """Let what is raised name this link."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise BrokenLinkError(str(error) if str(error).startswith(name) else f"{name}: {error}") from error
 
 
 def verified(run: Path) -> Iterator[str]:
@@ -178,18 +193,18 @@ def verified(run: Path) -> Iterator[str]:
 
     Raises BrokenLinkError for the first that does not hold. Each run.json is read before, from this run back.
     """
-    held, name, missing = 0, str(run), []
-    try:
-        for name, recorded, actual in checks(chain(run)):
-            if recorded is None:
-                missing.append(name)
-            elif (found := actual()) != recorded:
+    held, missing = 0, []
+    with named(str(run)):
+        links = chain(run)
+    for name, recorded, actual in checks(links):
+        if recorded is None:
+            missing.append(name)
+            continue
+        with named(name):
+            if (found := actual()) != recorded:
                 raise CheckpointError(f"its SHA-256 was {recorded}, and is {found}")
-            else:
-                held += 1
-                yield f"{found[:12]}  {name}"
-    except (OSError, ValueError) as error:
-        raise BrokenLinkError(str(error) if str(error).startswith(name) else f"{name}: {error}") from error
+        held += 1
+        yield f"{found[:12]}  {name}"
     yield from (f"{NOT_RECORDED}  {name}" for name in missing)
     yield f"every link holds: {held} hashes"
 

@@ -45,6 +45,11 @@ def judged(
 
     Each prompt has its own random stream: models that are asked the same draw with the same random numbers.
     """
+    if reference.config.n_positions < model.config.n_positions:
+        raise ValueError(
+            f"the reference has n_positions = {reference.config.n_positions} and the model "
+            f"{model.config.n_positions}: it cannot score every reply"
+        )
     asked = [world.TEMPLATES[template](x) + TURN for x in prompts]
     ids = [[END_OF_TEXT, *model.tokenizer.encode(x)] for x in asked]
     rngs = [stream(seed, "judge", i) for i in range(len(ids))]

@@ -2,6 +2,7 @@
 
 import collections
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -65,12 +66,13 @@ def rows_of(run: Path) -> list[Row]:
 
 def majority(rows: Sequence[Row]) -> Row | None:
     """The pair as most votes of one question order it, with the line of a row that says so; None if two are equal."""
-    votes: collections.Counter[str] = collections.Counter()
+    votes: dict[str, list[float]] = {response: [] for response in rows[0].responses}
     for row in rows:
-        votes.update(dict(zip(row.responses, row.votes)))
-    (label, n), (other, m) = votes.most_common()
+        for response, n in zip(row.responses, row.votes):
+            votes[response].append(n)
+    (m, other), (n, label) = sorted((math.fsum(each), response) for response, each in votes.items())
     first = next((row for row in rows if row.responses[0] == label), rows[0])
-    return None if n == m else first._replace(responses=(label, other))
+    return None if math.isclose(n, m) else first._replace(responses=(label, other))
 
 
 def changes(run: Path, other: Path) -> Changes:

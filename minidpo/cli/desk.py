@@ -219,8 +219,8 @@ def conclude(folder: Path, seed: int, sizes: Sizes) -> None:
     print("\n".join([*dialogue, "", text, "", *sentences]))
     parts = [
         "# A support desk",
-        f"Replies to {len(prompts)} test prompts, sampled with the same random numbers, judged by the true reward; "
-        "95 % intervals. No model was trained on these prompts, and no checkpoint chosen by them.",
+        f"{len(prompts)} replies to {len(set(prompts))} test prompts, by which no model was trained and no checkpoint "
+        "chosen. Each model draws with the same random numbers; the true reward judges; intervals are at 95 %.",
         indented(text),
         "\n".join(f"- {sentence}" for sentence in sentences),
         indented("\n".join(dialogue)),

@@ -124,7 +124,7 @@ def sample(
         if replaced := tokenizer.replaced(places):
             print(f"{'the prompt' if alone else folder}: {replaced}", file=sys.stderr)
         of = "" if alone else f", to {folder}"
-        ids[folder] = [[END_OF_TEXT, *encoded(tokenizer, x + (TURN if newline else ""), f"{place}{of}")]
+        ids[folder] = [[END_OF_TEXT, *encoded(tokenizer, ended(x) if newline else x, f"{place}{of}")]
                        for x, place in places.items()]  # fmt: skip
         for x, place in zip(ids[folder], places.values()):
             if not alone and len(x) > config.n_positions:
@@ -154,6 +154,11 @@ def sample(
                 texts.append({"prompt": rows[x], "model": name, "response": reply})
         printed()
     return texts
+
+
+def ended(prompt: str) -> str:
+    """A prompt that ends in a newline: its own, or one more."""
+    return prompt.removesuffix(TURN) + TURN
 
 
 def different_prompts(path: Path) -> dict[str, int]:

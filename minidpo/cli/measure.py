@@ -1,6 +1,7 @@
 """The commands that measure: a policy on pairs, and the true reward of models of the desk."""
 
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
 from json import dumps
@@ -11,8 +12,9 @@ from .. import plots, training
 from ..audit import calibration as calibrated
 from ..audit import gates
 from ..audit import proxy as under
+from ..audit.intervals import Estimate
+from ..audit.pairs import LENGTHS, SHARES, estimates, groups
 from ..audit.pairs import as_text as as_groups
-from ..audit.pairs import estimates, groups
 from ..audit.replies import as_text, figures, flat, judged, records
 from ..audit.replies import failures as as_failures
 from ..audit.replies import templates as as_templates
@@ -59,9 +61,11 @@ def evaluate(
     reference, beta = given_or_of_run(checkpoint, reference, beta)
     policy, ref, rows, faults = scored_rows(checkpoint, reference, data, truncation, strict, device, repeats=repeats)
     pairs: list[Any] = rows.ids
-    if not seen:
-        refuse_seen(checkpoint, [(f"{data}, line {row.line}", row.prompt) for row in rows.rows])
+    for folder in () if seen else dict.fromkeys((checkpoint, reference)):
+        refuse_seen(folder, [(f"{data}, line {row.line}", row.prompt) for row in rows.rows])
     votes = preferences.label_metrics(rows.rows)
+    if slices and slices not in LENGTHS and repeats == "count":
+        raise ValueError("--repeats count merges rows, whose fields may differ: group by a length instead")
     if votes and calibration:
         raise ValueError(f"{data}: --calibration takes single labels: remove the votes, and --repeats count")
     ref_logps = training.reference_logprobs(ref.params, ref.config, counted(pairs, "reference: pairs"))
@@ -89,7 +93,7 @@ def evaluate(
             write_whole(plot, plots.png(calibrated.panels(z, y)))
     parts |= {"": list(range(len(pairs)))} if at_most or at_least else {}
     tables: dict[str, dict[str, Any]] = {
-        part: {"pairs": len(places), **estimates(summary, places, stream(0, "bootstrap"))}
+        part: {"pairs": len(places), **estimates(summary, places, stream(0, "bootstrap"), () if votes else SHARES)}
         for part, places in parts.items()
     }
     limited = tables.pop("", {})
@@ -106,6 +110,8 @@ def evaluate(
         print(as_groups(slices, tables) if slices else "", end="")
     named = {f"{part}/{name}": value for part, row in tables.items() for name, value in row.items() if name != "pairs"}
     named |= {name: value for name, value in limited.items() if name != "pairs"}
+    numbers = more.get("calibration", {}).items()
+    named |= {name: Estimate(x, x, x) for name, x in numbers if isinstance(x, float)}  # without an interval
     if broken := gates.hold(str(checkpoint), named, at_most or {}, at_least or {}):
         raise gates.GateError("; ".join(broken))
     return metrics | more
@@ -135,6 +141,8 @@ def finite(figures: Any) -> Any:
 def refuse_seen(checkpoint: Path, prompts: Sequence[tuple[str, str]]) -> None:
     """Refuse prompts, each after its place, that the run of a checkpoint trained on or chose its checkpoint by."""
     uses = seen_prompts(checkpoint)
+    if not uses:
+        print(f"{checkpoint}: records no prompts, so none are known to have been trained on", file=sys.stderr)
     found = [(place, uses[digest(prompt)]) for place, prompt in prompts if digest(prompt) in uses]
     if found:
         place, use = found[0]
@@ -160,6 +168,8 @@ def judge(
     chooses the best of up to 64 replies of the reference, and edits of replies try to raise it.
     """
     prompts = test_prompts(seed, replies)
+    if (at_most or at_least) and {each.resolve() for each in checkpoint} == {reference.resolve()}:
+        raise ValueError("a condition is for a checkpoint that is not the reference, and there is none")
     announce(out)
     folders = {each.resolve(): each for each in (reference, *checkpoint)}  # each once, the reference first
     names = [printable(folder.name) for folder in folders]
@@ -183,27 +193,38 @@ def judge(
     parts = [as_text(tables, name)]
     files = {"replies.jsonl": "".join(dumps(row) + "\n" for row in records(drawn, prompts)).encode()}
     files |= {"figures.json": (dumps(finite(tables), indent=2) + "\n").encode()}
+    for each in written[1:]:
+        rewritten = records({label: group[each] for label, group in groups.items()}, prompts)
+        lines = "".join(dumps({"template": each, **row}) + "\n" for row in rewritten)
+        files["templates.jsonl"] = files.get("templates.jsonl", b"") + lines.encode()
     for label in labels:
         parts += [as_templates(groups[label], groups[name], label, name)] * templates
         parts += [as_failures(drawn[label], base, prompts, failures, label, name)] * bool(failures)
         if proxy:
-            _, beta, _ = run_settings(checkpoint[labels.index(label)], reference, None)
+            _, beta, note = run_settings(checkpoint[labels.index(label)], reference, None)
             some = list(dict.fromkeys(zip(prompts, drawn[label].replies)))[:PRESSED]
             asked = list(dict.fromkeys(prompts))[:PRESSED]
             best = partial(under.best_of_reference, models[label], anchor, beta, asked, seed)
             edits = partial(under.edits_of_policy, models[label], anchor, beta, some)
             curves, kinds = results([best, edits], f"{label} under pressure")
-            parts += [f"{label}'s implicit reward as a judge of {name}'s replies", under.goodhart_text(curves["all"])]
-            parts += [under.edits_text(kinds)]
+            parts += [
+                f"{label}'s implicit reward as a judge of {name}'s replies, beta {beta:g}" + f"\n{note}" * bool(note)
+            ]
+            parts += [under.goodhart_text(curves["all"]), under.edits_text(kinds)]
+            rows = {part: [row._asdict() for row in curve] for part, curve in curves.items()}
+            pressure = {"best_of": rows, "edits": {kind: row._asdict() for kind, row in kinds.items()}}
+            files[f"proxy-{label.replace('/', '_')}.json"] = (dumps(finite(pressure), indent=2) + "\n").encode()
             if plots.installed():
                 files[f"goodhart-{label.replace('/', '_')}.png"] = plots.png(under.panels(curves["all"]))
     print("\n\n".join(parts))
+    broken = [
+        sentence
+        for label in labels
+        if label != name
+        for sentence in gates.hold(label, flat(tables[label]), at_most or {}, at_least or {})
+    ]
     if out:
         write_folder(out, files)
-    broken: list[str] = []
-    for label in labels:
-        if label != name:
-            broken += gates.hold(label, flat(tables[label]), at_most or {}, at_least or {})
     if broken:
         raise gates.GateError("; ".join(broken))
     return [

@@ -174,7 +174,11 @@ WarmupSteps = Annotated[int, Option("steps of linear warm-up", at_least(0))]
 EvaluateEvery = Annotated[int, Option("evaluate and save every N steps", at_least(1))]
 JudgeEvery = Annotated[
     int | None,
-    Option("every N steps also log the true reward of replies to held-out prompts, in the demo's world", at_least(1)),
+    Option(
+        "every N steps, a multiple of --evaluate-every, log the true reward of replies to at most 200 held-out "
+        "prompts of the demo's world",
+        at_least(1),
+    ),
     Default("never"),
 ]
 Patience = Annotated[int | None, Option("end after N evaluations with no lower loss", at_least(1)), Default("never")]
@@ -240,7 +244,9 @@ TopK = Annotated[int | None, Option("sample among the N likeliest tokens", at_le
 TopP = Annotated[
     float | None, Option("sample among the fewest tokens that have probability X", anything), Default("all")
 ]
-Replies = Annotated[int, Option("number of held-out prompts, each answered once", at_least(2))]
+Replies = Annotated[
+    int, Option("number of replies, to prompts drawn from those that are for the test; prompts repeat", at_least(2))
+]
 Failures = Annotated[int, Option("replies to print: the N worst, and N that fell below the reference's", at_least(0))]
 Templates = Annotated[bool, Option("also ask in ways of writing that no model was trained on", flag)]
 AtMost = Annotated[Constants | None, Option("highest value of a figure; several with commas", constants, "NAME=X")]

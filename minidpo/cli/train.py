@@ -96,12 +96,12 @@ class Rows(NamedTuple):
         """The first few different prompts that are held out."""
         return [list(x) for x in dict.fromkeys(tuple(x) for x, *_ in self.held_out.ids)][:most]
 
-    def files(self, tokenizer: Tokenizer, init: Path | None) -> dict[str, str]:
+    def files(self, tokenizer: Tokenizer, *models: Path | None) -> dict[str, str]:
         """The files of the run's folder that are known before the first step."""
         parts = {"trained on": self.train, "chose its checkpoint by": self.held_out}
         used = {use: [row.prompt for row in part.rows] for use, part in parts.items()}
         document = {"tokenizer.json": tokenizer_document(tokenizer), "set_aside.jsonl": self.set_aside}
-        return {**document, "prompts.json": prompts_document(used, init)}
+        return {**document, "prompts.json": prompts_document(used, filter(None, models))}
 
 
 PRETRAIN = Training(steps=2000, batch_size=128)
@@ -424,12 +424,14 @@ def dpo(
     customers = [row.prompt.removesuffix(TURN) for row in rows.held_out.rows] if judge_every else []
     if judge_every and judge_every % (run.evaluate_every or 1):
         raise ValueError(f"--judge-every={judge_every} is not a multiple of --evaluate-every={run.evaluate_every}")
+    if judge_every and ref_config.n_positions < config.n_positions:
+        raise ValueError(f"--judge-every: {reference} has a shorter context than {init}, so it cannot score each reply")
     if strangers := [x for x in customers if x not in world.PROMPTS]:
         raise ValueError(f"--judge-every: {strangers[0]!a} is not a prompt of the demo's world, whose reward is known")
     customers = list(dict.fromkeys(customers))[:JUDGED]
     hashes = {"init_sha256": fingerprint(policy), "reference_sha256": fingerprint(ref_params)}
     optimizer = adamw(policy, run, weight_decay=0.0)
-    begin(out, words, run, optimizer, {**hashes, **rows.description}, rows.files(tokenizer, init))
+    begin(out, words, run, optimizer, {**hashes, **rows.description}, rows.files(tokenizer, init, reference))
     pairs: list[Any] = [*rows.train.ids, *rows.held_out.ids]
     print(f"the reference scores {len(pairs)} pairs", flush=True)
     cache = out / "reference.safetensors"

@@ -140,10 +140,13 @@ def digest(prompt: str) -> str:
     return hashlib.sha256(prompt.encode()).hexdigest()[:16]
 
 
-def prompts_document(used: Mapping[str, Iterable[str]], init: Path | None) -> str:
-    """`prompts.json` of a run: for each use the prompts that have it, with those of the run that `init` is from."""
-    uses = {digest(prompt): use for use, prompts in used.items() for prompt in prompts}
-    return json.dumps(seen_prompts(init) | uses if init else uses, indent=0) + "\n"
+def prompts_document(used: Mapping[str, Iterable[str]], models: Iterable[Path] = ()) -> str:
+    """`prompts.json` of a run: for each use the prompts that have it, with those of the runs that models are from."""
+    uses: dict[str, str] = {}
+    for folder in models:
+        uses |= seen_prompts(folder)
+    uses |= {digest(prompt): use for use, prompts in used.items() for prompt in prompts}
+    return json.dumps(uses, indent=0) + "\n"
 
 
 def seen_prompts(folder: Path) -> dict[str, str]:
