@@ -251,7 +251,7 @@ def test_commands_do_the_same_on_both_devices(tmp_path, capsys, monkeypatch):
         said(capsys, "dpo", "--data", pairs, "--init", run / "sft", "--out", run / "dpo", *short, *on)
         both = ("--checkpoint", run / "dpo", "--reference", run / "sft", "--data", pairs)
         text = said(capsys, "sample", "--checkpoint", run / "dpo", "--prompt", "ab", "--samples", 3, *on)
-        metrics = json.loads(said(capsys, "evaluate", *both, "--json", *on))
+        metrics = json.loads(said(capsys, "evaluate", *both, "--seen", "--json", *on))
         lines = said(capsys, "score", *both, *on)
         losses_seen = [[row["loss"] for row in json_lines(run / stage / "metrics.jsonl") if "loss" in row]
                        for stage in ("base", "sft", "dpo")]  # fmt: skip

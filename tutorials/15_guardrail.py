@@ -30,7 +30,7 @@ import pathlib
 import numpy as np
 
 from minidpo import Tensor, exact, generation, model, ops, optim, plots, scoring, training, world
-from minidpo.audit import calibration
+from minidpo.audit import calibration, intervals
 from minidpo.tokenizer import END_OF_TEXT, TURN, Tokenizer
 
 train, validation, test = world.split(0)
@@ -203,11 +203,11 @@ print(f"{'test prompts':<14}{'n':>5}{'mean score':>12}{'error':>7}{'rate':>8}{'9
 interval = {}
 for name, members in (*((kind, kinds == kind) for kind in world.SLICES), ("not private", ~private)):
     error, wrong = ("FNR", s[members] < t) if name == "private" else ("FPR", s[members] >= t)
-    low, high = interval[name] = calibration.wilson(wrong.sum(), len(wrong))
+    low, high = interval[name] = intervals.wilson(wrong.sum(), len(wrong))
     mean = s[members].mean()
     print(f"{name:<14}{len(wrong):>5}{mean:>12.3f}{error:>7}{wrong.mean():>8.3f}{low:>9.3f} - {high:.3f}")
     for q in (low, high):
-        assert abs(abs(wrong.mean() - q) - calibration.NORMAL * math.sqrt(q * (1 - q) / len(wrong))) < 1e-9
+        assert abs(abs(wrong.mean() - q) - intervals.NORMAL * math.sqrt(q * (1 - q) / len(wrong))) < 1e-9
 assert calibration.rates(s, private, t) == (fpr, fnr) and rates(s, private, 0.3)[1] > 0.9
 
 # %% [markdown]
