@@ -115,34 +115,37 @@ def test_theorem_1(reward, ref, logp, beta):
     close(exact.optimum(ref, exact.implicit_reward(logp, ref, beta), beta)[0], logp, atol=1e-9)
 
 
-@given(wins=hnp.arrays(np.int64, (4, 4), elements=st.integers(0, 2)))
+@given(wins=hnp.arrays(np.int64, (4, 4), elements=st.sampled_from([0, 0, 1, 2])))
 def test_fords_condition(wins):
-    """A maximum exists exactly if a search finds a path between all compared responses; then the fit is the maximum."""
+    """A maximum exists exactly if no direction raises no loser above its winner and sets some winner strictly above."""
     np.fill_diagonal(wins, 0)
-    compared = [i for i in range(4) if wins[i].any() or wins[:, i].any()]
-
-    def reachable(i):
-        reached, todo = {i}, [i]
-        while todo:
-            k = todo.pop()
-            for j in range(4):
-                if wins[k, j] and j not in reached:
-                    reached.add(j)
-                    todo.append(j)
-        return reached
-
-    expected = all(set(compared) <= reachable(i) for i in compared)
-    assert exact.has_maximum(wins) == expected
-    if expected and len(compared) == 4:
+    directions = np.array(list(itertools.product(range(4), repeat=4)))  # an order of four responses needs four levels
+    gaps = (directions[:, :, None] - directions[:, None, :])[:, wins > 0]  # of winner over loser, (256, comparisons)
+    separated = ((gaps >= 0).all(axis=1) & (gaps > 0).any(axis=1)).any()
+    assert exact.has_maximum(wins) == (not separated)
+    if not separated and (wins + wins.T).any(axis=0).all():
         fitted, _ = exact.fitted_rewards(wins.astype(float))
         p = exact.preference_probabilities(fitted)
         close(
             ((wins + wins.T) * p).sum(axis=1), wins.sum(axis=1), atol=1e-6
         )  # every response wins as often as expected
-        close(fitted.mean(), 0, atol=1e-9)
+        close(exact.reachable(wins) @ fitted, np.zeros(4), atol=1e-9)
     else:
         with pytest.raises(ValueError, match=r"never compared|no finite rewards"):
             exact.fitted_rewards(wins.astype(float))
+
+
+def test_parts_that_nothing_links_have_a_maximum_of_their_own():
+    """Each part is fitted as if it were alone, and a constant for one of them changes no comparison's probability."""
+    wins = np.zeros((4, 4))
+    wins[[0, 1, 2, 3], [1, 0, 3, 2]] = 1, 3, 2, 1
+    assert exact.has_maximum(wins)
+    fitted, _ = exact.fitted_rewards(wins)
+    for part in ([0, 1], [2, 3]):
+        close(fitted[part], exact.fitted_rewards(wins[np.ix_(part, part)])[0], atol=1e-12)
+    close(fitted, np.log([1 / 3, 3, 2, 1 / 2]) / 2, atol=1e-12)
+    wins[0, 2] = 1  # a link that leads one way: no way back
+    assert not exact.has_maximum(wins)
 
 
 @given(reward=rewards)

@@ -216,6 +216,7 @@ assert exact.has_maximum(labels[0]) and exact.has_maximum(cycle) and not exact.h
 
 islands = np.zeros((1, 4, 4))  # 0 and 1 compared both ways, 2 and 3 both ways, nothing across
 islands[0, [0, 1, 2, 3], [1, 0, 3, 2]] = 1, 3, 2, 1
+assert exact.has_maximum(islands[0])
 for shift in (0, 5):
     rewards = np.array([0, np.log(3), np.log(2) + shift, shift])
     np.testing.assert_allclose(loss_gradient(ref_logp + rewards / beta, islands), 0, atol=1e-12)

@@ -141,27 +141,33 @@ def plackett_luce(reward: Array, ranking: Sequence[int]) -> float:
     return sum((ordered[k] - ops.logsumexp.raw(ordered[k:])[0]).item() for k in range(len(ranking)))
 
 
+def reachable(wins: Array) -> Array:
+    """Which responses lead to which along "was preferred to", themselves among them.  (N, N) of weights -> (N, N)"""
+    xp = array_module(wins)
+    reach = (wins > 0) | xp.eye(len(wins), dtype=bool)
+    for _ in range(len(wins).bit_length()):  # paths of 1, 2, 4, ... steps
+        reach = (reach.astype("float64") @ reach.astype("float64")) > 0
+    return reach
+
+
 def has_maximum(wins: Array) -> bool:
     """Whether some finite rewards make the comparisons most likely.  (N, N) of weights -> bool
 
-    wins[i, j] is how often i was preferred to j. A maximum exists if and only if every response that was compared can
-    be reached from every other one along "was preferred to" (Ford 1957).
+    wins[i, j] is how often i was preferred to j. A maximum exists if and only if every path along "was preferred to"
+    has a way back (Ford 1957, for each part of the comparisons). It is unique up to a constant in each part.
     """
-    xp = array_module(wins)
-    compared = xp.flatnonzero((wins + wins.T).sum(axis=0) > 0)
-    reach = (wins[compared][:, compared] > 0) | xp.eye(len(compared), dtype=bool)
-    for _ in range(max(1, len(compared).bit_length())):  # paths of 1, 2, 4, ... steps
-        reach = (reach.astype("float64") @ reach.astype("float64")) > 0
-    return bool(reach.all())
+    reach = reachable(wins)
+    return bool((reach == reach.T).all())
 
 
 def fitted_rewards(wins: Array, tolerance: float = 1e-13, most_steps: int = 100) -> tuple[Array, int]:
-    """Rewards of mean 0 that make the comparisons most likely, and the number of Newton steps.  (N, N) -> (N,)
+    """Rewards that make the comparisons most likely, and the number of Newton steps.  (N, N) -> (N,)
 
         L(r) = -sum_ij wins_ij log sigma(r_i - r_j)/sum wins
         dL/dr_i = -sum_j (wins_ij sigma(r_j - r_i) - wins_ji sigma(r_i - r_j))/sum wins
 
-    Raises ValueError if there is no maximum (see `has_maximum`), or a response was never compared.
+    Their mean is 0 in each part of the responses that comparisons link. Raises ValueError if there is no maximum (see
+    `has_maximum`), or a response was never compared.
     """
     xp, N = array_module(wins), len(wins)
     if not ((wins + wins.T).sum(axis=0) > 0).all():
@@ -171,6 +177,7 @@ def fitted_rewards(wins: Array, tolerance: float = 1e-13, most_steps: int = 100)
             "no finite rewards make the comparisons most likely: some responses cannot be reached from others along "
             "'was preferred to', and the likelihood grows for ever as their rewards move apart"
         )
+    part = reachable(wins)  # with a maximum: whether two responses are in one part
     weights = wins / wins.sum()
     reward = xp.zeros(N)
 
@@ -183,10 +190,12 @@ def fitted_rewards(wins: Array, tolerance: float = 1e-13, most_steps: int = 100)
         if abs(gradient).max() < tolerance * weights.max():
             return reward, step
         curvature = (weights + weights.T) * p * p.T
-        hessian = xp.diag(curvature.sum(axis=1)) - curvature + curvature.sum() / N**2  # the last term fixes the mean
+        hessian = (
+            xp.diag(curvature.sum(axis=1)) - curvature + part * curvature.sum() / N**2
+        )  # the last term fixes each mean
         move = -xp.linalg.solve(hessian, gradient)
         size = 1.0
         while loss(reward + size * move) > loss(reward) + 1e-15 and size > 1e-6:
             size /= 2
-        reward = reward + size * move  # of mean 0, as the gradient is
+        reward = reward + size * move  # of mean 0 in each part, as the gradient is
     return reward, most_steps
