@@ -8,6 +8,7 @@ from typing import Any
 import numpy
 
 from ..data.preferences import Encoded
+from ..run.tasks import counted
 from ..tokenizer import printable
 from .intervals import Estimate, wilson
 
@@ -55,7 +56,8 @@ def estimates(
     intervals are too narrow, and one pair alone has an infinite one. Source: Efron 1979.
     """
     n = len(places)
-    draws = [statistic(numpy.asarray(places)[rng.integers(n, size=n)]) for _ in range(DRAWS)]
+    drawing = counted(range(DRAWS), f"intervals of {n} pairs: draws")
+    draws = [statistic(numpy.asarray(places)[rng.integers(n, size=n)]) for _ in drawing]
     found = {}
     for name, value in statistic(numpy.asarray(places)).items():
         low, high = numpy.quantile([draw[name] for draw in draws], [0.025, 0.975]).tolist()
