@@ -16,7 +16,7 @@ from hypothesis import settings
 import minidpo
 from benchmarks import demo as desk_runs
 from benchmarks import family as eight
-from benchmarks import speed
+from benchmarks import sampling, speed
 from benchmarks.workload import SIZES as SIZES_OF_SPEED
 from minidpo import Tensor, cli, explain, losses
 from minidpo.cli import desk, parser, train
@@ -254,6 +254,18 @@ def test_the_figures_beside_trl_are_those_of_their_json():
         a, b = (statistics.median(turn[name] * factor for turn in turns) for turns in (ours, theirs))
         ratio = statistics.median(x[name] / y[name] for x, y in zip(ours, theirs, strict=True))
         assert f"| {words} | {a:.{digits}f} | {b:.{digits}f} | {ratio:.2f} |" in BENCHMARKS, words
+
+
+def test_the_table_of_sampling_is_that_of_its_json():
+    """Sizes, turns, threads and kernels are those of the run; at medium the lean loop is nearest."""
+    results = json.loads((RESULTS / "sampling.json").read_text())
+    assert sampling.as_table(results) in BENCHMARKS
+    environment = results["environment"]
+    assert results["rounds"] == 5 and environment["threads"] == environment["cores"] == 2
+    assert "AMD EPYC" in environment["cpu"] and "Haswell" in environment["blas"]
+    for suite in sampling.SUITES.values():
+        ratios = [speed.ratio(results[suite][size], "minidpo", "PyTorch eager") for size in sampling.SIZES]
+        assert min(ratios) == ratios[-1] > 1
 
 
 def test_the_default_of_dpo_is_the_best_setting_that_is_always_healthy():
