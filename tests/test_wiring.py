@@ -311,6 +311,18 @@ def test_an_option_lets_seen_prompts_in(name, root, tmp_path):
     assert differences(result, expected(root, name, BASE[name]), 1e-6) == []
 
 
+def test_prompts_of_the_models_that_a_run_begins_with_count_as_seen(root, tmp_path):
+    """A run of dpo records its own prompts, and those that the runs of --init and of --reference have used."""
+    for folder, prompt in (("began", "of init"), ("compared", "of reference")):
+        shutil.copytree(root / ("init" if folder == "began" else "other"), root / folder, dirs_exist_ok=True)
+        (root / folder / "prompts.json").write_text(prompts_document({"trained on": [prompt]}))
+    result_of(root, tmp_path, "dpo", {**BASE["dpo"], "init": "began", "reference": "compared"})
+    seen = json.loads((tmp_path / "run/prompts.json").read_text())
+    assert {seen[digest(prompt)] for prompt in ("of init", "of reference")} == {"trained on"}
+    own = {json.loads(line)["prompt"] for line in (root / "held.jsonl").read_text().splitlines()}
+    assert {seen.get(digest(prompt)) for prompt in own} == {"chose its checkpoint by"}
+
+
 @having("is_a_gate")
 def test_an_option_is_a_gate(name, root, tmp_path):
     """A figure on the wrong side of its limit is named with it; on the right side nothing changes."""
@@ -356,8 +368,11 @@ def test_an_option_shows_failures(name, root, tmp_path, capsys):
 
 @having("asks_otherwise")
 def test_an_option_asks_otherwise(name, root, tmp_path, capsys):
-    """With --templates there is a row for each template, and that of the trained one has the judged reward."""
-    result = result_of(root, tmp_path, name, {**BASE[name], "templates": True})
+    """With --templates there is a row for each template; as trained it has the judged reward, and --out keeps all."""
+    result = result_of(root, tmp_path, name, {**BASE[name], "templates": True, "out": "kept"})
+    kept = [json.loads(line) for line in (tmp_path / "kept/templates.jsonl").read_text().splitlines()]
+    assert [row["template"] for row in kept[:: len(result[0]["replies"])]] == list(world.TEMPLATES)[1:]
+    assert {label for row in kept for label in row["replies"]} == {"desk", "desk_other"}
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith(tuple(world.TEMPLATES))]
     assert [row[:20].strip() for row in rows] == list(world.TEMPLATES)
     assert f"{result[0]['reward']:.2f}" in rows[0]
