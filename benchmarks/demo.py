@@ -61,13 +61,10 @@ def one_seed(folder, seed):
     *verdicts, curves, edits = results([*judging, *pressing], "judging")
     asked = dict(zip(world.TEMPLATES, zip(verdicts[::2], verdicts[1::2])))
     document["models"]["DPO, collapsed"] = replies.figures(verdicts[-1], asked["as trained"][0], prompts)
-    templates = {
-        template: {
-            "SFT": replies.figures(own, own, prompts)["all"]["reward"],
-            **{name: replies.figures(policy, own, prompts)["all"][name] for name in ("reward", "gain", "garbled")},
-        }
-        for template, (own, policy) in asked.items()
-    }
+    templates = {}
+    for template, (own, policy) in asked.items():
+        base, tuned = (replies.figures(each, own, prompts)["all"] for each in (own, policy))
+        templates[template] = {"SFT": base["reward"], **{name: tuned[name] for name in ("reward", "gain", "garbled")}}
     measured = {
         stage: cli.evaluate(
             checkpoint=folder / stage, reference=folder / "sft", data=data / "pairs_test.jsonl", calibration=True

@@ -28,8 +28,8 @@ def wilson(hits: float, n: int) -> tuple[float, float]:
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
-def share(hits: Sequence[bool]) -> Estimate:
-    """The share of True, with Wilson's interval; nan without any."""
+def share(hits: Sequence[float]) -> Estimate:
+    """The share of hits, each 0 or 1 or between, with Wilson's interval; nan without any."""
     return Estimate(sum(hits) / len(hits) if hits else math.nan, *wilson(sum(hits), len(hits)))
 
 

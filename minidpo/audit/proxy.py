@@ -21,7 +21,7 @@ from ..run.tasks import counted
 from ..scoring import shared_logprobs
 from ..streams import stream
 from ..tokenizer import END_OF_TEXT, TURN, printable
-from .intervals import Estimate, mean, share, wilson
+from .intervals import Estimate, mean, share
 
 SIZES = (1, 2, 4, 8, 16, 32, 64)
 Text = tuple[tuple[int, ...], tuple[int, ...]]  # ids of a prompt and of a reply to it
@@ -90,8 +90,7 @@ def goodhart(implicit: Array, true: Array, garbled: Array, sizes: Sequence[int] 
     for N in sizes:
         columns = [(implicit, implicit), (implicit, true), (implicit, garbled), (true, true)]
         own, gold, bad, best = ([best_of(*each, N) for each in zip(score, value)] for score, value in columns)
-        part = Estimate(sum(bad) / len(bad), *wilson(sum(bad), len(bad)))
-        rows.append(Best(N, math.log(N) - (N - 1) / N, mean(own), mean(gold), part, mean(best)))
+        rows.append(Best(N, math.log(N) - (N - 1) / N, mean(own), mean(gold), share(bad), mean(best)))
     return rows
 
 

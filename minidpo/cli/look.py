@@ -4,13 +4,14 @@ import functools
 import math
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from json import dumps
 from pathlib import Path
 from typing import Annotated, Any
 
 from .. import losses, optim, training
+from ..audit.provenance import Link
 from ..data import preferences
 from ..data.preferences import PAIRS, Encoded
 from ..explain import displacement as first_order
@@ -19,7 +20,7 @@ from ..explain import graph as graph_of
 from ..generation import generate
 from ..run.checkpoint import Checkpoint, CheckpointError
 from ..run.files import read_text, write_whole
-from ..run.folder import run_description
+from ..run.folder import folder_with, run_description
 from ..run.tasks import counted, printed, tell
 from ..scoring import Pair, shared_logprobs
 from ..streams import stream
@@ -130,8 +131,7 @@ def sample(
             if not alone and len(x) > config.n_positions:
                 raise ValueError(f"{place}{of}: {len(x)} tokens, but the model's n_positions = {config.n_positions}")
     each, rows, texts = samples or (5 if alone else 1), list(places), list[Any]()
-    names = [folder.resolve().name for folder in models]
-    names = [printable(name if names.count(name) == 1 else str(folder)) for name, folder in zip(names, models)]
+    names = labels_of(models)
     starts = range(0, len(rows) * each, AT_ONCE)
     for start in starts if alone else counted(starts, "answers: batches"):
         batch = [divmod(row, each) for row in range(start, min(start + AT_ONCE, len(rows) * each))]
@@ -154,6 +154,13 @@ def sample(
                 texts.append({"prompt": rows[x], "model": name, "response": reply})
         printed()
     return texts
+
+
+def labels_of(folders: Iterable[Path]) -> list[str]:
+    """The names of different folders; the whole path of one whose name another has too, as a/model and b/model."""
+    names = {folder: folder.resolve().name for folder in folders}
+    every = list(names.values())
+    return [printable(name if every.count(name) == 1 else str(folder)) for folder, name in names.items()]
 
 
 def ended(prompt: str) -> str:
@@ -202,10 +209,9 @@ def encoded(tokenizer: Tokenizer, text: str, name: str) -> list[int]:
 
 def dpo_settings(checkpoint: Path) -> dict[str, str]:
     """The options of the run of `dpo` that a checkpoint is from; empty if there is no such run."""
-    folders = (checkpoint, checkpoint.parent)  # RUN/model belongs to RUN
-    folder = next((folder for folder in folders if (folder / "run.json").exists()), None)
-    name, *words = run_description(folder)["arguments"] if folder else [""]
-    return dict(word.removeprefix("--").partition("=")[::2] for word in words) if name == "dpo" else {}
+    folder = folder_with("run.json", checkpoint)
+    link = Link(folder, run_description(folder)) if folder else None
+    return link.settings if link and link.description["arguments"][0] == "dpo" else {}
 
 
 def given_or_of_run(checkpoint: Path, reference: Path | None, beta: float | None) -> tuple[Path, float]:

@@ -10,8 +10,7 @@ from typing import Annotated, Any
 
 from .. import plots, training
 from ..audit import calibration as calibrated
-from ..audit import gates
-from ..audit import proxy as under
+from ..audit import gates, proxy
 from ..audit.intervals import Estimate
 from ..audit.pairs import LENGTHS, SHARES, estimates, groups
 from ..audit.pairs import as_text as as_groups
@@ -21,6 +20,7 @@ from ..audit.replies import templates as as_templates
 from ..backend import Array, to_host
 from ..data import preferences, world
 from ..data.preferences import Encoded
+from ..run.checkpoint import Checkpoint
 from ..run.files import write_folder, write_whole
 from ..run.folder import digest, seen_prompts
 from ..run.tasks import counted, results
@@ -29,7 +29,7 @@ from ..streams import stream
 from ..tokenizer import TURN, printable
 from . import options as o
 from .desk import test_prompts
-from .look import OwnBeta, given_or_of_run, run_settings, scored_rows
+from .look import OwnBeta, given_or_of_run, labels_of, run_settings, scored_rows
 from .options import NO_MATPLOTLIB, Default, announce
 from .parser import command
 from .train import load, same_vocabulary
@@ -143,13 +143,27 @@ def refuse_seen(checkpoint: Path, prompts: Sequence[tuple[str, str]]) -> None:
     uses = seen_prompts(checkpoint)
     if not uses:
         print(f"{checkpoint}: records no prompts, so none are known to have been trained on", file=sys.stderr)
-    found = [(place, uses[digest(prompt)]) for place, prompt in prompts if digest(prompt) in uses]
+    found = [(place, uses[key]) for place, prompt in prompts if (key := digest(prompt)) in uses]
     if found:
         place, use = found[0]
         raise ValueError(
             f"{place}: the run of {checkpoint} {use} this prompt ({len(found)} of {len(prompts)} rows), and figures "
             "of these flatter it: measure on others, or with --seen"
         )
+
+
+def under_pressure(
+    model: Checkpoint, reference: Checkpoint, beta: float, replies: Sequence[tuple[str, str]], seed: int, what: str
+) -> tuple[str, dict[str, Any], list[plots.Panel]]:
+    """The best of N of the reference by a model's implicit reward, and edits of its replies: in words and numbers."""
+    prompts = list(dict.fromkeys(x for x, _ in replies))[:PRESSED]
+    best = partial(proxy.best_of_reference, model, reference, beta, prompts, seed)
+    edits = partial(proxy.edits_of_policy, model, reference, beta, list(dict.fromkeys(replies))[:PRESSED])
+    curves, kinds = results([best, edits], what)
+    rows = {part: [row._asdict() for row in curve] for part, curve in curves.items()}
+    document = {"best_of": rows, "edits": {kind: row._asdict() for kind, row in kinds.items()}}
+    text = f"{proxy.goodhart_text(curves['all'])}\n\n{proxy.edits_text(kinds)}"
+    return text, document, proxy.panels(curves["all"])
 
 
 @command("learn")
@@ -172,9 +186,7 @@ def judge(
         raise ValueError("a condition is for a checkpoint that is not the reference, and there is none")
     announce(out)
     folders = {each.resolve(): each for each in (reference, *checkpoint)}  # each once, the reference first
-    names = [printable(folder.name) for folder in folders]
-    if len(set(names)) < len(names):  # as a/model and b/model have
-        names = [printable(str(folder)) for folder in folders]
+    names = labels_of(folders)
     name, models = names[0], dict(zip(names, map(load, folders.values())))
     anchor = models[name]
     for folder, model in zip(folders.values(), models.values()):
@@ -190,32 +202,18 @@ def judge(
     drawn = {label: group["as trained"] for label, group in groups.items()}
     base, labels = drawn[name], [names[list(folders).index(each.resolve())] for each in checkpoint]
     tables = {label: figures(drawn[label], base, prompts) for label in labels}
-    parts = [as_text(tables, name)]
-    files = {"replies.jsonl": "".join(dumps(row) + "\n" for row in records(drawn, prompts)).encode()}
-    files |= {"figures.json": (dumps(finite(tables), indent=2) + "\n").encode()}
-    for each in written[1:]:
-        rewritten = records({label: group[each] for label, group in groups.items()}, prompts)
-        lines = "".join(dumps({"template": each, **row}) + "\n" for row in rewritten)
-        files["templates.jsonl"] = files.get("templates.jsonl", b"") + lines.encode()
+    parts, pictures = [as_text(tables, name)], dict[str, list[plots.Panel]]()
+    documents: dict[str, Any] = {"figures.json": tables}
     for label in labels:
         parts += [as_templates(groups[label], groups[name], label, name)] * templates
         parts += [as_failures(drawn[label], base, prompts, failures, label, name)] * bool(failures)
         if proxy:
             _, beta, note = run_settings(checkpoint[labels.index(label)], reference, None)
-            some = list(dict.fromkeys(zip(prompts, drawn[label].replies)))[:PRESSED]
-            asked = list(dict.fromkeys(prompts))[:PRESSED]
-            best = partial(under.best_of_reference, models[label], anchor, beta, asked, seed)
-            edits = partial(under.edits_of_policy, models[label], anchor, beta, some)
-            curves, kinds = results([best, edits], f"{label} under pressure")
-            parts += [
-                f"{label}'s implicit reward as a judge of {name}'s replies, beta {beta:g}" + f"\n{note}" * bool(note)
-            ]
-            parts += [under.goodhart_text(curves["all"]), under.edits_text(kinds)]
-            rows = {part: [row._asdict() for row in curve] for part, curve in curves.items()}
-            pressure = {"best_of": rows, "edits": {kind: row._asdict() for kind, row in kinds.items()}}
-            files[f"proxy-{label.replace('/', '_')}.json"] = (dumps(finite(pressure), indent=2) + "\n").encode()
-            if plots.installed():
-                files[f"goodhart-{label.replace('/', '_')}.png"] = plots.png(under.panels(curves["all"]))
+            title = f"{label}'s implicit reward as a judge of {name}'s replies, beta {beta:g}"
+            own, file = list(zip(prompts, drawn[label].replies)), label.replace("/", "_")
+            text, document, panels = under_pressure(models[label], anchor, beta, own, seed, f"{label} under pressure")
+            parts += ["\n".join(filter(None, (title, note))), text]
+            documents[f"proxy-{file}.json"], pictures[f"goodhart-{file}.png"] = document, panels
     print("\n\n".join(parts))
     broken = [
         sentence
@@ -224,6 +222,15 @@ def judge(
         for sentence in gates.hold(label, flat(tables[label]), at_most or {}, at_least or {})
     ]
     if out:
+        lines = {"replies.jsonl": records(drawn, prompts)}
+        if templates:
+            other = {each: {label: group[each] for label, group in groups.items()} for each in written[1:]}
+            lines["templates.jsonl"] = [
+                {"template": each, **row} for each, x in other.items() for row in records(x, prompts)
+            ]
+        files = {key: "".join(dumps(row) + "\n" for row in x).encode() for key, x in lines.items()}
+        files |= {key: (dumps(finite(x), indent=2) + "\n").encode() for key, x in documents.items()}
+        files |= {key: plots.png(x) for key, x in pictures.items() if plots.installed()}
         write_folder(out, files)
     if broken:
         raise gates.GateError("; ".join(broken))

@@ -1,6 +1,5 @@
 """The commands that train: files in, a run's folder out."""
 
-import hashlib
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -69,7 +68,7 @@ class Training(NamedTuple):
     def hashes(self, data: Path) -> dict[str, str]:
         """SHA-256 of each file, by the name under which a run keeps it."""
         files = {"data_sha256": data, "held_out_data_sha256": self.held_out_data}
-        return {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in files.items() if path}
+        return {name: provenance.file_sum(path) for name, path in files.items() if path}
 
 
 class Beginning(NamedTuple):

@@ -135,6 +135,11 @@ def run_description(run: Path) -> dict[str, Any]:
     return description
 
 
+def folder_with(name: str, checkpoint: Path) -> Path | None:
+    """The folder of a file of the run that a checkpoint is from: RUN/model belongs to RUN."""
+    return next((folder for folder in (checkpoint, checkpoint.parent) if (folder / name).exists()), None)
+
+
 def digest(prompt: str) -> str:
     """What stands for a prompt in prompts.json."""
     return hashlib.sha256(prompt.encode()).hexdigest()[:16]
@@ -151,8 +156,8 @@ def prompts_document(used: Mapping[str, Iterable[str]], models: Iterable[Path] =
 
 def seen_prompts(folder: Path) -> dict[str, str]:
     """The use of each prompt in the run that a checkpoint is from and in those before it, by `digest`."""
-    path = next((each / "prompts.json" for each in (folder, folder.parent) if (each / "prompts.json").exists()), None)
-    return json_object(read_text(path), f"{path}:") if path else {}
+    run = folder_with("prompts.json", folder)
+    return json_object(read_text(run / "prompts.json"), f"{run / 'prompts.json'}:") if run else {}
 
 
 def environment_changes(run: Path, description: Mapping[str, Any]) -> list[str]:

@@ -190,9 +190,8 @@ def fitted_rewards(wins: Array, tolerance: float = 1e-13, most_steps: int = 100)
         if abs(gradient).max() < tolerance * weights.max():
             return reward, step
         curvature = (weights + weights.T) * p * p.T
-        hessian = (
-            xp.diag(curvature.sum(axis=1)) - curvature + part * curvature.sum() / N**2
-        )  # the last term fixes each mean
+        means = part * curvature.sum() / N**2  # without it, a constant for a part would cost nothing
+        hessian = xp.diag(curvature.sum(axis=1)) - curvature + means
         move = -xp.linalg.solve(hessian, gradient)
         size = 1.0
         while loss(reward + size * move) > loss(reward) + 1e-15 and size > 1e-6:
