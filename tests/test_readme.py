@@ -199,6 +199,8 @@ def test_what_is_said_of_templates_calibration_and_pressure_is_measured():
     section, front = " ".join(BENCHMARKS.split()), " ".join(README.split())
     without = [run["templates"]["without its stop"]["gain"] for run in RUNS]
     assert all(gain < 0 for gain, _, _ in without)  # in every seed
+    closing = [run["templates"]["another closing"]["gain"][0] for run in RUNS]
+    assert max(closing) < 0.05 and statistics.fmean(closing) < 0  # "keeps nothing", as audit's page says of both
     lost = mean([-gain for gain, _, _ in without])
     assert f"DPO is {lost} below SFT" in front and f"by {lost} in the mean" in section
     found = [run["measured"]["dpo"]["calibration"] for run in RUNS]
