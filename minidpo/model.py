@@ -201,7 +201,12 @@ def forward(params: Params, config: Config, tokens: Any, real: Any = None) -> Te
 
 
 def row_logits(params: Params, config: Config, rows: Rows, attention: Attention | None = None) -> Tensor:
-    """Logits of the wanted rows, (M, V); `attention(i, qkv)`, if given, replaces the attention of layer i."""
+    """Logits of the wanted rows, (M, V): the states, times the embeddings of all tokens."""
+    return row_states(params, config, rows, attention) @ ops.transpose(params["wte.weight"])  # (M, C) -> (M, V)
+
+
+def row_states(params: Params, config: Config, rows: Rows, attention: Attention | None = None) -> Tensor:
+    """What a head reads of the wanted rows, (M, C); `attention(i, qkv)`, if given, replaces that of layer i."""
     xp, last = array_module(params["wte.weight"].data), config.n_layer - 1
     rows = rows.on(xp)
     attention = attention or rows.attention(last)
@@ -209,8 +214,7 @@ def row_logits(params: Params, config: Config, rows: Rows, attention: Attention 
     x = ops.embedding(params["wte.weight"], rows.tokens) + ops.embedding(params["wpe.weight"], rows.positions)
     for i in range(config.n_layer):  # after the last attention no row needs another: (N, C) -> (M, C)
         x = layer(params, config, i, x, attention, wanted if i == last else None)
-    x = ops.layer_norm(x, params["ln_f.weight"], params["ln_f.bias"])
-    return x @ ops.transpose(params["wte.weight"])  # (M, C) -> (M, V)
+    return ops.layer_norm(x, params["ln_f.weight"], params["ln_f.bias"])
 
 
 def layer(

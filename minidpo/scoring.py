@@ -103,23 +103,27 @@ def shared_logprobs(params: Params, config: Config, pairs: Sequence[Pair]) -> tu
 def packed_logprobs(params: Params, config: Config, examples: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Tensor:
     """Log-probability of each response token of (prompt, response) examples, from one forward without pads.  -> (M,)
 
-    Texts of one length are neighbours and form one block. The tokens come in that order, not the caller's: take sums or
-    means, or score one example at a time.
+    The tokens come in the order of `packed`, not the caller's: take sums or means, or score one example at a time.
     """
+    return packed(config, examples).logprobs(params, config)
+
+
+def packed(config: Config, examples: Sequence[tuple[Sequence[int], Sequence[int]]]) -> "Layout":
+    """(prompt, response) examples, shortest first; those of one length are neighbours and form one block."""
     layout = Layout()
     for b, example in enumerate(checked(examples)):
         check_length(text_length(example) - 1, config, f"example {b}: a text")
-    by_length = sorted(examples, key=text_length)
-    for length, group in groupby(by_length, key=text_length):
+    by_length = sorted(enumerate(examples), key=lambda item: text_length(item[1]))
+    for length, group in groupby(by_length, key=lambda item: text_length(item[1])):
         start = len(layout.tokens)
-        for x, y in group:
+        for b, (x, y) in group:
             first = len(layout.tokens) + len(x) - 1  # the row that predicts y_1
-            layout.picks += zip(range(first, first + len(y)), y, repeat(0))
+            layout.picks += zip(range(first, first + len(y)), y, repeat(b))
             layout.tokens += [*x, *y][:-1]
             layout.positions += range(length - 1)
         rows = slice(start, len(layout.tokens))
         layout.add_block(rows, rows, (rows.stop - start) // (length - 1))
-    return layout.logprobs(params, config)
+    return layout
 
 
 @dataclass
@@ -136,13 +140,18 @@ class Layout:
         if queries.start < queries.stop:
             self.blocks.append((queries, keys, count))
 
-    def logprobs(self, params: Params, config: Config) -> Tensor:
-        """Log-probability of each picked token, from the logits of those rows alone that predict one.  -> (M,)"""
+    def rows(self, config: Config) -> tuple[Rows, list[Pick]]:
+        """The rows, of which those are wanted that predict a picked token, and the picks, numbered among the wanted."""
         wanted = sorted({row for row, _, _ in self.picks})
         number = {row: i for i, row in enumerate(wanted)}
         tokens = index_array(self.tokens, config.vocab_size, array_module())
-        logits = row_logits(params, config, Rows(tokens, asarray(self.positions), self.blocks, wanted))
-        return token_logprobs(logits, [(number[row], token, response) for row, token, response in self.picks])
+        picks = [(number[row], token, response) for row, token, response in self.picks]
+        return Rows(tokens, asarray(self.positions), self.blocks, wanted), picks
+
+    def logprobs(self, params: Params, config: Config) -> Tensor:
+        """Log-probability of each picked token, from the logits of those rows alone that predict one.  -> (M,)"""
+        rows, picks = self.rows(config)
+        return token_logprobs(row_logits(params, config, rows), picks)
 
 
 def text_length(example: Sequence[Sequence[int]]) -> int:
