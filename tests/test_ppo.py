@@ -90,11 +90,18 @@ def test_a_reward_model_learns_the_order_of_its_pairs():
     params, optimizer_rate = ppo.with_head(small()), 3e-2
     optimizer = optim.AdamW(params, optimizer_rate)
     pairs = [([1], [2, 3, END], [3, 2, END]), ([1], [2, 2, END], [3, 3, END]), ([2], [4, END], [3, END])]
+    large = {name: Tensor(100 * p.data, requires_grad=True) for name, p in params.items()}
+    large[ppo.HEAD].data = large[ppo.HEAD].data + 100
+    before = {name: p.data.copy() for name, p in large.items()}
+    ppo.reward_training_step(large, CONFIG, optim.SGD(large, 1.0), pairs)
+    close(math.sqrt(sum(((p.data - before[name]) ** 2).sum() for name, p in large.items())), 1.0)  # the norm is clipped
     first = ppo.reward_training_step(params, CONFIG, optimizer, pairs)
     close(first["loss"], math.log(2), rtol=1e-12)
     for _ in range(60):
         last = ppo.reward_training_step(params, CONFIG, optimizer, pairs)
     assert last["accuracy"] == 1 and last["loss"] < 0.1
+    w, l = (ppo.text_rewards(params, CONFIG, [(pair[0], pair[side]) for pair in pairs]).data for side in (1, 2))
+    assert (w > l).all()
 
 
 # ---- samples and their advantages -------------------------------------------------------------------------
@@ -289,9 +296,10 @@ def test_only_a_critic_on_the_policys_trunk_moves_the_policy():
 
 
 def test_the_metrics_are_those_of_the_samples():
-    """Reward and KL are means over texts; the share of clipped tokens is 0 as long as the policy has not moved."""
+    """Reward and KL are means over texts. Before a move nothing is clipped, and the critic's error is the advantage."""
     policy, reference = small(0), model.frozen(small(1))
     critic, reward = ppo.with_head(policy), np.arange(6.0)
+    critic[ppo.HEAD].data = np.ones((CONFIG.n_embd, 1))
     seen = looked_at(policy, critic, reference, random_texts(np.random.default_rng(0)), reward)
     optimizer = optim.SGD(ppo.trainable(policy, critic), 0.0)
     metrics = ppo.ppo_training_step(policy, critic, CONFIG, optimizer, seen)
@@ -300,8 +308,19 @@ def test_the_metrics_are_those_of_the_samples():
         for x, y in seen.examples
     ]
     close([metrics["reward"], metrics["kl"], metrics["clipped"]], [2.5, np.mean(ratios), 0], atol=1e-10)
-    optimizer = optim.SGD(ppo.trainable(policy, critic), 10.0)
-    assert ppo.ppo_training_step(policy, critic, CONFIG, optimizer, seen)["clipped"] > 0
+    own = ppo.SETTINGS
+    advantage = ppo.advantages(ppo.token_rewards(seen, own.beta), seen.value, seen.last, own.gamma, own.lam)
+    close([metrics["loss/value"], metrics["loss/policy"]], [(advantage**2).sum() / 12, -advantage.sum() / 6], rtol=1e-9)
+    optimizer = optim.SGD(ppo.trainable(policy, critic), 1.0)
+    old = seen.logp + np.where(seen.last, np.log(1.24), 0)  # 1/1.24 is within 0.2 of 1, 1.24 is not
+    for logp, share in ((2 * seen.logp - old, 6 / len(old)), (old, 0)):
+        still = optim.SGD(ppo.trainable(policy, critic), 0.0)
+        close(ppo.ppo_training_step(policy, critic, CONFIG, still, seen._replace(logp=logp))["clipped"], share)
+    before = {name: p.data.copy() for name, p in policy.items()}
+    short = ppo.Settings(epochs=1, max_norm=1e-3)
+    norm = ppo.ppo_training_step(policy, critic, CONFIG, optimizer, seen, short)["grad_norm"]
+    moved = math.sqrt(sum(((p.data - before[name]) ** 2).sum() for name, p in policy.items()))
+    assert norm > 0.1 and 1e-4 < moved <= 1e-3 * (1 + 1e-9)  # the critic has the rest
 
 
 def test_a_loss_that_is_not_finite_moves_nothing():

@@ -1,8 +1,9 @@
 # %% [markdown]
-# # Twenty-five things that people say about DPO, and what a computation says
+# # Twenty-nine things that people say about DPO, and what a computation says
 #
 # Each item is a function. It returns the claim in our words, the numbers that come with the claim, the numbers
-# computed here and now, and the reason why they differ. Nothing is looked up: change an input, and the numbers follow.
+# computed here and now, and the reason why they differ. Change an input, and the numbers follow. Only E27 and E29 look
+# theirs up: `python -m benchmarks.story` and `python -m benchmarks.ppo` measured them, on models that take an hour.
 # Most items are common claims. E4 to E7, E20 and E21 check the arithmetic of one worked example.
 #
 # Letters: w is the chosen response and l the rejected one. h_w = logp_w - ref_logp_w, and h_l likewise. The margin is
@@ -11,15 +12,18 @@
 
 # %%
 import itertools
+import json
 import math
+import statistics
 import textwrap
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from minidpo import Config, Tensor, exact, losses, model, ops, optim, scoring, training
+from minidpo import Config, Tensor, exact, losses, model, ops, optim, scoring, training, world
 from minidpo.data.preferences import collate
 from minidpo.theory import mutants, no_never_yes
 
@@ -691,12 +695,123 @@ def e25():
 
 
 # %% [markdown]
+# ## E26 to E29: the usual story, on the support desk, whose true reward is known
+
+
+# %%
+def measured(name):
+    """What a benchmark wrote."""
+    root = Path(globals().get("__file__", "notebook")).resolve().parents[1]
+    return json.loads((root / "benchmarks" / "results" / f"{name}.json").read_text())
+
+
+def e26():
+    x, beta = "my order is late.", 0.2
+    replies = world.desk(world.PROMPTS[x])
+    ref_logp, reward = np.log(list(replies.values())), np.array([world.judgement(x, y).reward for y in replies])
+    star, _ = exact.optimum(ref_logp, reward.astype(float), beta)
+    best = np.flatnonzero(reward == reward.max())
+    odds = star[best] - ref_logp[best]
+    return Erratum(
+        "E26",
+        "To each prompt there is one perfect answer, and preferences lead to it.",
+        {},
+        {
+            "replies of the desk to one request": len(replies),
+            "replies with the highest reward": len(best),
+            "pi* at beta 0.2: probability of these together": float(np.exp(star[best]).sum()),
+            "of the likeliest alone": float(np.exp(star.max())),
+            "replies that are as many as pi* is spread over, e^entropy": math.exp(world.entropy(np.exp(star))),
+            "largest change of the odds between two of the best, pi* against pi_ref, nats": float(np.ptp(odds)),
+        },
+        "Often many answers are equally good. pi* = pi_ref exp(r/beta)/Z gives them all the same factor, so among them "
+        "the reference decides, whatever beta; and a smaller beta only leaves the others behind.",
+    )
+
+
+def e27():
+    story = measured("story")
+
+    def well_formed(name, which="last"):
+        return statistics.fmean(row[which]["well_formed"] for row in story["runs"] if row["run"] == name)
+
+    return Erratum(
+        "E27",
+        "The reference prevents collapse.",
+        {},
+        {
+            "share of well-formed replies, SFT": statistics.fmean(x["well_formed"] for x in story["sft"].values()),
+            "DPO at beta 0.1, after 200 steps": well_formed("beta 0.1"),
+            "DPO without a reference": well_formed("no reference"),
+            "DPO with the reference, where validation would stop": well_formed("beta 0.1", "best"),
+            "DPO with the reference and an NLL term": well_formed("beta 0.1 nll"),
+        },
+        "",
+    )
+
+
+def e28():
+    ref_logp, reward, beta = np.log([0.5, 0.3, 0.2]), np.array([1.0, 0.0, -2.0]), 0.1
+
+    def loss_and_objective(p):
+        logp = np.log(p)
+        loss = losses.dpo_loss(logp[0], logp[1], ref_logp[0], ref_logp[1], beta).loss.item()
+        return loss, float(exact.kl(logp, ref_logp)), float(exact.objective(logp, ref_logp, reward, beta))
+
+    near, far = loss_and_objective([0.6, 0.2, 0.2]), loss_and_objective([0.006, 0.002, 0.992])
+    return Erratum(
+        "E28",
+        "beta is the weight of a KL penalty in DPO as in PPO.",
+        {},
+        {
+            "DPO loss of a pair, policy .6, .2 and .2 for a third reply": near[0],
+            "the same, policy .006, .002 and .992 for the third": far[0],
+            "KL to the reference, first policy": near[1],
+            "KL to the reference, second policy": far[1],
+            "objective of RLHF, E[r] - beta KL, first policy": near[2],
+            "objective of RLHF, second policy": far[2],
+        },
+        "PPO measures the KL on its own samples, so a reply that nobody asked for costs as soon as it becomes likely. "
+        "The DPO loss sees the two replies of a pair and nothing else: where the rest of the probability goes costs "
+        "nothing. The two betas agree at the optimum, where pairs cover every reply.",
+    )
+
+
+def e29():
+    story, ppo = measured("story"), measured("ppo")
+    sft = {int(seed): x["reward"] for seed, x in story["sft"].items()}
+    runs = [row for row in story["runs"] if row["run"].startswith("beta") and not row["run"].endswith("nll")]
+
+    def below(which):
+        return sum(row[which]["reward"] < sft[row["seed"]] for row in runs)
+
+    def spread(name):
+        return statistics.stdev(run["rows"][-1]["reward"] for run in ppo["runs"] if run["name"] == name)
+
+    return Erratum(
+        "E29",
+        "DPO is stable where PPO is not.",
+        {},
+        {
+            "runs of DPO, five betas and three seeds": len(runs),
+            "those that end below their SFT model in true reward": below("last"),
+            "those that are below it where validation would stop": below("best"),
+            "standard deviation of the true reward over seeds, DPO": spread("DPO"),
+            "DPO with an NLL term": spread("DPO and 2 NLL"),
+            "PPO with a learned reward": spread("PPO, learned reward"),
+            "PPO with the true reward": spread("PPO, true reward"),
+        },
+        "",
+    )
+
+
+# %% [markdown]
 # ## All of them
 
 # %%
 ERRATA: list[Callable[[], Erratum]] = [
     *(e1, e2, e3, e4, e5, e6, e7, e8, e9, e10, e11, e12, e13),
-    *(e14, e15, e16, e17, e18, e19, e20, e21, e22, e23, e24, e25),
+    *(e14, e15, e16, e17, e18, e19, e20, e21, e22, e23, e24, e25, e26, e27, e28, e29),
 ]
 
 

@@ -6,6 +6,7 @@ for each response, or another transformer. Arrays are (P, N): prompts, responses
 """
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -17,7 +18,7 @@ from ..backend import Array, array_module
 from ..model import Config, Params
 from ..streams import stream
 from ..tensor import Tensor
-from . import exact
+from . import exact, ppo
 
 BETAS = (0.05, 0.1, 0.5, 1.0, 5.0)
 RUNS = (  # of transformers: beta, width, layers, steps, largest distance to pi*
@@ -227,11 +228,15 @@ def fitted_table(world: World, loss: Loss, steps: int, peak: float) -> Array:
     return descent(table_policy(world), loss, ADAM, cosine(steps, peak))[-1]
 
 
-def transformer_policy(world: World, seed: int, n_embd: int, n_layer: int) -> Policy:
-    """A new transformer with four heads, in float64. It is narrow, so its matrices are normal(0, 0.1)."""
-    V = 1 + max(max(y) for y in world.responses)
+def transformer_config(world: World, n_embd: int, n_layer: int) -> Config:
+    """The sizes of a transformer with four heads that reads every text of a world."""
     longest = max(map(len, world.prompts)) + max(map(len, world.responses))
-    config = Config(V, longest, n_embd, n_layer, 4)
+    return Config(1 + max(max(y) for y in world.responses), longest, n_embd, n_layer, 4)
+
+
+def transformer_policy(world: World, seed: int, n_embd: int, n_layer: int) -> Policy:
+    """A new transformer in float64. It is narrow, so its matrices are normal(0, 0.1)."""
+    config = transformer_config(world, n_embd, n_layer)
     params = model.init(config, stream(seed, "policy", n_embd, n_layer), dtype="float64")
     for p in params.values():
         p.data = p.data * 5 if p.data.ndim == 2 else p.data
@@ -352,6 +357,27 @@ def sampling_noise(world: World, seed: int) -> Iterator[Claim]:
     yield Claim("the noise of one sample, in lengths of the gradient (more than 1)", ratio, ratio > 1)
 
 
+def ppo_from_samples(world: World, seed: int) -> Iterator[Claim]:
+    """PPO (ppo.py) reaches pi* from its own samples and their true rewards, the nearer the more of them."""
+    world, beta, steps, near = small_world(seed, cap=2), 0.5, 100, []  # 13 responses, for a small transformer
+    config = transformer_config(world, 16, 1)
+
+    def reward(examples: Sequence[Any]) -> Array:
+        return numpy.array([world.reward[world.prompts.index(x), world.responses.index(y)] for x, y in examples])
+
+    for count in (4, 16, 64):  # samples of a prompt in each step
+        policy, log_policy = transformer_policy(world, seed, 16, 1)
+        star, _ = exact.optimum(log_policy().data, world.reward, beta)
+        asked, settings = itertools.repeat(world.prompts * count), ppo.Settings(beta=beta)
+        models = policy, ppo.head(policy), model.frozen(policy)
+        list(ppo.ppo(*models, reward, config, asked, stream(seed, "ppo", count), 2, cosine(steps, 1e-2), settings))
+        near.append(exact.total_variation(log_policy().data, star).mean().item())
+        text = f"{len(world.prompts) * count * steps:,} samples, four steps on each: TV to pi*"
+        yield Claim(text, near[-1], None)
+    ratio = near[-1] / near[0]
+    yield Claim("with sixteen times the samples TV is a fraction of it (less than a half)", ratio, ratio < 0.5)
+
+
 def mean_log_ratio(world: World, seed: int) -> Iterator[Claim]:
     """E_ref[log(pi/pi_ref)] = -KL(pi_ref || pi): the mean implicit reward sinks as soon as the policy moves."""
     loss = functools.partial(pair_loss, ref_logp=world.ref_logp, wins=all_pairs(world), beta=0.5)
@@ -369,6 +395,7 @@ EQUALITIES: list[Callable[[World, int], Iterator[Claim]]] = [
     optimum_of_dpo,
     rlhf,
     sampling_noise,
+    ppo_from_samples,
     mean_log_ratio,
     *(functools.partial(optimum_of_transformers, runs=[run]) for run in RUNS),  # they take long, so each is its own
 ]

@@ -201,7 +201,7 @@ def ppo_training_step(
 
         L = surrogate + value_weight sum_t (V(s_t) - V_old(s_t) - A_t)^2/(2B)
 
-    The optimizer holds `trainable(policy, critic)`. Raises FloatingPointError if the loss is not finite.
+    The optimizer holds `trainable(policy, critic)`. Raises FloatingPointError if the gradient is not finite.
     """
     s, B = settings, len(seen.examples)
     advantage = advantages(token_rewards(seen, s.beta), seen.value, seen.last, s.gamma, s.lam)
@@ -211,9 +211,7 @@ def ppo_training_step(
         surrogate = surrogate_loss(logp, seen.logp, advantage, s.epsilon, B)
         value_loss = ops.sum((value - target) ** 2) * (1 / (2 * B))
         optimizer.zero_grad()
-        loss = surrogate + s.value_weight * value_loss
-        finite(loss)
-        loss.backward()
+        (surrogate + s.value_weight * value_loss).backward()
         grad_norm = optim.clip_global_norm(trainable(policy, critic), s.max_norm)
         optimizer.step()
     ratio = seen.logp - seen.ref_logp
