@@ -13,6 +13,7 @@ import itertools
 import json
 import time
 import tracemalloc
+from collections import defaultdict
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -21,7 +22,7 @@ import numpy as np
 
 from benchmarks.defaults import one_seed
 from benchmarks.family import interval
-from minidpo import Tensor, checkpoint, model, optim, training, world
+from minidpo import Tensor, checkpoint, exact, model, optim, training, world
 from minidpo.audit import replies
 from minidpo.cli import desk
 from minidpo.data.preferences import collate
@@ -137,8 +138,11 @@ def trained(folder, seed, run, sizes):
 
     def judge(step):
         own = replies.judged(Checkpoint(policy, config, tokenizer, True), sft, prompts, seed)
-        ids = ([*tokenizer.encode(y), END_OF_TEXT][:length] for y, length in zip(own.replies, own.lengths))
-        examples = [([END_OF_TEXT, *tokenizer.encode(x + TURN)], y) for x, y in zip(prompts, ids)]
+        ids = ([END_OF_TEXT, *tokenizer.encode(x + TURN)] for x in prompts)
+        texts = zip(ids, own.replies, own.lengths)
+        examples = [
+            (x, [*tokenizer.encode(y), END_OF_TEXT][: min(n, config.n_positions - len(x))]) for x, y, n in texts
+        ]
         learned = learned_rewards(reward_params, config, examples)
         figures = replies.figures(own, own, prompts)["all"]
         means = {name: figures[name].value for name in ("reward", "kl", "garbled", "length")}
@@ -246,19 +250,18 @@ def memory(folder):
 
 def optima(seed, betas):
     """KL and true reward of pi*(beta) on the test prompts, exact, were the reference the desk itself."""
-    prompts = world.prompt_distribution(world.split(seed)[2])
-    rows = []
-    for beta in betas:
-        kl = reward = 0.0
-        for x, p_x in prompts.items():
-            ref = world.desk(world.PROMPTS[x])
-            p, r = np.array(list(ref.values())), np.array([world.judgement(x, y).reward for y in ref])
-            star = p * np.exp((r - r.max()) / beta)
-            star /= star.sum()
-            kept = star > 0
-            kl += p_x * float((star[kept] * np.log(star[kept] / p[kept])).sum())
-            reward += p_x * float((star * r).sum())
-        rows.append({"beta": beta, "kl": kl, "reward": reward})
+    asked = defaultdict(float)  # the probability of each request; its replies do not depend on its wording
+    for x, p in world.prompt_distribution(world.split(seed)[2]).items():
+        asked[world.PROMPTS[x]] += p
+    rows = [{"beta": beta, "kl": 0.0, "reward": 0.0} for beta in betas]
+    for request, p in asked.items():
+        x = next(x for x, each in world.PROMPTS.items() if each == request)
+        replies = world.desk(request)
+        ref_logp, reward = np.log(list(replies.values())), np.array([world.judgement(x, y).reward for y in replies])
+        for row in rows:
+            star, _ = exact.optimum(ref_logp, reward, row["beta"])
+            row["kl"] += p * float(exact.kl(star, ref_logp))
+            row["reward"] += p * float(np.exp(star) @ reward)
     return rows
 
 

@@ -1,15 +1,17 @@
 """Benchmarks do the work that they describe, check results before they time them, and count operations exactly."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from benchmarks import family as eight
+from benchmarks import ppo as beside
 from benchmarks import sampling, speed, trl, workload
 from benchmarks.contenders import ours
 from benchmarks.workload import SIZES, Size, draw
-from minidpo import Tensor, checkpoint, cli, explain, generation, losses, ops, scoring
+from minidpo import Tensor, checkpoint, cli, explain, generation, losses, ops, scoring, world
 
 SMALL = Size(vocab=11, n_embd=8, n_layer=2, n_head=2, T=16, pairs=6)
 
@@ -127,6 +129,53 @@ def test_the_family_is_trained_once_each_and_reported_by_validation(tmp_path, mo
     assert "0.80 ± 6.3" in eight.as_table(runs)  # 12.71 s/sqrt(2), with s = 1/sqrt(2)
     with pytest.raises(ValueError, match="choose another folder"):
         eight.run(tmp_path, [0], ["dpo"], {**eight.BUDGET, "steps": 7})
+
+
+def test_ppo_and_dpo_start_alike_and_run_once(tmp_path, monkeypatch):
+    """Every run starts at the SFT model and runs once, also after an interruption; roles cost what arithmetic says."""
+    monkeypatch.chdir(tmp_path)
+    cli.data("example")
+    rows = Path("pairs.jsonl").read_text().splitlines(keepends=True)
+
+    def one_seed(folder, seed):
+        (folder / "data").mkdir(parents=True)
+        for name in ("pairs.jsonl", "pairs_test.jsonl"):
+            (folder / "data" / name).write_text("".join(rows[:80]))
+        sizes = {"n_embd": 16, "n_head": 2, "n_layer": 1, "n_positions": 128}
+        cli.sft(data=folder / "data" / "pairs.jsonl", out=folder / "sft", steps=5, warmup_steps=0, **sizes)
+
+    monkeypatch.setattr(beside, "one_seed", one_seed)
+    monkeypatch.setattr(beside, "TEXTS", 8)
+    tiny = beside.Sizes(steps=2, every=1, prompts=6, reward_steps=3)
+    document = beside.run(tmp_path / "ppo", [0], tiny, ["PPO, learned reward, critic a head", "DPO"])
+    for run in document["runs"]:
+        first, *_, last = run["rows"]
+        assert [row["texts"] for row in run["rows"]] == [0, 8, 16] and abs(first["kl"]) < 1e-3
+        assert 0 == first["seconds"] < last["seconds"] and last["kl"] != first["kl"]
+    assert document["runs"][0]["rows"][0] == document["runs"][1]["rows"][0]
+    monkeypatch.setattr(beside, "trained", None)  # nothing is left to train
+    assert beside.run(tmp_path / "ppo", [0], tiny, ["DPO"])["runs"] == document["runs"]
+    table = beside.as_memory(document).splitlines()
+    assert table[2].startswith("| PPO, critic own trunk | 16.0 | 16.0 | 4.0 | 4.0 | 40.1 |")  # .1: two heads
+    assert table[4].startswith("| DPO | 16.0 |  |  | 4.0 | 20.0 |") and len(table) == 6
+    with pytest.raises(ValueError, match="choose another folder"):
+        beside.run(tmp_path / "ppo", [0], tiny._replace(steps=3))
+
+
+def test_the_optima_of_the_desk_lie_between_its_own_replies_and_the_best():
+    """A large beta leaves the desk as it is, a small one takes the best reply of each request; KL falls with beta."""
+    rows = beside.optima(0, [1e-3, 0.2, 0.5, 1e4])
+    prompts = world.split(0)[2]
+    assert rows[-1]["kl"] < 1e-6 and rows[-1]["reward"] == pytest.approx(world.desk_reward(prompts), abs=1e-3)
+    assert rows[0]["reward"] == pytest.approx(3, abs=1e-9)
+    assert [row["kl"] for row in rows] == sorted((row["kl"] for row in rows), reverse=True)
+    mean = 0.0
+    for x, p in world.prompt_distribution(prompts).items():
+        replies = world.desk(world.PROMPTS[x])
+        reward = np.array([world.judgement(x, y).reward for y in replies])
+        weights = np.array(list(replies.values())) * np.exp(reward / 0.5)
+        mean += p * (weights @ reward) / weights.sum()
+    assert rows[2]["reward"] == pytest.approx(mean, abs=1e-9)
 
 
 def test_kto_of_pairs_is_the_kto_loss():
