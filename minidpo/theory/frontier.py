@@ -122,8 +122,15 @@ def kl_and_reward(world: World, logp: Array) -> tuple[float, float]:
 
 
 def most_reward(world: World, kl: float) -> float:
-    """The largest mean reward of any policy with this mean KL: that of pi*(beta) with this KL."""
-    low, high = 1e-4, 1e6
+    """The largest mean reward of any policy with at most this mean KL: that of pi*(beta) with this KL.
+
+    From the reference, where beta is infinite and the KL 0, to the reference restricted to the best responses (beta 0).
+    """
+    best = world.reward.max(axis=-1, keepdims=True)
+    top = ops.log_softmax.raw(numpy.where(world.reward == best, world.ref_logp, -numpy.inf))[0]
+    if not 0 < kl < kl_and_reward(world, top)[0]:
+        return kl_and_reward(world, top if kl > 0 else world.ref_logp)[1]
+    low, high = numpy.ptp(world.reward) * numpy.array([1e-9, 1e9])
     for _ in range(200):
         beta = (low * high) ** 0.5
         star, _ = exact.optimum(world.ref_logp, world.reward, beta)
