@@ -129,7 +129,9 @@ def bradley_terry(world: World, seed: int) -> Iterator[Claim]:
     error = abs(path[-1] @ (numpy.eye(5) - mean) - fit).max()
     yield at_most("1000 steps of gradient descent from elsewhere end at the same rewards within each part", error, 1e-9)
     change = abs((path[-1] - path[0]) @ mean).max()
-    yield at_most("and leave the mean of each part where it started: no label says how far apart they are", change, 1e-12)
+    yield at_most(
+        "and leave the mean of each part where it started: no label says how far apart they are", change, 1e-12
+    )
     error = max(
         abs(math.exp(exact.plackett_luce(world.reward[0], [i, j])) - probabilities[0, i, j])
         for i, j in ((0, 1), (5, 3), (len(world.responses) - 1, 2))

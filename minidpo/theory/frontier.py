@@ -35,7 +35,7 @@ class Point(NamedTuple):
     seed: int
     kl: float  # KL(pi || pi_ref), nats
     reward: float  # E[r], true
-    shortfall: float  # the most reward that any policy has at this KL, less this reward
+    shortfall: float  # the most reward that any policy has at this KL, less this reward; negative above the curve
 
 
 def best_of(world: World, count: int) -> Array:
@@ -61,7 +61,7 @@ def learned_reward(wins: Array, prior: float = 1e-3) -> Array:
     def loss(r: Tensor) -> Tensor:
         return pair_loss(r, zeros, wins, 1.0) + prior * ops.mean(r * r)
 
-    return descent((reward, lambda: reward["reward"] * 1.0), loss, ADAM, cosine(STEPS, 0.1))[-1]
+    return descent((reward, lambda: reward["reward"] * 1.0), loss, ADAM, cosine(STEPS, 1.0))[-1]
 
 
 def sampled_policy(world: World, beta: float, rng: numpy.random.Generator, batch: int = 64) -> Array:
@@ -98,11 +98,11 @@ def policies(world: World, seed: int) -> Iterator[tuple[str, float, Array]]:
     for beta in BETAS:
         rng = stream(seed, "frontier", "samples", str(beta))
         loss = partial(pair_loss, ref_logp=world.ref_logp, wins=wins, beta=beta)
-        yield "DPO, 2,000 pairs", beta, fitted_table(world, loss, STEPS, 0.1)
+        yield f"DPO, 2,000 pairs, {STEPS} steps", beta, fitted_table(world, loss, STEPS, 0.1)
         yield "policy gradient, true reward", beta, natural_policy(world, world.reward, beta, 100)
         yield "DPO, exact preferences", beta, equalities.newton(world, exact_wins, beta)[0]
         yield "policy gradient, reward from 2,000 pairs", beta, natural_policy(world, reward, beta, 100)
-        yield "policy gradient, sampled", beta, sampled_policy(world, beta, rng)
+        yield "policy gradient, sampled, 1,000 steps", beta, sampled_policy(world, beta, rng)
         yield "IPO, exact preferences", beta, optima.ipo_optimum(world, exact_wins, beta)
         smooth = (1 - optima.FLIPPED) * exact_wins + optima.FLIPPED * exact_wins.transpose(0, 2, 1)
         yield f"cDPO at e = {optima.FLIPPED}, exact preferences", beta, equalities.newton(world, smooth, beta)[0]
@@ -156,7 +156,7 @@ def as_text(points: Sequence[Point]) -> str:
         for name in ("kl", "reward", "shortfall"):
             values = [getattr(point, name) for point in same]
             spread = statistics.stdev(values) if len(values) > 1 else 0.0
-            row += f"{statistics.fmean(values):>10.3f} ± {spread:5.3f}"
+            row += f"{statistics.fmean(values):>z10.3f} ± {spread:5.3f}"
         rows.append(row)
     return "\n".join(rows)
 
