@@ -188,7 +188,6 @@ def test_separate_parts_hold_in_other_worlds(seed):
     """The claims about parts that no comparison links hold in the worlds of the command, whatever the seed."""
     claims = {claim.text: claim for claim in equalities.bradley_terry(equalities.small_world(seed), seed)}
     assert len(claims) == 9 and all(claim.holds for claim in claims.values()), claims
-    assert sum("part" in text for text in claims) == 4
 
 
 def test_the_optimum_of_dpo_is_pi_star(world):
