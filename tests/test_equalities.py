@@ -144,6 +144,11 @@ def test_parts_that_nothing_links_have_a_maximum_of_their_own():
     for part in ([0, 1], [2, 3]):
         close(fitted[part], exact.fitted_rewards(wins[np.ix_(part, part)])[0], atol=1e-12)
     close(fitted, np.log([1 / 3, 3, 2, 1 / 2]) / 2, atol=1e-12)
+    logp = np.log([[0.4, 0.3, 0.2, 0.1]])
+    minimisers = [normalised(logp[0] + fitted + shift * np.array([0, 0, 1, 1]))[None] for shift in (0, 1, -30)]
+    losses_there = [equalities.pair_loss(Tensor(policy), logp, wins[None], 1.0).item() for policy in minimisers]
+    close(losses_there, losses_there[0], rtol=1e-14)
+    close([exact.total_variation(minimisers[0], other)[0] > 0.1 for other in minimisers], [False, True, True])
     wins[0, 2] = 1  # a link that leads one way: no way back
     assert not exact.has_maximum(wins)
 
@@ -176,6 +181,13 @@ def test_claims_hold(claims, world):
     results = list(claims(world, 1))
     assert results and not [claim for claim in results if claim.holds is False]
     assert all(math.isfinite(claim.number) for claim in results)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_separate_parts_hold_in_other_worlds(seed):
+    """The claims about parts that no comparison links hold in the worlds of the command, whatever the seed."""
+    claims = {claim.text: claim for claim in equalities.bradley_terry(equalities.small_world(seed), seed)}
+    assert len(claims) == 9 and all(claim.holds for claim in claims.values()), claims
 
 
 def test_the_optimum_of_dpo_is_pi_star(world):
@@ -294,8 +306,9 @@ def test_what_breaks_it_breaks_it(world):
     """
     rows = {row.name: row for row in assumptions.what_breaks_it(world, 0, steps=300)}
     assert rows["pi*"].tv == 0 and rows["DPO, nothing broken"].tv < 1e-3
-    assert rows["DPO, labels without noise"].kl > 2 * rows["pi*"].kl and rows["DPO, labels without noise"].tv > 0.3
-    assert rows["IPO, labels without noise"].kl < rows["DPO, labels without noise"].kl
+    certain = rows["DPO, labels without noise, 300 steps"]
+    assert certain.kl > 2 * rows["pi*"].kl and certain.tv > 0.3
+    assert rows["IPO, labels without noise"].kl < certain.kl
     flipped = [row for name, row in rows.items() if "flipped" in name]
     (robust,) = [row for row in flipped if "robust" in row.name]
     flipped.remove(robust)
@@ -304,12 +317,33 @@ def test_what_breaks_it_breaks_it(world):
     assert rows["IPO, nothing broken"].kl < 0.1 * rows["pi*"].kl
     under = [row for name, row in rows.items() if name.startswith("DPO under")]
     assert len(under) == 3 and all(row.kl > 2 * rows["pi*"].kl for row in under)
-    for name in ("DPO, 300 sampled pairs a prompt", "DPO, a reference without support for the ten best"):
+    for name in ("DPO, 300 sampled pairs a prompt, 300 steps", "DPO, a reference without support for the ten best"):
         assert rows[name].tv > 0.01
     row = assumptions.outcome("x", world, world.ref_logp, 0.5)
     assert row.kl == 0 and row.reward == pytest.approx(
         (np.exp(world.ref_logp) * world.reward).sum() / len(world.reward)
     )
+
+
+def test_a_row_names_its_steps_if_more_of_them_would_move_it():
+    """With twice the steps a table's row stays where it is, or is another row: its name has the steps."""
+    world = equalities.small_world(0, prompts=1)
+    once, twice = (assumptions.cases(world, 0, steps)[:-2] for steps in (300, 600))  # without the transformers
+    moved = {}
+    for case, longer in zip(once, twice):
+        row, later = case(), longer()
+        assert (row.name == later.name) == ("300 steps" not in row.name)
+        moved[row.name] = abs(later.kl - row.kl) > 1e-3
+    assert moved == {name: "300 steps" in name for name in moved} and sum(moved.values()) == 2
+
+
+def test_too_small_and_too_briefly_trained_are_two_rows():
+    """Three times the steps bring the large transformer near pi*; twelve times leave the small one far away."""
+    world = equalities.small_world(0)
+    brief, small = (case() for case in assumptions.cases(world, 0)[-2:])
+    assert "width 32, 100 steps: too brief" in brief.name and "width 4, 1200 steps: too small" in small.name
+    longer = equalities.fitted_transformer(world, equalities.all_pairs(world), 0.5, 0, 32, 2, 300)
+    assert assumptions.outcome("", world, longer, 0.5).tv < 0.02 < 0.1 < brief.tv < small.tv
 
 
 @given(beta=st.floats(0.02, 2), t=st.floats(0, 1e4))

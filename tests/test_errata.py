@@ -119,6 +119,7 @@ EXPECTED = {
         "certain label, beta 0.1: margin after 10000 steps": "53",
         "a chain of three responses, two labels, has a finite minimiser (1 yes, 0 no)": "0",
         "a cycle of three has one": "1",
+        "two such cycles that no label links have one": "1",
         "cycle: largest margin after 200 steps": ZERO,
         "cycle: loss there": "0.6931",
     },

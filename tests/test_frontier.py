@@ -34,7 +34,8 @@ def test_exact_methods_reach_the_frontier(points):
     for point in points:
         if point.kind in ("DPO, exact preferences", "policy gradient, true reward"):
             assert abs(point.shortfall) < 1e-6, point
-    for kind in ("DPO, 2,000 pairs", "policy gradient, reward from 2,000 pairs", "policy gradient, sampled"):
+    kinds = "DPO, 2,000 pairs, 300 steps", "policy gradient, reward from 2,000 pairs"
+    for kind in (*kinds, "policy gradient, sampled, 1,000 steps"):
         assert max(point.shortfall for point in points if point.kind == kind) > 1e-3
 
 
@@ -59,12 +60,46 @@ def test_most_reward_is_that_of_the_best_policy():
     """No random policy of the same KL has more reward; pi* has exactly that, and so has the reference at KL 0."""
     world = make(3)
     reference = (np.exp(world.ref_logp) * world.reward).sum(axis=-1).mean()
-    close(frontier.most_reward(world, 0.0), reference, atol=1e-5)
+    close(frontier.most_reward(world, 0.0), reference, rtol=0, atol=1e-15)
     for logp in equalities.random_policies(world, 0):
         kl, reward = frontier.kl_and_reward(world, logp)
         assert frontier.most_reward(world, kl) >= reward - 1e-9
     kl, reward = frontier.kl_and_reward(world, exact.optimum(world.ref_logp, world.reward, 0.3)[0])
-    close(frontier.most_reward(world, kl), reward, atol=1e-6)
+    close(frontier.most_reward(world, kl), reward, atol=1e-12)
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
+def test_the_frontier_is_exact_at_both_ends(scale):
+    """Near KL 0 and near the largest KL of any pi* it is pi*'s reward; beyond, that of the best responses, ties too."""
+    world = make(3)
+    reward = world.reward * scale
+    reward[:, 1] = reward.max(axis=-1)  # two best responses, and a third that is next to as good
+    reward[:, 2] = reward.max(axis=-1) - 1e-6 * scale
+    world = world._replace(reward=reward)
+    for beta in (1e-7, 1e-6, 1e-4, 1e-2, 1, 1e2, 1e4, 1e6):
+        kl, expected = frontier.kl_and_reward(world, exact.optimum(world.ref_logp, reward, beta * scale)[0])
+        close(frontier.most_reward(world, kl) / scale, expected / scale, rtol=0, atol=1e-9)
+    best = reward == reward.max(axis=-1, keepdims=True)
+    top = -np.log((np.exp(world.ref_logp) * best).sum(axis=-1)).mean()
+    for kl in (top + 1e-9, top + 1, 1e6):
+        close(frontier.most_reward(world, kl), reward.max(axis=-1).mean(), rtol=1e-15)
+    assert frontier.most_reward(world, top - 1e-3) < reward.max(axis=-1).mean()
+    assert frontier.most_reward(world, -1e-12) == frontier.kl_and_reward(world, world.ref_logp)[1]
+
+
+def test_a_point_above_the_frontier_is_negative(monkeypatch):
+    """A score that leaves out a tenth of the probability lies above the curve: its shortfall has a minus sign."""
+    world = make(0)
+    star = exact.optimum(world.ref_logp, world.reward, 0.5)[0]
+    planted = [("above", 0.5, star + np.log(0.9)), ("on", 0.5, star)]
+    planted.append(("below", 0.5, exact.optimum(world.ref_logp, -world.reward, 0.5)[0]))
+    monkeypatch.setattr(frontier, "policies", lambda world, seed: planted)
+    above, on, below = frontier.run([0], make)
+    assert above.shortfall < -0.01 and abs(on.shortfall) < 1e-9 and below.shortfall > 0.01
+    on = on._replace(shortfall=-1e-12)  # rounding is not above
+    rows = [row.split() for row in frontier.as_text([above, on, below]).splitlines()[1:]]
+    assert [row[-3] for row in rows] == [f"{point.shortfall:z.3f}" for point in (above, on, below)]
+    assert rows[0][-3].startswith("-") and rows[1][-3] == "0.000"
 
 
 @pytest.mark.parametrize("count", [1, 2, 5])

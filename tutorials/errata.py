@@ -439,13 +439,15 @@ def e15():
                 exact.has_maximum(chain)
             ),
             "a cycle of three has one": float(exact.has_maximum(cycle)),
+            "two such cycles that no label links have one": float(exact.has_maximum(np.kron(np.eye(2), cycle))),
             "cycle: largest margin after 200 steps": float(abs(out.margin.data).max()),
             "cycle: loss there": out.loss.item(),
         },
         "It holds at the population optimum, with Bradley-Terry labels, full support and a free policy class. With "
         "deterministic labels of a reward without ties the margin grows for ever, whatever beta (Azar et al., arXiv "
         "2310.12036). Draw an arrow from each response to those that it was preferred to: a finite minimiser exists "
-        "only if, along arrows, you can get from each response to every other one that it is linked with (Ford 1957).",
+        "exactly if every arrow has a way back along arrows (Ford 1957). It is unique up to a constant for each part "
+        "of the responses that labels link.",
     )
 
 

@@ -109,6 +109,7 @@ def exact(*, plot: o.Plot = None, seed: o.Seed = 0) -> int:
             claims.append(claim)
             print(f"  {VERDICTS[claim.holds]} {claim.number:>10.2e}  {claim.text}", flush=True)
     print("\nWhat breaks it, at beta 0.5: total variation to pi*, true reward, KL to the reference in nats")
+    print("A row that names its steps is a snapshot: further training would move it.")
     for row in computed:
         print(f"  {row.tv:7.4f} {row.reward:z7.3f} {row.kl:z8.3f}  {row.name}", flush=True)
     verdicts = [claim.holds for claim in claims if claim.holds is not None]

@@ -21,7 +21,7 @@ from .equalities import Claim, World, at_most
 class Outcome(NamedTuple):
     """Distances and reward of a policy, averaged over the prompts."""
 
-    name: str
+    name: str  # with the number of steps if more of them would move the policy: the row is a snapshot
     tv: float  # to pi*
     reward: float  # true, in expectation
     kl: float  # to the reference
@@ -35,12 +35,12 @@ def outcome(name: str, world: World, logp: Array, beta: float) -> Outcome:
     return Outcome(name, *(float(measure.mean()) for measure in measures))
 
 
-def what_breaks_it(world: World, seed: int, steps: int = 1500) -> list[Outcome]:
+def what_breaks_it(world: World, seed: int, steps: int = 500) -> list[Outcome]:
     """pi* at beta 0.5, and the policies that DPO and its relatives reach, most of them when one assumption fails."""
-    return [case() for case in cases(world, seed, steps)]
+    return [case() for case in cases(world, seed, steps)]  # 300 are enough for a table whose loss has a minimiser
 
 
-def cases(world: World, seed: int, steps: int = 1500) -> list[Callable[[], Outcome]]:
+def cases(world: World, seed: int, steps: int = 500) -> list[Callable[[], Outcome]]:
     """The rows of `what_breaks_it`, each a function to call, which may take seconds."""
     beta, dpo, ipo = 0.5, equalities.pair_loss, equalities.square_loss
     probabilities = equalities.all_pairs(world)
@@ -61,23 +61,26 @@ def cases(world: World, seed: int, steps: int = 1500) -> list[Callable[[], Outco
     narrow = world.ref_logp.copy()  # gives almost no probability to the ten best responses
     numpy.put_along_axis(narrow, world.reward.argsort(axis=-1)[:, -10:], -300.0, axis=-1)
     narrow = ops.log_softmax.raw(narrow)[0]
-    small = partial(equalities.fitted_transformer, world, probabilities, beta, seed, 4, 1, 300)
+    # Width 32, 2 layers, is within 1e-5 after 1500 steps. Width 4, 1 layer: TV 0.33, 0.31, 0.33, 0.34, 0.32 after 300,
+    # 600, 1200, 2400, 4800, though its loss still falls; 0.20 after 9600 at ten times the rate.
+    transformer = partial(equalities.fitted_transformer, world, probabilities, beta, seed)
     policies: dict[str, Callable[[], Array]] = {
         "pi*": lambda: exact.optimum(world.ref_logp, world.reward, beta)[0],
         "the reference": lambda: world.ref_logp,
         "DPO, nothing broken": partial(table, dpo, probabilities),
         "IPO, nothing broken": partial(optima.ipo_optimum, world, probabilities, beta),
         **{f"DPO under {name}": partial(optima.optimum_under, world, name, beta) for name in optima.DIVERGENCES},
-        "DPO, 300 sampled pairs a prompt": partial(table, dpo, pairs),
+        f"DPO, 300 sampled pairs a prompt, {steps} steps": partial(table, dpo, pairs),
         "IPO, 300 sampled pairs a prompt": partial(table, ipo, pairs),
-        "DPO, labels without noise": partial(table, dpo, certain),
+        f"DPO, labels without noise, {steps} steps": partial(table, dpo, certain),
         "IPO, labels without noise": partial(table, ipo, certain),
         "DPO, 30% of labels flipped": partial(table, dpo, flipped(probabilities)),
         "cDPO at e = 0.3, 30% of labels flipped": partial(table, dpo, flipped(flipped(probabilities))),
         "robust DPO at e = 0.3, 30% of labels flipped": partial(table, robust, flipped(probabilities)),
         "IPO, 30% of labels flipped": partial(table, ipo, flipped(probabilities)),
         "DPO, a reference without support for the ten best": partial(table, dpo, probabilities, narrow),
-        "DPO, a transformer too small (1 layer of width 4)": small,
+        "DPO, transformer of width 32, 100 steps: too brief": partial(transformer, 32, 2, 100),
+        "DPO, transformer of width 4, 1200 steps: too small": partial(transformer, 4, 1, 1200),
     }
     return [partial(lambda name, logp: outcome(name, world, logp(), beta), *item) for item in policies.items()]
 

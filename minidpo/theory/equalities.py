@@ -94,7 +94,7 @@ def all_pairs(world: World) -> Array:
 
 
 def bradley_terry(world: World, seed: int) -> Iterator[Claim]:
-    """Preferences fix the rewards up to a constant per prompt, if they fix them at all."""
+    """Preferences fix the rewards up to a constant in each part of the responses that they link, if at all."""
     probabilities = exact.preference_probabilities(world.reward)
     fitted = numpy.stack([exact.fitted_rewards(p)[0] for p in probabilities])
     centred = world.reward - world.reward.mean(axis=-1, keepdims=True)
@@ -115,6 +115,21 @@ def bradley_terry(world: World, seed: int) -> Iterator[Claim]:
     yield Claim(text, float(loss), not exact.has_maximum(chain) and loss < 1e-15)
     cycle = exact.fitted_rewards(numpy.roll(numpy.eye(3), 1, axis=1))[0]
     yield at_most("a cycle of three labels is fitted best by equal rewards", abs(cycle).max(), 1e-12)
+    part = numpy.array([0, 0, 0, 1, 1])  # no label links 0, 1 and 2 with 3 and 4
+    same = part[:, None] == part
+    mean, wins = same / same.sum(axis=1), probabilities[:, :5, :5] * same  # (5, 5), (P, 5, 5)
+    fit = numpy.stack([exact.fitted_rewards(w)[0] for w in wins])
+    error = abs(fit - (world.reward[:, :5] @ (numpy.eye(5) - mean))).max()
+    yield at_most("two parts that no label links have a finite fit, true up to a constant for each", error, 1e-9)
+    loss = functools.partial(pair_loss, ref_logp=numpy.zeros_like(fit), wins=wins, beta=1.0)
+    change = max(abs(loss(Tensor(fit + c * part)).item() - loss(Tensor(fit)).item()) for c in (-10, 1, 100))
+    yield at_most("raise one part by -10, 1 or 100: the loss changes by", change, 1e-14)
+    table = {"reward": Tensor(stream(seed, "start").normal(size=fit.shape), requires_grad=True)}
+    path = descent((table, lambda: table["reward"]), loss, optim.SGD, [25.0] * 1000)
+    error = abs(path[-1] @ (numpy.eye(5) - mean) - fit).max()
+    yield at_most("1000 steps of gradient descent from elsewhere end at the same rewards within each part", error, 1e-9)
+    change = abs((path[-1] - path[0]) @ mean).max()
+    yield at_most("and leave the mean of each part where it was: no label says how far they are apart", change, 1e-12)
     error = max(
         abs(math.exp(exact.plackett_luce(world.reward[0], [i, j])) - probabilities[0, i, j])
         for i, j in ((0, 1), (5, 3), (len(world.responses) - 1, 2))

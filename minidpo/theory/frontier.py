@@ -35,7 +35,7 @@ class Point(NamedTuple):
     seed: int
     kl: float  # KL(pi || pi_ref), nats
     reward: float  # E[r], true
-    shortfall: float  # the most reward that any policy has at this KL, less this reward
+    shortfall: float  # the most reward that any policy has at this KL, less this reward; negative above the curve
 
 
 def best_of(world: World, count: int) -> Array:
@@ -61,7 +61,7 @@ def learned_reward(wins: Array, prior: float = 1e-3) -> Array:
     def loss(r: Tensor) -> Tensor:
         return pair_loss(r, zeros, wins, 1.0) + prior * ops.mean(r * r)
 
-    return descent((reward, lambda: reward["reward"] * 1.0), loss, ADAM, cosine(STEPS, 0.1))[-1]
+    return descent((reward, lambda: reward["reward"] * 1.0), loss, ADAM, cosine(STEPS, 1.0))[-1]
 
 
 def sampled_policy(world: World, beta: float, rng: numpy.random.Generator, batch: int = 64) -> Array:
@@ -98,11 +98,11 @@ def policies(world: World, seed: int) -> Iterator[tuple[str, float, Array]]:
     for beta in BETAS:
         rng = stream(seed, "frontier", "samples", str(beta))
         loss = partial(pair_loss, ref_logp=world.ref_logp, wins=wins, beta=beta)
-        yield "DPO, 2,000 pairs", beta, fitted_table(world, loss, STEPS, 0.1)
+        yield f"DPO, 2,000 pairs, {STEPS} steps", beta, fitted_table(world, loss, STEPS, 0.1)
         yield "policy gradient, true reward", beta, natural_policy(world, world.reward, beta, 100)
         yield "DPO, exact preferences", beta, equalities.newton(world, exact_wins, beta)[0]
         yield "policy gradient, reward from 2,000 pairs", beta, natural_policy(world, reward, beta, 100)
-        yield "policy gradient, sampled", beta, sampled_policy(world, beta, rng)
+        yield "policy gradient, sampled, 1,000 steps", beta, sampled_policy(world, beta, rng)
         yield "IPO, exact preferences", beta, optima.ipo_optimum(world, exact_wins, beta)
         smooth = (1 - optima.FLIPPED) * exact_wins + optima.FLIPPED * exact_wins.transpose(0, 2, 1)
         yield f"cDPO at e = {optima.FLIPPED}, exact preferences", beta, equalities.newton(world, smooth, beta)[0]
@@ -122,8 +122,15 @@ def kl_and_reward(world: World, logp: Array) -> tuple[float, float]:
 
 
 def most_reward(world: World, kl: float) -> float:
-    """The largest mean reward of any policy with this mean KL: that of pi*(beta) with this KL."""
-    low, high = 1e-4, 1e6
+    """The largest mean reward of any policy with at most this mean KL: that of pi*(beta) with this KL.
+
+    From the reference, where beta is infinite and the KL 0, to the reference restricted to the best responses (beta 0).
+    """
+    best = world.reward.max(axis=-1, keepdims=True)
+    top = ops.log_softmax.raw(numpy.where(world.reward == best, world.ref_logp, -numpy.inf))[0]
+    if not 0 < kl < kl_and_reward(world, top)[0]:
+        return kl_and_reward(world, top if kl > 0 else world.ref_logp)[1]
+    low, high = numpy.ptp(world.reward) * numpy.array([1e-9, 1e9])
     for _ in range(200):
         beta = (low * high) ** 0.5
         star, _ = exact.optimum(world.ref_logp, world.reward, beta)
@@ -149,7 +156,7 @@ def as_text(points: Sequence[Point]) -> str:
         for name in ("kl", "reward", "shortfall"):
             values = [getattr(point, name) for point in same]
             spread = statistics.stdev(values) if len(values) > 1 else 0.0
-            row += f"{statistics.fmean(values):>10.3f} ± {spread:5.3f}"
+            row += f"{statistics.fmean(values):>z10.3f} ± {spread:5.3f}"
         rows.append(row)
     return "\n".join(rows)
 
