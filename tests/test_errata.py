@@ -12,7 +12,7 @@ import pytest
 pytestmark = pytest.mark.slow
 
 SCRIPT = Path(__file__).parents[1] / "tutorials" / "errata.py"
-IDS = [f"E{n}" for n in range(1, 26)]
+IDS = [f"E{n}" for n in range(1, 30)]
 ZERO, ONE = (-1e-10, 1e-10), (1 - 1e-10, 1 + 1e-10)
 POSITIVE, NEGATIVE = (1e-3, math.inf), (-math.inf, -1e-3)
 
