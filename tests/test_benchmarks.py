@@ -172,7 +172,7 @@ def planted(figures, seeds=(0, 1, 2)):
     curve = [{"step": step, "margin": 1.0, "rise": 1.0} for step in (0, 20)]
     results = {"budget": story.BUDGET, "sft": {str(seed): dict.fromkeys(columns, 1.0) for seed in seeds}, "runs": []}
     for seed, name in itertools.product(seeds, story.RUNS):
-        models = {model: dict.fromkeys(columns, 1.0) for model in story.MODELS}
+        models = {model: {**dict.fromkeys(columns, 1.0), "step": 200} for model in story.MODELS}
         results["runs"].append({"seed": seed, "run": name, **models, "curve": curve, "batches": [1.0]})
     for (name, model, column), values in figures.items():
         for seed, value in zip(seeds, values, strict=True):
@@ -284,7 +284,9 @@ def test_verdicts_follow_from_the_interval():
     table = story.verdicts(results)
     assert "| 0.98 ± 0.02 | yes |" in table and "| 0.35 ± 0.12 | no |" in table  # 4.30 s/sqrt(3)
     first, second = story.tables(results)
-    assert "| DPO, beta 0.1 | last | 1 | 0.20 ± 0.25 | 3 of 3 |" in first and "| SFT |  |  | 1.00 ± 0.00 |  |" in first
+    assert (
+        "| DPO, beta 0.1 | last | 200 | 0.20 ± 0.25 | 3 of 3 |" in first and "| SFT |  |  | 1.00 ± 0.00 |  |" in first
+    )
     assert len(first.splitlines()) == len(second.splitlines()) == 2 + 1 + 2 * 14
 
 
