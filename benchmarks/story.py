@@ -319,8 +319,9 @@ def claims(results):
         figures = [[runs[f"beta {beta:g}", seed] for seed in seeds] for beta in BETAS]
         return np.polyfit(np.log2(BETAS), figures, 1)[0]
 
-    def cancelled(name):
-        return 1 - abs(of(name, "length_reward")) / abs(of(name, "length_logp"))
+    def bias(name, column):
+        """How far a correlation with length is from that of the true reward."""
+        return abs(of(name, column) - of(name, "length_true"))
 
     dpo, nll = "beta 0.1", "beta 0.1 nll"
     first = results["budget"]["evaluate_every"]
@@ -343,9 +344,12 @@ def claims(results):
          of("SFT", "length_logp") - of("no reference", "length_logp")),
         ("its log pi depends more on length than DPO's", "correlation with length, DPO's less its own",
          of(dpo, "length_logp") - of("no reference", "length_logp")),
-        ("the reference cancels most of the length bias", "share of the correlation that is gone in the reward",
-         cancelled(dpo), 2, 0.5),
-        ("with an NLL term it does", "the same with the NLL term", cancelled(nll), 2, 0.5),
+        ("in the reward length bias cancels, with an NLL term", "distance to the true reward's, log pi less reward",
+         bias(nll, "length_logp") - bias(nll, "length_reward")),
+        ("most of it cancels", "share of that distance that is gone",
+         1 - bias(nll, "length_reward") / bias(nll, "length_logp"), 2, 0.5),
+        ("it cancels without an NLL term", "distance to the true reward's, log pi less reward",
+         bias(dpo, "length_logp") - bias(dpo, "length_reward")),
         ("the base model is a poor reference", "true reward at the last step, SFT as reference less base",
          of(dpo, "reward") - of("base reference", "reward")),
         ("at the best step it is", "the same at the best steps",

@@ -256,8 +256,8 @@ def test_verdicts_follow_from_the_interval():
         ("beta 0.1", "last", "reward"): [0.1, 0.2, 0.3],  # SFT has 1
         ("base reference", "last", "reward"): [0.0, 0.0, 0.0],
         ("no reference", "last", "length"): [0.0, 1.0, 2.0],  # SFT has 1
-        ("beta 0.1", "last", "length_logp"): [-0.5, -0.5, -0.5],
-        ("beta 0.1", "last", "length_reward"): [0.1, 0.12, 0.08],  # 80 % is gone
+        ("beta 0.1 nll", "last", "length_logp"): [-0.5, -0.5, -0.5],  # the true reward has 1
+        ("beta 0.1 nll", "last", "length_reward"): [0.7, 0.73, 0.67],  # 80 % is gone
         **{(f"beta {beta:g}", "last", "kl"): [-np.log2(beta), -2 * np.log2(beta), -1.5 * np.log2(beta)]
            for beta in story.BETAS},
     })  # fmt: skip
@@ -273,14 +273,14 @@ def test_verdicts_follow_from_the_interval():
         "DPO is stable: it does not end below its start": "no",
         "the base model is a poor reference": "not established",  # 0.2 ± 0.25
         "without a reference DPO learns that shorter is better": "not established",
-        "the reference cancels most of the length bias": "yes",
+        "most of it cancels": "yes",
         "a larger beta ends closer to SFT": "yes",
         "a larger beta is faster in the first steps": "no",
         "a larger beta is ahead at step 20": "not established",
     }
     assert {sentence: found[sentence].verdict for sentence in expected} == expected
     np.testing.assert_allclose(found["a larger beta ends closer to SFT"].values, [1, 2, 1.5])
-    np.testing.assert_allclose(found["the reference cancels most of the length bias"].values, [0.8, 0.76, 0.84])
+    np.testing.assert_allclose(found["most of it cancels"].values, [0.8, 0.82, 0.78])
     table = story.verdicts(results)
     assert "| 0.98 ± 0.02 | yes |" in table and "| 0.35 ± 0.12 | no |" in table  # 4.30 s/sqrt(3)
     first, second = story.tables(results)
