@@ -90,10 +90,16 @@ def rows_of(runs, name):
         yield kind, beta, [run["test"] for run in own if run["beta"] == beta]
 
 
-def interval(values, digits):
+def estimate(values):
     """The mean and half the length of its 95 % interval."""
     half = STUDENT.get(len(values), math.nan) * (statistics.stdev(values) if len(values) > 1 else math.nan)
-    return f"{statistics.fmean(values):.{digits}f} ± {half / len(values) ** 0.5:.{digits}f}"
+    return statistics.fmean(values), half / len(values) ** 0.5
+
+
+def interval(values, digits):
+    """The same, as a table shows them."""
+    mean, half = estimate(values)
+    return f"{mean:.{digits}f} ± {half:.{digits}f}"
 
 
 def as_table(runs):

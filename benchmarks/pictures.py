@@ -16,6 +16,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from benchmarks import story
 from minidpo import cli, plots
 from minidpo.run.files import write_whole
 
@@ -66,6 +67,72 @@ def collapse(path):
     plots.picture(path, panels, transparent=True)
 
 
+def usual_story(path, results=None):
+    """True reward against KL to SFT, last and best step of every run: means over the seeds, one faint dot a seed."""
+    results = results or json.loads(story.RESULTS.read_text())
+    matplotlib, figures = (importlib.import_module(name) for name in ("matplotlib", "matplotlib.figure"))
+    sft = statistics.fmean(story.values(results, "SFT", "", "reward"))
+    groups = [  # colour, name, runs, and the places of their labels
+        (plots.PALETTE[0], "DPO", [f"beta {beta:g}" for beta in story.BETAS]),
+        (plots.PALETTE[2], "DPO and NLL", [f"beta {beta:g} nll" for beta in story.BETAS]),
+        (plots.PALETTE[1], "no reference", ["no reference"]),
+        (plots.PALETTE[3], "base as reference", ["base reference"]),
+        (plots.PALETTE[4], "SFT on chosen", ["sft chosen"]),
+        (plots.PALETTE[5], "SFT on both", ["sft both"]),
+    ]
+    with matplotlib.rc_context(plots.STYLE):
+        figure = figures.Figure(figsize=(6.4, 7.6), layout="constrained")
+        for axes, model in zip(figure.subplots(2, 1, sharex=True, sharey=True), story.MODELS):
+            for color, name, runs in groups:
+                kls, rewards = ([story.values(results, run, model, key) for run in runs] for key in ("kl", "reward"))
+                x, y = ([statistics.fmean(each) for each in rows] for rows in (kls, rewards))
+                axes.plot(kls, rewards, "o", color=color, markersize=3, alpha=0.45, linewidth=0)
+                axes.plot(x, y, "o-", color=color, markersize=7, linewidth=1.2, label=name)
+                for run, *place in zip(runs, x, y):
+                    if run.startswith("beta"):
+                        beta = run.split()[1]
+                        up = 7 if "nll" in run else -14
+                        axes.annotate(beta, place, (0, up), textcoords="offset points", color=color, ha="center")
+            axes.axhline(sft, color=plots.INK, linestyle="--", linewidth=1)
+            axes.annotate(
+                "SFT", (1, sft), (-4, 3), xycoords=("axes fraction", "data"), textcoords="offset points", ha="right"
+            )
+            axes.set(xscale="log", ylabel="true reward, from -4 to 3")
+            axes.set_title({"last": "at the last step", "best": "at the best step by held-out loss"}[model])
+        axes.set_xlabel("KL to SFT, nats a reply; numbers are beta")
+        handles, labels = axes.get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=3)
+        figure.savefig(path, dpi=120, transparent=True, metadata={"Software": None})
+
+
+def ppo_beside_dpo(path):
+    """True reward by texts and by KL, PPO and DPO; and the learned reward of a brief leash: means over the seeds."""
+    document = json.loads((HERE / "results" / "ppo.json").read_text())
+
+    def curve(label, name, x, y, faint=False, **kinds):
+        """A mean over the seeds; the spread is one standard deviation each way."""
+        runs = [run["rows"] for run in document["runs"] if run["name"] == name]
+        columns = [[[row[column] for row in rows] for rows in zip(*runs)] for column in (x, y)]
+        across, up = ([statistics.fmean(values) for values in column] for column in columns)
+        return plots.Curve(label, across, up, faint=faint, error=[statistics.stdev(v) for v in columns[1]], **kinds)
+
+    names = {"PPO, true reward": "PPO, true reward", "PPO, learned reward": "PPO, learned reward"}
+    names |= {"DPO": "DPO", "DPO and 2 NLL": "DPO and NLL"}
+    optima = [row for row in document["optima"] if row["kl"] > 0.01]
+    best = plots.Curve("pi*, exact", *([row[key] for row in optima] for key in ("kl", "reward")), faint=True)
+    leash, unit = "PPO, learned reward, beta 0.02", "from -4 to 3"
+    panels = [
+        plots.Panel("true reward by texts, sampled or read", "texts", unit,
+                    [curve(label, name, "texts", "reward") for name, label in names.items()]),
+        plots.Panel("true reward by KL to SFT", "KL, nats a reply", unit,
+                    [curve(label, name, "kl", "reward", marker=".") for name, label in names.items()] + [best]),
+        plots.Panel("PPO at beta 0.02: what its reward model says, and what is true", "texts", "reward",
+                    [curve(f"{kind} reward", leash, "texts", column) for kind, column in
+                     (("learned", "learned"), ("true", "reward"))]),
+    ]  # fmt: skip
+    plots.picture(path, panels, transparent=True)
+
+
 def family(path):
     """What `minidpo losses --plot` draws, in 64 colours that keep its own apart: a page loads on a phone."""
     image = importlib.import_module("PIL.Image")  # which matplotlib needs, too
@@ -95,6 +162,10 @@ if __name__ == "__main__":
         sys.exit('pictures need matplotlib: python -m pip install -e ".[plot]"')
     demo_rewards(HERE / "results" / "demo.png")
     collapse(HERE / "results" / "collapse.png")
+    usual_story(HERE / "results" / "story.png")
+    ppo_beside_dpo(HERE / "results" / "ppo.png")
     family(HERE / "results" / "losses.png")
     tutorial_pictures(TUTORIALS / "pictures")
-    print(f"drawn: {HERE / 'results' / 'demo.png'}, collapse.png, losses.png, {TUTORIALS / 'pictures'}")
+    print(
+        f"drawn: {HERE / 'results' / 'demo.png'}, collapse.png, story.png, ppo.png, losses.png, {TUTORIALS / 'pictures'}"
+    )

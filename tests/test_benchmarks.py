@@ -1,17 +1,24 @@
 """Benchmarks do the work that they describe, check results before they time them, and count operations exactly."""
 
+import itertools
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from benchmarks import family as eight
 from benchmarks import ppo as beside
-from benchmarks import sampling, speed, trl, workload
+from benchmarks import sampling, speed, story, trl, workload
 from benchmarks.contenders import ours
 from benchmarks.workload import SIZES, Size, draw
 from minidpo import Tensor, checkpoint, cli, explain, generation, losses, ops, scoring, world
+from minidpo.audit import replies
+from minidpo.cli import desk
+from minidpo.run import report
+from minidpo.tokenizer import TURN
 
 SMALL = Size(vocab=11, n_embd=8, n_layer=2, n_head=2, T=16, pairs=6)
 
@@ -203,3 +210,175 @@ def test_the_run_that_trl_is_compared_with_is_that_of_the_command(tmp_path, monk
     for line, step in zip(lines, log, strict=True):
         assert step["loss"] == pytest.approx(line["loss"], abs=1e-6)
         assert step["grad_norm"] == pytest.approx(line["grad_norm"], rel=1e-4)
+
+
+# ---- the usual story --------------------------------------------------------------------------------------
+
+
+def planted(figures, seeds=(0, 1, 2)):
+    """Results whose figures are all 1, but for those given as {(run, model, column): figures by seed}."""
+    columns = [*story.OF_REPLIES, *story.OF_PAIRS, "length_true"]
+    curve = [{"step": step, "margin": 1.0, "rise": 1.0} for step in (0, 20)]
+    results = {"budget": story.BUDGET, "sft": {str(seed): dict.fromkeys(columns, 1.0) for seed in seeds}, "runs": []}
+    for seed, name in itertools.product(seeds, story.RUNS):
+        models = {model: {**dict.fromkeys(columns, 1.0), "step": 200} for model in story.MODELS}
+        results["runs"].append({"seed": seed, "run": name, **models, "curve": curve, "batches": [1.0]})
+    for (name, model, column), values in figures.items():
+        for seed, value in zip(seeds, values, strict=True):
+            row = next(row for row in results["runs"] if (row["seed"], row["run"]) == (seed, name))
+            row[model][column] = value
+    return results
+
+
+def test_the_story_repeats_no_run_that_its_results_hold(tmp_path, monkeypatch):
+    """After a fault only what is missing runs; other settings than the folder's are refused."""
+    calls = []
+
+    def one_run(folder, seed, name, budget, count):
+        calls.append((seed, name))
+        if len(calls) == 9:
+            raise RuntimeError("the power failed")
+        return {"last": {"reward": float(seed)}}
+
+    def prepare(folder, seed, count):
+        calls.append((seed, "SFT"))
+        return {"reward": 0.0}
+
+    monkeypatch.setattr(story, "one_run", one_run)
+    monkeypatch.setattr(story, "prepare", prepare)
+    names = ("sft both", "no reference", "beta 1")
+    with pytest.raises(RuntimeError, match="power"):
+        story.run(tmp_path, [0, 1, 2], ThreadPoolExecutor(1), names)
+    results = json.loads((tmp_path / "results.json").read_text())
+    held = {(row["seed"], row["run"]) for row in results["runs"]} | {(int(seed), "SFT") for seed in results["sft"]}
+    assert 1 <= len(held) < 12
+    calls[:] = [None] * 10  # so that none fails now
+    results = story.run(tmp_path, [0, 1, 2], ThreadPoolExecutor(2), names)
+    every = {(seed, name) for seed in range(3) for name in (*names, "SFT")}
+    assert sorted(calls[10:]) == sorted(every - held)
+    assert {(row["seed"], row["run"]) for row in results["runs"]} == {key for key in every if key[1] != "SFT"}
+    assert results == json.loads((tmp_path / "results.json").read_text())
+    with pytest.raises(ValueError, match="choose another folder"):
+        story.run(tmp_path, [0], ThreadPoolExecutor(1), names, count=7)
+
+
+@pytest.mark.parametrize(
+    ("reply", "share"),
+    [("", 0), ("abc", 0), ("abcd", 0), ("aaaaaa", 2 / 3), ("abcdabcd", 1 / 5), ("abcdeabcdabcd", 2 / 10)],
+)
+def test_repeated_4_grams_are_those_that_stood_before(reply, share):
+    """By hand: aaaa thrice; abcd twice among five, and three times among ten."""
+    assert story.repeated(reply) == pytest.approx(share)
+
+
+def test_figures_of_pairs_are_those_of_numpy():
+    """Correlations, slopes, rise and accuracy, from numbers drawn at random, for each kind of reference."""
+    rng = np.random.default_rng(0)
+    rows = world.preferences(world.split(0)[2], 40, rng)
+    pairs = [SimpleNamespace(prompt=row["prompt"] + TURN, responses=(row["chosen"], row["rejected"])) for row in rows]
+    ids = [([0], *([0] * len(row[key]) + [0] for key in ("chosen", "rejected"))) for row in rows]
+    lengths = np.array([[len(y) + 1 for y in row.responses] for row in pairs]).T
+    logps, sft, base = rng.normal(-30, 5, (3, 2, 40))
+    logps[:, 7] = base[:, 7]  # the base as reference sees a tie
+    true = np.array(
+        [[world.judgement(row["prompt"], row[key]).reward for row in rows] for key in ("chosen", "rejected")]
+    )
+    for name, ref in {"beta 0.1": sft, "base reference": base, "no reference": 0 * base}.items():
+        row = story.of_pairs(SimpleNamespace(rows=pairs, ids=ids), logps, sft, base, name)
+        for key, x in {"logp": logps, "reward": logps - sft, "own": logps - ref, "true": true}.items():
+            both = lengths[0] - lengths[1], x[0] - x[1]
+            np.testing.assert_allclose(row[f"length_{key}"], np.corrcoef(*both)[0, 1], atol=1e-12)
+            np.testing.assert_allclose(row[f"slope_{key}"], np.polyfit(*both, 1)[0], atol=1e-12)
+        margin = np.subtract(*(logps - ref))
+        np.testing.assert_allclose(row["accuracy"], np.where(margin == 0, 0.5, margin > 0).mean())
+        np.testing.assert_allclose(row["rise"], (sft[0] - logps[0]).sum() / lengths[0].sum())
+    assert (np.subtract(*(logps - base)) == 0).sum() == 1
+    assert story.correlation([1, 2, 3], [5, 5, 5]) == 0  # a policy equal to its reference
+
+
+def test_verdicts_follow_from_the_interval():
+    """Well above its threshold a sentence holds, well below it does not, and around it nothing is established."""
+    results = planted({
+        ("beta 0.1", "last", "well_formed"): [0.97, 0.98, 0.99],  # above 0.9
+        ("beta 0.1", "best", "well_formed"): [0.5, 0.9, 1.3],  # around it
+        ("beta 0.1 nll", "last", "well_formed"): [0.4, 0.3, 0.35],  # below it
+        ("beta 0.1", "last", "reward"): [0.1, 0.2, 0.3],  # SFT has 1
+        ("base reference", "last", "reward"): [0.0, 0.0, 0.0],
+        ("no reference", "last", "length"): [0.0, 1.0, 2.0],  # SFT has 1
+        ("beta 0.1 nll", "last", "length_logp"): [-0.5, -0.5, -0.5],  # the true reward has 1
+        ("beta 0.1 nll", "last", "length_reward"): [0.7, 0.73, 0.67],  # 80 % is gone
+        **{(f"beta {beta:g}", "last", "kl"): [-np.log2(beta), -2 * np.log2(beta), -1.5 * np.log2(beta)]
+           for beta in story.BETAS},
+    })  # fmt: skip
+    for row in results["runs"]:
+        if row["run"] in ("beta 0.5", "beta 1"):
+            row["batches"] = [0.9 - 0.01 * row["seed"]]
+            row["curve"] = [{}, {"margin": float(row["seed"])}]  # the others have 1
+    found = {claim.sentence: claim for claim in story.claims(results)}
+    expected = {
+        "the reference prevents collapse": "yes",
+        "validation stops before the collapse": "not established",
+        "an NLL term prevents the collapse": "no",
+        "DPO is stable: it does not end below its start": "no",
+        "the base model is a poor reference": "not established",  # 0.2 ± 0.25
+        "without a reference DPO learns that shorter is better": "not established",
+        "most of it cancels": "yes",
+        "a larger beta ends closer to SFT": "yes",
+        "a larger beta is faster in the first steps": "no",
+        "a larger beta is ahead at step 20": "not established",
+    }
+    assert {sentence: found[sentence].verdict for sentence in expected} == expected
+    np.testing.assert_allclose(found["a larger beta ends closer to SFT"].values, [1, 2, 1.5])
+    np.testing.assert_allclose(found["most of it cancels"].values, [0.8, 0.82, 0.78])
+    table = story.verdicts(results)
+    assert "| 0.98 ± 0.02 | yes |" in table and "| 0.35 ± 0.12 | no |" in table  # 4.30 s/sqrt(3)
+    first, second = story.tables(results)
+    assert (
+        "| DPO, beta 0.1 | last | 200 | 0.20 ± 0.25 | 3 of 3 |" in first and "| SFT |  |  | 1.00 ± 0.00 |  |" in first
+    )
+    assert len(first.splitlines()) == len(second.splitlines()) == 2 + 1 + 2 * 14
+
+
+TINY = desk.Sizes(
+    texts=60, completions=40, pairs=40, held_out=10, steps={"pretrain": 4, "sft": 3},
+    model=["--n-embd=8", "--n-layer=1", "--n-head=2", "--n-positions=110"], replies=30,
+)  # fmt: skip
+
+
+def test_a_small_story_is_trained_judged_and_resumed(tmp_path, monkeypatch):
+    """Runs start from one SFT model, each against its own reference; what is trained already is only judged again."""
+    monkeypatch.setattr(desk, "FULL", TINY)
+    monkeypatch.setattr(report, "installed", lambda: False)  # no curves
+    names = ("sft chosen", "no reference", "base reference", "beta 1 nll")
+    budget = {**story.BUDGET, "steps": 3, "evaluate_every": 2, "batch_size": 4}
+    monkeypatch.setattr(story, "WINDOW", 2)
+    results = story.run(tmp_path, [0], ThreadPoolExecutor(1), names, budget, count=6)
+    folder, rows = tmp_path / "seed0", {row["run"]: row for row in results["runs"]}
+    assert set(rows) == set(names) and abs(results["sft"]["0"]["kl"]) < 1e-5
+    words = {name: (folder / name.replace(" ", "-") / "run.json").read_text() for name in names}
+    assert all(f"--init={folder / 'sft'}" in text and "--steps=3" in text for text in words.values())
+    assert (
+        f"--reference={folder / 'pretrain'}" in words["base reference"] and "--responses=chosen" in words["sft chosen"]
+    )
+    assert "--loss=reference-free" in words["no reference"] and "--nll-weight=2" in words["beta 1 nll"]
+    row = rows["beta 1 nll"]
+    assert row["last"]["step"] == 3 and [point["step"] for point in row["curve"]] == [0, 2, 3]
+    assert row["curve"][0]["margin"] == 0 and len(row["batches"]) == 2 and "curve" not in rows["sft chosen"]
+    assert row["last"]["length_own"] == row["last"]["length_reward"]
+    other = rows["base reference"]
+    assert other["last"]["length_own"] != other["last"]["length_reward"] and other["curve"][0]["margin"] != 0
+    free = rows["no reference"]["last"]
+    assert free["length_own"] == free["length_logp"] != free["length_reward"]
+    log = folder / "beta-1-nll" / "metrics.jsonl"
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    margins = [line["rewards/margins"] for line in lines if "rewards/margins" in line]  # beta is 1
+    assert row["batches"] == pytest.approx([np.mean(margins[:2]), margins[2]])
+    model = checkpoint.load(folder / "beta-1-nll" / "step-000003")
+    own = replies.judged(model, checkpoint.load(folder / "sft"), desk.test_prompts(0, 6), 0)
+    assert row["last"]["kl"] == pytest.approx(np.mean(own.ratios)) and row["last"]["length"] == np.mean(own.lengths)
+    before = log.read_bytes()
+    (tmp_path / "results.json").unlink()
+    again = story.run(tmp_path, [0], ThreadPoolExecutor(1), names, budget, count=6)
+    plain = [{key: value for key, value in row.items() if key != "cpu_seconds"} for row in again["runs"]]
+    assert plain == [{key: value for key, value in row.items() if key != "cpu_seconds"} for row in results["runs"]]
+    assert log.read_bytes() == before and "nothing left to train" in (folder / "beta-1-nll.log").read_text()
