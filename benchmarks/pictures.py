@@ -166,6 +166,5 @@ if __name__ == "__main__":
     ppo_beside_dpo(HERE / "results" / "ppo.png")
     family(HERE / "results" / "losses.png")
     tutorial_pictures(TUTORIALS / "pictures")
-    print(
-        f"drawn: {HERE / 'results' / 'demo.png'}, collapse.png, story.png, ppo.png, losses.png, {TUTORIALS / 'pictures'}"
-    )
+    names = "demo, collapse, story, ppo, losses"
+    print(f"drawn in {HERE / 'results'}: {names}; in {TUTORIALS / 'pictures'}: those of the scripts")
