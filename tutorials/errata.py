@@ -746,9 +746,12 @@ def e27():
             "DPO at beta 0.1, after 200 steps": well_formed("beta 0.1"),
             "DPO without a reference": well_formed("no reference"),
             "DPO with the reference, where validation would stop": well_formed("beta 0.1", "best"),
-            "DPO with the reference and an NLL term": well_formed("beta 0.1 nll"),
+            "DPO with the reference, beta 1": well_formed("beta 1"),
+            "DPO with the reference, beta 0.1, and an NLL term": well_formed("beta 0.1 nll"),
         },
-        "",
+        "With a reference and without one, replies fall apart alike. The reference enters the loss as two numbers for "
+        "each pair, and nothing holds the probability of all other texts. Validation does not stop it either: the "
+        "held-out loss still falls. What helps is a larger beta, fewer or smaller steps, or a likelihood term.",
     )
 
 

@@ -81,15 +81,16 @@ def reward_gradient(reward_w: Array, reward_l: Array) -> tuple[Array, Array]:
 
 
 def reward_training_step(params: Params, config: Config, optimizer: optim.Optimizer, pairs: Sequence[Any]) -> Metrics:
-    """One step of a reward model on preferences."""
+    """One step of a reward model on pairs. Raises FloatingPointError if the loss is not finite, before it moves."""
     r = text_rewards(params, config, [(x, w) for x, w, _ in pairs] + [(x, l) for x, _, l in pairs])  # (2B,)
     reward_w, reward_l = r[: len(pairs)], r[len(pairs) :]
     loss = reward_loss(reward_w, reward_l)
+    value = finite(loss)
     optimizer.zero_grad()
     loss.backward()
     optim.clip_global_norm(params, SETTINGS.max_norm)
     optimizer.step()
-    return {"loss": finite(loss), "accuracy": float((reward_w.data > reward_l.data).mean())}
+    return {"loss": value, "accuracy": float((reward_w.data > reward_l.data).mean())}
 
 
 # ---- samples and their advantages -------------------------------------------------------------------------
