@@ -169,7 +169,7 @@ def test_the_run_that_trl_is_compared_with_is_that_of_the_command(tmp_path, monk
 def planted(figures, seeds=(0, 1, 2)):
     """Results whose figures are all 1, but for those given as {(run, model, column): figures by seed}."""
     columns = [*story.OF_REPLIES, *story.OF_PAIRS, "length_true"]
-    curve = [{"step": step, "margin": 1.0, "rise": 1.0} for step in (0, 20)]
+    curve = [{"step": step, "margin": 1.0, "rise": 1.0, "kl": 1.0} for step in (0, 20)]
     results = {"budget": story.BUDGET, "sft": {str(seed): dict.fromkeys(columns, 1.0) for seed in seeds}, "runs": []}
     for seed, name in itertools.product(seeds, story.RUNS):
         models = {model: {**dict.fromkeys(columns, 1.0), "step": 200} for model in story.MODELS}
@@ -264,30 +264,36 @@ def test_verdicts_follow_from_the_interval():
     for row in results["runs"]:
         if row["run"] in ("beta 0.5", "beta 1"):
             row["batches"] = [0.9 - 0.01 * row["seed"]]
-            row["curve"] = [{}, {"margin": float(row["seed"])}]  # the others have 1
+            row["curve"] = [{}, {"margin": float(row["seed"]), "kl": 2.0}]  # the others have 1
     found = {claim.sentence: claim for claim in story.claims(results)}
     expected = {
         "the reference prevents collapse": "yes",
-        "validation stops before the collapse": "not established",
-        "an NLL term prevents the collapse": "no",
-        "DPO is stable: it does not end below its start": "no",
+        "the held-out loss chooses a step before the collapse": "not established",
+        "an NLL term prevents collapse": "no",
+        "DPO is stable: no run ends below its start": "no",
         "the base model is a poor reference": "not established",  # 0.2 ± 0.25
-        "without a reference DPO learns that shorter is better": "not established",
-        "most of it cancels": "yes",
+        "without a reference replies become shorter": "not established",
+        "with an NLL term it cancels most of it": "yes",
         "a larger beta ends closer to SFT": "yes",
         "a larger beta is faster in the first steps": "no",
-        "a larger beta is ahead at step 20": "not established",
+        "a larger beta has a larger margin at step 20": "not established",
+        "a larger beta is farther from SFT at step 20": "yes",
     }
     assert {sentence: found[sentence].verdict for sentence in expected} == expected
     np.testing.assert_allclose(found["a larger beta ends closer to SFT"].values, [1, 2, 1.5])
-    np.testing.assert_allclose(found["most of it cancels"].values, [0.8, 0.82, 0.78])
+    np.testing.assert_allclose(found["with an NLL term it cancels most of it"].values, [0.8, 0.82, 0.78])
     table = story.verdicts(results)
     assert "| 0.98 ± 0.02 | yes |" in table and "| 0.35 ± 0.12 | no |" in table  # 4.30 s/sqrt(3)
     first, second = story.tables(results)
     assert (
-        "| DPO, beta 0.1 | last | 200 | 0.20 ± 0.25 | 3 of 3 |" in first and "| SFT |  |  | 1.00 ± 0.00 |  |" in first
+        "| DPO, beta 0.1 | last, best | 200 | 0.20 ± 0.25 | 3 of 3 |" in first
+        and "| SFT |  |  | 1.00 ± 0.00 |  |" in first
     )
-    assert len(first.splitlines()) == len(second.splitlines()) == 2 + 1 + 2 * 14
+    assert len(first.splitlines()) == len(second.splitlines()) == 2 + 1 + 14
+    results["runs"][7]["best"]["step"] = 20  # in one seed
+    name = story.TITLES.get(results["runs"][7]["run"], f"DPO, {results['runs'][7]['run']}")
+    table = next(story.tables(results))
+    assert f"| {name} | last | 200 |" in table and f"| {name} | best | 20, 200 |" in table
 
 
 TINY = desk.Sizes(
