@@ -255,7 +255,7 @@ def test_verdicts_follow_from_the_interval():
         ("beta 0.1 nll", "last", "well_formed"): [0.4, 0.3, 0.35],  # below it
         ("beta 0.1", "last", "reward"): [0.1, 0.2, 0.3],  # SFT has 1
         ("base reference", "last", "reward"): [0.0, 0.0, 0.0],
-        ("no reference", "last", "length"): [0.0, 1.0, 2.0],  # SFT has 1
+        ("no reference", "last", "length"): [0.0, 1.0, 5.0],  # SFT has 1
         ("beta 0.1 nll", "last", "length_logp"): [-0.5, -0.5, -0.5],  # the true reward has 1
         ("beta 0.1 nll", "last", "length_reward"): [0.7, 0.73, 0.67],  # 80 % is gone
         **{(f"beta {beta:g}", "last", "kl"): [-np.log2(beta), -2 * np.log2(beta), -1.5 * np.log2(beta)]
@@ -306,7 +306,7 @@ def test_a_small_story_is_trained_judged_and_resumed(tmp_path, monkeypatch):
     """Runs start from one SFT model, each against its own reference; what is trained already is only judged again."""
     monkeypatch.setattr(desk, "FULL", TINY)
     monkeypatch.setattr(report, "installed", lambda: False)  # no curves
-    names = ("sft chosen", "no reference", "base reference", "beta 1 nll")
+    names = ("sft chosen", "no reference", "base reference", "beta 0.5 nll")
     budget = {**story.BUDGET, "steps": 3, "evaluate_every": 2, "batch_size": 4}
     monkeypatch.setattr(story, "WINDOW", 2)
     results = story.run(tmp_path, [0], ThreadPoolExecutor(1), names, budget, count=6)
@@ -317,8 +317,8 @@ def test_a_small_story_is_trained_judged_and_resumed(tmp_path, monkeypatch):
     assert (
         f"--reference={folder / 'pretrain'}" in words["base reference"] and "--responses=chosen" in words["sft chosen"]
     )
-    assert "--loss=reference-free" in words["no reference"] and "--nll-weight=2" in words["beta 1 nll"]
-    row = rows["beta 1 nll"]
+    assert "--loss=reference-free" in words["no reference"] and "--nll-weight=2" in words["beta 0.5 nll"]
+    row = rows["beta 0.5 nll"]
     assert row["last"]["step"] == 3 and [point["step"] for point in row["curve"]] == [0, 2, 3]
     assert row["curve"][0]["margin"] == 0 and len(row["batches"]) == 2 and "curve" not in rows["sft chosen"]
     assert row["last"]["length_own"] == row["last"]["length_reward"]
@@ -326,16 +326,19 @@ def test_a_small_story_is_trained_judged_and_resumed(tmp_path, monkeypatch):
     assert other["last"]["length_own"] != other["last"]["length_reward"] and other["curve"][0]["margin"] != 0
     free = rows["no reference"]["last"]
     assert free["length_own"] == free["length_logp"] != free["length_reward"]
-    log = folder / "beta-1-nll" / "metrics.jsonl"
+    log = folder / "beta-0.5-nll" / "metrics.jsonl"
     lines = [json.loads(line) for line in log.read_text().splitlines()]
-    margins = [line["rewards/margins"] for line in lines if "rewards/margins" in line]  # beta is 1
+    margins = [line["rewards/margins"] / 0.5 for line in lines if "rewards/margins" in line]
     assert row["batches"] == pytest.approx([np.mean(margins[:2]), margins[2]])
-    model = checkpoint.load(folder / "beta-1-nll" / "step-000003")
+    margins = [line["eval_rewards/margins"] / 0.5 for line in lines if "eval_loss" in line]
+    assert [point["margin"] for point in row["curve"]] == pytest.approx(margins)
+    model = checkpoint.load(folder / "beta-0.5-nll" / "step-000003")
     own = replies.judged(model, checkpoint.load(folder / "sft"), desk.test_prompts(0, 6), 0)
+    assert row["last"]["well_formed"] == np.mean([each.well_formed for each in own.judgements])
     assert row["last"]["kl"] == pytest.approx(np.mean(own.ratios)) and row["last"]["length"] == np.mean(own.lengths)
     before = log.read_bytes()
     (tmp_path / "results.json").unlink()
     again = story.run(tmp_path, [0], ThreadPoolExecutor(1), names, budget, count=6)
     plain = [{key: value for key, value in row.items() if key != "cpu_seconds"} for row in again["runs"]]
     assert plain == [{key: value for key, value in row.items() if key != "cpu_seconds"} for row in results["runs"]]
-    assert log.read_bytes() == before and "nothing left to train" in (folder / "beta-1-nll.log").read_text()
+    assert log.read_bytes() == before and "nothing left to train" in (folder / "beta-0.5-nll.log").read_text()
