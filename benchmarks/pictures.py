@@ -111,7 +111,7 @@ def usual_story(path, results=None):
             paths.plot(steps, kl, color=plots.PALETTE[0], linewidth=1.8)
             paths.text(steps[-1] + 3, kl[-1], f"{beta:g}", color=plots.PALETTE[0], va="center")
         paths.set(xlabel="step", yscale="log", ylabel="KL to SFT, nats a reply", xlim=(0, steps[-1] * 1.08))
-        paths.set_title("the way there by beta, DPO alone")
+        paths.set_title("the way there, DPO alone, by beta (held-out prompts)")
         figure.savefig(path, dpi=120, transparent=True, metadata={"Software": None})
 
 

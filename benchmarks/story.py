@@ -234,6 +234,7 @@ def run(folder, seeds, pool, names=tuple(RUNS), budget=BUDGET, count=PROMPTS):
                 else:
                     results["sft"][str(seed)] = task.result()
                     start(seed)
+                results["runs"].sort(key=lambda row: (row["seed"], names.index(row["run"])))
                 done, seconds = done + 1, time.perf_counter() - started
                 results["seconds"] = before + seconds
                 write_whole(path, (json.dumps(results, indent=1) + "\n").encode())
@@ -250,11 +251,10 @@ def run(folder, seeds, pool, names=tuple(RUNS), budget=BUDGET, count=PROMPTS):
 
 def values(results, name, model, column):
     """A figure of a run in each seed; "SFT" is the model that every run starts from."""
-    seeds = sorted(results["sft"], key=int)
     if name == "SFT":
-        return [results["sft"][seed][column] for seed in seeds]
+        return [each[column] for each in results["sft"].values()]
     rows = {row["seed"]: row[model] for row in results["runs"] if row["run"] == name}
-    return [rows[int(seed)][column] for seed in seeds]
+    return [rows[int(seed)][column] for seed in results["sft"]]
 
 
 def cell(results, name, model, column, digits):
@@ -320,12 +320,11 @@ def claims(results):
         figures = [of(f"beta {beta:g}{nll}", column, model) for beta in BETAS]
         return np.polyfit(np.log2(BETAS), figures, 1)[0]
 
-    def early(figure):
-        """The same of a figure of a whole run."""
+    def power(figure):
+        """The power of beta that a figure of a whole run grows with, in each seed."""
         runs = {(row["run"], row["seed"]): figure(row) for row in results["runs"] if row["run"].startswith("beta")}
-        seeds = sorted(map(int, results["sft"]))
-        figures = [[runs[f"beta {beta:g}", seed] for seed in seeds] for beta in BETAS]
-        return np.polyfit(np.log2(BETAS), figures, 1)[0]
+        figures = [[runs[f"beta {beta:g}", int(seed)] for seed in results["sft"]] for beta in BETAS]
+        return np.polyfit(np.log2(BETAS), np.log2(figures), 1)[0]
 
     def bias(name, column):
         """How far a correlation with length is from that of the true reward."""
@@ -352,11 +351,11 @@ def claims(results):
          of("SFT", "length_logp") - of("no reference", "length_logp")),
         ("without a reference it prefers them more than with it", "correlation, DPO's less its own",
          of(dpo, "length_logp") - of("no reference", "length_logp")),
-        ("the subtraction of log pi_ref cancels length bias", "distance, log pi less implicit reward",
+        ("the subtraction of log pi_ref cancels length bias", "distance to the true reward's, log pi less reward",
          bias(dpo, "length_logp") - bias(dpo, "length_reward")),
-        ("with an NLL term it cancels length bias", "distance, log pi less implicit reward",
+        ("with an NLL term it cancels length bias", "distance to the true reward's, log pi less reward",
          bias(nll, "length_logp") - bias(nll, "length_reward")),
-        ("with an NLL term it cancels most of it", "share of the distance that is gone; half is 0.5",
+        ("with an NLL term it cancels most of it", "share of that distance; half is 0.5",
          1 - bias(nll, "length_reward") / bias(nll, "length_logp"), 2, 0.5),
         ("the base model is a poor reference", "true reward, with SFT as reference less with base",
          of(dpo, "reward") - of("base reference", "reward")),
@@ -381,12 +380,13 @@ def claims(results):
         ("a larger beta ends closer to SFT", "fall of KL per doubling", -slope("kl")),
         ("a larger beta ends closer to SFT, best steps", "fall of KL per doubling", -slope("kl", "", "best")),
         ("a larger beta ends closer to SFT, with an NLL term", "fall of KL per doubling", -slope("kl", " nll")),
-        ("a larger beta is faster in the first steps", f"rise of the margin of {WINDOW} batches per doubling",
-         early(lambda row: row["batches"][0]), 3),
-        (f"a larger beta has a larger margin at step {first}", "rise of the held-out margin per doubling",
-         early(lambda row: row["curve"][1]["margin"])),
-        (f"a larger beta is farther from SFT at step {first}", "rise of the held-out KL per doubling",
-         early(lambda row: row["curve"][1]["kl"])),
+        ("a larger beta is faster in the first steps, as under SGD",
+         f"power of beta in the margin of {WINDOW} batches; SGD's is 1, half is 0.5",
+         power(lambda row: row["batches"][0]), 2, 0.5),
+        (f"a larger beta has a larger margin at step {first}", "power of beta in the held-out margin",
+         power(lambda row: row["curve"][1]["margin"])),
+        (f"a larger beta is farther from SFT at step {first}", "power of beta in the held-out KL",
+         power(lambda row: row["curve"][1]["kl"])),
     ]  # fmt: skip
     return [Claim(*row) for row in rows]
 
