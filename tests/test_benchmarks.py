@@ -273,7 +273,7 @@ def test_verdicts_follow_from_the_interval():
         "the reference prevents collapse": "yes",
         "the held-out loss chooses a step before the collapse": "not established",
         "an NLL term prevents collapse": "no",
-        "DPO is stable: no run ends below its start": "no",
+        "DPO is stable: it does not end below its start": "no",
         "the base model is a poor reference": "not established",  # 0.2 ± 0.25
         "without a reference replies become shorter": "not established",
         "with an NLL term it cancels most of it": "yes",
