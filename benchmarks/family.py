@@ -99,7 +99,7 @@ def estimate(values):
 def interval(values, digits):
     """The same, as a table shows them."""
     mean, half = estimate(values)
-    return f"{mean:.{digits}f} ± {half:.{digits}f}"
+    return f"{mean:z.{digits}f} ± {half:.{digits}f}"
 
 
 def as_table(runs):

@@ -67,41 +67,51 @@ def collapse(path):
     plots.picture(path, panels, transparent=True)
 
 
+STORY = {  # colour and name of a group of runs; for each run where its label lies, in points from its dot
+    (plots.PALETTE[0], "beta, DPO alone"): {
+        "beta 0.05": (8, 4), "beta 0.1": (8, 5), "beta 0.2": (8, 2), "beta 0.5": (6, 6), "beta 1": (-2, -15),
+    },
+    (plots.PALETTE[2], "beta, DPO and NLL"): {
+        "beta 0.05 nll": (-32, 0), "beta 0.1 nll": (-14, 9), "beta 0.2 nll": (2, 9), "beta 0.5 nll": (4, -15),
+        "beta 1 nll": (-18, -8),
+    },
+    (plots.PALETTE[1], "no reference"): {"no reference": (-82, 2)},
+    (plots.PALETTE[3], "base as reference"): {"base reference": (-112, -12)},
+    (plots.PALETTE[4], "SFT on chosen"): {"sft chosen": (-36, 9)},
+    (plots.PALETTE[5], "SFT on both"): {"sft both": (-10, 9)},
+}  # fmt: skip
+
+
 def usual_story(path, results=None):
-    """True reward against KL to SFT, last and best step of every run: means over the seeds, one faint dot a seed."""
+    """Where runs end, true reward against KL to SFT, and how KL grows under each beta; a faint dot is a seed."""
     results = results or json.loads(story.RESULTS.read_text())
     matplotlib, figures = (importlib.import_module(name) for name in ("matplotlib", "matplotlib.figure"))
-    sft = statistics.fmean(story.values(results, "SFT", "", "reward"))
-    groups = [  # colour, name, runs, and the places of their labels
-        (plots.PALETTE[0], "DPO", [f"beta {beta:g}" for beta in story.BETAS]),
-        (plots.PALETTE[2], "DPO and NLL", [f"beta {beta:g} nll" for beta in story.BETAS]),
-        (plots.PALETTE[1], "no reference", ["no reference"]),
-        (plots.PALETTE[3], "base as reference", ["base reference"]),
-        (plots.PALETTE[4], "SFT on chosen", ["sft chosen"]),
-        (plots.PALETTE[5], "SFT on both", ["sft both"]),
-    ]
     with matplotlib.rc_context(plots.STYLE):
-        figure = figures.Figure(figsize=(6.4, 7.6), layout="constrained")
-        for axes, model in zip(figure.subplots(2, 1, sharex=True, sharey=True), story.MODELS):
-            for color, name, runs in groups:
-                kls, rewards = ([story.values(results, run, model, key) for run in runs] for key in ("kl", "reward"))
-                x, y = ([statistics.fmean(each) for each in rows] for rows in (kls, rewards))
-                axes.plot(kls, rewards, "o", color=color, markersize=3, alpha=0.45, linewidth=0)
-                axes.plot(x, y, "o-", color=color, markersize=7, linewidth=1.2, label=name)
-                for run, *place in zip(runs, x, y):
-                    if run.startswith("beta"):
-                        beta = run.split()[1]
-                        up = 7 if "nll" in run else -14
-                        axes.annotate(beta, place, (0, up), textcoords="offset points", color=color, ha="center")
-            axes.axhline(sft, color=plots.INK, linestyle="--", linewidth=1)
-            axes.annotate(
-                "SFT", (1, sft), (-4, 3), xycoords=("axes fraction", "data"), textcoords="offset points", ha="right"
-            )
-            axes.set(xscale="log", ylabel="true reward, from -4 to 3")
-            axes.set_title({"last": "at the last step", "best": "at the best step by held-out loss"}[model])
-        axes.set_xlabel("KL to SFT, nats a reply; numbers are beta")
-        handles, labels = axes.get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=3)
+        figure = figures.Figure(figsize=(6.4, 7.2), layout="constrained")
+        ends, paths = figure.subplots(2, 1, height_ratios=(4, 3))
+        for (color, name), places in STORY.items():
+            kls, rewards = ([story.values(results, run, "last", key) for run in places] for key in ("kl", "reward"))
+            x, y = ([statistics.fmean(each) for each in rows] for rows in (kls, rewards))
+            ends.plot(kls, rewards, "o", color=color, markersize=3, alpha=0.45)
+            ends.plot(x, y, "o-", color=color, markersize=7, linewidth=1.2)
+            for run, place, offset in zip(places, zip(x, y), places.values()):
+                text = run.split()[1] if run.startswith("beta") else name
+                ends.annotate(text, place, offset, textcoords="offset points", color=color)
+        for height, (color, name) in zip((0.3, 0.22), STORY):
+            ends.text(0.02, height, f"numbers: {name}", color=color, transform=ends.transAxes)
+        sft = statistics.fmean(story.values(results, "SFT", "", "reward"))
+        ends.axhline(sft, color=plots.INK, linestyle="--", linewidth=1)
+        ends.text(0.98, sft + 0.08, "SFT", ha="right", transform=ends.get_yaxis_transform())
+        ends.set(xscale="log", xlabel="KL to SFT, nats a reply", ylabel="true reward, from -4 to 3")
+        ends.set_title("where runs end, three seeds")
+        for beta in story.BETAS:
+            curves = [row["curve"][1:] for row in results["runs"] if row["run"] == f"beta {beta:g}"]
+            steps = [point["step"] for point in curves[0]]
+            kl = [statistics.fmean(points) for points in zip(*([each["kl"] for each in curve] for curve in curves))]
+            paths.plot(steps, kl, color=plots.PALETTE[0], linewidth=1.8)
+            paths.text(steps[-1] + 3, kl[-1], f"{beta:g}", color=plots.PALETTE[0], va="center")
+        paths.set(xlabel="step", yscale="log", ylabel="KL to SFT, nats a reply", xlim=(0, steps[-1] * 1.08))
+        paths.set_title("the way there, DPO alone, by beta (held-out prompts)")
         figure.savefig(path, dpi=120, transparent=True, metadata={"Software": None})
 
 

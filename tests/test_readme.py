@@ -5,6 +5,7 @@ import inspect
 import io
 import itertools
 import json
+import operator
 import re
 import shlex
 import statistics
@@ -16,7 +17,7 @@ from hypothesis import settings
 import minidpo
 from benchmarks import demo as desk_runs
 from benchmarks import family as eight
-from benchmarks import sampling, speed
+from benchmarks import sampling, speed, story
 from benchmarks.workload import SIZES as SIZES_OF_SPEED
 from minidpo import Tensor, cli, explain, losses
 from minidpo.cli import desk, parser, train
@@ -240,6 +241,62 @@ def test_the_table_of_eight_losses_is_that_of_its_json():
     assert len(runs) == len(results["runs"]) == 72 and results["budget"] == eight.BUDGET
     default = {name: p.default for name, p in inspect.signature(cli.dpo).parameters.items()}
     assert all(default[name] == value for name, value in eight.BUDGET.items())
+
+
+def test_the_usual_story_is_that_of_its_json():
+    """Tables, verdicts and prose are of 42 runs of one budget; what is said of every seed is true of every seed."""
+    results = json.loads((RESULTS / "story.json").read_text())
+    for table in (story.verdicts(results), *story.tables(results)):
+        assert table in BENCHMARKS
+    assert (
+        results["budget"] == story.BUDGET
+        and results["prompts"] == story.PROMPTS
+        and list(results["sft"]) == ["0", "1", "2"]
+    )
+    assert [(row["seed"], row["run"]) for row in results["runs"]] == list(itertools.product(range(3), story.RUNS))
+    section = " ".join(BENCHMARKS[BENCHMARKS.index("## The usual story") : BENCHMARKS.index("## Speed")].split())
+    seconds = sum(each["cpu_seconds"] for each in (*results["runs"], *results["sft"].values()))
+    assert f"It takes about {round(seconds, -3):,.0f} CPU seconds" in section
+
+    def of(name, column):
+        return story.values(results, name, "last", column)
+
+    def means(column, names, digits=2):
+        figures = [f"{statistics.fmean(of(name, column)):z.{digits}f}" for name in names]
+        return figures[0] if len(figures) == 1 else f"{', '.join(figures[:-1])} and {figures[-1]}"
+
+    dpo, nll, free = "beta 0.1", "beta 0.1 nll", "no reference"
+    betas = [f"beta {beta:g}" for beta in story.BETAS]
+    true = mean(story.values(results, "SFT", "", "length_true"))
+    for sentence in (
+        f"with length is {means('length_logp', ['SFT'])}, the true reward's is {true}.",
+        f"replies grow from {means('length', ['SFT'], 1)} tokens to {means('length', [free], 1)},",
+        f"the correlation of log pi turns to {means('length_logp', [free])}.",
+        f"With SFT as the reference they grow too, to {means('length', [dpo], 1)}.",
+        f"log pi has {means('length_logp', [nll])} and the implicit reward {means('length_reward', [nll])}: "
+        f"about a third of the distance to the true reward's {true}.",
+        f"nothing left to cancel, since log pi has {means('length_logp', [dpo])}.",
+        f"At the end {means('well_formed', [dpo])} of the replies are well formed with it and "
+        f"{means('well_formed', [free])} without it, of SFT's {means('well_formed', ['SFT'])},",
+        f"{means('accuracy', [dpo, free])} of the test pairs are ranked as labelled, "
+        f"{means('accuracy', ['sft chosen'])} by SFT on the chosen responses at a KL of {means('kl', ['sft chosen'])}.",
+        "a true reward of {:.2f}, {:.2f} and {:.2f}.".format(*of("beta 0.2", "reward")),
+        f"KL to SFT is {means('kl', betas)} from beta 0.05 to 1.",
+        f"With the NLL term it is {means('kl', [f'{name} nll' for name in betas])}, largest in the middle",
+        f"{means('well_formed', [nll])} well formed, and a true reward of {means('reward', [nll])}.",
+        f"SFT on the chosen responses gets {means('reward', ['sft chosen'])}, in the mean more than DPO alone",
+        f"At beta 0.5 and 1 DPO alone gets {means('reward', betas[3:])}.",
+    ):
+        assert sentence in section, sentence
+    chosen = statistics.fmean(of("sft chosen", "reward"))
+    assert [statistics.fmean(of(name, "reward")) < chosen for name in betas] == [True] * 3 + [False] * 2
+    below = [sum(map(operator.lt, of(name, "reward"), of("SFT", "reward"))) for name in (free, *betas)]
+    assert below == [3, 3, 3, 1, 0, 0]  # "both end below SFT's in every seed", "in one at 0.2"
+    assert {row["best"]["step"] for row in results["runs"] if row["run"] in (dpo, free)} == {results["budget"]["steps"]}
+    for seed in range(3):  # "at step 20 it is the larger, the smaller beta is"
+        runs = {row["run"]: row["curve"][1] for row in results["runs"] if row["seed"] == seed and "curve" in row}
+        assert runs[dpo]["step"] == 20
+        assert all(runs[a]["margin"] > runs[b]["margin"] for a, b in itertools.pairwise(betas))
 
 
 def test_the_figures_beside_trl_are_those_of_their_json():
