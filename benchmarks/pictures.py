@@ -156,7 +156,7 @@ def tutorial_pictures(folder):
     """Run the scripts that draw, away from the repository, and keep their pictures."""
     folder.mkdir(exist_ok=True)
     for script in sorted(TUTORIALS.glob("[0-9][0-9]_*.py")):
-        if "plots.picture(" not in script.read_text():
+        if ".png" not in script.read_text():
             continue
         print(script.name, flush=True)
         with tempfile.TemporaryDirectory() as place:
