@@ -4,7 +4,7 @@
 # **Question.** Does a larger beta keep the policy closer to the reference, or move it faster?
 #
 # **Afterwards you can say**
-# - why larger beta moves faster early and stays closer late, and when two runs cross;
+# - why, under gradient descent, larger beta moves faster early and stays closer late, and when two runs cross;
 # - how to solve the gradient flow of one pair, and how beta only rescales its time and its distance;
 # - why certain labels have no optimum, and where the optimum of Bradley-Terry labels is.
 #

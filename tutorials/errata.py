@@ -110,8 +110,9 @@ def e1():
         {},
         computed,
         "At the optimum the margin is (difference of rewards)/beta, here 1.7/beta, so the smallest beta ends farthest "
-        "from the reference. Early in training the order is reversed, because the margin starts to grow at speed beta. "
-        "So the curves cross (certain labels, gradient flow on the two log-probs).",
+        "from the reference. Early in gradient descent the order is reversed, because the margin starts to grow at "
+        "speed beta, so the curves cross (here: certain labels, gradient flow on the two log-probs). AdamW divides "
+        "each gradient by its own size, and there is no such order at first (`python -m benchmarks.story`).",
     )
 
 
@@ -398,7 +399,8 @@ def e14():
             "distance (TV) of the two optima on six responses, beta 1": float(exact.total_variation(anchored, free)),
         },
         "It is defined: it is DPO with a reference that finds both responses equally likely. SimPO, ORPO and CPO have "
-        "no reference either. What is lost is the anchor, and the link to the KL-constrained objective.",
+        "no reference either. What is lost is the link to the KL-constrained objective. Whether the reference anchors "
+        "anything before the optimum is another question: E27.",
     )
 
 
