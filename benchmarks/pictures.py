@@ -116,28 +116,29 @@ def usual_story(path, results=None):
 
 
 def ppo_beside_dpo(path):
-    """True reward by texts and by KL, PPO and DPO; and the learned reward of a brief leash: means over the seeds."""
+    """True reward by texts and by KL, PPO and DPO; and a learned reward at a small beta: means over the seeds."""
     document = json.loads((HERE / "results" / "ppo.json").read_text())
 
-    def curve(label, name, x, y, faint=False, **kinds):
-        """A mean over the seeds; the spread is one standard deviation each way."""
+    def curve(label, name, x, y, **kinds):
+        """A mean over the seeds; over texts, bars are one standard deviation each way."""
         runs = [run["rows"] for run in document["runs"] if run["name"] == name]
         columns = [[[row[column] for row in rows] for rows in zip(*runs)] for column in (x, y)]
         across, up = ([statistics.fmean(values) for values in column] for column in columns)
-        return plots.Curve(label, across, up, faint=faint, error=[statistics.stdev(v) for v in columns[1]], **kinds)
+        error = [statistics.stdev(values) for values in columns[1]] if x == "texts" else []
+        return plots.Curve(label, across, up, error=error, **kinds)
 
     names = {"PPO, true reward": "PPO, true reward", "PPO, learned reward": "PPO, learned reward"}
     names |= {"DPO": "DPO", "DPO and 2 NLL": "DPO and NLL"}
     optima = [row for row in document["optima"] if row["kl"] > 0.01]
     best = plots.Curve("pi*, exact", *([row[key] for row in optima] for key in ("kl", "reward")), faint=True)
-    leash, unit = "PPO, learned reward, beta 0.02", "from -4 to 3"
+    small, unit = "PPO, learned reward, beta 0.02", "from -4 to 3"
     panels = [
         plots.Panel("true reward by texts, sampled or read", "texts", unit,
                     [curve(label, name, "texts", "reward") for name, label in names.items()]),
         plots.Panel("true reward by KL to SFT", "KL, nats a reply", unit,
                     [curve(label, name, "kl", "reward", marker=".") for name, label in names.items()] + [best]),
         plots.Panel("PPO at beta 0.02: what its reward model says, and what is true", "texts", "reward",
-                    [curve(f"{kind} reward", leash, "texts", column) for kind, column in
+                    [curve(f"{kind} reward", small, "texts", column) for kind, column in
                      (("learned", "learned"), ("true", "reward"))]),
     ]  # fmt: skip
     plots.picture(path, panels, transparent=True)

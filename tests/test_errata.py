@@ -173,6 +173,39 @@ EXPECTED = {
         "the same, means": POSITIVE,
     },
     "E25": {"prompt scored too: change of loss and gradient, sums": ZERO, "the same, means": POSITIVE},
+    "E26": {
+        "replies of the desk to one request": "750",
+        "replies with the highest reward": "12",  # two polite openers, two offers, three closers
+        "pi* at beta 0.2: probability of these together": "0.988",
+        "of the likeliest alone": "0.099",
+        "replies that are as many as pi* is spread over, e^entropy": "12.8",
+        "largest change of the odds between two of the best, pi* against pi_ref, nats": ZERO,
+    },
+    "E27": {
+        "share of well-formed replies, SFT": "0.98",
+        "DPO at beta 0.1, after 200 steps": "0.46",
+        "DPO without a reference": "0.49",
+        "DPO with the reference, where validation would stop": "0.46",
+        "DPO with the reference, beta 1": "0.95",
+        "DPO with the reference, beta 0.1, and an NLL term": "0.96",
+    },
+    "E28": {
+        "DPO loss of a pair, policy .6, .2 and .2 for a third reply": "0.6642",  # log(1 + e^-0.1 log(3/(5/3)))
+        "the same, policy .006, .002 and .992 for the third": "0.6642",
+        "KL to the reference, first policy": "0.028",
+        "KL to the reference, second policy": "1.552",
+        "objective of RLHF, E[r] - beta KL, first policy": "0.197",  # .6 - .4 - .0028
+        "objective of RLHF, second policy": "-2.133",
+    },
+    "E29": {
+        "runs of DPO, five betas and three seeds": "15",
+        "those that end below their SFT model in true reward": "7",
+        "those that are below it where validation would stop": "7",
+        "standard deviation of the true reward over seeds, DPO": "0.91",
+        "DPO with an NLL term": "0.15",
+        "PPO with a learned reward": "0.06",
+        "PPO with the true reward": "0.14",
+    },
 }
 
 

@@ -17,6 +17,7 @@ from hypothesis import settings
 import minidpo
 from benchmarks import demo as desk_runs
 from benchmarks import family as eight
+from benchmarks import ppo as beside
 from benchmarks import sampling, speed, story
 from benchmarks.workload import SIZES as SIZES_OF_SPEED
 from minidpo import Tensor, cli, explain, losses
@@ -220,6 +221,61 @@ def test_what_is_said_of_templates_calibration_and_pressure_is_measured():
     assert f"{both / n:.0%} of the misspellings" in section
     n, both = edits["a second closer"]
     assert f"{both / n:.0%} of the repeated closers" in section
+
+
+def test_what_is_said_of_ppo_is_measured():
+    """Its tables are those of the JSON, and so are the figures in the sentences beside them."""
+    document = json.loads((RESULTS / "ppo.json").read_text())
+    section = BENCHMARKS.partition("## PPO beside DPO")[2].partition("\n## ")[0]
+    for table in (beside.as_table(document), beside.as_memory(document)):
+        assert f"\n\n{table}\n\n" in section
+    text = " ".join(section.split())
+
+    def at(name, column, place=-1):
+        return [run["rows"][place][column] for run in document["runs"] if run["name"] == name]
+
+    fmean = statistics.fmean
+    true, learned, dpo, nll = "PPO, true reward", "PPO, learned reward", "DPO", "DPO and 2 NLL"
+    small, head = f"{learned}, beta 0.02", f"{learned}, critic a head"
+    models = [[model[name] for model in document["reward models"]] for name in document["reward models"][0]]
+    accuracy, most, correlation = map(fmean, models)
+    seconds = {name: fmean(at(name, "seconds")) / document["sizes"]["steps"] for name in (learned, head, dpo)}
+    spread = {name: statistics.stdev(at(name, "reward")) for name in (true, learned, dpo, nll)}
+    sft, each = fmean(at(dpo, "reward", 0)), at(dpo, "reward")
+    best = beside.optima(0, [0.2])[0]
+    parts = [value for name, value in document["memory"].items() if name != "parameters"]
+    sums = [sum(sum(kinds.values()) for kinds in part["held"].values()) for part in parts]
+    peaks = [max(part["peak"].values()) for part in parts]
+    shares = [peak / held for peak, held in zip(peaks, sums)]
+    for sentence in (
+        f"PPO ends at {fmean(at(true, 'reward')):.2f}, with the learned one at {fmean(at(learned, 'reward')):.2f}.",
+        f"ranks {accuracy:.2f} of the test pairs as labelled (the true reward {most:.2f}), and its correlation with "
+        f"the true reward is {correlation:.2f}",
+        f"takes {seconds[learned]:.1f} CPU seconds with its own critic and a learned reward, {seconds[head]:.1f} with "
+        f"a critic head and {seconds[dpo]:.1f} in DPO: for the same texts PPO takes "
+        f"{seconds[learned] / seconds[dpo]:.0f} times as long",
+        f"below DPO with the NLL term ({fmean(at(nll, 'reward')):.2f}). DPO alone ends at {fmean(each):.2f} in the "
+        f"mean, at {min(each):.2f} in one seed and {max(each):.2f} in another: its spread is the largest",
+        f"is {spread[learned]:.2f} with the learned reward and {spread[true]:.2f} with the true one, {spread[dpo]:.2f} "
+        f"for DPO alone and {spread[nll]:.2f} with the NLL term",
+        f"rises from {fmean(at(small, 'learned', 0)):.2f} to {fmean(at(small, 'learned')):.2f}, more than at 0.2 "
+        f"({fmean(at(learned, 'learned')):.2f}), while the true one ends at {fmean(at(small, 'reward')):.2f}",
+        f"KL is {fmean(at(small, 'kl')):.2f} nats there",
+        f"over SFT's {sft:.2f}",
+        f"a true reward of {best['reward']:.2f} at a KL of {best['kl']:.2f}",
+        f"A model here has {document['memory']['parameters']:,} parameters",
+        "holds twice what DPO holds, as [tutorial 14](../tutorials/14_memory_and_speed.py) computes",
+        f"With a critic head it is {sums[1] / sums[2]:.1f} times",
+        f"are {min(shares):.0f} to {max(shares):.0f} times what the models hold",
+        f"are {peaks[0] / peaks[2]:.1f} times DPO's",
+    ):
+        assert sentence in text, sentence
+    assert (
+        round(sums[0] / sums[2], 2) == 2 and fmean(at(head, "reward")) - sft < (fmean(at(learned, "reward")) - sft) / 2
+    )
+    below = [own < start for own, start in zip(at(small, "reward"), at(small, "reward", 0))]
+    assert below.count(True) == 1 and fmean(at(true, "kl")) > best["kl"]
+    assert spread[dpo] == max(statistics.stdev(at(name, "reward")) for name in beside.RUNS)
 
 
 def test_the_table_of_eight_losses_is_that_of_its_json():
