@@ -89,7 +89,7 @@ def exact(*, plot: o.Plot = None, seed: o.Seed = 0) -> int:
 
     Enumerate all responses of a small world and print, for each claim of the theory, the number that bears it out:
     Bradley-Terry, the KL-constrained objective, its optimum, the implicit reward, the optimum of DPO and of its
-    relatives, RLHF, what beta does, and which assumptions matter. It takes about 210 CPU seconds. The exit status is
+    relatives, RLHF, what beta does, and which assumptions matter. It takes about 230 CPU seconds. The exit status is
     1 if a claim fails.
     """
     if plot and not plots.installed():
