@@ -239,9 +239,11 @@ def memory(folder):
         training.dpo_training_step(policy, {}, config, optimizer, scored, **whole)
 
     step()
-    parts = {"update": peak(step)}
-    document["DPO"] = {"held": {"policy": held(policy, optimizer), "reference": held(sft.params)}, "peak": parts}
-    document["DPO, reference scored before"] = {"held": {"policy": held(policy, optimizer)}, "peak": parts}
+    roles = {"policy": held(policy, optimizer), "reference": held(sft.params)}
+    document["DPO"] = {"held": roles, "peak": {"scoring and update": peak(step)}}
+    scored, whole = training.with_reference(batch, sft.params, config, policy), {"micro_batch_size": len(pairs)}
+    alone = peak(lambda: training.dpo_training_step(policy, {}, config, optimizer, scored, **whole))
+    document["DPO, reference scored before"] = {"held": {"policy": roles["policy"]}, "peak": {"update": alone}}
     return document
 
 
@@ -314,17 +316,14 @@ def as_table(document):
 def as_memory(document):
     """Bytes by role, a parameter of the policy at a time, and the largest allocations of a step in MiB."""
     lines = [
-        "| | policy | critic | reward model | reference | together | beside them, in a step |",
+        f"| | {' | '.join(ROLES)} | together | beside them, in a step |",
         "|---|" + "---:|" * 6,
     ]
     N = document["memory"]["parameters"]
     for name, each in document["memory"].items():
         if name != "parameters":
             sizes = {role: sum(kinds.values()) / N for role, kinds in each["held"].items()}
-            cells = [
-                f"{sizes[role]:.1f}" if role in sizes else ""
-                for role in ("policy", "critic", "reward model", "reference")
-            ]
+            cells = [f"{sizes[role]:.1f}" if role in sizes else "" for role in ROLES]
             largest = max(each["peak"].values()) / 2**20
             lines.append(f"| {name} | {' | '.join(cells)} | {sum(sizes.values()):.1f} | {largest:.0f} MiB |")
     return "\n".join(lines)

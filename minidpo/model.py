@@ -206,7 +206,7 @@ def row_logits(params: Params, config: Config, rows: Rows, attention: Attention 
 
 
 def row_states(params: Params, config: Config, rows: Rows, attention: Attention | None = None) -> Tensor:
-    """What a head reads of the wanted rows, (M, C); `attention(i, qkv)`, if given, replaces that of layer i."""
+    """The wanted rows after the last norm, (M, C); `attention(i, qkv)`, if given, replaces the attention of layer i."""
     xp, last = array_module(params["wte.weight"].data), config.n_layer - 1
     rows = rows.on(xp)
     attention = attention or rows.attention(last)

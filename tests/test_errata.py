@@ -205,6 +205,7 @@ EXPECTED = {
         "DPO with an NLL term": "0.15",
         "PPO with a learned reward": "0.06",
         "PPO with the true reward": "0.14",
+        "PPO with a learned reward, beta 0.02": "0.55",
     },
 }
 

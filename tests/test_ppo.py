@@ -296,7 +296,7 @@ def test_only_a_critic_on_the_policys_trunk_moves_the_policy():
 
 
 def test_the_metrics_are_those_of_the_samples():
-    """Reward and KL are means over texts. Before a move nothing is clipped, and the critic's error is the advantage."""
+    """Reward and KL are means over texts. Before a move no ratio is outside; the critic errs by the advantage."""
     policy, reference = small(0), model.frozen(small(1))
     critic, reward = ppo.with_head(policy), np.arange(6.0)
     critic[ppo.HEAD].data = np.ones((CONFIG.n_embd, 1))
@@ -307,7 +307,7 @@ def test_the_metrics_are_those_of_the_samples():
         np.subtract(*[sequence_logprob(params, CONFIG, [x], [y]).item() for params in (policy, reference)])
         for x, y in seen.examples
     ]
-    close([metrics["reward"], metrics["kl"], metrics["clipped"]], [2.5, np.mean(ratios), 0], atol=1e-10)
+    close([metrics["reward"], metrics["kl"], metrics["outside"]], [2.5, np.mean(ratios), 0], atol=1e-10)
     own = ppo.SETTINGS
     advantage = ppo.advantages(ppo.token_rewards(seen, own.beta), seen.value, seen.last, own.gamma, own.lam)
     close([metrics["loss/value"], metrics["loss/policy"]], [(advantage**2).sum() / 12, -advantage.sum() / 6], rtol=1e-9)
@@ -315,7 +315,7 @@ def test_the_metrics_are_those_of_the_samples():
     old = seen.logp + np.where(seen.last, np.log(1.24), 0)  # 1/1.24 is within 0.2 of 1, 1.24 is not
     for logp, share in ((2 * seen.logp - old, 6 / len(old)), (old, 0)):
         still = optim.SGD(ppo.trainable(policy, critic), 0.0)
-        close(ppo.ppo_training_step(policy, critic, CONFIG, still, seen._replace(logp=logp))["clipped"], share)
+        close(ppo.ppo_training_step(policy, critic, CONFIG, still, seen._replace(logp=logp))["outside"], share)
     before = {name: p.data.copy() for name, p in policy.items()}
     short = ppo.Settings(epochs=1, max_norm=1e-3)
     norm = ppo.ppo_training_step(policy, critic, CONFIG, optimizer, seen, short)["grad_norm"]

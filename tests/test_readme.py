@@ -240,8 +240,13 @@ def test_what_is_said_of_ppo_is_measured():
     models = [[model[name] for model in document["reward models"]] for name in document["reward models"][0]]
     accuracy, most, correlation = map(fmean, models)
     seconds = {name: fmean(at(name, "seconds")) / document["sizes"]["steps"] for name in (learned, head, dpo)}
-    spread = {name: statistics.stdev(at(name, "reward")) for name in (true, learned, dpo, nll)}
+    spread = {name: statistics.stdev(at(name, "reward")) for name in (true, learned, small, dpo, nll)}
     sft, each = fmean(at(dpo, "reward", 0)), at(dpo, "reward")
+
+    def less(first, second):
+        return eight.interval([a - b for a, b in zip(at(first, "reward"), at(second, "reward"))], 2)
+
+    assert all(a < b for a, b in zip(at(learned, "reward"), at(nll, "reward")))
     best = beside.optima(0, [0.2])[0]
     parts = [value for name, value in document["memory"].items() if name != "parameters"]
     sums = [sum(sum(kinds.values()) for kinds in part["held"].values()) for part in parts]
@@ -252,12 +257,16 @@ def test_what_is_said_of_ppo_is_measured():
         f"ranks {accuracy:.2f} of the test pairs as labelled (the true reward {most:.2f}), and its correlation with "
         f"the true reward is {correlation:.2f}",
         f"takes {seconds[learned]:.1f} CPU seconds with its own critic and a learned reward, {seconds[head]:.1f} with "
-        f"a critic head and {seconds[dpo]:.1f} in DPO: for the same texts PPO takes "
+        f"a critic head and {seconds[dpo]:.1f} in DPO: for as many texts PPO takes "
         f"{seconds[learned] / seconds[dpo]:.0f} times as long",
         f"below DPO with the NLL term ({fmean(at(nll, 'reward')):.2f}). DPO alone ends at {fmean(each):.2f} in the "
         f"mean, at {min(each):.2f} in one seed and {max(each):.2f} in another: its spread is the largest",
         f"is {spread[learned]:.2f} with the learned reward and {spread[true]:.2f} with the true one, {spread[dpo]:.2f} "
-        f"for DPO alone and {spread[nll]:.2f} with the NLL term",
+        f"for DPO alone and {spread[nll]:.2f} with the NLL term. At beta 0.02 PPO's is {spread[small]:.2f}.",
+        f"PPO with the learned reward less DPO alone is {less(learned, dpo)}",
+        f"PPO gains {less(true, nll)} more than DPO with the NLL term",
+        f"in the mean ({fmean(at(true, 'kl')):.2f}) for less reward, with the learned reward less KL "
+        f"({fmean(at(learned, 'kl')):.2f}) for still less",
         f"rises from {fmean(at(small, 'learned', 0)):.2f} to {fmean(at(small, 'learned')):.2f}, more than at 0.2 "
         f"({fmean(at(learned, 'learned')):.2f}), while the true one ends at {fmean(at(small, 'reward')):.2f}",
         f"KL is {fmean(at(small, 'kl')):.2f} nats there",

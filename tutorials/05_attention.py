@@ -240,7 +240,7 @@ np.testing.assert_allclose(ops.causal_attention(*two_heads).data, two_received, 
 # 2. Find the bug: someone cuts heads with `array.reshape(H, T, D)`, without `swapaxes`. All shapes fit. What should a
 #    change in the state of o never change? Check it.
 # 3. Predict, then measure: exchange "?" and "o", states and all, so that the text is "o?k". What does k receive now?
-#    What must therefore be in a state, if the model should know the order of its tokens?
+#    What can be put into a state, so that one layer knows the order of its tokens?
 
 # %%
 assert (
@@ -254,9 +254,10 @@ print("\n05: attention by hand is the library's; q k^T varies by sqrt(D); later 
 #    1/4 (0, 0, 1, 0) = (0.5, 0.25, 0.25, 0.5).
 # 2. What "?" receives, because o comes later. `reshape` alone fills head 1 with the first six numbers of the matrix:
 #    all of "?" and half of o. The first row of head 2 is then the other half of o, and "?" receives it.
-# 3. The same as before. A weighted mean does not depend on the order of what it is taken over. So attention alone
-#    cannot tell "?ok" from "o?k". A state must say at which position it is: in `05_transformer.py`, a vector for the
-#    position is added to the vector of the token.
+# 3. The same as before. A weighted mean does not depend on the order of what it is taken over. So one layer
+#    of attention cannot tell "?ok" from "o?k" at k. (A second could: behind the mask, o has received something from
+#    "?" in one text, and not in the other.) A state that says at which position it is makes it easy: in
+#    `05_transformer.py`, a vector for the position is added to the vector of the token.
 
 # %%
 wants_mark = q.copy()

@@ -39,7 +39,7 @@ from minidpo.tokenizer import END_OF_TEXT, TURN, Tokenizer
 # %% [markdown]
 # ## From tokens to logits
 # - **wte** has a vector of C learned numbers for each of the V tokens, **wpe** one for each position. Their sum is the
-#   first state. Without wpe the model could not tell "ok" from "ko".
+#   first state. Without wpe the first layer could not tell in which order the earlier tokens came.
 # - A layer has two parts. **Attention** is the first. attn.c_attn is the three matrices for queries, keys and values,
 #   side by side; attn.c_proj is the matrix that decides to which channels something is added.
 # - The **MLP** (multi-layer perceptron) is the second, and treats each position alone. mlp.c_fc turns C numbers into

@@ -176,8 +176,9 @@ assert start.reward_w.item() == start.reward_l.item() == 0 and abs(start.loss.it
 # %% [markdown]
 # ## What was shown
 # The naive loss pushes up the response that the label names, long or short. Its weights are what is wrong: a difference
-# in length sets them, and at beta = 1 saturates them. (At beta = 0.1 no harm from them shows on the support desk:
-# replies do not become shorter, and fall apart as they do with a reference. `python -m benchmarks.story` measures it.)
+# in length sets them, and at beta = 1 saturates them. (At beta = 0.1 the support desk shows no harm that is theirs
+# alone: replies do not become shorter, and they fall apart with a reference, too. `python -m benchmarks.story` measures
+# it.)
 # A reference changes the weight of a pair, never the direction of its push. Shared filler cancels within a pair, with
 # or without a reference.
 #

@@ -373,7 +373,7 @@ def sampling_noise(world: World, seed: int) -> Iterator[Claim]:
 
 
 def ppo_from_samples(world: World, seed: int) -> Iterator[Claim]:
-    """PPO (ppo.py) reaches pi* from its own samples and their true rewards, the nearer the more of them."""
+    """PPO (ppo.py) approaches pi* from its own samples and their true rewards, the nearer the more of them."""
     world, beta, steps, near = small_world(seed, cap=2), 0.5, 100, []  # 13 responses, for a small transformer
     config = transformer_config(world, 16, 1)
 

@@ -141,7 +141,7 @@ def token_rewards(seen: Rollout, beta: float) -> Array:
         r_t = -beta log(pi(y_t|s_t)/pi_ref(y_t|s_t)) + [t = T] r(x, y)
 
     A text's sum to r(x, y) - beta log(pi(y|x)/pi_ref(y|x)), whose mean over the policy's own texts is J of RLHF.
-    Source: Ouyang et al. 2022 (arXiv 2203.02155), equation 2.
+    Source: Ouyang et al. 2022 (arXiv 2203.02155), equation 2 without its pre-training term; per token in their text.
     """
     reward = -beta * (seen.logp - seen.ref_logp)
     reward[seen.last] += seen.reward
@@ -202,7 +202,8 @@ def ppo_training_step(
 
         L = surrogate + value_weight sum_t (V(s_t) - V_old(s_t) - A_t)^2/(2B)
 
-    The optimizer holds `trainable(policy, critic)`. Raises FloatingPointError if the gradient is not finite.
+    The optimizer holds `trainable(policy, critic)`. `reward` and `kl` are those of the samples, the other metrics those
+    of the last pass, before its update. Raises FloatingPointError if the gradient is not finite.
     """
     s, B = settings, len(seen.examples)
     advantage = advantages(token_rewards(seen, s.beta), seen.value, seen.last, s.gamma, s.lam)
@@ -215,14 +216,14 @@ def ppo_training_step(
         (surrogate + s.value_weight * value_loss).backward()
         grad_norm = optim.clip_global_norm(trainable(policy, critic), s.max_norm)
         optimizer.step()
-    ratio = seen.logp - seen.ref_logp
-    clipped = abs(numpy.exp(logp.data - seen.logp) - 1) > s.epsilon
+    log_ratio = seen.logp - seen.ref_logp
+    outside = abs(numpy.exp(logp.data - seen.logp) - 1) > s.epsilon  # of 1 - epsilon to 1 + epsilon
     return {
         "reward": float(seen.reward.mean()),
-        "kl": float(ratio.sum() / B),
+        "kl": float(log_ratio.sum() / B),
         "loss/policy": surrogate.item(),
         "loss/value": value_loss.item(),
-        "clipped": float(clipped.mean()),
+        "outside": float(outside.mean()),
         "grad_norm": grad_norm,
     }
 
@@ -237,7 +238,7 @@ def ppo(
     asked: Iterator[Sequence[Sequence[int]]], rng: Any, max_new_tokens: int, rates: Sequence[float],
     settings: Settings = SETTINGS,
 ) -> Iterator[Metrics]:  # fmt: skip
-    """Train policy and critic, a batch of prompts and a learning rate a step; the metrics are those before the step."""
+    """Train policy and critic, a batch of prompts and a learning rate a step; yields the metrics of each step."""
     optimizer = optim.AdamW(trainable(policy, critic), 0.0, betas=(0.9, 0.99), weight_decay=0.0)
     for optimizer.learning_rate in rates:
         seen = rollout(policy, critic, reference, reward, config, next(asked), rng, max_new_tokens)
