@@ -812,8 +812,8 @@ def e29():
         },
         "Not on the desk. At a small beta DPO alone ends below its start, and at beta 0.2 its seeds end farther apart "
         "than PPO's. PPO samples from the policy, so a reply that falls apart is judged. That helps as far as the "
-        "reward knows better: at beta 0.02 a learned one does not, and PPO's seeds scatter, too. A larger beta or an NLL term "
-        "steadies DPO, and PPO takes longer.",
+        "reward knows better: at beta 0.02 a learned one does not, and PPO's seeds scatter, too. A larger beta or an "
+        "NLL term steadies DPO, and PPO takes longer.",
     )
 
 
