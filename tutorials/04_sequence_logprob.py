@@ -193,8 +193,8 @@ np.testing.assert_allclose([sums[name] for name in names], in_text, rtol=0, atol
 # %% [markdown]
 # ## The library's version
 # `scoring.sequence_logprob` takes the same slice of the transformer's logits. `exact` has both oracles, and `mutants`
-# has eleven mistakes. Two of the new ones move the sum: `wrong_slice_end` leaves out the last factor, so its sum is above
-# 1, and `last_prompt_token_scored` adds a factor, so its sum is below 1. The last four are distributions, but not the
+# has eleven mistakes. Two of the new ones move the sum. `wrong_slice_end` leaves out the last factor, so its sum is
+# above 1; `last_prompt_token_scored` adds a factor, so its sum is below 1. The last four are distributions, but not the
 # model's.
 
 # %%
