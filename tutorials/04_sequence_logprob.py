@@ -131,8 +131,8 @@ assert all(abs(sums[name] - 1) > 0.01 for name in ways if name not in ("correct"
 #     sum_y exp(score(y)) = sum_y pi(y|x) exp(score(y) - log pi(y|x)) = E_pi[exp(score(y) - log pi(y|x))]
 #
 # So the sum is the average, over the model's own responses, of the factor by which the mistake changes a probability.
-# A factor pi(token | ...) that is left out was below 1, so its loss raises the probability: the sum is above 1. A
-# factor that is added is below 1 too: the sum is below 1. How far, mistake by mistake, by working from S as above:
+# Each factor pi(token | ...) is below 1. Leave one out, and the probability rises: the sum is above 1. Multiply by one
+# too many, and it falls: the sum is below 1. How far, mistake by mistake:
 #
 # - First token not scored. For each of the V first ids, the rest sums to S(first) = 1. The sum is V for every model.
 # - End-of-text not scored. A response then counts as the probability that its characters are reached. Over all strings
@@ -140,9 +140,9 @@ assert all(abs(sums[name] - 1) > 0.01 for name in ways if name not in ("correct"
 #   1 + (mean number of characters), which is above 1.
 # - A pad scored. Each response gets the factor pi(end-of-text | x, y): would the model say end-of-text once more? The
 #   sum is the average of that probability, which is below 1.
-# - Mean for sum. exp(mean) is the T-th root of pi(y|x), for T tokens. The root of a number below 1 is larger than the
-#   number, so the sum is above 1. A uniform model gives each token 1/V, so each of N responses counts as 1/V and the
-#   sum is N/V: it grows with the number of responses.
+# - Mean for sum. exp(mean) is the T-th root of pi(y|x), for T tokens. From two tokens on, the root of a number below 1
+#   is larger than the number, so the sum is above 1. A uniform model gives each token 1/V, so each of N responses
+#   counts as 1/V and the sum is N/V: it grows with the number of responses.
 # - No shift. Each token is scored by a row that has read it: would the model say it again? These V probabilities come
 #   from V different rows, so they add up to anything from 0 to V, and the sum is anything from 0 to N. It is near N for
 #   a model that always repeats the last token, near 0 for one that never does, and exactly 1 for a uniform one.
@@ -157,7 +157,7 @@ assert all(abs(sums[name] - 1) > 0.01 for name in ways if name not in ("correct"
 # | no shift | from 0 to N, as the model repeats itself | 0.529 |
 # | shift by two | 1 | 1.000 |
 #
-# Below, each size is computed by its own formula. Then the model's wish to repeat a token is turned down and up.
+# Below, the sizes are computed by these formulas. Then the model's wish to repeat a token is turned down and up.
 
 # %%
 probabilities = np.array([math.exp(chain_rule(toy_logits, x, y)) for y in responses])

@@ -13,7 +13,7 @@
 # **Afterwards you can say**
 # - how a reward is learned from choices, and what choices cannot tell about it
 # - how to find pi*, the policy that maximises E[r] - beta KL(pi || pi_ref), and how to prove that it is the only one
-# - how much any other policy loses
+# - how far any other policy falls short of it
 # - what becomes of pi* without the penalty, and without the reference
 #
 # **Predict first.** The rewards of two replies differ by 1.7. By how many nats is log pi(y_w|x) - log pi(y_l|x) larger
@@ -26,7 +26,7 @@
 #     P(w preferred to l) = sigma(r_w - r_l)                                  Bradley-Terry
 #     KL(pi || pi_ref)    = sum_y pi log(pi/pi_ref)                           in nats
 #     J(pi)  = E_pi[r] - beta KL(pi || pi_ref)                                what RLHF maximises, for each prompt
-#     pi*(y) = pi_ref(y) exp(r(y)/beta)/Z,   Z = sum_y pi_ref(y) exp(r(y)/beta)
+#     pi*    = the policy with the largest J                                  found below
 
 # %%
 import pathlib
@@ -74,14 +74,14 @@ wins = wins + np.swapaxes(2000 * upper - wins, 1, 2)  # what i did not win, j wo
 #     d(-log sigma(z))/dz = -sigma(-z)                              tutorial 01, with z = r_i - r_j
 #     dL/dr_i = -(1/n) sum_j (wins_ij sigma(r_j - r_i) - wins_ji sigma(r_i - r_j))
 #
-# r_i is in a term twice: as the winner with derivative 1, as the loser with derivative -1. To read the result, put
+# r_i appears where reply i won, with derivative 1, and where it lost, with derivative -1. To read the result, put
 # sigma(r_j - r_i) = 1 - sigma(r_i - r_j) into it:
 #
 #     dL/dr_i = -(1/n) sum_j (wins_ij - (wins_ij + wins_ji) sigma(r_i - r_j))
 #
-# That is the number of wins minus the number of wins that the rewards expect. At the best rewards both are equal, for
-# each reply. And the sum of dL/dr_i over i is 0, since each choice has a winner and a loser: adding a constant to all
-# rewards of a prompt changes nothing, so choices cannot tell it.
+# The bracket compares the number of wins with the number that the rewards expect. At the best rewards they are equal,
+# summed over j, for each reply. And the sum of dL/dr_i over i is 0, since each choice has a winner and a loser: adding
+# a constant to all rewards of a prompt changes nothing, so choices cannot tell it.
 
 
 # %%
@@ -122,7 +122,11 @@ assert abs(learned - centred).max() < 0.1
 #     log pi = log pi_ref + r/beta - (1 + lambda/beta)           solved for log pi
 #     pi = pi_ref exp(r/beta) exp(-(1 + lambda/beta))            the last factor is the same for every y
 #
-# The sum over y must be 1, so the last factor is 1/Z. That is pi*. Now you can see where its parts come from: pi_ref
+# The sum over y must be 1. So the last factor is 1/Z, with Z = sum_y pi_ref exp(r/beta), and the result is
+#
+#     pi*(y) = pi_ref(y) exp(r(y)/beta)/Z
+#
+# Now you can see where its parts come from: pi_ref
 # and 1/beta from the KL, exp from the derivative of pi log pi, and Z from the condition. No pi(y) can be negative, as
 # an exponential is positive.
 #
@@ -170,26 +174,23 @@ def line(number, formula, licence, left, right):
 
 
 print("\nthe worksheet, first half (each line is equal to 1e-9)")
-line(1, "J(pi) = E_pi[r] - beta KL(pi || pi_ref)", "given", J, J)
+line(1, "J(pi) = E_pi[r] - beta KL(pi || pi_ref)", "given", J, exact.objective(policies, ref_logp, reward, beta))
 line(2, "= sum_y pi (r - beta log(pi/pi_ref))", "definition", J, (pi * (reward - beta * np.log(pi / pi_ref))).sum(-1))
 
 # %% [markdown]
 # **Line 3**, by algebra: r is beta log exp(r/beta). Put everything under one logarithm, with -beta before the sum.
 
 # %%
-unnormalised = pi_ref * np.exp(reward / beta)
-line(
-    3, "= -beta sum_y pi log(pi / (pi_ref exp(r/beta)))", "algebra", J, -beta * (pi * np.log(pi / unnormalised)).sum(-1)
-)
+one_log = np.log(pi / (pi_ref * np.exp(reward / beta)))
+line(3, "= -beta sum_y pi log(pi / (pi_ref exp(r/beta)))", "algebra", J, -beta * (pi * one_log).sum(-1))
 
 # %% [markdown]
 # This looks like a KL divergence, but pi_ref exp(r/beta) does not sum to 1. **Line 4**, by the definition of Z and pi*:
 # write it as something that does, times a number.
 
 # %%
-line(
-    4, "= -beta sum_y pi log(pi / (Z pi*))", "definition", J, -beta * (pi * np.log(pi / (Z[:, None] * pi_star))).sum(-1)
-)
+one_log = np.log(pi / (Z[:, None] * pi_star))
+line(4, "= -beta sum_y pi log(pi / (Z pi*))", "definition", J, -beta * (pi * one_log).sum(-1))
 
 # %% [markdown]
 # **Line 5**, by algebra: take Z out of the sum. (What is sum_y pi?) This step is called completing the KL.
@@ -204,21 +205,16 @@ line(5, "= beta log Z - beta KL(pi || pi*)", "algebra; pi sums to 1", J, beta * 
 #     -KL(pi || pi*) = sum_y pi log(pi*/pi) <= sum_y pi (pi*/pi - 1) = sum_y pi* - sum_y pi = 0
 
 # %%
-line(
-    6,
-    "<= beta log Z, with equality only at pi = pi*",
-    "Gibbs' inequality",
-    objective(star, ref_logp, reward, beta),
-    beta * log_z,
-)
+largest = objective(star, ref_logp, reward, beta)
+line(6, "<= beta log Z, with equality only at pi = pi*", "Gibbs' inequality", largest, beta * log_z)
 u = pi_star / pi
 assert (np.log(u) <= u - 1).all() and kl(policies, star).min() > 0  # Gibbs' inequality, and its reason
 np.testing.assert_allclose((pi * (u - 1)).sum(axis=-1), 0, atol=1e-9)
 assert (J < beta * log_z).all()
 
 # %% [markdown]
-# Line 5 also says how much any other policy loses: beta KL(pi || pi*). **Line 7**, by taking logs of the definition of
-# pi*, and **line 8**, by algebra: solve line 7 for r. Which reward belongs to a given optimal policy?
+# Line 5 also says how far any other policy falls short: by beta KL(pi || pi*). **Line 7**, by taking logs of the
+# definition of pi*, and **line 8**, by algebra: solve line 7 for r. Which reward belongs to a given optimal policy?
 
 # %%
 line(7, "log pi* = log pi_ref + r/beta - log Z", "definition", star, ref_logp + reward / beta - log_z[:, None])
@@ -274,7 +270,8 @@ assert np.exp(cases["beta 2"]) @ true > np.exp(skewed) @ true > np.exp(cases["no
 # ## The library's version
 # `ppo.reward_loss` is the loss of a reward model and `exact.fitted_rewards` its minimum by Newton's method. `exact` has
 # J and pi*. `constrained_objective` repeats the proof on a larger world: three prompts, 121 replies of at most four
-# tokens, and a reference that is a transformer.
+# tokens, and a reference that is a transformer. The last line prints a total variation, half the sum of |pi - pi*|: 0
+# if two policies are equal, 1 if they share nothing.
 
 # %%
 x, i, j = np.nonzero(wins)

@@ -86,9 +86,8 @@ line(8, "r = beta log(pi*/pi_ref) + beta log Z", "given", reward, beta * log_rat
 # **Line 9**, because both replies of a pair answer the same prompt: subtract line 8 for l from line 8 for w.
 
 # %%
-line(
-    9, "r_w - r_l = beta * margin of pi*", "same prompt: Z cancels", differences(reward), beta * differences(log_ratio)
-)
+between = beta * differences(log_ratio)
+line(9, "r_w - r_l = beta * margin of pi*", "same prompt: Z cancels", differences(reward), between)
 assert abs(log_z[0] - log_z[1]) > 0.1  # it cancels, though it differs from prompt to prompt
 
 # %% [markdown]
@@ -120,8 +119,9 @@ likelihood = np.exp((shares(labels) * np.log(by_policy + np.eye(4))).sum())  # g
 line(11, "L(pi) = -mean log sigma(beta * margin)", "maximum likelihood", loss(star, labels), -np.log(likelihood))
 
 # %% [markdown]
-# **Line 12**, by calculus: the gradient of line 11 with respect to theta_i. The log-ratios are
-# log_softmax(theta) - log pi_ref. (What becomes of the normaliser of log_softmax?)
+# **Line 12**, by calculus: the gradient of line 11 with respect to theta_i. Write z_ij for beta times the margin of
+# reply i over reply j. The log-ratios are log_softmax(theta) - log pi_ref. (What becomes of the normaliser of
+# log_softmax?)
 #
 # **Line 13**, by lines 9 and 12: what is the gradient at pi*?
 
@@ -135,9 +135,9 @@ def loss_gradient(theta, wins):
 at, eps = rng.normal(size=(2, 4)), 1e-6
 bumps = eps * np.eye(8).reshape(8, 2, 4)
 slopes = np.reshape([(loss(at + b, labels) - loss(at - b, labels)) / (2 * eps) for b in bumps], (2, 4))
-line(12, "dL/dtheta_i = -beta sum_j (share_ij sigma(-z_ij)", "calculus; the normaliser cancels", 0, 0)
-print(f"      {'               - share_ji sigma(-z_ji))':<58}in each log-ratio difference")
-np.testing.assert_allclose(loss_gradient(at, labels), slopes, rtol=0, atol=1e-9)
+gradient = loss_gradient(at, labels)
+line(12, "dL/dtheta_i = -beta sum_j (share_ij sigma(-z_ij)", "calculus; the normaliser cancels", gradient, slopes)
+print(f"      {'               - share_ji sigma(-z_ji))':<58}in each z_ij")
 line(13, "dL/dtheta = 0 at pi*", "see below", loss_gradient(star, labels), 0)
 
 # %% [markdown]
