@@ -9,12 +9,13 @@
 # **Afterwards you can say**
 # - for which inputs each formula fails, and what it then returns: nan, -inf or a silent 0;
 # - why subtracting the row's maximum repairs log_softmax, and why -expm1 repairs the slope of logsigmoid;
-# - how the vjp of each is derived.
+# - how to derive the vjp of each, line by line.
 #
 # **Predict first.** In float32, at z = 17, what is 1 - sigma(z) when it is computed as `1 - 1 / (1 + exp(-z))`? And
 # what is the exact value, to one digit?
 #
-# **The formula.** A row x holds V logits x_j. As in tutorial 02, g = dL/dy goes into a vjp and gx = dL/dx comes out.
+# **The formula.** A row x holds V logits x_j. As in tutorial 02, x goes into a function and y comes out; g = dL/dy goes
+# into its vjp and gx = dL/dx comes out. (From 04 on, x is a prompt and y a response.)
 #
 #     log_softmax   y_j = log(e^x_j / sum_k e^x_k)      (..., V) -> (..., V)   log-probability of each next token
 #     gather        y_i = x[i, index_i]                 (..., V), integers (...) -> (...)   that of the actual token
@@ -54,12 +55,46 @@ with np.errstate(all="ignore"):
 # their sum lies between 1 and V: it cannot overflow, and its log is finite. What remains is log(e^a/s) = a - log s,
 # which needs no exponential of a.
 #
-# The derivative, with s = sum_k e^x_k and p_j = e^x_j/s = e^y_j; [i = j] is 1 if i = j, else 0:
+# ## log_softmax: the vjp, line by line
+# Write s = sum_k e^x_k. [i = j] is 1 if i = j, else 0. To the right is the reason for each line.
 #
-#     y_i = x_i - log s,     ds/dx_j = e^x_j,     dy_i/dx_j = [i = j] - (1/s) e^x_j = [i = j] - p_j
-#     gx_j = sum_i g_i dy_i/dx_j = g_j - p_j sum_i g_i
+#     1   y_i = log(e^x_i/s) = x_i - log s                   log(a/b) = log a - log b
+#     2   dx_i/dx_j = [i = j]                                each logit is a variable of its own
+#     3   ds/dx_j = e^x_j                                    only the term k = j of the sum contains x_j
+#     4   d(log s)/dx_j = (1/s) e^x_j = e^y_j                chain rule, then line 1: e^y_j = e^x_j/s
+#     5   dy_i/dx_j = [i = j] - e^y_j                        line 2 minus line 4: the local Jacobian
+#     6   gx_j = sum_i g_i dy_i/dx_j                         what a vjp is (tutorial 02)
+#     7        = sum_i g_i [i = j] - e^y_j sum_i g_i         line 5; e^y_j is the same for every i
+#     8        = g_j - e^y_j sum_i g_i                       only i = j is left of the first sum
 #
-# For every g, gx sums to 0 over j, because adding one constant to a whole row changes nothing.
+# e^y_j is the softmax p_j. The cell checks the lines on one row. `jacobian` differentiates by the complex step of
+# tutorial 02.
+
+
+# %%
+def jacobian(f, x):  # df_i/dx_j, exact to rounding
+    return np.stack([f(x + 1e-20j * column).imag / 1e-20 for column in np.eye(len(x))], axis=-1)
+
+
+x, g = rng.normal(size=5), rng.normal(size=5)
+s, y, same = np.exp(x).sum(), log_softmax_naive(x), np.eye(5)
+lines = {
+    "1": (y, x - np.log(s)),
+    "2": (jacobian(lambda x: x, x), same),
+    "3": (jacobian(lambda x: np.exp(x).sum(keepdims=True), x)[0], np.exp(x)),
+    "4": (jacobian(lambda x: np.log(np.exp(x).sum(keepdims=True)), x)[0], np.exp(y)),
+    "5": (jacobian(log_softmax_naive, x), same - np.exp(y)),  # row i, column j
+    "6": (g @ jacobian(log_softmax_naive, x), g @ (same - np.exp(y))),
+    "7": (g @ (same - np.exp(y)), g @ same - np.exp(y) * g.sum()),
+    "8": (g @ same - np.exp(y) * g.sum(), g - np.exp(y) * g.sum()),
+}
+for number, (left, right) in lines.items():
+    np.testing.assert_allclose(left, right, rtol=1e-12, atol=1e-14, err_msg=f"line {number}")
+print(f"log_softmax: lines {', '.join(lines)} of the derivation hold")
+
+# %% [markdown]
+# For every g, gx sums to 0 over j, because adding one constant to a whole row changes nothing. The stable form keeps y
+# and needs nothing else.
 
 
 # %%
@@ -73,7 +108,7 @@ def log_softmax(x):
     return y, vjp
 
 
-print("log_softmax of       naive                stable")
+print("\nlog_softmax of       naive                stable")
 for name, x in cases.items():
     y = log_softmax(np.array(x))[0]
     print(f"  {name:<12}" + "{:9.4g} {:9.4g}  {:9.4g} {:9.4g}".format(*naive[name], *y))
@@ -89,9 +124,9 @@ np.testing.assert_array_equal(log_softmax(np.array([0.0, -800.0]))[0], [0, -800]
 
 # %%
 def check(raw_op, library_op, x, *rest):
-    g, u, h = rng.normal(size=raw_op(x, *rest)[0].shape), rng.normal(size=x.shape), 1e-6
+    g, u, eps = rng.normal(size=raw_op(x, *rest)[0].shape), rng.normal(size=x.shape), 1e-6
     y, vjp = raw_op(x, *rest)
-    ju = (raw_op(x + h * u, *rest)[0] - raw_op(x - h * u, *rest)[0]) / (2 * h)
+    ju = (raw_op(x + eps * u, *rest)[0] - raw_op(x - eps * u, *rest)[0]) / (2 * eps)
     np.testing.assert_allclose((vjp(g)[0] * u).sum(), (g * ju).sum(), rtol=1e-6, atol=1e-8)
     their_y, their_vjp = library_op.raw(x, *rest)
     np.testing.assert_allclose(y, their_y, rtol=1e-12, atol=1e-14)
@@ -107,10 +142,15 @@ np.testing.assert_allclose(gx.sum(axis=-1), 0, atol=1e-12)
 # ## gather: two naive attempts
 # `x[:, index]` takes the columns that `index` names from *every* row: (B, V) -> (B, B), without an error. Multiplying
 # by a one-hot row and summing picks the correct entry, until a token cannot occur: its log-probability is -inf, and
-# 0 * -inf is nan. `x[arange(B), index]` pairs each row with its column. Only one entry of a row reaches y_i, so the vjp
-# puts g_i back into that place:
+# 0 * -inf is nan. `x[arange(B), index]` pairs each row with its column.
 #
-#     y_i = sum_j [j = index_i] x_ij,     dy_i/dx_ij = [j = index_i],     gx_ij = g_i [j = index_i]
+# The vjp, line by line. Two letters for rows, i and k, and j for columns:
+#
+#     1   y_i = x[i, index_i] = sum_j [j = index_i] x_ij     one term of the sum is not 0
+#     2   dy_i/dx_kj = [k = i] [j = index_i]                 y_i contains one entry of row i, with factor 1
+#     3   gx_kj = sum_i g_i dy_i/dx_kj = g_k [j = index_k]   only i = k is left of the sum
+#
+# In words: put g_k back into the place that was read, and 0 everywhere else.
 
 
 # %%
@@ -135,7 +175,14 @@ impossible = log_softmax(np.array([[0.0, 0.0, -math.inf]]))[0]
 with np.errstate(invalid="ignore"):
     assert np.isnan((np.eye(3)[[0]] * impossible).sum())
 np.testing.assert_allclose(gather(impossible, np.array([0]))[0], -math.log(2), rtol=1e-12)
-check(gather, ops.gather, rng.normal(size=(4, 5)), np.array([0, 4, 2, 2]))
+index = np.array([0, 4, 2, 2])
+onehot = np.eye(5)[index]  # (4, 5): [j = index_i]
+x, g = rng.normal(size=(4, 5)), rng.normal(size=4)
+np.testing.assert_array_equal((onehot * x).sum(axis=-1), gather(x, index)[0])  # line 1
+of_flat = jacobian(lambda flat: flat.reshape(4, 5)[np.arange(4), index], x.ravel()).reshape(4, 4, 5)  # i, k, j
+np.testing.assert_allclose(of_flat, np.eye(4)[:, :, None] * onehot[:, None, :], rtol=1e-12)  # line 2
+np.testing.assert_allclose(np.einsum("i,ikj->kj", g, of_flat), gather(x, index)[1](g)[0], rtol=1e-12)  # line 3
+check(gather, ops.gather, x, index)
 
 # %% [markdown]
 # Together they are the loss of pre-training, in which a model learns to predict the next token of a text (tutorial 05).
@@ -159,8 +206,15 @@ np.testing.assert_allclose(x.grad, np.exp(log_softmax(logits)[0]) - np.eye(3)[to
 #     z >= 0:  log sigma(z) =   - log(1 + e^-z)
 #     z <  0:  log sigma(z) = z - log(1 + e^z)       (multiply numerator and denominator of 1/(1 + e^-z) by e^z)
 #
-# The cure for the slope: dy/dz = sigma'(z)/sigma(z) = 1 - sigma(z) = 1 - e^y = -expm1(y); `expm1(y)` returns e^y - 1
-# without rounding e^y.
+# The cure for the slope comes out of its derivation:
+#
+#     1   y = log sigma(z),   sigma(z) = 1/(1 + e^-z)        definition, so e^y = sigma(z)
+#     2   dy/dz = sigma'(z)/sigma(z)                         chain rule: d(log u) = du/u
+#     3   sigma'(z) = e^-z/(1 + e^-z)^2                      d(1/u) = -du/u^2, with u = 1 + e^-z and du/dz = -e^-z
+#     4   e^-z/(1 + e^-z) = 1 - sigma(z)                     the fraction and 1/(1 + e^-z) add up to 1
+#     5   dy/dz = 1 - sigma(z)                               lines 3 and 4 in line 2: one factor sigma(z) cancels
+#     6         = 1 - e^y = -expm1(y)                        line 1; `expm1(y)` returns e^y - 1 without rounding e^y
+#     7   gz = -g expm1(y)                                   each z has its own y, so the sum over i has one term
 
 
 # %%
@@ -176,6 +230,17 @@ def logsigmoid(z):
 
     return y, vjp
 
+
+z, g = rng.normal(size=4), rng.normal(size=4)
+sigma, (y, vjp) = 1 / (1 + np.exp(-z)), logsigmoid(z)
+of_sigma, of_y = (jacobian(f, z) for f in (lambda z: 1 / (1 + np.exp(-z)), logsigmoid_naive))  # (4, 4)
+np.testing.assert_allclose(y, np.log(sigma), rtol=1e-12)  # line 1
+np.testing.assert_allclose(of_y.diagonal(), of_sigma.diagonal() / sigma, rtol=1e-12)  # line 2
+np.testing.assert_allclose(of_sigma.diagonal(), np.exp(-z) * sigma**2, rtol=1e-12)  # line 3
+np.testing.assert_allclose(np.exp(-z) * sigma, 1 - sigma, rtol=1e-12)  # line 4
+np.testing.assert_allclose(of_y, np.diag(1 - sigma), rtol=1e-12, atol=0)  # line 5
+np.testing.assert_allclose(1 - sigma, -np.expm1(y), rtol=1e-12)  # line 6
+np.testing.assert_allclose(g @ of_y, vjp(g)[0], rtol=1e-12)  # line 7
 
 z = np.array([-800.0, -1.7, 17.0, 40.0])
 y, vjp = logsigmoid(z)
@@ -224,6 +289,8 @@ for dtype, bits in ((np.float32, 24), (np.float64, 53)):
 #    read from the same row of logits x. Derive the gradient of -(y_w - y_l) with respect to x, where
 #    y = log_softmax(x). What has become of p?
 # 2. Find the bug: `x.max()` is subtracted instead of `x.max(axis=-1, keepdims=True)`. For which rows does that fail?
+# 3. Predict, then measure: in float32, add 100,000,000 to both logits of the row (0, 1). On paper that changes nothing.
+#    What does the stable form return, and where did the difference go?
 
 # %%
 for raw_op, library_op in ((log_softmax, ops.log_softmax), (logsigmoid, ops.logsigmoid)):
@@ -240,6 +307,9 @@ print("03: the stable forms are finite where the formulas fail, and agree with f
 #    of the row is pushed. (DPO multiplies this by beta sigma(-z), where z = beta * margin of the two whole responses.)
 # 2. It fails for a row that lies more than about 708 below the largest entry of the array. There its exponentials lose
 #    digits. From about 745 on all of them are 0, and minus log 0 is inf. Within one row such a distance does no harm.
+# 3. It returns -log 2 twice: the two logits have become equal. Near 10^8, neighbouring float32 numbers are 8 apart, so
+#    the 1 was rounded away when the constant was added. No later step can bring it back. A stable form protects from
+#    what it does itself, not from what its input has lost.
 
 # %%
 x = Tensor(rng.normal(size=5), requires_grad=True)
@@ -250,3 +320,9 @@ far = np.array([[0.0, 1.0], [-1000.0, -1001.0]])
 with np.errstate(divide="ignore"):
     wrong = far - far.max() - np.log(np.exp(far - far.max()).sum(axis=-1, keepdims=True))
 assert not np.isfinite(wrong[1]).any() and np.isfinite(log_softmax(far)[0]).all()
+
+row = np.array([0, 1], dtype="float32")
+raised = row + np.float32(1e8)
+assert raised.dtype == np.float32 and np.spacing(raised[0]) == 8
+np.testing.assert_allclose(log_softmax(raised)[0], -math.log(2), rtol=1e-6)
+np.testing.assert_allclose(log_softmax(row)[0], [-1.313, -0.313], atol=5e-4)

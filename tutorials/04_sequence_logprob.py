@@ -6,7 +6,8 @@
 # **Afterwards you can say**
 # - which row of the logits predicts which token, and what happens to prompt, pads and end-of-text;
 # - what the probabilities of all complete responses add up to, derived and computed;
-# - which mistakes that sum finds, and which only the chain rule finds.
+# - which way each mistake moves that sum, by how much, and which mistakes only the chain rule finds;
+# - what a log-probability of -inf does when it is multiplied by 0, forwards and backwards.
 #
 # **Predict first.** A scorer reads each token's log-probability one row too early: from the row that should predict
 # the token before it. Add up the probabilities that it gives to all complete responses. Is the sum less than 1,
@@ -27,7 +28,7 @@ import math
 
 import numpy as np
 
-from minidpo import exact, model, ops, scoring
+from minidpo import Tensor, exact, model, ops, scoring
 from minidpo.theory import mutants
 
 rng = np.random.default_rng(0)
@@ -117,19 +118,84 @@ assert abs(sums["correct"] - 1) < 1e-12 and gaps["correct"] < 1e-12
 # each start it still gives one distribution over the next id, and the proof asks for no more. (This needs a prompt of
 # two tokens or more, or the first token of y has no row two places before it.)
 #
-# Without a shift, a row has already read the token that it scores. That is not a distribution over what comes next.
-# Where a factor below 1 is left out, the sum rises above 1; where one too many is included, it falls below 1. So the
-# sum finds five of the six mistakes. The sixth needs the chain rule, which slices no logits.
+# So the sum finds five of the six mistakes. The sixth needs the chain rule, which slices no logits.
 
 # %%
 assert abs(sums["shift by two"] - 1) < 1e-12 < 0.01 < gaps["shift by two"]
 assert all(abs(sums[name] - 1) > 0.01 for name in ways if name not in ("correct", "shift by two"))
-assert all(sums[name] > 1 for name in ("first token not scored", "end-of-text not scored")) and sums["a pad scored"] < 1
+
+# %% [markdown]
+# ## Which way each mistake moves the sum, and how far
+# One identity covers all of them. Multiply and divide by pi(y|x):
+#
+#     sum_y exp(score(y)) = sum_y pi(y|x) exp(score(y) - log pi(y|x)) = E_pi[exp(score(y) - log pi(y|x))]
+#
+# So the sum is the average, over the model's own responses, of the factor by which the mistake changes a probability.
+# Each factor pi(token | ...) is below 1. Leave one out, and the probability rises: the sum is above 1. Multiply by one
+# too many, and it falls: the sum is below 1. How far, mistake by mistake:
+#
+# - First token not scored. For each of the V first ids, the rest sums to S(first) = 1. The sum is V for every model.
+# - End-of-text not scored. A response then counts as the probability that its characters are reached. Over all strings
+#   of t characters, that adds up to P(a response has at least t characters). Over t = 0 ... CAP, it adds up to
+#   1 + (mean number of characters), which is above 1.
+# - A pad scored. Each response gets the factor pi(end-of-text | x, y): would the model say end-of-text once more? The
+#   sum is the average of that probability, which is below 1.
+# - Mean for sum. exp(mean) is the T-th root of pi(y|x), for T tokens. From two tokens on, the root of a number below 1
+#   is larger than the number, so the sum is above 1. A uniform model gives each token 1/V, so each of N responses
+#   counts as 1/V and the sum is N/V: it grows with the number of responses.
+# - No shift. Each token is scored by a row that has read it: would the model say it again? These V probabilities come
+#   from V different rows, so they add up to anything from 0 to V, and the sum is anything from 0 to N. It is near N for
+#   a model that always repeats the last token, near 0 for one that never does, and exactly 1 for a uniform one.
+# - Shift by two. The factors still form a distribution: exactly 1.
+#
+# | mistake | sum | here |
+# |---|---|---:|
+# | first token not scored | V | 4.000 |
+# | end-of-text not scored | 1 + mean number of characters | 3.805 |
+# | a pad scored | mean probability of one more end-of-text | 0.034 |
+# | mean for sum | above 1; N/V for a uniform model | 6.742 |
+# | no shift | from 0 to N, as the model repeats itself | 0.529 |
+# | shift by two | 1 | 1.000 |
+#
+# Below, the sizes are computed by these formulas. Then the model's wish to repeat a token is turned down and up.
+
+# %%
+probabilities = np.array([math.exp(chain_rule(toy_logits, x, y)) for y in responses])
+characters_of = np.array([sum(token != END_OF_TEXT for token in y) for y in responses])
+once_more = [math.exp(chain_rule(toy_logits, [*x, *y], [END_OF_TEXT])) for y in responses]
+np.testing.assert_allclose(sums["first token not scored"], V, rtol=1e-12)
+np.testing.assert_allclose(sums["end-of-text not scored"], 1 + probabilities @ characters_of, rtol=1e-12)
+np.testing.assert_allclose(sums["a pad scored"], probabilities @ once_more, rtol=1e-12)
+roots = probabilities ** (1 / np.array([len(y) for y in responses]))
+np.testing.assert_allclose(sums["mean for sum"], roots.sum(), rtol=1e-12)
+for name, way in ways.items():  # the identity
+    changes = [math.exp(way(toy_logits, x, y) - chain_rule(toy_logits, x, y)) for y in responses]
+    np.testing.assert_allclose(sums[name], probabilities @ changes, rtol=1e-9)
+
+
+def repeating(wish):
+    """The toy model with `wish` added to the logit of the token that each row has just read."""
+    return lambda tokens: toy_logits(tokens) + wish * np.eye(V)[tokens]
+
+
+def no_shift_sum(logits_of):
+    return math.fsum(math.exp(ways["no shift"](logits_of, x, y)) for y in responses)
+
+
+print("\nwithout a shift, by the model's wish to repeat the token that it has read")
+for wish in (-20, -2, 0, 2, 20):
+    print(f"  {wish:>+4} on that logit: sum {no_shift_sum(repeating(wish)):9.6f}")
+assert no_shift_sum(repeating(-20)) < 1e-6 and abs(no_shift_sum(repeating(20)) - len(responses)) < 1e-3
+in_text = [4.000, 3.805, 0.034, 6.742, 0.529, 1.000]  # the table above
+names = ("first token not scored", "end-of-text not scored", "a pad scored", "mean for sum", "no shift", "shift by two")
+np.testing.assert_allclose([sums[name] for name in names], in_text, rtol=0, atol=5e-4)
 
 # %% [markdown]
 # ## The library's version
 # `scoring.sequence_logprob` takes the same slice of the transformer's logits. `exact` has both oracles, and `mutants`
-# has eleven mistakes. The last four are distributions, but not the model's.
+# has eleven mistakes. Two of the new ones move the sum. `wrong_slice_end` leaves out the last factor, so its sum is
+# above 1; `last_prompt_token_scored` adds a factor, so its sum is below 1. The last four are distributions, but not the
+# model's.
 
 # %%
 config = model.Config(vocab_size=V, n_positions=8, n_embd=8, n_layer=1, n_head=2)
@@ -150,6 +216,48 @@ print("\n" + mutants.as_text(verdicts))
 # it is 0, like end-of-text. The text's length tells it from the end-of-text that is scored. The log-probability of a
 # pad must be left out of the sum, by selection. Multiplying by a mask of 0 and 1 is not the same: 0 times -inf is nan.
 #
+# ## What -inf does on the way back
+# Let a pad have probability 0, so that its log-probability is -inf. Follow one number forwards: p, log p, mask * log p,
+# the sum, the loss. Now go back. Let g be the slope of the loss with respect to the sum. Then, by the chain rule:
+#
+#     d loss/d log p = g * mask,     d loss/dp = (g * mask) * (1/p)
+#
+# This can fail in two ways:
+# - Multiply by the mask. Then the sum is already nan, because 0 * -inf is nan. The slope g of DPO's loss is
+#   -beta sigma(-z) for a chosen response, and z contains the sum. So g is nan, and with it the gradient of every token
+#   of the pair, real ones too. In a batch they share the parameters, so one pad spoils the whole step.
+# - Select the real tokens, but from the plain log of a softmax. Then the sum is correct, and what arrives at the pad's
+#   log p is 0. But 1/p is inf, and 0 * inf is nan. The loss looks healthy, and the gradient is nan.
+#
+# So select, and use log_softmax as one piece. Its vjp is gx = g - softmax * sum(g) (tutorial 03), which divides by
+# nothing. A row with g = 0 gets exactly 0.
+
+# %%
+scores = np.array([[0.5, 1.0, 0.0], [1.0, 2.0, -math.inf]])  # row 0 predicts a token, row 1 a pad, which is impossible
+at, mask = np.array([1, 2]), np.array([1.0, 0.0])
+routes = {
+    "log_softmax, times mask": lambda s: ops.sum(ops.gather(ops.log_softmax(s), at) * mask),
+    "log of softmax, selected": lambda s: ops.sum(ops.gather(ops.log(ops.softmax(s)), at)[:1]),
+    "log_softmax, selected": lambda s: ops.sum(ops.gather(ops.log_softmax(s), at)[:1]),
+}
+print("\na pad of log-probability -inf      loss   gradient of the real row       of the pad's row")
+backwards = {}
+for name, route in routes.items():
+    leaf = Tensor(scores, requires_grad=True)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        loss = -ops.logsigmoid(0.1 * (route(leaf) + 2.0))  # beta 0.1; the reference and y_l are constants
+        loss.backward()
+    backwards[name] = loss.item(), leaf.grad
+    print(f"{name:<30}{loss.item():>9.4f}   " + "   ".join("{:7.4f} {:7.4f} {:7.4f}".format(*row) for row in leaf.grad))
+loss, gradient = backwards["log_softmax, times mask"]
+assert math.isnan(loss) and np.isnan(gradient[0]).all()  # the real token's row, too
+loss, gradient = backwards["log of softmax, selected"]
+assert math.isfinite(loss) and np.isnan(gradient[1]).any()
+loss, gradient = backwards["log_softmax, selected"]
+assert math.isfinite(loss) and np.isfinite(gradient).all() and not gradient[1].any()
+
+# %% [markdown]
+# ## The three routes
 # The shared route needs no pads: it computes a pair's prompt once and lets both responses follow it. All three routes,
 # one by one, padded and shared, give one number, and one gradient for a random cotangent.
 #
@@ -157,10 +265,6 @@ print("\n" + mutants.as_text(verdicts))
 # responses, and it cancels in their difference.
 
 # %%
-with np.errstate(invalid="ignore"):
-    assert math.isnan((np.array([-1.0, -math.inf]) * np.array([1.0, 0.0])).sum())
-assert np.where([True, False], [-1.0, -math.inf], 0.0).sum() == -1.0
-
 pairs = [(x, [1, 3, 0], [2, 0]), ([3], [0], [1, 1, 2, 0]), ([1, 2], [3, 3, 0], [3, 1, 1, 0])]  # x, w, l
 g_w, g_l = rng.normal(size=(2, len(pairs)))
 
@@ -189,11 +293,13 @@ np.testing.assert_allclose((prompt_scored[0] - prompt_scored[1]).data, (logp_w -
 # complete responses finds scores that are not a distribution. The chain rule also finds those that are a wrong one.
 #
 # ## Exercises
-# 1. Derive two entries of the table. If the first token is not scored, the sum is exactly V. If end-of-text is not
-#    scored, the sum is 1 plus the mean number of characters (tokens other than end-of-text) of a response.
+# 1. Derive: somebody scores the prompt as well, all of it but its first token. What is the sum over complete responses?
+#    Why does a pair not notice?
 # 2. Find the bug: `logp = log_softmax(logits_of([*x, *y][:-1]))[len(x) - 1 : -1]`, then the tokens of `y[:-1]` are
 #    gathered from these rows and summed. Which token is lost? Is the sum over complete responses above 1 or below 1, or
 #    does it depend on the model?
+# 3. Predict, then measure: a new model often gives every token the same probability. Which of the six mistakes does the
+#    sum find on such a model? And the chain rule?
 
 # %%
 wrong = {mutant.__name__ for mutant in mutants.WRONG_DISTRIBUTION}
@@ -204,18 +310,26 @@ print("04: probabilities of all complete responses sum to 1; seven mistakes brea
 
 # %% [markdown]
 # ## Solutions
-# 1. Without the first factor, a response counts as the probability of its rest, given its first token. For each of the
-#    V first tokens these add up to S(first token) = 1; after end-of-text the rest is empty. That makes V in all.
-#    Without the factor of end-of-text, a response counts as the probability that its characters are reached. Summed
-#    over all strings of t characters, that is P(a response has at least t characters). Summed over t = 0 ... CAP, it is
-#    1 + (mean number of characters).
+# 1. Every response gets the same factor pi(x_2 ... x_n | x_1), so the sum is that factor, below 1. It is the same in
+#    logp_w and logp_l, so it cancels in their difference.
 # 2. `[:-1]` drops the row that predicts nothing in y, and `: -1` drops one more. So the last token is never scored. A
 #    factor below 1 is missing from every probability. Each rises, so the sum is above 1 for every model.
+# 3. It finds four. A uniform model hides both shifts: all its rows are equal, so it does not matter which one is read.
+#    The chain rule does not see them either. Test a scorer on a model whose rows differ.
 
 # %%
-probabilities = [math.exp(chain_rule(toy_logits, x, y)) for y in responses]
-lengths = [sum(token != END_OF_TEXT for token in y) for y in responses]
-mean_characters = np.dot(probabilities, lengths)
-np.testing.assert_allclose(sums["first token not scored"], V, rtol=0, atol=1e-12)
-np.testing.assert_allclose(sums["end-of-text not scored"], 1 + mean_characters, rtol=0, atol=1e-12)
+with_prompt = math.fsum(math.exp(token_logprobs(toy_logits, x[:1], x[1:] + y).sum()) for y in responses)
+np.testing.assert_allclose(with_prompt, math.exp(token_logprobs(toy_logits, x[:1], x[1:]).sum()), rtol=1e-12)
+assert with_prompt < 1
 assert math.fsum(math.exp(token_logprobs(toy_logits, x, y)[:-1].sum()) for y in responses) > 1
+
+
+def uniform(tokens):
+    return np.zeros((len(tokens), V))
+
+
+found = {name: abs(math.fsum(math.exp(way(uniform, x, y)) for y in responses) - 1) > 1e-9 for name, way in ways.items()}
+unseen = {name for name in ways if abs(sums[name] - 1) > 0.01 and not found[name]}
+assert unseen == {"no shift"}
+for name in ("no shift", "shift by two"):
+    assert max(abs(ways[name](uniform, x, y) - chain_rule(uniform, x, y)) for y in responses) < 1e-12

@@ -1,45 +1,47 @@
 # %% [markdown]
-# # 08. From RLHF to DPO
+# # 08. From RLHF to DPO, first half: the optimum
 #
-# **Question.** How does a reinforcement learning problem with a learned reward become a loss on pairs?
+# **Question.** A policy should earn a learned reward and stay near a reference. Which policy is best, and how would one
+# find it?
 #
 # RLHF is reinforcement learning from human feedback. It has two stages: fit a reward r to people's choices between
 # replies, then train a policy to earn that reward without moving far from a reference. The penalty for moving is a KL
 # divergence. Without it the policy can drift to replies on which the fitted reward is wrong. DPO puts one loss in the
-# place of both stages. In this script the reward is chosen, not learned, so that we know the answer and can check it.
+# place of both stages. This half ends at the closed form of the best policy. The second half,
+# `08_the_loss_on_pairs.py`, makes a loss of it.
 #
 # **Afterwards you can say**
-# - how to derive pi*, the policy that maximises E[r] - beta KL(pi || pi_ref), and how much any other policy loses
-# - why Z(x), a sum over all possible replies, is not needed
-# - under which four assumptions the minimiser of the DPO loss is pi*, and what happens when one of them fails
+# - how a reward is learned from choices, and what choices cannot tell about it
+# - how to find pi*, the policy that maximises E[r] - beta KL(pi || pi_ref), and how to prove that it is the only one
+# - how far any other policy falls short of it
+# - what becomes of pi* without the penalty, and without the reference
 #
 # **Predict first.** The rewards of two replies differ by 1.7. By how many nats is log pi(y_w|x) - log pi(y_l|x) larger
 # under the optimal policy than under the reference, at beta = 0.1 and at beta = 0.5? What do you have to know about the
 # other replies to say so?
 #
 # **The formula.** r(x, y) is the reward of reply y to prompt x; below, the prompt is fixed. The log-ratio of a reply is
-# h = log(pi/pi_ref), so the margin is h_w - h_l, and z = beta (h_w - h_l). The divergence is
-# KL(pi || pi_ref) = sum_y pi log(pi/pi_ref).
+# log(pi/pi_ref), so the margin of a pair is the log-ratio of w minus that of l.
 #
-#     P(w preferred to l) = sigma(r_w - r_l)                            Bradley-Terry
-#     J(pi)  = E_pi[r] - beta KL(pi || pi_ref)                          what RLHF maximises, for each prompt
-#     pi*(y) = pi_ref(y) exp(r(y)/beta)/Z,   Z = sum_y pi_ref(y) exp(r(y)/beta)
-#     r(y)   = beta log(pi*(y)/pi_ref(y)) + beta log Z                  the line above, solved for r
-#     L(pi)  = -mean log sigma(z)                                       Bradley-Terry with beta h in place of r
+#     P(w preferred to l) = sigma(r_w - r_l)                                  Bradley-Terry
+#     KL(pi || pi_ref)    = sum_y pi log(pi/pi_ref)                           in nats
+#     J(pi)  = E_pi[r] - beta KL(pi || pi_ref)                                what RLHF maximises, for each prompt
+#     pi*    = the policy with the largest J                                  found below
 
 # %%
 import pathlib
 
 import numpy as np
 
-from minidpo import Tensor, exact, ops, plots
-from minidpo.streams import stream
-from minidpo.theory.assumptions import what_breaks_it
-from minidpo.theory.equalities import all_pairs, newton, pair_loss, reparametrisation, sampled_wins, small_world
+from minidpo import exact, losses, plots
+from minidpo.theory import ppo
+from minidpo.theory.equalities import constrained_objective, small_world
 
 # %% [markdown]
-# ## From NumPy alone
-# Two prompts with four replies each: everything can be summed. The reference is random, the rewards are chosen.
+# ## From NumPy alone: learn a reward
+# Two prompts with four replies each: everything can be summed. The reference is random. The true rewards are chosen by
+# us, so that we know what should be learned; the learner sees only choices. People compare each pair of replies 2,000
+# times. wins[x, i, j] is how often reply i was preferred to reply j.
 
 # %%
 rng = np.random.default_rng(0)
@@ -49,6 +51,89 @@ def log_softmax(s):
     return s - np.log(np.exp(s).sum(axis=-1, keepdims=True))
 
 
+def sigma(z):
+    return 1 / (1 + np.exp(-z))
+
+
+def differences(r):  # r_i - r_j for all ordered pairs
+    return r[..., :, None] - r[..., None, :]
+
+
+beta = 0.5
+reward = np.array([[1.7, 0.0, -0.5, 0.8], [-1.0, 0.4, 1.2, 0.1]])
+ref_logp = log_softmax(rng.normal(size=(2, 4)))
+upper = np.triu(np.ones((4, 4), dtype=int), 1)
+wins = rng.binomial(2000 * upper, sigma(differences(reward)))
+wins = wins + np.swapaxes(2000 * upper - wins, 1, 2)  # what i did not win, j won
+
+# %% [markdown]
+# Take the rewards under which these choices are likeliest. The choices are independent, so their log-likelihood is a
+# sum, and minus its mean is the loss of the reward model:
+#
+#     L(r) = -(1/n) sum_ij wins_ij log sigma(r_i - r_j)             n choices
+#     d(-log sigma(z))/dz = -sigma(-z)                              tutorial 01, with z = r_i - r_j
+#     dL/dr_i = -(1/n) sum_j (wins_ij sigma(r_j - r_i) - wins_ji sigma(r_i - r_j))
+#
+# r_i appears where reply i won, with derivative 1, and where it lost, with derivative -1. To read the result, put
+# sigma(r_j - r_i) = 1 - sigma(r_i - r_j) into it:
+#
+#     dL/dr_i = -(1/n) sum_j (wins_ij - (wins_ij + wins_ji) sigma(r_i - r_j))
+#
+# The bracket compares the number of wins with the number that the rewards expect. At the best rewards they are equal,
+# summed over j, for each reply. And the sum of dL/dr_i over i is 0, since each choice has a winner and a loser: adding
+# a constant to all rewards of a prompt changes nothing, so choices cannot tell it.
+
+
+# %%
+def reward_loss(r):
+    return -(wins * np.log(sigma(differences(r)))).sum() / wins.sum()
+
+
+def reward_gradient(r):
+    expected = (wins + np.swapaxes(wins, 1, 2)) * sigma(differences(r))
+    return -(wins - expected).sum(axis=2) / wins.sum()
+
+
+at, eps = rng.normal(size=reward.shape), 1e-6
+for place in np.ndindex(reward.shape):  # the derivation, against a central difference
+    bump = eps * (np.arange(8).reshape(2, 4) == 4 * place[0] + place[1])
+    slope = (reward_loss(at + bump) - reward_loss(at - bump)) / (2 * eps)
+    np.testing.assert_allclose(reward_gradient(at)[place], slope, rtol=0, atol=1e-9)
+np.testing.assert_allclose(reward_gradient(at).sum(axis=1), 0, atol=1e-15)
+learned = np.zeros_like(reward)
+for _ in range(500):
+    learned = learned - 4 * reward_gradient(learned)
+np.testing.assert_allclose(reward_gradient(learned), 0, atol=1e-12)
+centred = reward - reward.mean(axis=1, keepdims=True)
+print("a reward learned from 2,000 choices for each pair; both with mean 0 for each prompt")
+print(f"{'prompt, reply':<16}" + "".join(f"{f'{x}, {y}':>8}" for x in range(2) for y in range(4)))
+for name, r in (("true reward", centred), ("learned", learned)):
+    print(f"{name:<16}" + "".join(f"{each:8.3f}" for each in r.ravel()))
+assert abs(learned - centred).max() < 0.1
+
+# %% [markdown]
+# ## Find pi*: a Lagrange multiplier
+# Now the second stage, for a given r. How would one find the best policy without knowing the answer? A policy is a
+# list of numbers pi(y) whose sum is 1. To maximise J under that condition, add the condition with a multiplier, lambda,
+# and set the derivative with respect to each pi(y) to 0:
+#
+#     J(pi) + lambda (1 - sum_y pi(y)),   J(pi) = sum_y pi (r - beta log pi + beta log pi_ref)
+#     r - beta log pi - beta + beta log pi_ref - lambda = 0      product rule: pi d(log pi)/dpi = 1 gives the -beta
+#     log pi = log pi_ref + r/beta - (1 + lambda/beta)           solved for log pi
+#     pi = pi_ref exp(r/beta) exp(-(1 + lambda/beta))            the last factor is the same for every y
+#
+# The sum over y must be 1. So the last factor is 1/Z, with Z = sum_y pi_ref exp(r/beta), and the result is
+#
+#     pi*(y) = pi_ref(y) exp(r(y)/beta)/Z
+#
+# Now you can see where its parts come from: pi_ref
+# and 1/beta from the KL, exp from the derivative of pi log pi, and Z from the condition. No pi(y) can be negative, as
+# an exponential is positive.
+#
+# Check: at pi*, and only there, r - beta log(pi/pi_ref) - beta must be the same number, lambda, for every reply.
+
+
+# %%
 def kl(logp, logq):
     return (np.exp(logp) * (logp - logq)).sum(axis=-1)
 
@@ -63,211 +148,205 @@ def optimum(ref_logp, reward, beta):  # log pi*, log Z
     return tilted - log_z[..., None], log_z
 
 
-def differences(r):  # r_i - r_j for all ordered pairs
-    return r[..., :, None] - r[..., None, :]
-
-
-def sigma(z):
-    return 1 / (1 + np.exp(-z))
-
-
-def equal(claim, left, right):
-    np.testing.assert_allclose(left, right, rtol=1e-9, atol=1e-9)
-    print(f"  equal to 1e-9   {claim}")
-
-
-beta = 0.5
-reward = np.array([[1.7, 0.0, -0.5, 0.8], [-1.0, 0.4, 1.2, 0.1]])
-ref_logp = log_softmax(rng.normal(size=(2, 4)))
 star, log_z = optimum(ref_logp, reward, beta)
+multiplier = reward - beta * (star - ref_logp) - beta
+np.testing.assert_allclose(multiplier, np.tile(beta * log_z[:, None] - beta, 4), rtol=1e-12, atol=1e-12)
+of_reference = reward - beta * (ref_logp - ref_logp) - beta
+assert np.ptp(of_reference, axis=1).min() > 1  # not at the reference
 
 # %% [markdown]
-# ## Why pi* is the optimum
-# Put both terms of J under one logarithm:
+# ## Prove it: the worksheet
+# A derivative of 0 could also be a minimum or a saddle point. The proof needs no calculus. Take a sheet of paper. Each
+# text below asks for the next line and gives its licence: the reason why it is allowed. Write the line yourself. The
+# cell below it prints the line and checks it on 1,000 random policies.
 #
-#     J(pi) = sum_y pi (r - beta log(pi/pi_ref)) = -beta sum_y pi log(pi / (pi_ref exp(r/beta)))
-#
-# This looks like a KL divergence, but pi_ref exp(r/beta) does not sum to 1. Divide it by its sum, Z, and call the
-# result pi*:
-#
-#     J(pi) = -beta sum_y pi log(pi / (Z pi*)) = beta log Z - beta KL(pi || pi*)
-#
-# A KL divergence is 0 where its arguments are equal, and positive elsewhere. The reason is that log u <= u - 1, with
-# equality only at u = 1: -KL(pi || pi*) = sum_y pi log(pi*/pi) <= sum_y pi (pi*/pi - 1) = 0. So pi* is the only
-# maximum, and J(pi*) = beta log Z. The formula also says how much any other policy loses: beta KL(pi || pi*).
+# Line 1 is given: J(pi) = E_pi[r] - beta KL(pi || pi_ref). **Line 2**, by the definitions of E and KL: one sum over y.
 
 # %%
-print("Two prompts, four replies, beta 0.5 (NumPy)")
-policies = log_softmax(3 * rng.normal(size=(1000, 2, 4)))
-equal("sum of pi* over the replies = 1", np.exp(star).sum(axis=-1), 1)
-equal("J(pi*) = beta log Z", objective(star, ref_logp, reward, beta), beta * log_z)
-shortfall = beta * log_z - objective(policies, ref_logp, reward, beta)
-equal("J(pi*) - J(pi) = beta KL(pi || pi*), 1000 policies", shortfall, beta * kl(policies, star))
-assert kl(policies, star).min() > 0
-implicit = beta * (star - ref_logp)
-equal("r = beta log(pi*/pi_ref) + beta log Z", reward, implicit + beta * log_z[:, None])
-equal("r_i - r_j = beta h_i - beta h_j: Z cancels", differences(reward), differences(implicit))
-assert abs(log_z[0] - log_z[1]) > 0.1  # it cancels, though it differs from prompt to prompt
+policies = log_softmax(3 * rng.normal(size=(1000, 2, 4)))  # log pi
+pi, pi_ref, pi_star, Z = np.exp(policies), np.exp(ref_logp), np.exp(star), np.exp(log_z)
+J = objective(policies, ref_logp, reward, beta)
+
+
+def line(number, formula, licence, left, right):
+    np.testing.assert_allclose(left, right, rtol=1e-9, atol=1e-9)
+    print(f"  {number:<3}{formula:<62}{licence}")
+
+
+print("\nthe worksheet, first half (each line is equal to 1e-9)")
+line(1, "J(pi) = E_pi[r] - beta KL(pi || pi_ref)", "given", J, exact.objective(policies, ref_logp, reward, beta))
+line(2, "= sum_y pi (r - beta log(pi/pi_ref))", "definition", J, (pi * (reward - beta * np.log(pi / pi_ref))).sum(-1))
 
 # %% [markdown]
-# ## The loss
-# Z belongs to the prompt, and both replies of a pair answer the same prompt. So the probability of a label can be
-# written with the policy alone. DPO takes the policy under which the labels are likeliest. Here every pair is labelled
-# with its exact probability: labels[x, i, j] = sigma(r_i - r_j). The policy is a table, theta, with one logit for each
-# reply; the weight of a label in the mean is share_ij.
-#
-#     L = -sum_ij share_ij log sigma(z_ij),   z_ij = beta (h_i - h_j),   h = log_softmax(theta) - log pi_ref
-#     dL/dtheta_i = dL/dh_i = -beta sum_j (share_ij sigma(-z_ij) - share_ji sigma(-z_ji))
-#
-# The two derivatives are equal because the normaliser of log_softmax cancels in every h_i - h_j. At pi* each z_ij is
-# r_i - r_j, so share_ij sigma(-z_ij) is proportional to sigma(r_i - r_j) sigma(r_j - r_i). That is the same for (i, j)
-# and (j, i): the gradient is 0.
+# **Line 3**, by algebra: r is beta log exp(r/beta). Put everything under one logarithm, with -beta before the sum.
 
 # %%
-off_diagonal = 1 - np.eye(4)
-labels = sigma(differences(reward)) * off_diagonal
-certain = (differences(reward) > 0) * 1.0  # the better reply is preferred every time
+one_log = np.log(pi / (pi_ref * np.exp(reward / beta)))
+line(3, "= -beta sum_y pi log(pi / (pi_ref exp(r/beta)))", "algebra", J, -beta * (pi * one_log).sum(-1))
 
+# %% [markdown]
+# This looks like a KL divergence, but pi_ref exp(r/beta) does not sum to 1. **Line 4**, by the definition of Z and pi*:
+# write it as something that does, times a number.
 
-def loss_gradient(theta, labels):
-    share = labels / (len(labels) * labels.sum(axis=(1, 2), keepdims=True))
-    pull = share * sigma(-beta * differences(theta - ref_logp))  # (2, 4, 4)
-    return -beta * (pull.sum(axis=2) - pull.sum(axis=1))
+# %%
+one_log = np.log(pi / (Z[:, None] * pi_star))
+line(4, "= -beta sum_y pi log(pi / (Z pi*))", "definition", J, -beta * (pi * one_log).sum(-1))
 
+# %% [markdown]
+# **Line 5**, by algebra: take Z out of the sum. (What is sum_y pi?) This step is called completing the KL.
 
-def policies_of_descent(labels, counts):
-    theta, path = ref_logp, []
-    for step in range(1, counts[-1] + 1):
-        theta = theta - 12 / beta**2 * loss_gradient(theta, labels)  # the curvature is at most beta^2/12
-        if step in counts:
-            path.append(log_softmax(theta))
-    return path
+# %%
+line(5, "= beta log Z - beta KL(pi || pi*)", "algebra; pi sums to 1", J, beta * log_z - beta * kl(policies, star))
 
+# %% [markdown]
+# **Line 6**, by Gibbs' inequality: what is the largest J, and for which pi? The inequality says that KL(p || q) >= 0,
+# and is 0 only for p = q. Its proof is one line, from log u <= u - 1, where equality holds only at u = 1:
+#
+#     -KL(pi || pi*) = sum_y pi log(pi*/pi) <= sum_y pi (pi*/pi - 1) = sum_y pi* - sum_y pi = 0
 
-equal("dL/dtheta = 0 at pi*", loss_gradient(star, labels), 0)
-counts = (1, 3, 10, 30, 100, 300, 1000, 3000, 10000)
-by_exact, by_certain = policies_of_descent(labels, counts), policies_of_descent(certain, counts)
-equal("gradient descent on the pairs ends at pi*", by_exact[-1], star)
+# %%
+largest = objective(star, ref_logp, reward, beta)
+line(6, "<= beta log Z, with equality only at pi = pi*", "Gibbs' inequality", largest, beta * log_z)
+u = pi_star / pi
+assert (np.log(u) <= u - 1).all() and kl(policies, star).min() > 0  # Gibbs' inequality, and its reason
+np.testing.assert_allclose((pi * (u - 1)).sum(axis=-1), 0, atol=1e-9)
+assert (J < beta * log_z).all()
+
+# %% [markdown]
+# Line 5 also says how far any other policy falls short: by beta KL(pi || pi*). **Line 7**, by taking logs of the
+# definition of pi*, and **line 8**, by algebra: solve line 7 for r. Which reward belongs to a given optimal policy?
+
+# %%
+line(7, "log pi* = log pi_ref + r/beta - log Z", "definition", star, ref_logp + reward / beta - log_z[:, None])
+line(8, "r = beta log(pi*/pi_ref) + beta log Z", "algebra", reward, beta * (star - ref_logp) + beta * log_z[:, None])
 
 # %% [markdown]
 # ## The answer to the prediction
-# At the optimum z = beta * margin = r_w - r_l, so the margin is (r_w - r_l)/beta: 17 nats at beta 0.1 and 3.4 at 0.5. A
-# smaller beta ends further from the reference. You need to know nothing about the other replies: Z is gone.
+# Line 8 for w minus line 8 for l: r_w - r_l = beta * margin, as Z is gone. So at the optimum the margin is
+# (r_w - r_l)/beta: 17 nats at beta 0.1 and 3.4 at 0.5. A smaller beta ends further from the reference. You need to know
+# nothing about the other replies.
 
 # %%
-for b, gap in ((0.1, 17.0), (0.5, 3.4)):
-    h = optimum(ref_logp, reward, b)[0] - ref_logp
-    equal(f"beta {b}: the margin of a reward gap of 1.7 is {gap:g} nats", h[0, 0] - h[0, 1], gap)
+for b, nats in ((0.1, 17.0), (0.5, 3.4)):
+    log_ratio = optimum(ref_logp, reward, b)[0] - ref_logp
+    np.testing.assert_allclose(log_ratio[0, 0] - log_ratio[0, 1], nats, rtol=1e-9)
+    print(f"beta {b}: the margin of two replies whose rewards differ by 1.7 is {nats:g} nats")
+
+# %% [markdown]
+# ## Take a term away
+# - No penalty: J = E_pi[r] is linear in pi. Its maximum gives everything to the reply with the highest r, however
+#   unlikely it was. As beta goes to 0, pi* tends to that.
+# - No reference: the penalty is beta E_pi[log pi], and the same lines give pi = exp(r/beta)/sum_y exp(r/beta). A reply
+#   that the reference hardly ever gives now counts like any other with its reward.
+# - No reward: J = -beta KL(pi || pi_ref), and pi* = pi_ref.
+#
+# Why this matters: the reward is learned, and may be wrong where there were no choices. Below, reply 3 is rubbish. The
+# reference gives it once in a hundred times, so nobody compared it, and the reward model rates it highest.
+
+# %%
+skewed = np.log([0.45, 0.30, 0.24, 0.01])
+true, rated = np.array([1.7, 0.0, -0.5, -1.0]), np.array([1.7, 0.0, -0.5, 3.0])
+cases = {
+    "reference": skewed,
+    "beta 2": optimum(skewed, rated, 2.0)[0],
+    "beta 0.5": optimum(skewed, rated, 0.5)[0],
+    "beta 0.05: hardly any": optimum(skewed, rated, 0.05)[0],
+    "no reference, beta 2": log_softmax(rated / 2.0),
+    "no reward": optimum(skewed, 0 * rated, 0.5)[0],
+}
+print("\npi* of a reward that overrates reply 3")
+print(f"{'':<22}" + "".join(f"{f'reply {y}':>9}" for y in range(4)) + f"{'rated E[r]':>12}{'true E[r]':>11}{'KL':>8}")
+for name, logp in cases.items():
+    p = np.exp(logp)
+    print(f"{name:<22}" + "".join(f"{each:9.3f}" for each in p), end="")
+    print(f"{p @ rated:12.3f}{p @ true:11.3f}{kl(logp, skewed):8.3f}")
+assert np.exp(cases["beta 0.05: hardly any"])[3] > 0.999
+np.testing.assert_allclose(cases["no reward"], skewed, rtol=1e-12)
+uniform = np.full(4, -np.log(4))  # no reference is a uniform reference
+np.testing.assert_allclose(cases["no reference, beta 2"], optimum(uniform, rated, 2.0)[0], rtol=1e-12)
+assert np.exp(cases["beta 2"]) @ true > np.exp(skewed) @ true > np.exp(cases["no reference, beta 2"]) @ true
 
 # %% [markdown]
 # ## The library's version
-# `exact` has the same functions. `equalities.small_world` is larger: three prompts, all 121 responses of at most four
-# tokens over three characters, and a reference that is a transformer.
+# `ppo.reward_loss` is the loss of a reward model and `exact.fitted_rewards` its minimum by Newton's method. `exact` has
+# J and pi*. `constrained_objective` repeats the proof on a larger world: three prompts, 121 replies of at most four
+# tokens, and a reference that is a transformer. The last line prints a total variation, half the sum of |pi - pi*|: 0
+# if two policies are equal, 1 if they share nothing.
 
 # %%
+x, i, j = np.nonzero(wins)
+votes = wins[x, i, j] / wins.sum()
+each = np.array([ppo.reward_loss(at[[b], [w]], at[[b], [l]]).item() for b, w, l in zip(x, i, j)])
+np.testing.assert_allclose(votes @ each, reward_loss(at), rtol=1e-12)
+by_pair, _ = ppo.reward_gradient(at[x, i], at[x, j])  # divided by the number of pairs, each counted once
+by_reply = np.zeros_like(at)
+np.add.at(by_reply, (x, i), votes * by_pair * len(x))
+np.add.at(by_reply, (x, j), -votes * by_pair * len(x))
+np.testing.assert_allclose(by_reply, reward_gradient(at), rtol=1e-9)
+np.testing.assert_allclose([exact.fitted_rewards(each)[0] for each in wins], learned, rtol=0, atol=1e-9)
+as_dpo = losses.dpo_loss(at[:, 0], at[:, 1], 0 * at[:, 0], 0 * at[:, 1], beta=1.0).loss
+np.testing.assert_allclose(as_dpo.item(), ppo.reward_loss(at[:, 0], at[:, 1]).item(), rtol=1e-12)
 world = small_world(0)
 theirs, theirs_z = exact.optimum(world.ref_logp, world.reward, beta)
-print(f"\nA larger world: {world.reward.shape[0]} prompts, {world.reward.shape[1]} responses, beta 0.5")
-equal("log pi*, by hand and exact.optimum", optimum(world.ref_logp, world.reward, beta)[0], theirs)
-equal("J(pi*), by hand and exact.objective", objective(theirs, world.ref_logp, world.reward, beta), beta * theirs_z)
-theta = Tensor(policies[0], requires_grad=True)
-pair_loss(ops.log_softmax(theta), ref_logp, labels, beta).backward()
-equal("dL/dtheta, by hand and autograd", loss_gradient(policies[0], labels), theta.grad)
-fitted, steps = newton(world, all_pairs(world), beta)
-equal(f"the minimiser of the DPO loss ({steps} Newton steps) is pi*", exact.total_variation(fitted, theirs), 0)
-for claim in reparametrisation(world, 0):
+np.testing.assert_allclose(optimum(world.ref_logp, world.reward, beta)[0], theirs, rtol=1e-9)
+np.testing.assert_allclose(objective(theirs, world.ref_logp, world.reward, beta), beta * theirs_z, rtol=1e-9)
+for claim in constrained_objective(world, 0):
     assert claim.holds, claim
-
-# %% [markdown]
-# ## Four assumptions
-# 1. The labels are drawn from Bradley-Terry probabilities.
-# 2. There are enough pairs.
-# 3. The reference has full support: where pi_ref is 0, pi* is 0, whatever the reward.
-# 4. The policy class contains pi*.
-#
-# Drop the first: let the better reply be preferred every time. Take a policy that ranks the replies of each prompt by h
-# as the reward does, and multiply all its h_i - h_j by a number above 1. For every label z grows, and the loss falls.
-# The loss comes as near to 0 as you like, and no policy attains 0, whatever beta is.
-#
-# When does a finite minimiser exist, if the policy is a free table? Draw an arrow from each reply to those it was
-# preferred to. Comparisons link replies into groups. A finite minimiser exists if and only if, within each group, you
-# can follow arrows from any reply to any other. Its h is unique up to a constant per group. Below, replies 0 and 1 form
-# one group and 2 and 3 another: the loss is convex, its gradient is 0 at finite rewards, and still 0 when one group
-# rises by 5.
-#
-# The 300 sampled pairs fail this test too. Some reply lost every comparison, so no arrow leaves it. Their row in the
-# last table is therefore a snapshot and names its steps, as is the row of certain labels.
-#
-# The distances there are to pi* of the unbroken world. Where support is missing, the minimiser is still pi*, but of the
-# reference that lacks it. Two transformers miss pi*, one for its size, the other because training was too brief.
+tv = exact.total_variation(exact.optimum(ref_logp, learned, beta)[0], star)
+print(f"\npi* of the learned reward is within total variation {tv.max():.3f} of pi* of the true one")
+assert tv.max() < 0.05
 
 # %%
-gaps = {
-    name: [float((logp - ref_logp)[0, 0] - (logp - ref_logp)[0, 1]) for logp in path]
-    for name, path in (("exact probabilities", by_exact), ("certain labels", by_certain))
-}
-print("\nMargin of the pair with reward gap 1.7, after N steps of descent")
-print(f"{'N':<20}" + "".join(f"{count:>9}" for count in counts[::2]))
-for name, gap in gaps.items():
-    print(f"{name:<20}" + "".join(f"{g:9.2f}" for g in gap[::2]))
-cycle = np.roll(np.eye(3), 1, axis=1)  # 0 preferred to 1, 1 to 2, 2 to 0
-assert exact.has_maximum(labels[0]) and exact.has_maximum(cycle) and not exact.has_maximum(certain[0])
-
-islands = np.zeros((1, 4, 4))  # 0 and 1 compared both ways, 2 and 3 both ways, nothing across
-islands[0, [0, 1, 2, 3], [1, 0, 3, 2]] = 1, 3, 2, 1
-assert exact.has_maximum(islands[0])
-for shift in (0, 5):
-    rewards = np.array([0, np.log(3), np.log(2) + shift, shift])
-    np.testing.assert_allclose(loss_gradient(ref_logp + rewards / beta, islands), 0, atol=1e-12)
-
-for wins in sampled_wins(world, stream(0, "pairs"), 300):  # the same 300 as below
-    assert not exact.has_maximum(wins) and ((wins.sum(axis=1) == 0) & (wins.sum(axis=0) > 0)).any()
-
-print("\nThe larger world: total variation to pi*, half the sum of |pi - pi*|")
-distance = {row.name: row.tv for row in what_breaks_it(world, 0, steps=300)}
-cases = {
-    "DPO, nothing broken": "nothing",
-    "DPO, labels without noise, 300 steps": "1, labels are certain, 300 steps",
-    "DPO, 30% of labels flipped": "1, three in ten are flipped",
-    "DPO, 300 sampled pairs a prompt, 300 steps": "2, 300 pairs a prompt, 300 steps",
-    "DPO, a reference without support for the ten best": "3, ten best: next to no pi_ref",
-    "DPO, transformer of width 4, 1200 steps: too small": "4, a tiny transformer, 1200 steps",
-    "DPO, transformer of width 32, 100 steps: too brief": "-, a large one, 100 steps",
-}
-for name, what in cases.items():
-    print(f"  {what:<36}{distance[name]:8.3f}")
+betas = np.geomspace(0.05, 20, 80)
+over = np.exp([optimum(skewed, rated, b)[0] for b in betas])  # (80, 4)
+names = ["reply 0, the best", "reply 1", "reply 2", "reply 3, overrated"]
+curves = [plots.Curve(names[y], betas, over[:, y]) for y in range(4)]
 path = pathlib.Path("08_from_rlhf_to_dpo.png")
-curves = [plots.Curve(name, counts, gap, "o") for name, gap in gaps.items()]
-panel = plots.Panel("Certain labels have no minimiser", "step", "margin, nats", curves, "log")
+panel = plots.Panel("pi* from the highest reward to the reference", "beta", "probability", curves, "log")
 if plots.picture(path, [panel]):
-    print(f"\nThe margins are drawn in {path.name}.")
+    print(f"pi* over beta is drawn in {path.name}.")
 else:
-    print("\nA picture needs matplotlib (the `plot` extra).")
+    print("A picture needs matplotlib (the `plot` extra).")
 
 # %% [markdown]
 # ## What was shown
-# Each step from RLHF to DPO is an equality, checked on every reply of a small world. DPO's minimiser is RLHF's optimum
-# under the four assumptions. Where one of them fails, the minimiser may be another policy, or may not exist.
+# Choices give rewards up to a constant for each prompt. A multiplier finds pi*, Gibbs' inequality proves that it is the
+# only maximum. Any other policy falls short of J(pi*) by beta KL(pi || pi*). The constant that choices cannot tell goes
+# into Z, and pi* does not depend on it.
 #
 # ## Exercises
-# 1. Predict: all rewards of one prompt rise by 7. What happens to the label probabilities, Z, pi* and beta h?
-# 2. Compute by hand: pi_ref = (1/2, 1/4, 1/4), r = (0, log 2, log 4), beta = 1. What are Z, pi* and J(pi*)?
+# 1. Compute by hand: pi_ref = (1/2, 1/4, 1/4), r = (0, log 2, log 4), beta = 1. What are Z, pi* and J(pi*)?
+# 2. Predict, then measure: all rewards of one prompt rise by 7. What happens to the label probabilities, Z, pi* and
+#    beta * log-ratio?
+# 3. Find the bug: somebody writes J = E_pi[r] - beta KL(pi_ref || pi), and says that its maximum is pi* as above. Which
+#    condition does the multiplier give, and does pi* fulfil it?
 
 # %%
-assert abs(by_exact[-1] - star).max() < 1e-9 and gaps["certain labels"][-1] > gaps["certain labels"][-2] > 3.4 + 5
-assert distance["DPO, nothing broken"] < 1e-3 and min(distance[name] for name in list(cases)[1:]) > 0.01
-print("08: with Bradley-Terry labels the minimiser of the DPO loss is pi*; with certain labels none exists.")
+assert np.all(np.diff(over[:, 3]) < 0) and abs(over[-1] - np.exp(skewed)).max() < 0.05
+print("08, first half: a multiplier finds pi*, Gibbs' inequality proves it, and choices leave a constant open.")
 
 # %% [markdown]
 # ## Solutions
-# 1. The label probabilities, pi* and beta h stay the same; Z is multiplied by exp(7/beta). So preferences cannot tell
-#    r(x, y) from r(x, y) + f(x).
-# 2. pi_ref exp(r) = (1/2, 1/2, 1), so Z = 2, pi* = (1/4, 1/4, 1/2) and J(pi*) = log 2.
+# 1. pi_ref exp(r) = (1/2, 1/2, 1), so Z = 2, pi* = (1/4, 1/4, 1/2) and J(pi*) = log 2.
+# 2. The label probabilities, pi* and beta * log-ratio stay the same; Z is multiplied by exp(7/beta). So preferences
+#    cannot tell r(x, y) from r(x, y) + f(x).
+# 3. KL(pi_ref || pi) = sum_y pi_ref log(pi_ref/pi) has the derivative -pi_ref/pi, so the condition is
+#    r + beta pi_ref/pi = lambda: pi = beta pi_ref/(lambda - r). There is no exponential. At pi* the left side differs
+#    from reply to reply. Below, lambda is found by bisection; that policy has a higher J of this kind than pi*.
 
 # %%
-risen, risen_z = optimum(ref_logp, reward + np.array([[7.0], [0.0]]), beta)
-np.testing.assert_allclose(risen, star, rtol=1e-12, atol=1e-12)
-np.testing.assert_allclose(risen_z - log_z, [7 / beta, 0], rtol=1e-12, atol=1e-12)
 by_hand, by_hand_z = optimum(np.log([0.5, 0.25, 0.25]), np.log([1.0, 2.0, 4.0]), 1.0)
 np.testing.assert_allclose(np.exp(by_hand), [0.25, 0.25, 0.5], rtol=1e-12)
 np.testing.assert_allclose(by_hand_z, np.log(2), rtol=1e-12)
+risen, risen_z = optimum(ref_logp, reward + np.array([[7.0], [0.0]]), beta)
+np.testing.assert_allclose(risen, star, rtol=1e-12, atol=1e-12)
+np.testing.assert_allclose(risen_z - log_z, [7 / beta, 0], rtol=1e-12, atol=1e-12)
+assert np.ptp(reward[0] + beta * np.exp(ref_logp - star)[0]) > 0.1
+low, high = reward[0].max() + 1e-9, reward[0].max() + 100
+for _ in range(200):  # a larger multiplier: a smaller sum
+    middle = (low + high) / 2
+    low, high = (middle, high) if (beta * pi_ref[0] / (middle - reward[0])).sum() > 1 else (low, middle)
+other = np.log(beta * pi_ref[0] / (high - reward[0]))
+values = [np.exp(logp) @ reward[0] - beta * kl(ref_logp[0], logp) for logp in (other, star[0])]
+np.testing.assert_allclose(np.exp(other).sum(), 1, rtol=1e-9)
+assert values[0] > values[1]

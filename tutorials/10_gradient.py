@@ -6,7 +6,8 @@
 # **Afterwards you can say**
 # - what the gradient of the loss is with respect to log-probabilities, logits and parameters, and how to derive each;
 # - what a pair's weight and a logit's push are;
-# - why the chosen response can become less likely while the margin grows, and when it does.
+# - why the chosen response can become less likely while the margin grows, and when it does;
+# - why both mean rewards of a training log may fall.
 #
 # **Predict first.** Take one small gradient step on one pair. Can log pi(y_w|x) fall? Can the margin fall?
 #
@@ -20,6 +21,8 @@
 # pair's weight is sigma(-z).
 
 # %%
+import itertools
+
 import numpy as np
 
 from minidpo import Config, Tensor, explain, gradcheck, losses, model, scoring
@@ -164,25 +167,26 @@ print(f"20 random directions agree to 1e-6: {worst < 1e-6}")
 # %% [markdown]
 # ## From NumPy alone: what a step does to the two log-probabilities
 #
-# Let g_a = grad log pi(y_a|x) over all parameters theta, and K_ab = <g_a, g_b>. A step of size rate against the
-# gradient does this:
+# Let grad_a be the gradient of log pi(y_a|x) with respect to all parameters theta, and K_ab = <grad_a, grad_b>. A step
+# of size rate against the gradient of the loss moves theta along grad_w - grad_l. To first order, a log-probability
+# changes by the inner product of its own gradient with that move:
 #
-#     theta <- theta + rate beta sigma(-z) (g_w - g_l)
+#     theta <- theta + rate beta sigma(-z) (grad_w - grad_l)
 #     change of log pi(y_w|x) = rate beta sigma(-z) (K_ww - K_wl)             + O(rate^2)
 #     change of log pi(y_l|x) = rate beta sigma(-z) (K_wl - K_ll)             + O(rate^2)
 #     change of the margin    = rate beta sigma(-z) (K_ww - 2 K_wl + K_ll)    + O(rate^2)
 #
 # A small model shows it: three words with fixed vectors, log pi = log_softmax(vectors @ theta), and one pair, "no"
-# preferred to "never". Then g_a = vector_a - (mean vector under pi).
+# preferred to "never". Then grad_a = vector_a - (mean vector under pi).
 
 # %%
 words, vectors = ("no", "never", "yes"), np.array([[1.0, 1.0], [0.0, 0.0], [5.0, 0.0]])
 theta, rate, half = np.zeros(2), 1e-3, 0.5  # policy = reference: z = 0, sigma(-z) = 1/2
 before = log_softmax(vectors @ theta)
-g = vectors - np.exp(before) @ vectors  # (3, 2), one row per word
-K = g @ g.T  # (3, 3)
+grad = vectors - np.exp(before) @ vectors  # (3, 2), one row per word
+K = grad @ grad.T  # (3, 3)
 predicted = rate * beta * half * (K[:, 0] - K[:, 1])  # the change of each word's log pi
-change = log_softmax(vectors @ (theta + rate * beta * half * (g[0] - g[1]))) - before
+change = log_softmax(vectors @ (theta + rate * beta * half * (grad[0] - grad[1]))) - before
 np.testing.assert_allclose(change, predicted, rtol=1e-3, atol=0)
 print(f"\none step on 'no' over 'never': K_ww {K[0, 0]:.3f} < K_wl {K[0, 1]:.3f}")
 print(f"{'word':<8}{'predicted change':>20}{'measured':>14}")
@@ -194,7 +198,7 @@ for row in zip(words, predicted, change):
 #
 # Yes, log pi(y_w|x) can fall: for small enough steps it falls where K_wl > K_ww, and rises where K_wl < K_ww. Here it
 # falls, "never" falls further, and the probability goes to "yes", a word that the pair does not mention. To first order
-# the margin cannot fall, because K_ww - 2 K_wl + K_ll = |g_w - g_l|^2.
+# the margin cannot fall, because K_ww - 2 K_wl + K_ll = |grad_w - grad_l|^2.
 #
 # A transformer obeys the same rule. `displacement.step` predicts the change, takes the step on a copy, and measures.
 # Below are two responses, labelled one way and then the other. With the first label both rise, with the second both
@@ -213,6 +217,61 @@ for w, l in (([1, 3, 3, 0], [2, 3, 0]), ([2, 3, 0], [1, 3, 3, 0])):
     print(f"{step.chosen.predicted:+12.2e}{step.chosen.measured:+12.2e}{step.rejected.measured:+12.2e}")
 
 # %% [markdown]
+# ## Why both mean rewards may fall
+#
+# Training logs often show rewards/chosen and rewards/rejected both below 0 and falling, while rewards/margins grows.
+# There are two reasons, and either is enough.
+#
+# **Shared parameters.** Where K_wl > K_ww, the first step already lowers logp_w, as above.
+#
+# **One sum of probabilities.** A policy cannot make every response more likely. Say that both responses of each pair
+# were drawn from the reference. Then a response picked from either side of a pair is a draw from the reference, too:
+#
+#     (mean reward_w + mean reward_l)/2 = E_ref[beta log(pi/pi_ref)]               definition of the reward
+#                                       = -beta sum_y pi_ref log(pi_ref/pi)        algebra
+#                                       = -beta KL(pi_ref || pi) <= 0              definition; Gibbs' inequality (08)
+#     mean reward_w - mean reward_l     = mean z                                   definition of z
+#     mean reward_w = mean z/2 - beta KL(pi_ref || pi)                             from the two lines
+#     mean reward_l = -mean z/2 - beta KL(pi_ref || pi)
+#
+# So once the policy has moved, the average of the two is negative. At the start mean z grows with the size of the move
+# and the KL with its square, so mean reward_w rises first. It falls where beta KL grows faster than mean z/2. With
+# certain labels that must come: pi ends on the best response, log pi of each other one falls without end, and most
+# chosen responses are not the best one.
+#
+# To see the second reason alone, take a free logit for each response. There K_ww - K_wl = 1 - pi(w) + pi(l), which is
+# positive, so no step on a single pair lowers logp_w to first order.
+
+# %%
+ref_logp = np.log([0.05, 0.20, 0.30, 0.25, 0.15, 0.05])  # six responses, from the worst to the best
+pi_ref = np.exp(ref_logp)
+better = np.tril(np.ones((6, 6)), -1)  # i is preferred to j if i > j: every time
+pairs = 2 * np.outer(pi_ref, pi_ref) * better + np.diag(pi_ref**2)  # how often (w, l) is (i, j); equal draws, too
+np.testing.assert_allclose(pairs.sum(), 1, rtol=1e-12)
+np.testing.assert_allclose(pairs.sum(axis=1) + pairs.sum(axis=0), 2 * pi_ref, rtol=1e-12)  # either side: the reference
+
+logits, path = ref_logp.copy(), []
+shown = (0, 10, 100, 1000, 10_000)
+print("\nsix responses, pairs drawn from the reference, certain labels, beta 0.1")
+print(f"{'step':>6}{'mean reward_w':>15}{'mean reward_l':>15}{'their average':>15}{'-beta KL':>11}")
+for step in range(shown[-1] + 1):
+    log_ratio = log_softmax(logits) - ref_logp
+    if step in shown:
+        mean_w, mean_l = pairs.sum(axis=1) @ (beta * log_ratio), pairs.sum(axis=0) @ (beta * log_ratio)
+        divergence = (pi_ref * -log_ratio).sum()  # KL(pi_ref || pi)
+        path.append((mean_w, mean_l))
+        print(f"{step:>6}{mean_w:15.4f}{mean_l:15.4f}{(mean_w + mean_l) / 2:15.4f}{-beta * divergence:z11.4f}")
+        np.testing.assert_allclose((mean_w + mean_l) / 2, -beta * divergence, rtol=1e-9, atol=1e-12)
+    pull = pairs * sigma(-beta * (log_ratio[:, None] - log_ratio[None, :]))
+    logits = logits + 10 * beta * (pull.sum(axis=1) - pull.sum(axis=0))
+assert pairs.sum(axis=1)[-1] < 0.1  # the share of chosen responses that are the best one
+assert path[1][0] > 0 > path[-1][0] and path[-1][0] < path[-2][0]  # the chosen ones: up, then down
+assert all(after[1] < before[1] for before, after in itertools.pairwise(path))
+free = np.eye(6) - pi_ref  # the gradients of log pi with respect to the logits: onehot - pi
+K_free = free @ free.T
+np.testing.assert_allclose(np.diag(K_free)[:, None] - K_free, 1 - pi_ref[:, None] + pi_ref - np.eye(6), atol=1e-12)
+
+# %% [markdown]
 # ## What was shown
 #
 # Formula, autograd and finite differences give one gradient: for log-probabilities, logits and parameters. The loss
@@ -223,6 +282,8 @@ for w, l in (([1, 3, 3, 0], [2, 3, 0]), ([2, 3, 0], [1, 3, 3, 0])):
 # 1. Derive dL/dbeta. When is it positive? Check it on the three pairs above.
 # 2. Find the bug: someone writes sigma(z) for the weight, tests the gradient at policy = reference, and it passes. Why,
 #    and which of the three pairs show the bug?
+# 3. Predict, then measure: exchange the labels of the three words, so that "never" is preferred to "no". Compute the
+#    new K_ww and K_wl from the table of vectors. What happens to each word in one step?
 
 # %%
 rise, fall = steps
@@ -241,6 +302,8 @@ print("    a step made the chosen response less likely, and the margin grew all 
 # 1. dz/dbeta = margin, so dL/dbeta = -(1/B) sum sigma(-z) margin. A pair contributes a positive term if its margin is
 #    negative: scaling up a wrong answer costs. Here the third pair outweighs the second.
 # 2. At z = 0 both are 1/2. Any margin other than 0 shows it: the second pair and the third.
+# 3. The mean vector is (2, 1/3), so grad_w = (-2, -1/3) and grad_l = (-1, 2/3). K_ww = 37/9, K_wl = 16/9 and
+#    K_ll = 13/9. "never" rises, since K_ww > K_wl; "no" rises too, but less, since K_wl > K_ll. "yes" pays for both.
 
 # %%
 of_beta = numerical_gradient(lambda b: dpo_loss_value(logp_w, logp_l, ref_logp_w, ref_logp_l, b), np.array(beta))
@@ -249,3 +312,7 @@ assert of_beta > 0
 
 wrong_w = -beta / len(margin) * sigma(beta * margin)
 assert list(np.isclose(wrong_w, numerical_w, rtol=0, atol=1e-6)) == [True, False, False]
+
+np.testing.assert_allclose([K[1, 1], K[0, 1], K[0, 0]], [37 / 9, 16 / 9, 13 / 9], rtol=1e-12)
+exchanged = log_softmax(vectors @ (theta + rate * beta * half * (grad[1] - grad[0]))) - before
+assert exchanged[1] > exchanged[0] > 0 > exchanged[2]

@@ -163,8 +163,10 @@ else:
 # ## Exercises
 #
 # 1. Beta 0.5 and 0.1 cross at the time printed above. From m(t) = f(beta^2 t)/beta alone: when do 0.05 and 0.01 cross?
-# 2. All this is plain gradient descent. After a single step from the reference, by what factor is the margin at beta
-#    0.5 larger than at beta 0.1? And with Adam?
+# 2. Predict, then measure. All this is plain gradient descent. After a single step from the reference, by what factor
+#    is the margin at beta 0.5 larger than at beta 0.1? And with Adam?
+# 3. Find the bug: somebody sets dm/dt = beta sigma(-beta m), the slope of the loss in the margin. What was forgotten?
+#    Which of the crossings printed above move, in t and in m?
 
 # %%
 assert [f"{m:.2f}" for m in (margins[0.01][0], margins[0.1][0], margins[0.5][0])] == ["0.10", "0.98", "3.01"]
@@ -182,6 +184,8 @@ print("11: larger beta moved farther at t = 10 and less far at t = 10,000; at th
 #    crossing moves from t to t/s^2. Here s = 1/10: a hundred times later.
 # 2. Plain gradient descent: 5, the ratio of the betas, because the first gradient is beta/2. Adam: 1, because its first
 #    step divides each gradient by that gradient's own size.
+# 3. The margin is a difference of two log-probabilities, and both move: one up, one down. With half the speed every
+#    time doubles, so the crossings are at twice the t and at the same m.
 
 # %%
 np.testing.assert_allclose(time_at(0.05, crossing_margin(0.05, 0.01)), 100 * crossings[0.5, 0.1], rtol=1e-9)
@@ -197,3 +201,8 @@ for name, make in (("SGD", optim.SGD), ("Adam", functools.partial(optim.AdamW, w
         first[name, beta] = (logps["w"].data - logps["l"].data).item()
 np.testing.assert_allclose(first["SGD", 0.5] / first["SGD", 0.1], 5, rtol=1e-9)
 np.testing.assert_allclose(first["Adam", 0.5] / first["Adam", 0.1], 1, rtol=1e-5)
+
+m = 0.0
+for _ in range(20_000):  # to twice the time of the first crossing
+    m += 2 * crossings[0.5, 0.1] / 20_000 * 0.5 / (1 + math.exp(0.5 * m))
+np.testing.assert_allclose(m, crossing_margin(0.5, 0.1), rtol=1e-3)

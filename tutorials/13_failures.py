@@ -14,8 +14,8 @@
 # policy that can change this probability and nothing else, for as long as the expected loss falls. How long do its
 # replies become?
 #
-# **The formula.** With z = beta * margin and labels that are wrong with probability e, the expected loss of a pair is
-# L(z) = -(1 - e) log sigma(z) - e log sigma(-z), and dL/dz = -(sigma(-z) - e).
+# **The formula.** With z = beta * margin and labels that are wrong with probability flip, the expected loss of a pair
+# is L(z) = -(1 - flip) log sigma(z) - flip log sigma(-z), and dL/dz = -(sigma(-z) - flip).
 
 # %%
 import math
@@ -31,8 +31,8 @@ def sigma(z):
     return 1 / (1 + np.exp(-z))
 
 
-def slope(z, e=0.0):
-    return -(sigma(-z) - e)  # dL/dz
+def slope(z, flip=0.0):
+    return -(sigma(-z) - flip)  # dL/dz
 
 
 def log_softmax(s):
@@ -49,24 +49,28 @@ def show(title, columns, rows):
 # %% [markdown]
 # ## From NumPy alone: 1. A chosen reply becomes less likely
 #
-# Setup: three replies of one word each. log pi = log_softmax(u . h), with h = 0 at the reference. There is one pair,
-# "no" over "never". The loss sees only margin = <u_no - u_never, h>, so it moves h along v = u_no - u_never = (1, 1).
-# Along v, log pi(no) changes at the rate <u_no - E[u], v>, which is 2 - 7/3 < 0 at the start. The reason is "yes": it
-# lies further along v than "no", and takes probability from both. What helps: a likelihood term,
+# Setup: three replies of one word each, as in tutorial 10. log pi = log_softmax(vectors @ theta), and theta = 0 at the
+# reference. There is one pair, "no" over "never". Write no, never and yes for the vectors. The loss sees only
+# margin = <no - never, theta>, so it moves theta along no - never = (1, 1). On that way log pi(no) changes at the rate
+# <no - mean vector, no - never>, which is 2 - 7/3 < 0 at the start: in the words of 10, K_ww < K_wl. The reason is
+# "yes". It lies further in that direction than "no", and takes probability from both. What helps: a likelihood term,
 # -nll_weight * log pi(no).
+#
+# This is one pair. Why the *mean* reward of chosen replies may fall over a whole data set is derived in tutorial 10,
+# "Why both mean rewards may fall".
 
 # %%
-u = np.array([[1.0, 1.0], [0.0, 0.0], [5.0, 0.0]])  # no (w), never (l), yes
+vectors = np.array([[1.0, 1.0], [0.0, 0.0], [5.0, 0.0]])  # no (w), never (l), yes
 
 
 def three_words(nll_weight, beta=0.5, steps=2000, rate=0.1):
-    h, path = np.zeros(2), []
+    theta, path = np.zeros(2), []
     for _ in range(steps + 1):
-        logp = log_softmax(u @ h)
+        logp = log_softmax(vectors @ theta)
         path.append(logp)
         z = beta * (logp[0] - logp[1])  # under the reference all words are equally likely
-        toward = u[0] - np.exp(logp) @ u  # d log pi(no)/dh
-        h = h - rate * (beta * slope(z) * (u[0] - u[1]) - nll_weight * toward)
+        toward = vectors[0] - np.exp(logp) @ vectors  # d log pi(no)/dtheta
+        theta = theta - rate * (beta * slope(z) * (vectors[0] - vectors[1]) - nll_weight * toward)
     return np.array(path)  # (steps + 1, 3)
 
 
@@ -77,29 +81,30 @@ show("1. One pair, no over never", ("log pi of", "no", "never", "yes"), rows)
 # %% [markdown]
 # ## 2. Replies grow longer
 #
-# A log-ratio is a sum over tokens. If every token of a reply gains d nats, its reward is beta d |y|: length pays.
+# A log-ratio is a sum over tokens. If every token of a reply gains the same number of nats, its
+# reward is beta * gain * |y|: length pays.
 # Setup: the policy continues with probability q = sigma(theta) before each word. A reply of k words then has
 # log pi = k log q + log(1 - q), and the mean number of words is q/(1 - q) = exp(theta). If the chosen reply has `more`
-# words than the other, the terms log(1 - q) cancel: margin = more * (log q - log q_ref). What helps: a free bonus of
-# alpha per word, so that in this section z = beta * margin + alpha * more (Park et al., arXiv 2403.19159). With
-# alpha * more = log(0.6/0.4), margin 0 already explains the judges, and their bias leaves nothing to learn.
+# words than the other, the terms log(1 - q) cancel: margin = more * (log q - log q_ref). What helps: a free bonus for
+# each word, so that in this section z = beta * margin + bonus * more (Park et al., arXiv 2403.19159). With
+# bonus * more = log(0.6/0.4), margin 0 already explains the judges, and their bias leaves nothing to learn.
 
 # %%
-q_ref, e_length, beta, more = 0.8, 0.4, 0.1, 5
-alpha = math.log((1 - e_length) / e_length) / more
+q_ref, shorter, beta, more = 0.8, 0.4, 0.1, 5
+bonus = math.log((1 - shorter) / shorter) / more
 
 
-def words(steps, alpha=0.0, rate=10.0):
+def words(steps, bonus=0.0, rate=10.0):
     theta = math.log(q_ref / (1 - q_ref))
     for _ in range(steps):
         q = sigma(theta)
-        z = beta * more * math.log(q / q_ref) + alpha * more
-        theta -= rate * slope(z, e_length) * beta * more * (1 - q)  # dz/dtheta = beta more (1 - q)
+        z = beta * more * math.log(q / q_ref) + bonus * more
+        theta -= rate * slope(z, shorter) * beta * more * (1 - q)  # dz/dtheta = beta more (1 - q)
     return math.exp(theta)
 
 
-rows = [(f"{n}", words(n), words(n, alpha)) for n in (0, 100, 1000)]
-show("2. Mean words of a reply", ("steps", "DPO", "with alpha"), rows)
+rows = [(f"{n}", words(n), words(n, bonus)) for n in (0, 100, 1000)]
+show("2. Mean words of a reply", ("steps", "DPO", "with bonus"), rows)
 
 # %% [markdown]
 # ## The answer to the prediction
@@ -110,18 +115,18 @@ show("2. Mean words of a reply", ("steps", "DPO", "with alpha"), rows)
 #
 # ## 3. Noisy labels
 #
-# dL/dz = 0 where sigma(z) = 1 - e, which is at margin = log((1 - e)/e)/beta. With `label_smoothing` e, a pair that
-# always gets the same label settles at that margin; without it, the margin grows for ever. Plain DPO settles at the
-# same margin if the label really is flipped with probability e, because the expected loss is the same. So smoothing
-# keeps a margin finite, which helps where each pair was labelled only once. It does not undo flips: on flipped labels
-# it shrinks the margin once more. Exercise 1 undoes them.
+# dL/dz = 0 where sigma(z) = 1 - flip, which is at margin = log((1 - flip)/flip)/beta. With `label_smoothing` = flip, a
+# pair that always gets the same label settles at that margin; without it, the margin grows for ever. Plain DPO settles
+# at the same margin if the label really is flipped with that probability, because the expected loss is the same. So
+# smoothing keeps a margin finite, which helps where each pair was labelled only once. It does not undo flips: on
+# flipped labels it shrinks the margin once more. Exercise 1 undoes them.
 
 # %%
-p, e = 0.9, 0.2  # the better reply is preferred with probability p, then the label is flipped with probability e
+p, flip = 0.9, 0.2  # the better reply is preferred with probability p, then the label is flipped with probability flip
 
 
-def with_flips(p, e):
-    return (1 - e) * p + e * (1 - p)
+def with_flips(p, flip):
+    return (1 - flip) * p + flip * (1 - p)
 
 
 def best_margin(p):  # of the expected loss -p log sigma(z) - (1 - p) log sigma(-z)
@@ -129,10 +134,10 @@ def best_margin(p):  # of the expected loss -p log sigma(z) - (1 - p) log sigma(
 
 
 targets = {  # the probability that the label says w; label_smoothing
-    "always the same label, smoothing 0.2": (1.0, e),
+    "always the same label, smoothing 0.2": (1.0, flip),
     "preferred with 0.9": (p, 0.0),
-    "preferred with 0.9, a fifth flipped": (with_flips(p, e), 0.0),
-    "preferred with 0.9, a fifth flipped, smoothing": (with_flips(p, e), e),
+    "preferred with 0.9, a fifth flipped": (with_flips(p, flip), 0.0),
+    "preferred with 0.9, a fifth flipped, smoothing": (with_flips(p, flip), flip),
 }
 margins = [best_margin(with_flips(probability, smoothing)) for probability, smoothing in targets.values()]
 show("3. The best margin at beta 0.1", ("labels", "margin, nats"), zip(targets, margins))
@@ -209,8 +214,8 @@ show("5. Probability of a refusal", ("prompt", "reference", "trained on 1st", "o
 # ## The library's version
 #
 # `no_never_yes.three_words` is failure 1. For the others `losses.dpo_loss` gives the gradients that we used above. The
-# probability of a wrong label is its `label_smoothing`. A bonus of alpha per word is a reference whose
-# log-probabilities are lower by alpha |y|/beta.
+# probability of a wrong label is its `label_smoothing`. A bonus of bonus per word is a reference whose
+# log-probabilities are lower by bonus |y|/beta.
 
 # %%
 for nll_weight, by_hand in ((0.0, plain), (1.0, with_nll)):
@@ -221,15 +226,15 @@ def words_logp(k, theta):
     return k * ops.logsigmoid(theta) + ops.logsigmoid(-theta)
 
 
-lengths, d = np.array([10.0, 40.0, 160.0]), 0.05  # every token of y_w gains d nats
-out = losses.dpo_loss((d - 2.0) * lengths, -2.0 * lengths, -2.0 * lengths, -2.0 * lengths, beta)
-np.testing.assert_allclose(out.reward_w.data, beta * d * lengths, rtol=1e-12)
+lengths, gain = np.array([10.0, 40.0, 160.0]), 0.05  # nats that every token of y_w gains
+out = losses.dpo_loss((gain - 2.0) * lengths, -2.0 * lengths, -2.0 * lengths, -2.0 * lengths, beta)
+np.testing.assert_allclose(out.reward_w.data, beta * gain * lengths, rtol=1e-12)
 
 theta, theta_ref = Tensor(np.array([2.0]), requires_grad=True), Tensor(np.log(np.array([q_ref / (1 - q_ref)])))
-ref_w, ref_l = (words_logp(k, theta_ref).data - alpha * k / beta for k in (7, 2))
-losses.dpo_loss(words_logp(7, theta), words_logp(2, theta), ref_w, ref_l, beta, e_length).loss.backward()
-z = beta * more * math.log(sigma(2.0) / q_ref) + alpha * more
-np.testing.assert_allclose(theta.grad, [slope(z, e_length) * beta * more * (1 - sigma(2.0))], rtol=1e-12)
+ref_w, ref_l = (words_logp(k, theta_ref).data - bonus * k / beta for k in (7, 2))
+losses.dpo_loss(words_logp(7, theta), words_logp(2, theta), ref_w, ref_l, beta, shorter).loss.backward()
+z = beta * more * math.log(sigma(2.0) / q_ref) + bonus * more
+np.testing.assert_allclose(theta.grad, [slope(z, shorter) * beta * more * (1 - sigma(2.0))], rtol=1e-12)
 
 for (probability, smoothing), margin in zip(targets.values(), margins):
     as_chosen, _ = losses.dpo_gradient(margin, 0.0, 0.0, 0.0, beta, smoothing)
@@ -254,14 +259,21 @@ np.testing.assert_allclose(start - 2.0 * leaf.grad, train(np.array([1, 0, 0]), s
 #
 # ## Exercises
 #
-# 1. Let f(z) = -log sigma(z), and let e < 1/2. Find a and b such that a f(z) + b f(-z), averaged over labels that are
-#    flipped with probability e, is f(z). What is dangerous about it?
+# 1. Let f(z) = -log sigma(z), and let flip < 1/2. Find a and b such that a f(z) + b f(-z), averaged over labels that
+#    are flipped with probability flip, is f(z). What is dangerous about it?
 # 2. In the last table bread shares a feature with both trained prompts. Why has training on both not moved its refusal?
+# 3. Find the bug: to use a bonus, somebody adds bonus * |y|/beta to the reference's log-probabilities instead of
+#    subtracting it. What happens to z, and to the length of replies?
+# 4. Predict, then measure: in failure 1, nll_weight is 0.01 instead of 1. After 2,000 steps, is "no" more or less
+#    likely than at the reference? And on the way there?
 
 # %%
 assert np.all(np.diff(plain[:, 0]) < 0) and np.all(np.diff(plain[:, 0] - plain[:, 1]) > 0)
-assert with_nll[-1, 0] > with_nll[0, 0] and abs((u[0] - u.mean(axis=0)) @ (u[0] - u[1]) - (2 - 7 / 3)) < 1e-12
-assert words(1000) > words(100) > 5 and abs(words(1000, alpha) - 4) < 1e-9
+assert (
+    with_nll[-1, 0] > with_nll[0, 0]
+    and abs((vectors[0] - vectors.mean(axis=0)) @ (vectors[0] - vectors[1]) - (2 - 7 / 3)) < 1e-12
+)
+assert words(1000) > words(100) > 5 and abs(words(1000, bonus) - 4) < 1e-9
 most = beta * more * math.log(1 / q_ref)
 np.testing.assert_allclose([most, sigma(most)], [0.112, 0.528], atol=5e-4)
 np.testing.assert_allclose(margins, [13.863, 21.972, 10.460, 5.928], atol=1e-3)
@@ -285,18 +297,29 @@ print("13: likelihood falls, length grows, margins shrink, true reward falls and
 # %% [markdown]
 # ## Solutions
 #
-# 1. (1 - e) a + e b = 1 and e a + (1 - e) b = 0, so a = (1 - e)/(1 - 2e) and b = -e/(1 - 2e) (Chowdhury et al.,
-#    arXiv 2403.00409). Because b < 0, the loss of a pair that always gets the same label has no lower bound.
+# 1. (1 - flip) a + flip b = 1 and flip a + (1 - flip) b = 0, so a = (1 - flip)/(1 - 2 flip) and b = -flip/(1 - 2 flip)
+#    (Chowdhury et al., arXiv 2403.00409). Because b < 0, the loss of a pair that always gets the same label has no
+#    lower bound.
 # 2. It shares one feature with each. The two pairs stay equally well fitted, so their pushes on that feature cancel.
+# 3. z = beta * margin - bonus * more. At the reference z is below 0 and the slope is steeper, so replies grow faster
+#    than without any bonus.
+# 4. It falls at first, as without the term, because the pair's push is 25 times as large. But sigma(-z) fades as the
+#    margin grows, and the likelihood term does not. log pi(no) turns at -3.9, and ends at -0.2, above the reference.
 
 # %%
-a, b, z = (1 - e) / (1 - 2 * e), -e / (1 - 2 * e), np.linspace(-5, 5, 11)
+a, b, z = (1 - flip) / (1 - 2 * flip), -flip / (1 - 2 * flip), np.linspace(-5, 5, 11)
 
 
 def f(z):
     return -ops.logsigmoid.raw(z)[0]
 
 
-np.testing.assert_allclose((1 - e) * (a * f(z) + b * f(-z)) + e * (a * f(-z) + b * f(z)), f(z), rtol=1e-12)
+unflipped, flipped = a * f(z) + b * f(-z), a * f(-z) + b * f(z)
+np.testing.assert_allclose((1 - flip) * unflipped + flip * flipped, f(z), rtol=1e-12)
 assert a * f(1000.0) + b * f(-1000.0) < -300
 np.testing.assert_allclose(phi[2] @ on_both, phi[2] @ start, rtol=1e-12)
+
+assert words(100, -bonus) > words(100)
+little = three_words(0.01)[:, 0]  # log pi(no)
+assert little.min() < -3.8 and 0 < little.argmin() < 300
+np.testing.assert_allclose(little[-1], -0.207, atol=5e-4)
