@@ -74,10 +74,10 @@ def slope_of_linear(z):  # of 1 - sigma(z)
     return -sigma(z) * sigma(-z)
 
 
-P, h = np.array([0.0001, 0.01, 0.5, 0.99, 0.9999]), 1e-6
+P, eps = np.array([0.0001, 0.01, 0.5, 0.99, 0.9999]), 1e-6
 z = np.log(P / (1 - P))  # the inverse of sigma
-np.testing.assert_allclose(slope_of_log(z), (-np.log(sigma(z + h)) + np.log(sigma(z - h))) / (2 * h), atol=1e-8)
-np.testing.assert_allclose(slope_of_linear(z), (-sigma(z + h) + sigma(z - h)) / (2 * h), atol=1e-8)
+np.testing.assert_allclose(slope_of_log(z), (-np.log(sigma(z + eps)) + np.log(sigma(z - eps))) / (2 * eps), atol=1e-8)
+np.testing.assert_allclose(slope_of_linear(z), (-sigma(z + eps) + sigma(z - eps)) / (2 * eps), atol=1e-8)
 print("\nTwo losses and their slopes with respect to the margin\n      P        z   -log P    slope    1 - P    slope")
 for row in zip(P, z, -np.log(P), slope_of_log(z), 1 - P, slope_of_linear(z)):
     print("{:7.4f} {:8.3f} {:8.4f} {:8.4f} {:8.4f} {:8.4f}".format(*row))
@@ -97,10 +97,13 @@ np.testing.assert_allclose(slope_of_log(z) / slope_of_linear(z), 1 / P, rtol=1e-
 assert (np.abs(slope_of_log(np.linspace(-500, 500, 1001))) <= 1).all()
 
 grid = np.linspace(-8, 8, 201)
-curves = {"loss": (-np.log(sigma(grid)), 1 - sigma(grid)), "slope": (slope_of_log(grid), slope_of_linear(grid))}
+curves = {
+    "loss": [("-log P", -np.log(sigma(grid))), ("1 - P", 1 - sigma(grid))],
+    "slope": [("-log P", slope_of_log(grid)), ("1 - P", slope_of_linear(grid))],
+}
 panels = [
-    plots.Panel(f"{name} of one pair", "z", name, [plots.Curve("-log P", grid, a), plots.Curve("1 - P", grid, b)])
-    for name, (a, b) in curves.items()
+    plots.Panel(f"{name} of one pair", "z", name, [plots.Curve(title, grid, each) for title, each in two])
+    for name, two in curves.items()
 ]
 path = pathlib.Path("01_scores.png")
 print(f"picture: {path.name}" if plots.picture(path, panels) else "no picture: it needs matplotlib (the `plot` extra)")
@@ -174,8 +177,8 @@ np.testing.assert_allclose(scores.grad, loss_and_gradient(true_score, w, l)[1], 
 # ## Exercises
 # 1. Take one pair at P = .01 and run gradient descent on z with learning rate 1. About how many steps does each of the
 #    two losses need to reach P > 1/2? Hint: for -log P, dz/dt = 1/(1 + e^z); separate the variables.
-# 2. Three judgements form a cycle: a over b, b over c, c over a. Which scores make the sum of -log P smallest, and how
-#    small is it? What changes without the third judgement?
+# 2. Three judgements form a cycle: the first response over the second, the second over the third, the third over the
+#    first. Which scores make the sum of -log P smallest, and how small is it? What changes without the third judgement?
 
 # %%
 np.testing.assert_allclose(sigma(1.7), 0.8455, atol=5e-5)
@@ -189,7 +192,7 @@ print("\n01: at P = .01 the slopes are -.99 and -.0099; -log P recovers p at z =
 #    dz/dt = sigma(z) sigma(-z) = 1/(2 + e^z + e^-z), so t is the change of 2z + e^z - e^-z over the same interval:
 #    108.2. Counting real steps gives 6 and 110.
 # 2. Equal scores, with the sum 3 log 2: there the gradient is 0, and the sum is convex. Without the third judgement
-#    there is no minimum: with the scores s, 0, -s the sum falls towards 0 as s grows, and never gets there.
+#    there is no minimum: with the scores r, 0, -r the sum falls towards 0 as r grows, and never gets there.
 
 # %%
 z0 = math.log(0.01 / 0.99)
@@ -206,6 +209,6 @@ w, l = np.array([0, 1, 2]), np.array([1, 2, 0])
 minimum, gradient = loss_and_gradient(np.zeros(3), w, l)
 np.testing.assert_allclose([3 * minimum, *gradient], [3 * math.log(2), 0, 0, 0], atol=1e-12)
 assert all(loss_and_gradient(rng.normal(size=3), w, l)[0] > minimum for _ in range(100))
-chain = [2 * loss_and_gradient(np.array([s, 0.0, -s]), w[:2], l[:2])[0] for s in (1, 10, 30)]
+chain = [2 * loss_and_gradient(np.array([r, 0.0, -r]), w[:2], l[:2])[0] for r in (1, 10, 30)]
 assert chain[0] > chain[1] > chain[2] > 0 and chain[2] < 1e-12
 print(f"solutions: {steps[0]} and {steps[1]} steps; {3 * minimum:.4f} for the cycle")

@@ -77,26 +77,27 @@ def gradients(output):
 # %% [markdown]
 # ## From NumPy alone
 # That is the whole engine. A node may reach L along several paths. By the chain rule the contributions of the paths add
-# up; that is the `+` in `gradients`. Our example is L = mean(s s + s) with s = tanh(x w), where s is used three times.
+# up; that is the `+` in `gradients`. Our example is L = mean(hidden * hidden + hidden) with hidden = tanh(x weights),
+# where hidden is used three times.
 #
-# Why start at the end? One sweep gives the derivative with respect to every entry of w. Finite differences, which go
-# forward, need two evaluations of L for each entry.
+# Why start at the end? One sweep gives the derivative with respect to every entry of `weights`. Finite differences,
+# which go forward, need two evaluations of L for each entry.
 
 # %%
 rng = np.random.default_rng(0)
-x, w = rng.normal(size=(4, 3)), rng.normal(size=(3, 2))
-w_node = Node(w)
-s_node = tanh(matmul(Node(x), w_node))  # (4, 3), (3, 2) -> (4, 2)
-by_hand = gradients(mean(add(mul(s_node, s_node), s_node)))[w_node]
+x, weights = rng.normal(size=(4, 3)), rng.normal(size=(3, 2))
+weights_node = Node(weights)
+hidden_node = tanh(matmul(Node(x), weights_node))  # (4, 3), (3, 2) -> (4, 2)
+by_hand = gradients(mean(add(mul(hidden_node, hidden_node), hidden_node)))[weights_node]
 
 
-def loss(w):
-    s = np.tanh(x @ w)
-    return (s * s + s).mean()
+def loss(weights):
+    hidden = np.tanh(x @ weights)
+    return (hidden * hidden + hidden).mean()
 
 
-shifts = 1e-6 * np.eye(w.size).reshape(-1, *w.shape)  # (6, 3, 2): each moves one entry of w
-finite = np.array([loss(w + shift) - loss(w - shift) for shift in shifts]).reshape(w.shape) / 2e-6
+shifts = 1e-6 * np.eye(weights.size).reshape(-1, *weights.shape)  # (6, 3, 2): each moves one entry
+finite = np.array([loss(weights + shift) - loss(weights - shift) for shift in shifts]).reshape(weights.shape) / 2e-6
 
 # %% [markdown]
 # ## The library's version
@@ -105,13 +106,13 @@ finite = np.array([loss(w + shift) - loss(w - shift) for shift in shifts]).resha
 # repeated sweeps add to it. A graph can be swept only once.
 
 # %%
-w_leaf = Tensor(w, requires_grad=True)
-s = ops.tanh(x @ w_leaf)
-ops.mean(s * s + s).backward()
-np.testing.assert_allclose(w_leaf.grad, by_hand, rtol=1e-10, atol=1e-14)
-np.testing.assert_allclose(w_leaf.grad, finite, rtol=1e-6, atol=1e-9)
-print("dL/dw, first row\n     by hand    library    finite difference")
-for row in zip(by_hand[0], w_leaf.grad[0], finite[0]):
+weights_leaf = Tensor(weights, requires_grad=True)
+hidden = ops.tanh(x @ weights_leaf)
+ops.mean(hidden * hidden + hidden).backward()
+np.testing.assert_allclose(weights_leaf.grad, by_hand, rtol=1e-10, atol=1e-14)
+np.testing.assert_allclose(weights_leaf.grad, finite, rtol=1e-6, atol=1e-9)
+print("dL/dweights, first row\n     by hand    library    finite difference")
+for row in zip(by_hand[0], weights_leaf.grad[0], finite[0]):
     print("{:12.8f}{:12.8f}{:16.8f}".format(*row))
 
 # %% [markdown]
@@ -137,12 +138,12 @@ assert {"x", "y"} <= set(free["mul"]) and free["tanh"] == ("y",) and not {"x", "
 # the forward function alone. With a random cotangent g, a correct vjp satisfies <g, J u> = <vjp(g), u>. Each side is
 # one number, whatever the shapes.
 #
-#     J u = (f(x + h u) - f(x - h u)) / 2h + O(h^2)        central difference
-#     J u = Im f(x + i h u) / h + O(h^2)                   complex step, where f is analytic
+#     J u = (f(x + eps u) - f(x - eps u)) / (2 eps) + O(eps^2)    central difference
+#     J u = Im f(x + i eps u) / eps + O(eps^2)                    complex step, where f is analytic; i^2 = -1
 #
-# The central difference subtracts two nearly equal numbers; their rounding errors, divided by 2h, grow as h shrinks.
-# The complex step has no such subtraction. In the Taylor series f(x + i h u) = f(x) + i h J u + ... the next imaginary
-# term is O(h^3), so h may be as small as 1e-20.
+# The central difference subtracts two nearly equal numbers; their rounding errors, divided by 2 eps, grow as eps
+# shrinks. The complex step has no such subtraction. In the Taylor series f(x + i eps u) = f(x) + i eps J u + ... the
+# next imaginary term is O(eps^3), so eps may be as small as 1e-20.
 
 
 # %%
@@ -151,14 +152,14 @@ def cube(x):
 
 
 errors = {}
-for h in (1e-2, 1e-4, 1e-6, 1e-8, 1e-20):
-    estimates = [cube(1 + 1j * h).imag / h]
-    for one, step in ((np.float64(1), np.float64(h)), (np.float32(1), np.float32(h))):
+for eps in (1e-2, 1e-4, 1e-6, 1e-8, 1e-20):
+    estimates = [cube(1 + 1j * eps).imag / eps]
+    for one, step in ((np.float64(1), np.float64(eps)), (np.float32(1), np.float32(eps))):
         estimates.insert(0, float((cube(one + step) - cube(one - step)) / (2 * step)))
-    errors[h] = [abs(estimate / 3 - 1) for estimate in estimates]  # central float32, float64, complex step
-print("\nRelative error of the slope of x^3 at 1\n     h   central, float32   central, float64   complex step")
-for h, row in errors.items():
-    print("{:6.0e} {:18.0e} {:18.0e} {:14.0e}".format(h, *row))
+    errors[eps] = [abs(estimate / 3 - 1) for estimate in estimates]  # central float32, float64, complex step
+print("\nRelative error of the slope of x^3 at 1\n   eps   central, float32   central, float64   complex step")
+for eps, row in errors.items():
+    print("{:6.0e} {:18.0e} {:18.0e} {:14.0e}".format(eps, *row))
 assert errors[1e-6][1] < 1e-8 and errors[1e-20][1] == 1 and errors[1e-20][2] < 1e-15
 
 # %% [markdown]
@@ -190,9 +191,9 @@ assert not passes(softmax_with_zeros, x) and passes(ops.softmax, x) and passes(o
 # %% [markdown]
 # ## Second lie: a kink
 # max(x, 0) has slope 0 on the left of 0 and slope 1 on the right; at 0 itself a program chooses one of them. A central
-# difference across the kink gives (h - 0)/2h = 1/2, so the check rejects a vjp that is correct everywhere else. |x| at
-# 0 is worse: the central difference is 0, so a vjp of zeros passes, although it is wrong everywhere else. Check beside
-# the kink.
+# difference across the kink gives (eps - 0)/(2 eps) = 1/2, so the check rejects a vjp that is correct everywhere else.
+# |x| at 0 is worse: the central difference is 0, so a vjp of zeros passes, although it is wrong everywhere else. Check
+# beside the kink.
 
 
 # %%
@@ -213,8 +214,8 @@ assert passes(absolute_with_zeros, kink) and not passes(absolute_with_zeros, bes
 
 # %% [markdown]
 # ## Third lie: float32
-# Near 1, float32 numbers are about 1e-7 apart. With h = 1e-6 the estimate in the table is wrong by 2 percent. A test
-# must then allow that much, and a wrong vjp may slip through. With h = 1e-8, 1 + h and 1 - h both round to 1, the
+# Near 1, float32 numbers are about 1e-7 apart. With eps = 1e-6 the estimate in the table is wrong by 2 percent. A test
+# must then allow that much, and a wrong vjp may slip through. With eps = 1e-8, 1 + eps and 1 - eps both round to 1, the
 # estimate is 0, and zeros pass once more. Check in float64; `check_vjp` converts its arrays to float64.
 
 # %%
@@ -229,7 +230,7 @@ assert 0.01 < errors[1e-6][0] < 0.025 and errors[1e-8][0] == 1  # a relative err
 #
 # ## Exercises
 # 1. Find the bug: in `gradients` someone writes `total[parent] = gradient`. What is d(a a)/da at a = 3 then, and why?
-# 2. Derive the vjp of y_i = x_i/n with n = sum_j x_j. What does it return for g = (1, ..., 1), and why?
+# 2. Derive the vjp of y_i = x_i/total with total = sum_j x_j. What does it return for g = (1, ..., 1), and why?
 
 # %%
 np.testing.assert_allclose(by_hand, finite, rtol=1e-6, atol=1e-9)
@@ -240,8 +241,8 @@ print("\n02: our sweep, the library's and finite differences agree; zeros pass t
 # %% [markdown]
 # ## Solutions
 # 1. It is 3 instead of 6. mul contributes 3 for each of its two operands, and the second 3 replaces the first.
-# 2. With [i = j] = 1 if i = j, else 0: dy_i/dx_j = [i = j]/n - x_i/n^2, so gx_j = (g_j - sum_i g_i y_i)/n. For g of
-#    ones this is (1 - 1)/n = 0, because the y_i sum to 1 for every x.
+# 2. With [i = j] = 1 if i = j, else 0: dy_i/dx_j = [i = j]/total - x_i/total^2, so
+#    gx_j = (g_j - sum_i g_i y_i)/total. For g of ones this is (1 - 1)/total = 0, because the y_i sum to 1 for every x.
 
 # %%
 a = Node(3.0)
@@ -251,9 +252,9 @@ assert dict(zip(square.parents, square.vjp(np.ones(()))))[a] == 3  # in a dict t
 
 
 def normalised(x):
-    n = x.sum()
-    y = x / n
-    return y, lambda g: ((g - (g * y).sum()) / n,)
+    total = x.sum()
+    y = x / total
+    return y, lambda g: ((g - (g * y).sum()) / total,)
 
 
 assert gradcheck.check_vjp(normalised, rng.uniform(1, 2, size=5), rng=rng, method="complex") < 1e-12

@@ -52,16 +52,16 @@ with np.errstate(all="ignore"):
 #
 # The cure: adding one constant to a whole row multiplies numerator and denominator by the same factor, so it changes
 # nothing. Choose minus the row's maximum as the constant. Then every exponential is at most 1, and one of them is 1. So
-# their sum lies between 1 and V: it cannot overflow, and its log is finite. What remains is log(e^a/s) = a - log s,
-# which needs no exponential of a.
+# their sum lies between 1 and V: it cannot overflow, and its log is finite. What remains is
+# log(e^a/total) = a - log(total), which needs no exponential of a.
 #
 # ## log_softmax: the vjp, line by line
-# Write s = sum_k e^x_k. [i = j] is 1 if i = j, else 0. To the right is the reason for each line.
+# Write total = sum_k e^x_k. [i = j] is 1 if i = j, else 0. To the right is the reason for each line.
 #
-#     1   y_i = log(e^x_i/s) = x_i - log s                   log(a/b) = log a - log b
+#     1   y_i = log(e^x_i/total) = x_i - log total           log(a/b) = log a - log b
 #     2   dx_i/dx_j = [i = j]                                each logit is a variable of its own
-#     3   ds/dx_j = e^x_j                                    only the term k = j of the sum contains x_j
-#     4   d(log s)/dx_j = (1/s) e^x_j = e^y_j                chain rule, then line 1: e^y_j = e^x_j/s
+#     3   d total/dx_j = e^x_j                               only the term k = j of the sum contains x_j
+#     4   d(log total)/dx_j = (1/total) e^x_j = e^y_j        chain rule, then line 1: e^y_j = e^x_j/total
 #     5   dy_i/dx_j = [i = j] - e^y_j                        line 2 minus line 4: the local Jacobian
 #     6   gx_j = sum_i g_i dy_i/dx_j                         what a vjp is (tutorial 02)
 #     7        = sum_i g_i [i = j] - e^y_j sum_i g_i         line 5; e^y_j is the same for every i
@@ -77,9 +77,9 @@ def jacobian(f, x):  # df_i/dx_j, exact to rounding
 
 
 x, g = rng.normal(size=5), rng.normal(size=5)
-s, y, same = np.exp(x).sum(), log_softmax_naive(x), np.eye(5)
+total, y, same = np.exp(x).sum(), log_softmax_naive(x), np.eye(5)
 lines = {
-    "1": (y, x - np.log(s)),
+    "1": (y, x - np.log(total)),
     "2": (jacobian(lambda x: x, x), same),
     "3": (jacobian(lambda x: np.exp(x).sum(keepdims=True), x)[0], np.exp(x)),
     "4": (jacobian(lambda x: np.log(np.exp(x).sum(keepdims=True)), x)[0], np.exp(y)),
@@ -209,8 +209,8 @@ np.testing.assert_allclose(x.grad, np.exp(log_softmax(logits)[0]) - np.eye(3)[to
 # The cure for the slope comes out of its derivation:
 #
 #     1   y = log sigma(z),   sigma(z) = 1/(1 + e^-z)        definition, so e^y = sigma(z)
-#     2   dy/dz = sigma'(z)/sigma(z)                         chain rule: d(log u) = du/u
-#     3   sigma'(z) = e^-z/(1 + e^-z)^2                      d(1/u) = -du/u^2, with u = 1 + e^-z and du/dz = -e^-z
+#     2   dy/dz = sigma'(z)/sigma(z)                         chain rule: d(log a) = da/a
+#     3   sigma'(z) = e^-z/(1 + e^-z)^2                      d(1/a) = -da/a^2, with a = 1 + e^-z and da/dz = -e^-z
 #     4   e^-z/(1 + e^-z) = 1 - sigma(z)                     the fraction and 1/(1 + e^-z) add up to 1
 #     5   dy/dz = 1 - sigma(z)                               lines 3 and 4 in line 2: one factor sigma(z) cancels
 #     6         = 1 - e^y = -expm1(y)                        line 1; `expm1(y)` returns e^y - 1 without rounding e^y

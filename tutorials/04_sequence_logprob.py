@@ -103,14 +103,14 @@ ways = {
     "mean for sum": lambda f, x, y: token_logprobs(f, x, y).mean(),
     "shift by two": lambda f, x, y: token_logprobs(f, x, y, shift=2).sum(),
 }
-sums, gaps = {}, {}
+sums, off = {}, {}
 print(f"\n{len(responses)} complete responses    sum of exp   off the chain rule (nats)")
 for name, way in ways.items():
     sums[name] = math.fsum(math.exp(way(toy_logits, x, y)) for y in responses)
-    gaps[name] = max(abs(way(toy_logits, x, y) - chain_rule(toy_logits, x, y)) for y in responses)
-    print(f"{name:<24}{sums[name]:>12.6f}{gaps[name]:>15.6f}")
+    off[name] = max(abs(way(toy_logits, x, y) - chain_rule(toy_logits, x, y)) for y in responses)
+    print(f"{name:<24}{sums[name]:>12.6f}{off[name]:>15.6f}")
 assert len(responses) == sum(3**t for t in range(CAP + 1)) == 40
-assert abs(sums["correct"] - 1) < 1e-12 and gaps["correct"] < 1e-12
+assert abs(sums["correct"] - 1) < 1e-12 and off["correct"] < 1e-12
 
 # %% [markdown]
 # ## The answer to the prediction
@@ -121,7 +121,7 @@ assert abs(sums["correct"] - 1) < 1e-12 and gaps["correct"] < 1e-12
 # So the sum finds five of the six mistakes. The sixth needs the chain rule, which slices no logits.
 
 # %%
-assert abs(sums["shift by two"] - 1) < 1e-12 < 0.01 < gaps["shift by two"]
+assert abs(sums["shift by two"] - 1) < 1e-12 < 0.01 < off["shift by two"]
 assert all(abs(sums[name] - 1) > 0.01 for name in ways if name not in ("correct", "shift by two"))
 
 # %% [markdown]
@@ -141,10 +141,10 @@ assert all(abs(sums[name] - 1) > 0.01 for name in ways if name not in ("correct"
 # - A pad scored. Each response gets the factor pi(end-of-text | x, y): would the model say end-of-text once more? The
 #   sum is the average of that probability, which is below 1.
 # - Mean for sum. exp(mean) is the T-th root of pi(y|x), for T tokens. From two tokens on, the root of a number below 1
-#   is larger than the number, so the sum is above 1. A uniform model gives each token 1/V, so each of N responses
-#   counts as 1/V and the sum is N/V: it grows with the number of responses.
+#   is larger than the number, so the sum is above 1. A uniform model gives each token 1/V, so each of n responses
+#   counts as 1/V and the sum is n/V: it grows with the number of responses.
 # - No shift. Each token is scored by a row that has read it: would the model say it again? These V probabilities come
-#   from V different rows, so they add up to anything from 0 to V, and the sum is anything from 0 to N. It is near N for
+#   from V different rows, so they add up to anything from 0 to V, and the sum is anything from 0 to n. It is near n for
 #   a model that always repeats the last token, near 0 for one that never does, and exactly 1 for a uniform one.
 # - Shift by two. The factors still form a distribution: exactly 1.
 #
@@ -153,8 +153,8 @@ assert all(abs(sums[name] - 1) > 0.01 for name in ways if name not in ("correct"
 # | first token not scored | V | 4.000 |
 # | end-of-text not scored | 1 + mean number of characters | 3.805 |
 # | a pad scored | mean probability of one more end-of-text | 0.034 |
-# | mean for sum | above 1; N/V for a uniform model | 6.742 |
-# | no shift | from 0 to N, as the model repeats itself | 0.529 |
+# | mean for sum | above 1; n/V for a uniform model | 6.742 |
+# | no shift | from 0 to n, as the model repeats itself | 0.529 |
 # | shift by two | 1 | 1.000 |
 #
 # Below, the sizes are computed by these formulas. Then the model's wish to repeat a token is turned down and up.
@@ -271,7 +271,7 @@ g_w, g_l = rng.normal(size=(2, len(pairs)))
 
 def one_by_one(params, config, pairs):
     logp = [[scoring.sequence_logprob(params, config, [x], [y]) for y in (w, l)] for x, w, l in pairs]
-    return ops.concatenate(*(w for w, _ in logp)), ops.concatenate(*(l for _, l in logp))
+    return ops.concatenate(*(logp_w for logp_w, _ in logp)), ops.concatenate(*(logp_l for _, logp_l in logp))
 
 
 results = {}

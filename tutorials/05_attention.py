@@ -88,8 +88,8 @@ from minidpo import ops, plots
 
 # %%
 def softmax(scores):
-    e = np.exp(scores - scores.max(axis=-1, keepdims=True))  # minus the row's largest, as in tutorial 03
-    return e / e.sum(axis=-1, keepdims=True)
+    powers = np.exp(scores - scores.max(axis=-1, keepdims=True))  # minus the row's largest, as in tutorial 03
+    return powers / powers.sum(axis=-1, keepdims=True)
 
 
 def attention(q, k, v):

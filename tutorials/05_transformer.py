@@ -48,8 +48,8 @@ from minidpo.tokenizer import END_OF_TEXT, TURN, Tokenizer
 #   and divides by their standard deviation: (1, 0, 0, 1) has mean 1/2 and deviation 1/2, so it becomes (1, -1, -1, 1).
 #   States may grow from layer to layer; what a part reads keeps its size. Then each channel gets a learned factor and
 #   a learned shift.
-# - **gelu** is a smooth curve: nearly 0 for negative numbers, nearly u for large u. Without a curve in between, two
-#   matrices could do no more than one.
+# - **gelu** is a smooth curve: nearly 0 for negative numbers, nearly its input for large ones. Without a curve in
+#   between, two matrices could do no more than one.
 # - Each product with a matrix also adds a learned vector, the **bias**.
 # - The **logit** of a token is the dot product of the last state with that token's vector in wte.
 #
@@ -83,13 +83,13 @@ def layer_norm(states):
     return (states - states.mean(axis=-1, keepdims=True)) / np.sqrt(states.var(axis=-1, keepdims=True) + 1e-5)
 
 
-def gelu(u):
-    return u * (1 + np.tanh(math.sqrt(2 / math.pi) * (u + 0.044715 * u**3))) / 2
+def gelu(hidden):
+    return hidden * (1 + np.tanh(math.sqrt(2 / math.pi) * (hidden + 0.044715 * hidden**3))) / 2
 
 
 def softmax(scores):
-    e = np.exp(scores - scores.max(axis=-1, keepdims=True))
-    return e / e.sum(axis=-1, keepdims=True)
+    powers = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    return powers / powers.sum(axis=-1, keepdims=True)
 
 
 def forward(arrays, config, tokens, causal=True):
@@ -362,7 +362,7 @@ print(f"picture: {path.name}" if plots.installed() else "the picture needs matpl
 # replies.
 #
 # ## Exercises
-# 1. Count the parameters in terms of V, C, n_positions and n_layer. Why does the output matrix wte^T add none?
+# 1. Count the parameters in terms of V, C, n_positions and n_layer. Why does the output matrix wte^T add no parameters?
 # 2. Find the bug: someone calls `forward` with `causal=False`. The shapes fit and the weights sum to 1. Which
 #    experiment with one token shows the bug? Why could training reach a low loss, and the model still not write?
 # 3. Predict, then measure: switch off the head that copies, by setting its D rows of attn.c_proj to 0. What happens to

@@ -40,7 +40,7 @@ def sigma(z):
 def naive(logp_w, logp_l):
     """Loss, dL/dlogp_w and dL/dlogp_l of one pair."""
     margin = logp_w - logp_l
-    return np.logaddexp(0, -margin), -sigma(-margin), sigma(-margin)  # -log sigma(m) = log(1 + e^-m)
+    return np.logaddexp(0, -margin), -sigma(-margin), sigma(-margin)  # -log sigma(margin) = log(1 + e^-margin)
 
 
 long_chosen, short_rejected = -0.735, -0.210
@@ -55,12 +55,12 @@ print(f"{'equal log-probabilities':<29}{0:>+8.3f}" + "{:>8.3f}{:>13.3f}{:>13.3f}
 # `losses.reference_free_loss` at beta = 1: by its sweep, in closed form, and against a finite difference.
 
 # %%
-w, l = Tensor(long_chosen, requires_grad=True), Tensor(short_rejected, requires_grad=True)
-out = losses.reference_free_loss(w, l, beta=1.0)
+leaf_w, leaf_l = Tensor(long_chosen, requires_grad=True), Tensor(short_rejected, requires_grad=True)
+out = losses.reference_free_loss(leaf_w, leaf_l, beta=1.0)
 out.loss.backward()
 closed_w, closed_l = losses.reference_free_gradient(long_chosen, short_rejected, beta=1.0)
 finite_w = (naive(long_chosen + 1e-6, short_rejected)[0] - naive(long_chosen - 1e-6, short_rejected)[0]) / 2e-6
-np.testing.assert_allclose([out.loss.item(), w.grad, l.grad], [loss, slope_w, slope_l], rtol=0, atol=1e-12)
+np.testing.assert_allclose([out.loss.item(), leaf_w.grad, leaf_l.grad], [loss, slope_w, slope_l], rtol=0, atol=1e-12)
 np.testing.assert_allclose([closed_w, closed_l, finite_w], [slope_w, slope_l, slope_w], rtol=0, atol=1e-9)
 
 # %% [markdown]
@@ -149,25 +149,25 @@ def logprob(y):
 
 losses.reference_free_loss(logprob(chosen), logprob(rejected), beta=1.0).loss.backward()
 print("\nafter the prefix    largest |dL/dlogit|")
-for prefix, g in zip(prefixes, logits.grad):
-    print(f"{' '.join(prefix) or '(nothing)':<16}{abs(g).max():>13.4f}")
+for prefix, row in zip(prefixes, logits.grad):
+    print(f"{' '.join(prefix) or '(nothing)':<16}{abs(row).max():>13.4f}")
 shared = [len(prefix) < 3 and prefix != ("the", "is") for prefix in prefixes]
 assert abs(logits.grad[shared]).max() < 1e-15 and abs(logits.grad[~np.array(shared)]).max(axis=1).min() > 0.01
 
 # %% [markdown]
 # ## What DPO does not solve
-# DPO's log-ratios are sums too. If every token of a response is d nats likelier than under the reference, its reward is
-# beta d |y|, where |y| counts its tokens: three times the length earns three times the reward.
+# DPO's log-ratios are sums too. If every token of a response is `rise` nats likelier than under the reference, its
+# reward is beta * rise * |y|, where |y| counts its tokens: three times the length earns three times the reward.
 #
 # And small rewards prove nothing. Suppose that you see rewards of +.0015 and -.0010. Then P(chosen preferred) is
 # sigma(.0025) = .5006 and the loss is .6919, where no preference at all gives .5 and log 2 = .6931. DPO starts with
 # policy = reference, and there both rewards are exactly 0.
 
 # %%
-out = losses.dpo_loss(*(np.array([y]) for y in (LONG * -1.4, SHORT * -1.4, LONG * -1.5, SHORT * -1.5)), beta=0.1)
+out = losses.dpo_loss(*(np.array([logp]) for logp in (LONG * -1.4, SHORT * -1.4, LONG * -1.5, SHORT * -1.5)), beta=0.1)
 np.testing.assert_allclose(out.reward_w.data / out.reward_l.data, LONG / SHORT, rtol=1e-9)
 rewards = out.reward_w.data[0], out.reward_l.data[0]
-print(f"\nd = 0.1, beta = 0.1: reward {rewards[0]:.2f} for {LONG} tokens, {rewards[1]:.2f} for {SHORT}")
+print(f"\nrise = 0.1, beta = 0.1: reward {rewards[0]:.2f} for {LONG} tokens, {rewards[1]:.2f} for {SHORT}")
 z = 0.0015 + 0.0010
 assert round(sigma(z), 4) == 0.5006 and round(np.logaddexp(0, -z), 4) == 0.6919 and round(math.log(2), 4) == 0.6931
 start = losses.dpo_loss(-10.0, -15.0, -10.0, -15.0, beta=0.1)
@@ -197,7 +197,7 @@ print("06: the long chosen response is pushed up, harder than at margin 0; a ref
 
 # %% [markdown]
 # ## Solutions
-# 1. sigma(-m) = 1/100 at m = log 99 = 4.6 nats: about three tokens.
+# 1. sigma(-margin) = 1/100 where the margin is log 99 = 4.6 nats: about three tokens.
 # 2. With 1/4 - 1/8 = 1/8, where the sum gives 1 - 1 = 0. The shared prefix no longer cancels, so training also moves
 #    text on which the two responses agree. That is another objective, with another bias.
 

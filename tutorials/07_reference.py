@@ -34,25 +34,25 @@ rng = np.random.default_rng(0)
 
 # %% [markdown]
 # ## From NumPy alone
-# A policy of two layers chooses among five replies: logits = W_out tanh(W_in f), where f holds the features of the
-# prompt. The gradient is written by hand. One row of logits scores both replies, so the normaliser cancels:
-# logp_w - logp_l = logits_w - logits_l. Hence dL/dlogits = -beta sigma(-z) (onehot(w) - onehot(l)).
+# A policy of two layers chooses among five replies: logits = W_out tanh(W_in features), with some features of the
+# prompt. The gradient is written by hand. One row of logits scores both replies, so the normaliser cancels: logp_w -
+# logp_l = logits_w - logits_l. Hence dL/dlogits = -beta sigma(-z) (onehot(w) - onehot(l)).
 
 # %%
-f, W_in, W_out = rng.normal(size=3), rng.normal(size=(4, 3)), rng.normal(size=(5, 4))
+features, W_in, W_out = rng.normal(size=3), rng.normal(size=(4, 3)), rng.normal(size=(5, 4))
 w, l = 1, 3
 
 
 def reply_logprobs(W_in, W_out):
-    logits = W_out @ np.tanh(W_in @ f)  # (3,) -> (4,) -> (5,)
+    logits = W_out @ np.tanh(W_in @ features)  # (3,) -> (4,) -> (5,)
     return logits - np.log(np.exp(logits).sum())
 
 
 def loss_and_gradient(W_in, W_out, ref_logp_w, ref_logp_l):
-    logp, hidden = reply_logprobs(W_in, W_out), np.tanh(W_in @ f)
+    logp, hidden = reply_logprobs(W_in, W_out), np.tanh(W_in @ features)
     z = beta * ((logp[w] - ref_logp_w) - (logp[l] - ref_logp_l))
     dlogits = -beta / (1 + math.exp(z)) * (np.eye(5)[w] - np.eye(5)[l])  # since sigma(-z) = 1/(1 + exp(z))
-    dW_in, dW_out = np.outer((W_out.T @ dlogits) * (1 - hidden**2), f), np.outer(dlogits, hidden)
+    dW_in, dW_out = np.outer((W_out.T @ dlogits) * (1 - hidden**2), features), np.outer(dlogits, hidden)
     return math.log1p(math.exp(-z)), np.concatenate([dW_in.ravel(), dW_out.ravel()])  # -log sigma(z) = log(1 + exp(-z))
 
 
@@ -63,7 +63,7 @@ for name, up_w, up_l in (("A, as the policy", 0, 0), ("B, -16 and +2", -16, 2), 
     ref = (logp[w] + up_w, logp[l] + up_l)
     loss, gradient = loss_and_gradient(W_in, W_out, *ref)
     u_in, u_out, eps = rng.normal(size=W_in.shape), rng.normal(size=W_out.shape), 1e-5  # a random direction
-    ends = [loss_and_gradient(W_in + s * u_in, W_out + s * u_out, *ref)[0] for s in (eps, -eps)]
+    ends = [loss_and_gradient(W_in + shift * u_in, W_out + shift * u_out, *ref)[0] for shift in (eps, -eps)]
     along = gradient @ np.concatenate([u_in.ravel(), u_out.ravel()])
     np.testing.assert_allclose(along, (ends[0] - ends[1]) / (2 * eps), rtol=1e-6, atol=1e-9)
     lengths.append(np.linalg.norm(gradient))
@@ -90,8 +90,8 @@ config = Config(vocab_size=7, n_positions=12, n_embd=16, n_layer=2, n_head=2)
 
 def random_transformer():
     params = model.init(config, rng, dtype="float64")
-    for p in params.values():
-        p.data = p.data + 0.3 * rng.normal(size=p.shape)
+    for parameter in params.values():
+        parameter.data = parameter.data + 0.3 * rng.normal(size=parameter.shape)
     return params
 
 
@@ -106,10 +106,10 @@ def pair_logprobs(params, pair):
 
 
 def gradients(output):
-    for p in policy.values():
-        p.grad = None
+    for parameter in policy.values():
+        parameter.grad = None
     output.backward()
-    return {name: p.grad for name, p in policy.items()}
+    return {name: parameter.grad for name, parameter in policy.items()}
 
 
 assert not pair_logprobs(reference, pairs[0])[0].requires_grad  # a constant: there is nothing to sweep
@@ -120,12 +120,13 @@ print("reference                margin    loss  weight  gradient = -beta weight 
 second, third = random_transformer(), random_transformer()
 for name, other in (("its frozen copy", reference), ("another transformer", second), ("a third", third)):
     out = losses.dpo_loss(*pair_logprobs(policy, pairs[0]), *pair_logprobs(other, pairs[0]), beta=beta)
-    g, margin = gradients(out.loss), out.margin.item()
+    whole, margin = gradients(out.loss), out.margin.item()
     weight = 1 / (1 + math.exp(beta * margin))
     for key in policy:
         expected = -beta * weight * direction[key]
-        np.testing.assert_allclose(g[key], expected, rtol=0, atol=1e-12 * abs(expected).max())
-    print(f"{name:<20} {margin:10.3f} {out.loss.item():7.4f} {weight:7.4f}  to 12 digits in {len(g)} of {len(policy)}")
+        np.testing.assert_allclose(whole[key], expected, rtol=0, atol=1e-12 * abs(expected).max())
+    print(f"{name:<20} {margin:10.3f} {out.loss.item():7.4f} {weight:7.4f}", end="")
+    print(f"  to 12 digits in {len(whole)} of {len(policy)}")
 
 # %% [markdown]
 # ## At the start
@@ -138,7 +139,7 @@ for name, other in (("its frozen copy", reference), ("another transformer", seco
 batch = preferences.collate(pairs, *training.reference_logprobs(reference, config, pairs))
 optimizer = optim.SGD(policy, learning_rate=0.1)
 start = training.preference_evaluation(policy, config, batch, beta)
-before = {name: p.data.copy() for name, p in reference.items()}
+before = {name: parameter.data.copy() for name, parameter in reference.items()}
 first_step = training.dpo_training_step(policy, reference, config, optimizer, batch, beta)
 later = training.preference_evaluation(policy, config, batch, beta)
 print("\nTwo pairs, before and after one step of training")
@@ -151,15 +152,15 @@ assert all(np.array_equal(reference[name].data, before[name]) for name in before
 
 # %% [markdown]
 # ## What the loss cannot see
-# Add c to both of the policy's log-probabilities. The margin stays the same, and so does the loss. So the reference
-# does not keep both from falling together. Without a reference the loss has the same blind spot.
+# Add the same shift to both of the policy's log-probabilities. The margin stays the same, and so does the loss. So the
+# reference does not keep both from falling together. Without a reference the loss has the same blind spot.
 
 # %%
-print("\nBoth log-probabilities moved by c, from -10 and -15, against -12 and -14")
-for c in (-8.0, 0.0, 8.0):
-    with_reference = losses.dpo_loss(-10.0 + c, -15.0 + c, -12.0, -14.0, beta).loss.item()
-    without = losses.reference_free_loss(-10.0 + c, -15.0 + c, beta).loss.item()
-    print(f"c = {c:4.0f}   loss {with_reference:.4f}   without a reference {without:.4f}")
+print("\nBoth log-probabilities shifted, from -10 and -15, against -12 and -14")
+for shift in (-8.0, 0.0, 8.0):
+    with_reference = losses.dpo_loss(-10.0 + shift, -15.0 + shift, -12.0, -14.0, beta).loss.item()
+    without = losses.reference_free_loss(-10.0 + shift, -15.0 + shift, beta).loss.item()
+    print(f"shift {shift:4.0f}   loss {with_reference:.4f}   without a reference {without:.4f}")
     np.testing.assert_allclose([with_reference, without], [0.5544, 0.4741], rtol=0, atol=5e-5)
 
 # %% [markdown]
@@ -189,13 +190,13 @@ print("\n07: the reference changes a pair's weight, sigma(-z), never the directi
 
 # %%
 out = losses.dpo_loss(*pair_logprobs(policy, pairs[0]), *pair_logprobs(policy, pairs[0]), beta=beta)
-g = gradients(out.loss)
+of_loss = gradients(out.loss)
 np.testing.assert_allclose(out.loss.item(), math.log(2), rtol=1e-12)
-assert max(abs(array).max() for array in g.values()) < 1e-12
+assert max(abs(array).max() for array in of_loss.values()) < 1e-12
 logps = pair_logprobs(policy, pairs[0])
-g = gradients(losses.dpo_loss(*logps, *[logp.detach() for logp in logps], beta=beta).loss)
+of_loss = gradients(losses.dpo_loss(*logps, *[logp.detach() for logp in logps], beta=beta).loss)
 at_start = gradients(ops.sub(*pair_logprobs(policy, pairs[0])))
-assert all(np.allclose(g[name], -beta / 2 * at_start[name], rtol=1e-12, atol=1e-14) for name in g)
+assert all(np.allclose(of_loss[name], -beta / 2 * at_start[name], rtol=1e-12, atol=1e-14) for name in policy)
 
 directions = []  # of each pair, as one vector
 for pair in pairs:

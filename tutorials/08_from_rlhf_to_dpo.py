@@ -200,16 +200,16 @@ line(5, "= beta log Z - beta KL(pi || pi*)", "algebra; pi sums to 1", J, beta * 
 
 # %% [markdown]
 # **Line 6**, by Gibbs' inequality: what is the largest J, and for which pi? The inequality says that KL(p || q) >= 0,
-# and is 0 only for p = q. Its proof is one line, from log u <= u - 1, where equality holds only at u = 1:
+# and is 0 only for p = q. Its proof is one line, from log(ratio) <= ratio - 1, where equality holds only at ratio = 1:
 #
 #     -KL(pi || pi*) = sum_y pi log(pi*/pi) <= sum_y pi (pi*/pi - 1) = sum_y pi* - sum_y pi = 0
 
 # %%
 largest = objective(star, ref_logp, reward, beta)
 line(6, "<= beta log Z, with equality only at pi = pi*", "Gibbs' inequality", largest, beta * log_z)
-u = pi_star / pi
-assert (np.log(u) <= u - 1).all() and kl(policies, star).min() > 0  # Gibbs' inequality, and its reason
-np.testing.assert_allclose((pi * (u - 1)).sum(axis=-1), 0, atol=1e-9)
+ratio = pi_star / pi
+assert (np.log(ratio) <= ratio - 1).all() and kl(policies, star).min() > 0  # Gibbs' inequality, and its reason
+np.testing.assert_allclose((pi * (ratio - 1)).sum(axis=-1), 0, atol=1e-9)
 assert (J < beta * log_z).all()
 
 # %% [markdown]
@@ -227,10 +227,10 @@ line(8, "r = beta log(pi*/pi_ref) + beta log Z", "algebra", reward, beta * (star
 # nothing about the other replies.
 
 # %%
-for b, nats in ((0.1, 17.0), (0.5, 3.4)):
-    log_ratio = optimum(ref_logp, reward, b)[0] - ref_logp
+for each, nats in ((0.1, 17.0), (0.5, 3.4)):
+    log_ratio = optimum(ref_logp, reward, each)[0] - ref_logp
     np.testing.assert_allclose(log_ratio[0, 0] - log_ratio[0, 1], nats, rtol=1e-9)
-    print(f"beta {b}: the margin of two replies whose rewards differ by 1.7 is {nats:g} nats")
+    print(f"beta {each}: the margin of two replies whose rewards differ by 1.7 is {nats:g} nats")
 
 # %% [markdown]
 # ## Take a term away
@@ -276,7 +276,7 @@ assert np.exp(cases["beta 2"]) @ true > np.exp(skewed) @ true > np.exp(cases["no
 # %%
 x, i, j = np.nonzero(wins)
 votes = wins[x, i, j] / wins.sum()
-each = np.array([ppo.reward_loss(at[[b], [w]], at[[b], [l]]).item() for b, w, l in zip(x, i, j)])
+each = np.array([ppo.reward_loss(at[[prompt], [w]], at[[prompt], [l]]).item() for prompt, w, l in zip(x, i, j)])
 np.testing.assert_allclose(votes @ each, reward_loss(at), rtol=1e-12)
 by_pair, _ = ppo.reward_gradient(at[x, i], at[x, j])  # divided by the number of pairs, each counted once
 by_reply = np.zeros_like(at)
@@ -298,7 +298,7 @@ assert tv.max() < 0.05
 
 # %%
 betas = np.geomspace(0.05, 20, 80)
-over = np.exp([optimum(skewed, rated, b)[0] for b in betas])  # (80, 4)
+over = np.exp([optimum(skewed, rated, each)[0] for each in betas])  # (80, 4)
 names = ["reply 0, the best", "reply 1", "reply 2", "reply 3, overrated"]
 curves = [plots.Curve(names[y], betas, over[:, y]) for y in range(4)]
 path = pathlib.Path("08_from_rlhf_to_dpo.png")

@@ -131,7 +131,7 @@ def loss_gradient(theta, wins, ref_logp=ref_logp):
 
 at, eps = rng.normal(size=(2, 4)), 1e-6
 bumps = eps * np.eye(8).reshape(8, 2, 4)
-slopes = np.reshape([(loss(at + b, labels) - loss(at - b, labels)) / (2 * eps) for b in bumps], (2, 4))
+slopes = np.reshape([(loss(at + bump, labels) - loss(at - bump, labels)) / (2 * eps) for bump in bumps], (2, 4))
 gradient = loss_gradient(at, labels)
 line(12, "dL/dtheta_i = -beta sum_j (share_ij sigma(-z_ij)", "calculus; the normaliser cancels", gradient, slopes)
 print(f"      {'               - share_ji sigma(-z_ji))':<58}in each z_ij")
@@ -194,8 +194,8 @@ print(f"  equal to 1e-9; total variation to pi* of the true reward {exact.total_
 #   about 1/2, and pi is about chosen: it copies what was preferred, as fine-tuning does, and it copies the mediocre
 #   replies that beat bad ones.
 # - **Means for sums**: reply i has n_i tokens, and z = beta (log_ratio_i/n_i - log_ratio_j/n_j). Each z can still be
-#   r_i - r_j: take log_ratio_i = n_i (r_i/beta + k), with the k for which pi sums to 1. So a long reply moves n_i times
-#   as far for the same reward.
+#   r_i - r_j: take log_ratio_i = n_i (r_i/beta + constant), so that pi sums to 1. So a long reply moves n_i times as
+#   far for the same reward.
 
 # %%
 four = World([[0], [1]], [[1]] * 4, reward, ref_logp)

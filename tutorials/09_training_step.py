@@ -6,7 +6,7 @@
 # **Afterwards you can say**
 # - how to get margin, rewards, loss and both gradients from four log-probabilities, on paper
 # - what `dpo_training_step` does (score, loss, sweep, step), and that its metrics are from before the step
-# - how the push on a response spreads over its tokens, and why tokens that both responses begin with get none
+# - how the push on a response spreads over its tokens, and why tokens that both responses begin with get no push
 #
 # **Predict first.** DPO training begins with a policy and, as its reference, a frozen copy of that policy. Which loss
 # and which rewards does the first step report, and does the first step move the policy?
@@ -65,9 +65,9 @@ leaf_w, leaf_l = Tensor(logp_w, requires_grad=True), Tensor(logp_l, requires_gra
 out = losses.dpo_loss(leaf_w, leaf_l, ref_logp_w, ref_logp_l, beta=beta)
 out.loss.backward()
 eps = 1e-5
-up, down = ((logp_w + s, *example[1:]) for s in (eps, -eps))
+up, down = ((logp_w + shift, *example[1:]) for shift in (eps, -eps))
 finite_w = (loss_by_hand(*up, beta) - loss_by_hand(*down, beta)) / (2 * eps)
-up, down = ((logp_w, logp_l + s, ref_logp_w, ref_logp_l) for s in (eps, -eps))
+up, down = ((logp_w, logp_l + shift, ref_logp_w, ref_logp_l) for shift in (eps, -eps))
 finite_l = (loss_by_hand(*up, beta) - loss_by_hand(*down, beta)) / (2 * eps)
 print("The worked example")
 print(f"reward_w {out.reward_w.item():.4f}   reward_l {out.reward_l.item():.4f}   margin {out.margin.item():.4f}")
@@ -123,16 +123,16 @@ def pair_logprobs(params, pair):
 
 def step_by_hand(learning_rate):
     """Each parameter after one step of gradient descent, by the formula."""
-    arrays = {name: p.data.copy() for name, p in policy.items()}
+    arrays = {name: parameter.data.copy() for name, parameter in policy.items()}
     for pair in pairs:
         logp_w, logp_l = pair_logprobs(policy, pair)
         ref_logp_w, ref_logp_l = pair_logprobs(reference, pair)
         slope, _ = gradient_by_hand(logp_w.item(), logp_l.item(), ref_logp_w.item(), ref_logp_l.item(), beta)
-        for p in policy.values():
-            p.grad = None
+        for parameter in policy.values():
+            parameter.grad = None
         (logp_w - logp_l).backward()
-        for name, p in policy.items():
-            arrays[name] -= learning_rate * slope * p.grad / len(pairs)
+        for name, parameter in policy.items():
+            arrays[name] -= learning_rate * slope * parameter.grad / len(pairs)
     return arrays
 
 
@@ -140,8 +140,8 @@ optimizer, batch, reports = optim.SGD(policy, learning_rate=0.05), preferences.c
 for _ in range(4):
     expected = step_by_hand(optimizer.learning_rate)
     reports.append(training.dpo_training_step(policy, reference, config, optimizer, batch, beta=beta))
-    for name, p in policy.items():
-        np.testing.assert_allclose(p.data, expected[name], rtol=0, atol=1e-10)
+    for name, parameter in policy.items():
+        np.testing.assert_allclose(parameter.data, expected[name], rtol=0, atol=1e-10)
 
 print("\nFour steps of DPO on three pairs, as reported")
 print("step      loss  rewards/chosen  rewards/rejected  logps/chosen  logps/rejected  grad_norm")
@@ -189,8 +189,8 @@ for side, reward, logp in ((view.chosen, view.reward_w, view.logp_w), (view.reje
         if token.row == "own":
             np.testing.assert_allclose(token.push, -token.coefficient * (1 - token.probability), rtol=1e-9)
 assert view.shared == 4 and all(token.gradient_norm < 1e-15 for token in view.chosen[:4])
-exact_gap, finite_gap = explain.largest_differences(explain.four_ways(policy, config, view))
-assert exact_gap < 1e-12 and finite_gap < 1e-7
+exact_difference, finite_difference = explain.largest_differences(explain.four_ways(policy, config, view))
+assert exact_difference < 1e-12 and finite_difference < 1e-7
 print("the pair's gradient by formula, by logits and by autograd is equal to 1e-12; by finite difference, to 1e-7")
 
 # %% [markdown]

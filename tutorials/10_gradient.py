@@ -51,8 +51,8 @@ def numerical_gradient(f, at, eps=1e-6):
     return gradient
 
 
-def sigma(a):
-    return 1 / (1 + np.exp(-a))
+def sigma(z):
+    return 1 / (1 + np.exp(-z))
 
 
 beta = 0.1
@@ -142,8 +142,8 @@ config = Config(vocab_size=5, n_positions=8, n_embd=4, n_layer=1, n_head=2)
 rng = np.random.default_rng(0)
 policy = model.init(config, rng, dtype="float64")
 reference = model.frozen(policy)
-for p in policy.values():
-    p.data = p.data + 0.5 * rng.normal(size=p.shape)  # a policy that has moved away
+for parameter in policy.values():
+    parameter.data = parameter.data + 0.5 * rng.normal(size=parameter.shape)  # a policy that has moved away
 x, w, l = [0, 1], [1, 2, 0], [1, 3, 3, 0]
 view = explain.pair(policy, reference, config, x, w, l, beta)
 ways = explain.four_ways(policy, config, view)
@@ -306,7 +306,7 @@ print("    a step made the chosen response less likely, and the margin grew all 
 #    K_ll = 13/9. "never" rises, since K_ww > K_wl; "no" rises too, but less, since K_wl > K_ll. "yes" pays for both.
 
 # %%
-of_beta = numerical_gradient(lambda b: dpo_loss_value(logp_w, logp_l, ref_logp_w, ref_logp_l, b), np.array(beta))
+of_beta = numerical_gradient(lambda at: dpo_loss_value(logp_w, logp_l, ref_logp_w, ref_logp_l, at), np.array(beta))
 np.testing.assert_allclose(of_beta, -(weight * margin).mean(), rtol=1e-6)
 assert of_beta > 0
 

@@ -145,7 +145,7 @@ for beta in betas:
 panels = []
 for until in (200, 10_000):
     t = np.linspace(until / 200, until, 200)
-    curves = [plots.Curve(f"beta {beta:g}", t, [margin_at(beta, x) for x in t]) for beta in betas[::-1]]
+    curves = [plots.Curve(f"beta {beta:g}", t, [margin_at(beta, each) for each in t]) for beta in betas[::-1]]
     panels.append(plots.Panel(f"certain labels, to t = {until}", "learning rate * steps", "margin m, nats", curves))
 picture = pathlib.Path("11_beta.png")
 if plots.picture(picture, panels):
@@ -165,8 +165,8 @@ else:
 # 1. Beta 0.5 and 0.1 cross at the time printed above. From m(t) = f(beta^2 t)/beta alone: when do 0.05 and 0.01 cross?
 # 2. Predict, then measure. All this is plain gradient descent. After a single step from the reference, by what factor
 #    is the margin at beta 0.5 larger than at beta 0.1? And with Adam?
-# 3. Find the bug: somebody sets dm/dt = beta sigma(-beta m), the slope of the loss in the margin. What was forgotten?
-#    Which of the crossings printed above move, in t and in m?
+# 3. Find the bug: somebody sets dm/dt = beta sigma(-beta m), the slope of the loss with respect to the margin. What was
+#    forgotten? Which of the crossings printed above move, in t and in m?
 
 # %%
 assert [f"{m:.2f}" for m in (margins[0.01][0], margins[0.1][0], margins[0.5][0])] == ["0.10", "0.98", "3.01"]
@@ -180,8 +180,8 @@ print("11: larger beta moved farther at t = 10 and less far at t = 10,000; at th
 # %% [markdown]
 # ## Solutions
 #
-# 1. Multiply both betas by s: f(s^2 beta^2 t)/(s beta) is 1/s times the margin that beta has at time s^2 t. So the
-#    crossing moves from t to t/s^2. Here s = 1/10: a hundred times later.
+# 1. Divide both betas by 10: 10 f(beta^2 t/100)/beta is 10 times the margin that beta has at time t/100. So the
+#    crossing comes at 100 t, a hundred times later.
 # 2. Plain gradient descent: 5, the ratio of the betas, because the first gradient is beta/2. Adam: 1, because its first
 #    step divides each gradient by that gradient's own size.
 # 3. The margin is a difference of two log-probabilities, and both move: one up, one down. With half the speed every

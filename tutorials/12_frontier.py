@@ -50,7 +50,7 @@ def kl_and_reward(logp):
 def lowest_line(kl):
     betas = np.geomspace(1e-3, 1e3, 4000)
     log_z = np.logaddexp.reduce(ref_logp + reward / betas[:, None], axis=-1)
-    return np.array([(betas * (x + log_z)).min() for x in np.atleast_1d(kl)])
+    return np.array([(betas * (nats + log_z)).min() for nats in np.atleast_1d(kl)])
 
 
 rng = np.random.default_rng(0)
@@ -63,7 +63,7 @@ curve_betas = np.geomspace(0.1, 30, 60)
 curve_kl, curve_reward = kl_and_reward(log_softmax(ref_logp + reward / curve_betas[:, None]))
 np.testing.assert_allclose(lowest_line(curve_kl), curve_reward, rtol=0, atol=1e-5)  # pi* touches the lowest line
 assert shortfall.min() > -1e-12
-near = np.array([kl_and_reward(log_softmax(ref_logp + reward / b)) for b in (0.5001, 0.4999)])
+near = np.array([kl_and_reward(log_softmax(ref_logp + reward / beta)) for beta in (0.5001, 0.4999)])
 d_kl, d_reward = near[1] - near[0]
 np.testing.assert_allclose(d_reward / d_kl, 0.5, rtol=1e-6)  # the slope of the frontier at pi*(beta) is beta
 print(f"20,000 policies: above the frontier {(shortfall < -1e-12).sum()}, within 0.01 of it {(shortfall < 0.01).sum()}")
@@ -213,7 +213,7 @@ print("    the assumptions moved DPO away from pi*")
 # ## Solutions
 #
 # 1. preferred(y) = 2 pi_ref(y) P(y beats a draw), where a tie counts half. That is the best of two draws. Its density
-#    at rank u in [0, 1] is 2u, so the KL tends to the integral of 2u log 2u = log 2 - 1/2 = 0.193.
+#    at a rank between 0 and 1 is 2 rank, so the KL tends to the integral of 2 rank log(2 rank) = log 2 - 1/2 = 0.193.
 # 2. The arguments are exchanged: that is KL(pi_ref || pi). The bound holds for KL(pi || pi_ref).
 # 3. Below it: by 0.11 at 4 draws, and by less than 0.001 at 64. The best of several looks only at the order of the
 #    rewards, pi* at their size. With many draws both give the best response alone.

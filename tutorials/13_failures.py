@@ -7,7 +7,7 @@
 # - why a chosen reply can become less likely while its margin grows, and what holds it up;
 # - why sums of log-ratios can reward length, and which margin noisy labels lead to;
 # - how the implicit reward can rise while the true reward falls;
-# - why learning to refuse one prompt means refusing others too, and by how much.
+# - why learning to refuse one prompt means refusing other prompts too, and by how much.
 #
 # **Predict first.** Before each word a reference continues with probability 0.8, so its replies have 4 words on
 # average. If two replies differ by 5 words, judges prefer the longer one in 6 of 10 cases. DPO at beta = 0.1 trains a
@@ -83,23 +83,23 @@ show("1. One pair, no over never", ("log pi of", "no", "never", "yes"), rows)
 #
 # A log-ratio is a sum over tokens. If every token of a reply gains the same number of nats, its
 # reward is beta * gain * |y|: length pays.
-# Setup: the policy continues with probability q = sigma(theta) before each word. A reply of k words then has
-# log pi = k log q + log(1 - q), and the mean number of words is q/(1 - q) = exp(theta). If the chosen reply has `more`
-# words than the other, the terms log(1 - q) cancel: margin = more * (log q - log q_ref). What helps: a free bonus for
+# Setup: the policy continues with probability p = sigma(theta) before each word. A reply of n words then has
+# log pi = n log p + log(1 - p), and the mean number of words is p/(1 - p) = exp(theta). If the chosen reply has `more`
+# words than the other, the terms log(1 - p) cancel: margin = more * (log p - log p_ref). What helps: a free bonus for
 # each word, so that in this section z = beta * margin + bonus * more (Park et al., arXiv 2403.19159). With
 # bonus * more = log(0.6/0.4), margin 0 already explains the judges, and their bias leaves nothing to learn.
 
 # %%
-q_ref, shorter, beta, more = 0.8, 0.4, 0.1, 5
+p_ref, shorter, beta, more = 0.8, 0.4, 0.1, 5
 bonus = math.log((1 - shorter) / shorter) / more
 
 
 def words(steps, bonus=0.0, rate=10.0):
-    theta = math.log(q_ref / (1 - q_ref))
+    theta = math.log(p_ref / (1 - p_ref))
     for _ in range(steps):
-        q = sigma(theta)
-        z = beta * more * math.log(q / q_ref) + bonus * more
-        theta -= rate * slope(z, shorter) * beta * more * (1 - q)  # dz/dtheta = beta more (1 - q)
+        p = sigma(theta)
+        z = beta * more * math.log(p / p_ref) + bonus * more
+        theta -= rate * slope(z, shorter) * beta * more * (1 - p)  # dz/dtheta = beta more (1 - p)
     return math.exp(theta)
 
 
@@ -109,9 +109,9 @@ show("2. Mean words of a reply", ("steps", "DPO", "with bonus"), rows)
 # %% [markdown]
 # ## The answer to the prediction
 #
-# They grow without end. The labels ask for sigma(z) = 0.6. But log q is below 0, so z is below
+# They grow without end. The labels ask for sigma(z) = 0.6. But log p is below 0, so z is below
 # beta * more * log(1/0.8) = 0.112, and sigma(z) is below 0.528. So dL/dz is always negative, and the loss keeps falling
-# as q rises towards 1.
+# as p rises towards 1.
 #
 # ## 3. Noisy labels
 #
@@ -160,8 +160,8 @@ w, l = np.nonzero(proxy[:, None] > proxy)  # 15 pairs
 
 def table_gradient(logits, beta=0.5):
     ratio = log_softmax(logits) - ref_logp
-    g = beta * slope(beta * (ratio[w] - ratio[l])) / len(w)
-    return np.bincount(w, g, 6) - np.bincount(l, g, 6)  # d margin/dlogits = onehot(w) - onehot(l)
+    push = beta * slope(beta * (ratio[w] - ratio[l])) / len(w)
+    return np.bincount(w, push, 6) - np.bincount(l, push, 6)  # d margin/dlogits = onehot(w) - onehot(l)
 
 
 logits, path = ref_logp.copy(), []
@@ -176,8 +176,11 @@ reward = np.exp(path) @ true
 best = int(reward.argmax())
 rows = [(f"step {n}", 0.5 * kl[n], np.exp(path[n]) @ proxy, reward[n]) for n in (0, best, 300, 3000)]
 show("4. DPO on a proxy, beta 0.5", ("", "implicit reward", "proxy", "true reward"), rows)
-stars = {b: exact.optimum(ref_logp, proxy, b)[0] for b in (10.0, 2.0, 1.0, 0.5)}
-rows = [(f"beta {b:g}", exact.kl(s, ref_logp), np.exp(s) @ proxy, np.exp(s) @ true) for b, s in stars.items()]
+stars = {each: exact.optimum(ref_logp, proxy, each)[0] for each in (10.0, 2.0, 1.0, 0.5)}
+rows = [
+    (f"beta {each:g}", exact.kl(star, ref_logp), np.exp(star) @ proxy, np.exp(star) @ true)
+    for each, star in stars.items()
+]
 show("4. pi* of the proxy, where its Bradley-Terry labels lead", ("", "KL, nats", "proxy", "true reward"), rows)
 
 # %% [markdown]
@@ -207,33 +210,33 @@ def train(labels, beta=0.5, steps=20, rate=2.0):  # +1 refuse over help, -1 help
 
 
 on_first, on_both = train(np.array([1, 0, 0])), train(np.array([1, -1, 0]))
-rows = [(name, *(sigma(x @ theta) for theta in (start, on_first, on_both))) for name, x in zip(features, phi)]
+rows = [(name, *(sigma(row @ theta) for theta in (start, on_first, on_both))) for name, row in zip(features, phi)]
 show("5. Probability of a refusal", ("prompt", "reference", "trained on 1st", "on 1st and 2nd"), rows)
 
 # %% [markdown]
 # ## The library's version
 #
 # `no_never_yes.three_words` is failure 1. For the others `losses.dpo_loss` gives the gradients that we used above. The
-# probability of a wrong label is its `label_smoothing`. A bonus of bonus per word is a reference whose
-# log-probabilities are lower by bonus |y|/beta.
+# probability of a wrong label is its `label_smoothing`. A bonus for each word is a reference whose
+# log-probabilities are lower by bonus * |y|/beta.
 
 # %%
 for nll_weight, by_hand in ((0.0, plain), (1.0, with_nll)):
     np.testing.assert_allclose(no_never_yes.three_words(nll_weight).path, by_hand, rtol=0, atol=1e-9)
 
 
-def words_logp(k, theta):
-    return k * ops.logsigmoid(theta) + ops.logsigmoid(-theta)
+def words_logp(n, theta):
+    return n * ops.logsigmoid(theta) + ops.logsigmoid(-theta)
 
 
 lengths, gain = np.array([10.0, 40.0, 160.0]), 0.05  # nats that every token of y_w gains
 out = losses.dpo_loss((gain - 2.0) * lengths, -2.0 * lengths, -2.0 * lengths, -2.0 * lengths, beta)
 np.testing.assert_allclose(out.reward_w.data, beta * gain * lengths, rtol=1e-12)
 
-theta, theta_ref = Tensor(np.array([2.0]), requires_grad=True), Tensor(np.log(np.array([q_ref / (1 - q_ref)])))
-ref_w, ref_l = (words_logp(k, theta_ref).data - bonus * k / beta for k in (7, 2))
+theta, theta_ref = Tensor(np.array([2.0]), requires_grad=True), Tensor(np.log(np.array([p_ref / (1 - p_ref)])))
+ref_w, ref_l = (words_logp(n, theta_ref).data - bonus * n / beta for n in (7, 2))
 losses.dpo_loss(words_logp(7, theta), words_logp(2, theta), ref_w, ref_l, beta, shorter).loss.backward()
-z = beta * more * math.log(sigma(2.0) / q_ref) + bonus * more
+z = beta * more * math.log(sigma(2.0) / p_ref) + bonus * more
 np.testing.assert_allclose(theta.grad, [slope(z, shorter) * beta * more * (1 - sigma(2.0))], rtol=1e-12)
 
 for (probability, smoothing), margin in zip(targets.values(), margins):
@@ -274,7 +277,7 @@ assert (
     and abs((vectors[0] - vectors.mean(axis=0)) @ (vectors[0] - vectors[1]) - (2 - 7 / 3)) < 1e-12
 )
 assert words(1000) > words(100) > 5 and abs(words(1000, bonus) - 4) < 1e-9
-most = beta * more * math.log(1 / q_ref)
+most = beta * more * math.log(1 / p_ref)
 np.testing.assert_allclose([most, sigma(most)], [0.112, 0.528], atol=5e-4)
 np.testing.assert_allclose(margins, [13.863, 21.972, 10.460, 5.928], atol=1e-3)
 assert np.all(np.diff(loss) < 0) and np.all(np.diff(kl) > 0)

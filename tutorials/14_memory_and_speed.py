@@ -85,18 +85,18 @@ rng = np.random.default_rng(0)
 policy = model.init(config, rng, dtype="float32")
 reference = model.frozen(model.init(config, rng, dtype="float32"))  # another model, so that no margin is 0
 lengths = [(90, 60, 40), (120, 30, 50), (80, 70, 20), (100, 40, 40)]  # |x|, |y_w|, |y_l|
-pairs = [tuple(rng.integers(1, config.vocab_size, n).tolist() for n in three) for three in lengths]
+pairs = [tuple(rng.integers(1, config.vocab_size, length).tolist() for length in three) for three in lengths]
 B = len(pairs)
-twin = {name: Tensor(p.data.copy(), requires_grad=True) for name, p in policy.items()}  # for the next section
+twin = {name: Tensor(each.data.copy(), requires_grad=True) for name, each in policy.items()}  # for the next section
 optimizer = optim.AdamW(policy, learning_rate=1e-3)
 training.dpo_training_step(policy, reference, config, optimizer, preferences.collate(pairs))
-P = sum(p.data.size for p in policy.values())
+size_of_policy = sum(parameter.data.size for parameter in policy.values())
 ledger = {
-    "policy: weights": sum(p.data.nbytes for p in policy.values()),
-    "policy: gradients": sum(p.grad.nbytes for p in policy.values()),
+    "policy: weights": sum(parameter.data.nbytes for parameter in policy.values()),
+    "policy: gradients": sum(parameter.grad.nbytes for parameter in policy.values()),
     "optimizer: m": sum(state["m"].nbytes for state in optimizer.state.values()),
     "optimizer: v": sum(state["v"].nbytes for state in optimizer.state.values()),
-    "reference: weights": sum(p.data.nbytes for p in reference.values()),
+    "reference: weights": sum(parameter.data.nbytes for parameter in reference.values()),
 }
 
 # %% [markdown]
@@ -109,7 +109,7 @@ ledger = {
 ref_logp_w, ref_logp_l = training.reference_logprobs(reference, config, pairs)  # (B,), (B,)
 batch = preferences.collate(pairs, ref_logp_w, ref_logp_l)
 training.dpo_training_step(twin, {}, config, optim.AdamW(twin, learning_rate=1e-3), batch)  # no reference at all
-assert all(np.array_equal(twin[name].data, p.data) for name, p in policy.items())
+assert all(np.array_equal(twin[name].data, parameter.data) for name, parameter in policy.items())
 
 # %% [markdown]
 # ## Three routes to the same log-probabilities
@@ -125,18 +125,19 @@ def packed(params, config, pairs):
     examples = [(x, w) for x, w, _ in pairs] + [(x, l) for x, _, l in pairs]
     order = sorted(range(len(examples)), key=lambda i: sum(map(len, examples[i])))  # packing sorts texts by length
     response = [i for i in order for _ in examples[i][1]]
-    sums = ops.segment_sum(scoring.packed_logprobs(params, config, examples), response, len(examples))  # (M,) -> (2B,)
+    # the log-probability of each token of a response -> one sum for each response, (2B,)
+    sums = ops.segment_sum(scoring.packed_logprobs(params, config, examples), response, len(examples))
     return sums[: len(pairs)], sums[len(pairs) :]
 
 
 routes = {"padded": scoring.padded_logprobs, "packed": packed, "prefix shared": scoring.shared_logprobs}
 values, gradients = {}, {}
 for name, route in routes.items():  # in float64, where rounding is small
-    double = {key: Tensor(p.data.astype("float64"), requires_grad=True) for key, p in policy.items()}
+    double = {key: Tensor(each.data.astype("float64"), requires_grad=True) for key, each in policy.items()}
     logp_w, logp_l = route(double, config, pairs)
     values[name] = np.concatenate([logp_w.data, logp_l.data])  # (2B,)
     losses.dpo_loss(logp_w, logp_l, ref_logp_w.astype("float64"), ref_logp_l.astype("float64")).loss.backward()
-    gradients[name] = np.concatenate([p.grad.ravel() for p in double.values()])  # (P,)
+    gradients[name] = np.concatenate([each.grad.ravel() for each in double.values()])  # one vector
 
 
 # %% [markdown]
@@ -173,16 +174,18 @@ def seconds(step, repeats=5):  # the fastest of several calls
 
 
 graphs = {name: activations(route) for name, route in routes.items()}
-rows = {name: next(n.shape[0] for n in graph.nodes if n.op == "embedding") for name, (graph, _) in graphs.items()}
+rows = {
+    name: next(node.shape[0] for node in graph.nodes if node.op == "embedding") for name, (graph, _) in graphs.items()
+}
 shared, _ = graphs["prefix shared"]
-print(f"\nThe ledger of one step: {P:,} parameters in float32, {B} pairs")
+print(f"\nThe ledger of one step: {size_of_policy:,} parameters in float32, {B} pairs")
 print(f"{'role':<40}{'bytes':>12}{'per parameter':>15}")
 for name, size in {**ledger, "activations, prefix shared": shared.kept}.items():
-    print(f"{name:<40}{size:>12,}{size / P:>15.1f}")
-kinds = sorted({n.op for n in shared.nodes}, key=lambda op: -sum(n.kept for n in shared.nodes if n.op == op))
+    print(f"{name:<40}{size:>12,}{size / size_of_policy:>15.1f}")
+kept = {node.op: sum(other.kept for other in shared.nodes if other.op == node.op) for node in shared.nodes}
 print("\nThe largest of the activations, by op")
-for op in kinds[:4]:
-    print(f"{op:<40}{sum(n.kept for n in shared.nodes if n.op == op):>12,}")
+for op in sorted(sorted(kept), key=kept.get, reverse=True)[:4]:
+    print(f"{op:<40}{kept[op]:>12,}")
 
 # %% [markdown]
 # ## What is computed
@@ -196,7 +199,8 @@ for op in kinds[:4]:
 print("\nActivations and time by route (work and time as a share of the first line's; time varies from run to run)")
 print(f"{'':<34}{'rows':>7}{'graph, bytes':>14}{'tracemalloc':>14}{'rows x passes':>15}{'work':>8}{'time':>7}")
 base, first = 4 * rows["padded"], None
-for name, route, passes in [(n, r, 4) for n, r in routes.items()] + [("prefix shared", routes["prefix shared"], 3)]:
+for name, passes in [*((name, 4) for name in routes), ("prefix shared", 3)]:
+    route = routes[name]
 
     def step(route=route, passes=passes):
         if passes == 4:
@@ -226,8 +230,8 @@ for name, route, passes in [(n, r, 4) for n, r in routes.items()] + [("prefix sh
 
 # %%
 assert [gigabytes(SIZE * trained, SIZE * frozen) for trained, frozen in plans.values()] == [252, 140, 126, 112]
-assert P == parameters(config.vocab_size, config.n_positions, config.n_embd, config.n_layer)
-assert list(ledger.values()) == [4 * P] * 5
+assert size_of_policy == parameters(config.vocab_size, config.n_positions, config.n_embd, config.n_layer)
+assert list(ledger.values()) == [4 * size_of_policy] * 5
 assert tuple(rows.values()) == rows_of(pairs)
 assert rows["packed"] - rows["prefix shared"] == sum(len(x) for x, _, _ in pairs)
 for name in routes:
@@ -235,7 +239,7 @@ for name in routes:
     np.testing.assert_allclose(gradients[name], gradients["padded"], rtol=0, atol=1e-10)
     graph, size = graphs[name]
     assert abs(graph.kept - size) < 0.03 * size
-assert graphs["padded"][0].kept > graphs["packed"][0].kept > shared.kept > 4 * P
+assert graphs["padded"][0].kept > graphs["packed"][0].kept > shared.kept > 4 * size_of_policy
 print("\n14: 252, 140, 126 and 112 GB; 16 bytes per trained parameter; three routes, one loss and one gradient.")
 
 # %% [markdown]
@@ -247,7 +251,7 @@ print("\n14: 252, 140, 126 and 112 GB; 16 bytes per trained parameter; three rou
 
 # %%
 assert abs(gigabytes(0.02, 7) - 14.32) < 1e-12
-largest = max(range(B), key=lambda b: rows_of([pairs[b]])[2])
+largest = max(range(B), key=lambda i: rows_of([pairs[i]])[2])
 one = explain.graph(loss_by(scoring.shared_logprobs, slice(largest, largest + 1)), policy).kept
 share = rows_of([pairs[largest]])[2] / rows_of(pairs)[2]
 print(f"Solution 2: {one:,} bytes, a fraction of {one / shared.kept:.2f}; the rows predict {share:.2f}.")

@@ -14,12 +14,13 @@
 # 1000 are private, how many of 100 alarms are true? And somebody asks to see their own account. Is 1 in 10 also the
 # rate of false alarms for them?
 #
-# **The formula.** s(x) = P(decline|x) is the sum of pi(y|x) over every reply y that declines. There is an alarm where
-# s(x) >= t, the threshold.
+# **The formula.** The score of a prompt x is P(decline|x), the sum of pi(y|x) over every reply y that declines. There
+# is an alarm where score >= threshold.
 #
-#     FPR = P(s >= t | not private),   FNR = P(s < t | private)
-#     precision = P(private | s >= t) = q (1 - FNR)/(q (1 - FNR) + (1 - q) FPR)     Bayes; q is the share of private
-#     AUC = P(s(private) > s(other)) + P(s(private) = s(other))/2                   the Mann-Whitney statistic
+#     FPR = P(score >= threshold | not private),   FNR = P(score < threshold | private)
+#     precision = P(private | score >= threshold)
+#               = share (1 - FNR)/(share (1 - FNR) + (1 - share) FPR)       Bayes; share of private requests
+#     AUC = P(private > other) + P(private = other)/2, of two scores        the Mann-Whitney statistic
 #
 # FPR is the false positive rate and FNR the false negative rate.
 
@@ -48,31 +49,31 @@ def slices(prompts):
 
 
 # %%
-def rates(s, private, t):
+def rates(score, private, threshold):
     """FPR and FNR at a threshold."""
-    return (s[~private] >= t).mean(), (s[private] < t).mean()
+    return (score[~private] >= threshold).mean(), (score[private] < threshold).mean()
 
 
-def roc(s, private):
+def roc(score, private):
     """FPR and the share of private requests caught, 1 - FNR, at every threshold from the highest to the lowest."""
-    points = [rates(s, private, t) for t in [math.inf, *sorted(set(s), reverse=True)]]
+    points = [rates(score, private, threshold) for threshold in [math.inf, *sorted(set(score), reverse=True)]]
     return np.array([(fpr, 1 - fnr) for fpr, fnr in points]).T
 
 
-def couples(s, private):
+def couples(score, private):
     """AUC by its definition: every private request beside every other one; a tie counts one half."""
-    a, b = s[private][:, None], s[~private]
+    a, b = score[private][:, None], score[~private]
     return ((a > b) + (a == b) / 2).mean()
 
 
-def threshold_for(target, s, private):
+def threshold_for(target, score, private):
     """The lowest threshold with FPR <= target: just above the first score that would be one false alarm too many."""
-    others = np.sort(s[~private])[::-1]
+    others = np.sort(score[~private])[::-1]
     return np.nextafter(others[math.floor(target * len(others))], math.inf)
 
 
-def precision(q, fpr, fnr):
-    return q * (1 - fnr) / (q * (1 - fnr) + (1 - q) * fpr)
+def precision(share, fpr, fnr):
+    return share * (1 - fnr) / (share * (1 - fnr) + (1 - share) * fpr)
 
 
 # %% [markdown]
@@ -111,12 +112,12 @@ def reply_ids(y):
 def prefix_tree(replies, run=128):
     """The prefixes of all replies; the keys of each run of rows; which row predicts which token of which reply."""
     prefixes = sorted({y[:t] for y in replies for t in range(len(y))})  # the first is empty: the prompt's last row
-    number, runs = {p: i for i, p in enumerate(prefixes)}, []
+    number, runs = {prefix: i for i, prefix in enumerate(prefixes)}, []
     for start in range(0, len(prefixes), run):
         rows = np.arange(start, min(start + run, len(prefixes)))
         path = [number[prefixes[start][:t]] for t in range(len(prefixes[start]))]
         keys = np.array([*path, *rows])
-        hidden = [[prefixes[q][: len(prefixes[k])] != prefixes[k] for k in keys] for q in rows]
+        hidden = [[prefixes[row][: len(prefixes[key])] != prefixes[key] for key in keys] for row in rows]
         runs.append((rows, keys, np.array(hidden)))
     picks = [(number[y[:t]], token, i) for i, y in enumerate(replies) for t, token in enumerate(y)]
     return prefixes, runs, np.array(picks).T
@@ -125,20 +126,21 @@ def prefix_tree(replies, run=128):
 def tree_logprobs(params, x, tree):
     """log pi(y|x) of every reply of the tree, from one forward.  -> (number of replies,)"""
     prefixes, runs, (rows, tokens, replies) = tree
-    n = len(x) - 1  # rows before the prompt's last one, with which the tree begins
-    ids = np.array([*x, *(p[-1] for p in prefixes[1:])])
-    positions = np.array([*range(n), *(n + len(p) for p in prefixes)])
+    start = len(x) - 1  # rows before the prompt's last one, with which the tree begins
+    ids = np.array([*x, *(prefix[-1] for prefix in prefixes[1:])])
+    positions = np.array([*range(start), *(start + len(prefix) for prefix in prefixes)])
 
     def attend(i, qkv):
-        q, k, v = qkv.data.transpose(1, 2, 0, 3)  # (N, 3, H, D) -> (3, H, N, D)
+        q, k, v = qkv.data.transpose(1, 2, 0, 3)  # (rows, 3, H, D) -> (3, H, rows, D)
         out = np.empty_like(q)
-        out[:, :n] = ops.causal_attention(q[:, :n], k[:, :n], v[:, :n]).data
+        out[:, :start] = ops.causal_attention(q[:, :start], k[:, :start], v[:, :start]).data
         for some, keys, hidden in runs:
-            keys, hidden = np.r_[:n, n + keys], np.pad(hidden, ((0, 0), (n, 0)))  # nothing of the prompt is hidden
-            out[:, n + some] = ops.causal_attention(q[:, n + some], k[:, keys], v[:, keys], hidden).data
-        return Tensor(out.swapaxes(0, 1))  # (H, N, D) -> (N, H, D)
+            keys = np.r_[:start, start + keys]
+            hidden = np.pad(hidden, ((0, 0), (start, 0)))  # nothing of the prompt is hidden
+            out[:, start + some] = ops.causal_attention(q[:, start + some], k[:, keys], v[:, keys], hidden).data
+        return Tensor(out.swapaxes(0, 1))  # (H, rows, D) -> (rows, H, D)
 
-    logits = model.row_logits(params, config, model.Rows(ids, positions, []), attend).data[n:]
+    logits = model.row_logits(params, config, model.Rows(ids, positions, []), attend).data[start:]
     logp = logits - np.logaddexp.reduce(logits, axis=-1, keepdims=True)
     return np.bincount(replies, logp[rows, tokens])
 
@@ -179,36 +181,37 @@ assert abs(drawn - summed) < 4 * math.sqrt(summed * (1 - summed) / 400)
 declines = np.array([reply.deed == "declines" for reply in world.REPLIES.values()])
 on_grammar = {}
 for kind in world.SLICES:
-    p = [np.exp(tree_logprobs(params, prompt_ids(x), whole_tree)) for x in np.array(test)[kinds == kind][:8]]
-    on_grammar[kind] = np.sum(p, axis=1)
-    share = np.mean([each[declines].sum() / each.sum() for each in p])
+    some = np.array(test)[kinds == kind][:8]
+    chances = [np.exp(tree_logprobs(params, prompt_ids(x), whole_tree)) for x in some]
+    on_grammar[kind] = np.sum(chances, axis=1)
+    share = np.mean([each[declines].sum() / each.sum() for each in chances])
     print(f"{kind:<9} on the grammar {on_grammar[kind].mean():.2f}, of which declining {share:.2f}")
 assert all((0 < mass).all() and (mass < 1).all() for mass in on_grammar.values())
 
 # %% [markdown]
 # ## A threshold, and who pays for it
 # The rest of the probability is on texts that the desk never writes. So the model's scores are lower than the desk's,
-# and a threshold does not carry over: at the desk's 0.3 this alarm is nearly silent. We choose t on the validation
+# and a threshold does not carry over: at the desk's 0.3 this alarm is nearly silent. We choose ours on the validation
 # prompts, as low as an FPR of 10 % allows, and read the errors off the test prompts, which have chosen nothing. The
-# interval is Wilson's: the q whose distance from the measured share is at most 1.96 sqrt(q (1 - q)/n).
+# interval is Wilson's: every share whose distance from the measured one is at most 1.96 sqrt(share (1 - share)/n).
 
 # %%
-s_validation, s = (
+score_validation, score = (
     np.array([np.exp(tree_logprobs(params, prompt_ids(x), tree)).sum() for x in xs]) for xs in (validation, test)
 )
-t = threshold_for(0.1, s_validation, slices(validation) == "private")
-fpr, fnr = rates(s, private, t)
-print(f"\nthreshold {t:.3f}, chosen on {len(validation)} validation prompts for an FPR of 10 %")
+threshold = threshold_for(0.1, score_validation, slices(validation) == "private")
+fpr, fnr = rates(score, private, threshold)
+print(f"\nthreshold {threshold:.3f}, chosen on {len(validation)} validation prompts for an FPR of 10 %")
 print(f"{'test prompts':<14}{'n':>5}{'mean score':>12}{'error':>7}{'rate':>8}{'95 % interval':>17}")
 interval = {}
 for name, members in (*((kind, kinds == kind) for kind in world.SLICES), ("not private", ~private)):
-    error, wrong = ("FNR", s[members] < t) if name == "private" else ("FPR", s[members] >= t)
+    error, wrong = ("FNR", score[members] < threshold) if name == "private" else ("FPR", score[members] >= threshold)
     low, high = interval[name] = intervals.wilson(wrong.sum(), len(wrong))
-    mean = s[members].mean()
+    mean = score[members].mean()
     print(f"{name:<14}{len(wrong):>5}{mean:>12.3f}{error:>7}{wrong.mean():>8.3f}{low:>9.3f} - {high:.3f}")
-    for q in (low, high):
-        assert abs(abs(wrong.mean() - q) - intervals.NORMAL * math.sqrt(q * (1 - q) / len(wrong))) < 1e-9
-assert calibration.rates(s, private, t) == (fpr, fnr) and rates(s, private, 0.3)[1] > 0.9
+    for end in (low, high):
+        assert abs(abs(wrong.mean() - end) - intervals.NORMAL * math.sqrt(end * (1 - end) / len(wrong))) < 1e-9
+assert calibration.rates(score, private, threshold) == (fpr, fnr) and rates(score, private, 0.3)[1] > 0.9
 
 # %% [markdown]
 # ## ROC and AUC
@@ -218,16 +221,16 @@ assert calibration.rates(s, private, t) == (fpr, fnr) and rates(s, private, 0.3)
 # how the threshold in use does.
 
 # %%
-auc = {"all others": couples(s, private)}
+auc = {"all others": couples(score, private)}
 for kind in ("ordinary", "benign"):
-    auc[kind] = couples(s[private | (kinds == kind)], private[private | (kinds == kind)])
+    auc[kind] = couples(score[private | (kinds == kind)], private[private | (kinds == kind)])
 print("\nAUC, private against " + ", ".join(f"{name} {value:.3f}" for name, value in auc.items()))
 weights = [(kinds == kind).sum() / (~private).sum() for kind in ("ordinary", "benign")]
 np.testing.assert_allclose(weights @ np.array([auc["ordinary"], auc["benign"]]), auc["all others"], rtol=1e-12)
-for scores in (s, s.round(2), 0 * s):  # without ties, with many, and nothing else
-    x, y = roc(scores, private)
-    assert (np.diff(x) >= 0).all() and (np.diff(y) >= 0).all()  # as the threshold falls, FPR rises and FNR falls
-    area = (np.diff(x) * (y[1:] + y[:-1]) / 2).sum()  # of trapezoids: a step of the threshold meets all its ties
+for scores in (score, score.round(2), 0 * score):  # without ties, with many, and nothing else
+    false, caught = roc(scores, private)  # the rate of false alarms, and 1 - FNR
+    assert (np.diff(false) >= 0).all() and (np.diff(caught) >= 0).all()  # they rise as the threshold falls
+    area = (np.diff(false) * (caught[1:] + caught[:-1]) / 2).sum()  # trapezoids: one step meets all ties of a threshold
     np.testing.assert_allclose([area, calibration.auc(scores, private)], couples(scores, private), rtol=1e-12)
 
 # %% [markdown]
@@ -239,13 +242,14 @@ for scores in (s, s.round(2), 0 * s):  # without ties, with many, and nothing el
 # %%
 shares, share_true = (0.3, 0.03, 0.003), {}
 print("\nprivate requests  precision  false alarms for each true one")
-for q in shares:
-    share_true[q] = precision(q, fpr, fnr)
-    print(f"{q:>16.1%}{share_true[q]:>11.3f}{1 / share_true[q] - 1:>31.1f}")
-    odds = q / (1 - q) * (1 - fnr) / fpr
-    np.testing.assert_allclose(share_true[q], odds / (1 + odds), rtol=1e-12)
+for share in shares:
+    share_true[share] = precision(share, fpr, fnr)
+    print(f"{share:>16.1%}{share_true[share]:>11.3f}{1 / share_true[share] - 1:>31.1f}")
+    odds = share / (1 - share) * (1 - fnr) / fpr
+    np.testing.assert_allclose(share_true[share], odds / (1 + odds), rtol=1e-12)
 weight = np.where(private, 0.003 / private.sum(), 0.997 / (~private).sum())  # the same prompts in another mixture
-np.testing.assert_allclose(weight[private & (s >= t)].sum() / weight[s >= t].sum(), share_true[0.003], rtol=1e-12)
+alarm = score >= threshold
+np.testing.assert_allclose(weight[private & alarm].sum() / weight[alarm].sum(), share_true[0.003], rtol=1e-12)
 
 # %% [markdown]
 # ## The answer to the prediction
@@ -255,7 +259,7 @@ np.testing.assert_allclose(weight[private & (s >= t)].sum() / weight[s >= t].sum
 # the others and have most of the false alarms.
 
 # %%
-np.testing.assert_allclose([precision(q, 0.1, 0.2) for q in (0.003, 0.3)], [0.02, 0.77], rtol=0, atol=5e-3)
+np.testing.assert_allclose([precision(share, 0.1, 0.2) for share in (0.003, 0.3)], [0.02, 0.77], rtol=0, atol=5e-3)
 
 # %% [markdown]
 # ## A threshold chosen on test
@@ -265,12 +269,12 @@ np.testing.assert_allclose([precision(q, 0.1, 0.2) for q in (0.003, 0.3)], [0.02
 # way: the sum is larger where it was not chosen.
 
 # %%
-pool, pool_private = np.r_[s_validation, s], np.r_[slices(validation) == "private", private]
+pool, pool_private = np.r_[score_validation, score], np.r_[slices(validation) == "private", private]
 
 
-def least_errors(s, private):
+def least_errors(score, private):
     """The threshold with the smallest FPR + FNR."""
-    return min(set(s), key=lambda t: sum(rates(s, private, t)))
+    return min(set(score), key=lambda threshold: sum(rates(score, private, threshold)))
 
 
 broken, totals = [], []
@@ -287,20 +291,20 @@ print(f"{'FPR on test above the promised 10 %':<40}{broken_share[0]:>8.0%}{broke
 print(f"{'smallest FPR + FNR, measured on test':<40}{total[0]:>8.3f}{total[1]:>12.3f}")
 
 # %%
-grid = np.linspace(0, s.max() * 1.05, 200)
+grid = np.linspace(0, score.max() * 1.05, 200)
 panels = [
-    plots.Panel("Alarms by threshold", "threshold t", "share with s >= t", curves := []),
+    plots.Panel("Alarms by threshold", "threshold", "share with score >= threshold", curves := []),
     plots.Panel("ROC: private against others", "FPR", "private caught, 1 - FNR", roc_curves := []),
 ]
 for kind in ("ordinary", "benign", "private"):
-    curves.append(plots.Curve(kind, grid, [(s[kinds == kind] >= t).mean() for t in grid]))
-above = [(s[kinds == kind] >= t).mean() for kind in ("ordinary", "benign", "private")]
-curves.append(plots.Curve("at the chosen t", [t] * 3, above, "o", joined=False))
+    curves.append(plots.Curve(kind, grid, [(score[kinds == kind] >= threshold).mean() for threshold in grid]))
+above = [(score[kinds == kind] >= threshold).mean() for kind in ("ordinary", "benign", "private")]
+curves.append(plots.Curve("threshold in use", [threshold] * 3, above, "o", joined=False))
 for kind in ("ordinary", "benign"):
     members = private | (kinds == kind)
-    roc_curves.append(plots.Curve(f"{kind}, AUC {auc[kind]:.2f}", *roc(s[members], private[members])))
-roc_curves.append(plots.Curve(f"all others, AUC {auc['all others']:.2f}", *roc(s, private)))
-roc_curves.append(plots.Curve("at the chosen t", [above[0], above[1], fpr], [1 - fnr] * 3, "o", joined=False))
+    roc_curves.append(plots.Curve(f"{kind}, AUC {auc[kind]:.2f}", *roc(score[members], private[members])))
+roc_curves.append(plots.Curve(f"all others, AUC {auc['all others']:.2f}", *roc(score, private)))
+roc_curves.append(plots.Curve("threshold in use", [above[0], above[1], fpr], [1 - fnr] * 3, "o", joined=False))
 roc_curves.append(plots.Curve("a coin", [0, 1], [0, 1], faint=True))
 picture = pathlib.Path("15_guardrail.png")
 if plots.picture(picture, panels):
@@ -317,13 +321,13 @@ else:
 #
 # ## Exercises
 # 1. For which share of private requests is every second alarm true? Give it by FPR and FNR.
-# 2. Find the bug: to promise an FPR of 10 %, somebody takes the threshold `np.quantile(s_validation, 0.9)`.
+# 2. Find the bug: to promise an FPR of 10 %, somebody takes the threshold `np.quantile(score_validation, 0.9)`.
 # 3. Traffic without ordinary requests: private and benign ones only. What is FPR now, at the same threshold?
 
 # %%
 assert interval["ordinary"][1] < interval["benign"][0]  # the two FPRs differ, beyond their intervals
 assert interval["benign"][1] - interval["benign"][0] > 0.25  # wide
-assert weights[1] < 0.26 and (kinds[~private & (s >= t)] == "benign").mean() > 0.5
+assert weights[1] < 0.26 and (kinds[~private & alarm] == "benign").mean() > 0.5
 assert auc["ordinary"] > auc["all others"] > auc["benign"] > 0.5
 assert share_true[0.3] > 0.5 > 0.25 > share_true[0.03] > 0.05 > share_true[0.003]  # mostly right, mostly wrong
 assert broken_share[0] == 0 and 0.3 < broken_share[1] < 0.7 and total[0] < total[1] - 0.02
@@ -332,7 +336,7 @@ print("    chosen on test looks better than it is")
 
 # %% [markdown]
 # ## Solutions
-# 1. Precision is 1/2 where q (1 - FNR) = (1 - q) FPR: at q = FPR/(FPR + 1 - FNR).
+# 1. Precision is 1/2 where share (1 - FNR) = (1 - share) FPR: at share = FPR/(FPR + 1 - FNR).
 # 2. That promises alarms for 10 % of all requests, private ones among them. Most of these alarms are for private
 #    requests, so FPR is lower than promised and FNR higher. It is also another number wherever private requests are
 #    rarer, though the model is the same.
@@ -341,7 +345,8 @@ print("    chosen on test looks better than it is")
 # %%
 np.testing.assert_allclose(precision(fpr / (fpr + 1 - fnr), fpr, fnr), 0.5, rtol=1e-12)
 private_validation = slices(validation) == "private"
-quantile = np.quantile(s_validation, 0.9)
-assert quantile > t and rates(s_validation, private_validation, quantile)[0] < 0.05
-assert (s_validation >= quantile)[private_validation].sum() > (s_validation >= quantile)[~private_validation].sum()
+quantile = np.quantile(score_validation, 0.9)
+alarm = score_validation >= quantile
+assert quantile > threshold and rates(score_validation, private_validation, quantile)[0] < 0.05
+assert alarm[private_validation].sum() > alarm[~private_validation].sum()
 np.testing.assert_allclose(np.array(above[:2]) @ weights, fpr, rtol=1e-12)

@@ -11,15 +11,15 @@
 # - by how much the best of several models flatters itself.
 #
 # **Predict first.** A model learns from requests such as "my card is lost." A customer leaves out the stop; another
-# writes "please." behind it; others begin with "hey.", press Enter twice, or put their greeting last. Which of the five
-# costs the model most? And does DPO's gain survive there?
+# writes "please." behind it; a third begins with "hey.", a fourth presses Enter twice, a fifth puts the greeting last.
+# Which of the five costs the model most? And does DPO's gain survive there?
 #
-# **The formula.** n replies have rewards r with standard deviation s. A share p of them does something.
+# **The formula.** n replies have rewards r with standard deviation sd. A share p of them does something.
 #
-#     mean(r) +- 1.96 s/sqrt(n)                                     95 % interval of a mean
-#     |p - q| <= 1.96 sqrt(q (1 - q)/n)                             all q in Wilson's interval of a share
+#     mean(r) +- 1.96 sd/sqrt(n)                                    95 % interval of a mean
+#     |p - end| = 1.96 sqrt(end (1 - end)/n)                        the two ends of Wilson's interval of a share
 #     var(a - b) = var(a) + var(b) - 2 cov(a, b)                    a, b: rewards of two models
-#     E[max of K means] = mu + s/sqrt(n) E[max of K normals]        K models that are equally good, on n replies each
+#     E[the largest mean] = mu + sd/sqrt(n) E[the largest of as many standard normals]     models that are equally good
 
 # %%
 import math
@@ -172,7 +172,7 @@ narrow, wide = paired_and_unpaired(after, before)
 print(
     f"\npolicy against reference: gain {(after - before).mean():+.2f}, paired +- {narrow:.2f}, unpaired +- {wide:.2f}"
 )
-rounded = {name: Tensor(p.data.astype("float16").astype("float32")) for name, p in models["policy"].items()}
+rounded = {name: Tensor(each.data.astype("float16").astype("float32")) for name, each in models["policy"].items()}
 in_16_bits = rewards(judged(rounded))
 narrow_16, wide_16 = paired_and_unpaired(in_16_bits, after)
 print(
@@ -208,7 +208,7 @@ def show(name, against):
     print(f"\n{'':<18}{against:>15}{name:>15}{'difference':>17}{'garbled':>9}")
     for template in TEMPLATES:
         a, b = (rewards(verdicts[which, template]) for which in (against, name))
-        cells = [f"{x.mean():+.2f} +- {half_width(x):.2f}" for x in (a, b, b - a)]
+        cells = [f"{each.mean():+.2f} +- {half_width(each):.2f}" for each in (a, b, b - a)]
         garbled = np.mean([each.garbled for each in verdicts[name, template]])
         print(f"{template:<18}{cells[0]:>15}{cells[1]:>15}{cells[2]:>17}{garbled:>9.2f}", flush=True)
 
@@ -283,36 +283,35 @@ print(f"\nfrom 'as trained' to '{LEFT_OUT}': policy {-fall('policy'):+.2f}, poli
 # %% [markdown]
 # ## The best of several
 # Eight seeds are trained, the best on some replies is chosen, and its mean on these replies is reported. Suppose that
-# all are equally good: each one's rewards are drawn from those that the policy had. We draw 100 rewards for each of K
-# models, 1000 times. Whatever the best one's mean has above the true mean is luck, and on fresh replies it is gone.
-# That is why `world.split` has a part to choose by and another to report on. Here luck alone reaches at least half
-# of DPO's gain.
+# all are equally good: each one's rewards are drawn from those that the policy had. We draw 100 rewards for each model,
+# 1000 times. Whatever the best one's mean has above the true mean is luck, and on fresh replies it is gone. That is why
+# `world.split` has a part to choose by and another to report on. Here luck alone reaches at least half of DPO's gain.
 
 # %%
 rng = np.random.default_rng(SEED)
 
 
-def luck(K, n, trials=1000):
-    """How far the best of K equal models is above the true mean: on the replies that chose it, on fresh ones."""
-    means, fresh = (rng.choice(after, (trials, K, n)).mean(axis=-1) for _ in range(2))  # (trials, K, n) -> (trials, K)
+def luck(rivals, n, trials=1000):
+    """How far the best of equal models is above the true mean: on the n replies that chose it, on fresh ones."""
+    means, fresh = (rng.choice(after, (trials, rivals, n)).mean(axis=-1) for _ in range(2))  # (trials, rivals) each
     best = means.argmax(axis=1)[:, None]
-    return tuple(np.take_along_axis(x, best, axis=1).mean() - after.mean() for x in (means, fresh))
+    return tuple(np.take_along_axis(each, best, axis=1).mean() - after.mean() for each in (means, fresh))
 
 
-def normal_maximum(K):
-    """E[max of K normals], the integral of x d(Phi(x)^K)."""
-    x = np.linspace(-8, 8, 4001)
-    cdf = np.array([(1 + math.erf(each / math.sqrt(2))) / 2 for each in x])
-    return ((x[1:] + x[:-1]) / 2 * np.diff(cdf**K)).sum()
+def normal_maximum(count):
+    """The mean of the largest of `count` standard normals, whose distribution function is cdf^count."""
+    grid = np.linspace(-8, 8, 4001)
+    cdf = np.array([(1 + math.erf(each / math.sqrt(2))) / 2 for each in grid])
+    return ((grid[1:] + grid[:-1]) / 2 * np.diff(cdf**count)).sum()
 
 
 optimism = {}
-print(f"\n{'best of K, 100 replies each':<30}{'on these':>10}{'formula':>10}{'on fresh ones':>16}")
-for K in (1, 2, 8, 32):
-    on_these, on_fresh = luck(K, 100)
-    formula = after.std() / math.sqrt(100) * normal_maximum(K)
-    optimism[K] = on_these
-    print(f"{K:<30}{on_these:>+10.3f}{formula:>+10.3f}{on_fresh:>+16.3f}")
+print(f"\n{'best of, 100 replies each':<30}{'on these':>10}{'formula':>10}{'on fresh ones':>16}")
+for rivals in (1, 2, 8, 32):
+    on_these, on_fresh = luck(rivals, 100)
+    formula = after.std() / math.sqrt(100) * normal_maximum(rivals)
+    optimism[rivals] = on_these
+    print(f"{rivals:<30}{on_these:>+10.3f}{formula:>+10.3f}{on_fresh:>+16.3f}")
     assert abs(on_these - formula) < 0.03 and abs(on_fresh) < 0.03
 
 # %%
@@ -324,8 +323,9 @@ for shift, (name, label) in enumerate(
     (("reference", "reference"), ("policy", "policy: DPO"), ("policy*", "DPO on rewritten prompts"))
 ):
     each = [rewards(verdicts[name, template]) for template in TEMPLATES]
-    x = [place + 0.08 * (shift - 1) for place in range(len(TEMPLATES))]  # bars beside each other
-    curves.append(plots.Curve(label, x, [r.mean() for r in each], "osD"[shift], error=[half_width(r) for r in each]))
+    means, errors = [r.mean() for r in each], [half_width(r) for r in each]
+    across = [place + 0.08 * (shift - 1) for place in range(len(TEMPLATES))]  # bars beside each other
+    curves.append(plots.Curve(label, across, means, "osD"[shift], error=errors))
 title = f"True reward by template; '{LEFT_OUT}' was never shown"
 picture = pathlib.Path("16_measurement.png")
 if plots.picture(picture, [plots.Panel(title, "", "mean reward, 95 % interval", curves, places=places)]):
@@ -373,7 +373,7 @@ assert np.mean([each.on_topic for each in verdicts["policy", "as trained"]]) < 0
 print(
     "\n16: a rate needs its slice; pairing narrows an interval; a template never shown undoes DPO's gain, and training"
 )
-print("    on others repairs a part; the best of several is lucky")
+print("    on other templates repairs a part; the best of several is lucky")
 
 # %% [markdown]
 # ## Solutions
@@ -382,7 +382,7 @@ print("    on others repairs a part; the best of several is lucky")
 # 2. Nearly as well as with one of them, though it never saw two together. The policy is worth far less there.
 # 3. The closing, now shown, gains most. The opener gains less, or nothing that shows; it had less to lose. Whether
 #    rewriting helps with a template that was not shown is a question about that template, to be measured for each.
-# 4. Four times as many, 400: luck falls with s/sqrt(n), as an interval does.
+# 4. Four times as many, 400: luck falls with sd/sqrt(n), as an interval does.
 
 # %%
 ids, common = [prompt_ids(x) for x in few], np.random.default_rng(0)
@@ -397,7 +397,8 @@ print(f"\n{example!r}: policy {three['policy']:+.2f}, policy* {three['policy*']:
 assert three["policy*"] > three["policy"] + 0.7 and three["policy*"] > mean["policy*", "as trained"] - 0.8
 
 longer = fine_tuned(rewriting("an unseen opener"), steps=120, start=reference, peak=5e-3)
-step_up = {t: rewards(judged(longer, t)).mean() - mean["reference", t] for t in ("an unseen opener", "another closing")}
-print("120 more steps, without the opener: " + ", ".join(f"{t} {up:+.2f}" for t, up in step_up.items()))
-assert step_up["another closing"] > 0.5 and step_up["another closing"] > step_up["an unseen opener"] + 0.2
+two = "an unseen opener", LEFT_OUT
+step_up = {name: rewards(judged(longer, name)).mean() - mean["reference", name] for name in two}
+print("120 more steps, without the opener: " + ", ".join(f"{name} {up:+.2f}" for name, up in step_up.items()))
+assert step_up[LEFT_OUT] > 0.5 and step_up[LEFT_OUT] > step_up["an unseen opener"] + 0.2
 np.testing.assert_allclose(luck(8, 400)[0], luck(8, 100)[0] / 2, rtol=0.1)

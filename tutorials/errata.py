@@ -6,9 +6,9 @@
 # theirs up: `python -m benchmarks.story` and `python -m benchmarks.ppo` measured them, on models that take an hour.
 # Most items are common claims. E4 to E7, E20 and E21 check the arithmetic of one worked example.
 #
-# Letters: w is the chosen response and l the rejected one. h_w = logp_w - ref_logp_w, and h_l likewise. The margin is
-# h_w - h_l, z = beta * margin, and the loss is -log sigma(z). The gap of one model is its logp_w - logp_l; in E1 alone
-# "gap" is the margin, the gap of the policy less that of the reference.
+# Letters: w is the chosen response and l the rejected one. The margin is (logp_w - ref_logp_w) - (logp_l - ref_logp_l),
+# z = beta * margin, and the loss is -log sigma(z). The gap of one model is its logp_w - logp_l, so the margin is the
+# gap of the policy less that of the reference.
 
 # %%
 import itertools
@@ -51,8 +51,8 @@ PROMPT, CHOSEN, REJECTED = [1, 2, 3], [2, 4, 0], [2, 1, 3, 4, 0]
 def tiny_model(seed):
     rng = np.random.default_rng(seed)
     params = model.init(CONFIG, rng, dtype="float64")
-    for p in params.values():
-        p.data = p.data + 0.5 * rng.normal(size=p.shape)
+    for parameter in params.values():
+        parameter.data = parameter.data + 0.5 * rng.normal(size=parameter.shape)
     return params
 
 
@@ -62,14 +62,14 @@ def sequence_logp(params, response, prompt=PROMPT):
 
 def flat_gradient(loss, params):
     """The gradient with respect to all parameters, as one vector."""
-    for p in params.values():
-        p.grad = None
+    for parameter in params.values():
+        parameter.grad = None
     loss.backward()
-    return np.concatenate([p.grad.reshape(-1) for p in params.values()])
+    return np.concatenate([parameter.grad.reshape(-1) for parameter in params.values()])
 
 
-def sigma(x):
-    return 1 / (1 + math.exp(-x))
+def sigma(z):
+    return 1 / (1 + math.exp(-z))
 
 
 def root(f, low, high):
@@ -92,18 +92,18 @@ def cosine(a, b):
 def e1():
     # Gradient flow on logp_w and logp_l: each moves at speed beta sigma(-z), so the margin grows at 2 beta sigma(-z).
     # For z = beta * margin: dz/dt = 2 beta^2/(1 + e^z), so (1 + e^z) dz = 2 beta^2 dt, and z + e^z = 1 + 2 beta^2 t.
-    def gap(beta, t):
+    def margin(beta, t):
         return root(lambda z: z + math.exp(z) - 1 - 2 * beta**2 * t, 0.0, math.log(2 + 2 * beta**2 * t)) / beta
 
     computed = {}
     for beta in (0.01, 0.1, 0.5):
         reward, ref_logp = np.array([1.7, 0.0]), np.log([0.3, 0.7])
-        h = exact.optimum(ref_logp, reward, beta)[0] - ref_logp
-        computed[f"gap at the optimum, beta {beta}"] = float(h[0] - h[1])
+        log_ratio = exact.optimum(ref_logp, reward, beta)[0] - ref_logp
+        computed[f"margin at the optimum, beta {beta}"] = float(log_ratio[0] - log_ratio[1])
     for t in (10, 100, 1000, 10000):
-        computed |= {f"gap at t = {t}, beta {beta}": gap(beta, t) for beta in (0.01, 0.1, 0.5)}
-    computed["beta 0.5 and 0.1 cross at t"] = root(lambda t: gap(0.5, t) - gap(0.1, t), 1, 1000)
-    computed["beta 0.1 and 0.01 cross at t"] = root(lambda t: gap(0.1, t) - gap(0.01, t), 100, 1e5)
+        computed |= {f"margin at t = {t}, beta {beta}": margin(beta, t) for beta in (0.01, 0.1, 0.5)}
+    computed["beta 0.5 and 0.1 cross at t"] = root(lambda t: margin(0.5, t) - margin(0.1, t), 1, 1000)
+    computed["beta 0.1 and 0.01 cross at t"] = root(lambda t: margin(0.1, t) - margin(0.01, t), 100, 1e5)
     return Erratum(
         "E1",
         "A beta of 0.5 is aggressive, 0.1 conservative, and 0.01 barely changes the model.",
@@ -135,7 +135,7 @@ def e2():
         out = losses.dpo_loss(logp_w, logp_l, np.array([ref_w]), np.array([ref_l]), BETA)
         gradients.append(flat_gradient(out.loss, policy))
         weights.append(sigma(-BETA * out.margin.item()))
-    scales = [float(np.linalg.norm(g)) / weight for g, weight in zip(gradients, weights)]
+    scales = [float(np.linalg.norm(gradient)) / weight for gradient, weight in zip(gradients, weights)]
     # log-probs of three tokens: filler that both responses share, a token of w alone, a token of l alone
     tokens = Tensor(np.array([-0.1, -1.0, -2.0]), requires_grad=True)
     losses.dpo_loss(tokens[0] + tokens[1], tokens[0] + tokens[2], -1.3, -1.9, BETA).loss.backward()
@@ -160,8 +160,8 @@ def e2():
 
 def e3():
     logp_w, logp_l = -0.735, -0.21
-    w = Tensor(logp_w, requires_grad=True)
-    out = losses.reference_free_loss(w, logp_l, beta=1.0)
+    leaf = Tensor(logp_w, requires_grad=True)
+    out = losses.reference_free_loss(leaf, logp_l, beta=1.0)
     out.loss.backward()
     return Erratum(
         "E3",
@@ -170,7 +170,7 @@ def e3():
         {
             "margin": out.margin.item(),
             "loss": out.loss.item(),
-            "dL/dlogp_w": float(w.grad),
+            "dL/dlogp_w": float(leaf.grad),
             "dL/dlogp_w at margin 0": float(losses.reference_free_gradient(0.0, 0.0, beta=1.0)[0]),
         },
         "The loss works on labelled pairs: the long winner is pushed up, and harder than at margin 0. The weights of "
@@ -181,11 +181,12 @@ def e3():
 def e4():
     given = [0.045, 0.819, 0.061, 0.049]
     p = ops.softmax(np.array([0.1, 3.0, 0.5, 0.2])).data
+    names = [f"p{i}" for i in range(4)]
     return Erratum(
         "E4",
         "The softmax of the logits 0.1, 3, 0.5, 0.2 is the row given here.",
-        {f"p{i}": x for i, x in enumerate(given)},
-        {**{f"p{i}": float(x) for i, x in enumerate(p)}, "sum": float(p.sum()), "sum of the given row": sum(given)},
+        dict(zip(names, given)),
+        {**dict(zip(names, map(float, p))), "sum": float(p.sum()), "sum of the given row": sum(given)},
         "A softmax sums to 1. The given row does not, and one line of code finds that.",
     )
 
@@ -214,7 +215,7 @@ def e6():
         "E6",
         "The logistic function is 0.845 at 1.7 and 0.155 at -1.7.",
         {"sigma(1.7)": 0.845, "sigma(-1.7)": 0.155},
-        {f"sigma({x})": math.exp(ops.logsigmoid(x).item()) for x in (1.7, -1.7)},
+        {f"sigma({z})": math.exp(ops.logsigmoid(z).item()) for z in (1.7, -1.7)},
         "The value is 0.8455..., which rounds up to 0.846. Its complement, 0.1544..., rounds down to 0.154.",
     )
 
@@ -249,10 +250,10 @@ def e8():
         "-log P works as a loss because it explodes as P goes to 0.",
         {},
         {
-            "slope of -log P in z, P = 0.01": slope(cross_entropy, z),
-            "slope of 1 - P in z, P = 0.01": slope(miss, z),
-            "slope of -log P in z, z = -100": slope(cross_entropy, -100.0),
-            "slope of the DPO loss in the margin, margin = -1000, beta 0.1": dpo_slope,
+            "slope of -log P with respect to z, P = 0.01": slope(cross_entropy, z),
+            "slope of 1 - P with respect to z, P = 0.01": slope(miss, z),
+            "slope of -log P with respect to z, z = -100": slope(cross_entropy, -100.0),
+            "slope of the DPO loss with respect to the margin, margin = -1000, beta 0.1": dpo_slope,
         },
         "P = sigma(z). The size of the slope of -log P never exceeds 1 with respect to z, or beta with respect to the "
         "margin. What matters is the comparison: the slope of 1 - P vanishes where the model is confidently wrong.",
@@ -269,8 +270,8 @@ def e9():
         "DPO solves length bias.",
         {},
         {f"reward of {n} tokens, each 0.02 nats likelier than under the reference": reward(n) for n in (10, 100)},
-        "A sum of log-ratios grows with length: d nats on every token are worth a reward of beta d |y|. In practice "
-        "replies do grow longer under DPO (Park et al., arXiv 2403.19159).",
+        "A sum of log-ratios grows with length: a rise on every token is worth a reward of beta * rise * |y|. In "
+        "practice replies do grow longer under DPO (Park et al., arXiv 2403.19159).",
     )
 
 
@@ -285,9 +286,9 @@ def e10():
     for _ in range(20):
         training.dpo_training_step(policy, model.frozen(policy), CONFIG, optimizer, batch, BETA, reference_free)
     after = exact.exact_logprobs(policy, CONFIG, [PROMPT], responses).data[0]
-    c = -5.0
-    with_reference = [losses.dpo_loss(-10.0 + d, -15.0 + d, -12.0, -14.0, BETA).loss.item() for d in (0.0, c)]
-    without = [losses.reference_free_loss(-10.0 + d, -15.0 + d, BETA).loss.item() for d in (0.0, c)]
+    both = [(-10.0, -15.0), (-15.0, -20.0)]  # logp_w, logp_l, before and after both fall by 5
+    with_reference = [losses.dpo_loss(*pair, -12.0, -14.0, BETA).loss.item() for pair in both]
+    without = [losses.reference_free_loss(*pair, BETA).loss.item() for pair in both]
     return Erratum(
         "E10",
         "Without a reference all probabilities rise until they are uniform, or all fall into silence.",
@@ -361,8 +362,8 @@ def e13():
     # a label that says "w with probability 0.7" is label_smoothing 0.3
     z = root(lambda z: float(losses.dpo_gradient(z / BETA, 0.0, 0.0, 0.0, BETA, label_smoothing=0.3)[0]), -5.0, 5.0)
     rankings = itertools.permutations(range(3))
-    h = Tensor(0.0, requires_grad=True)  # log-ratio of a single response, marked as good
-    (-ops.logsigmoid(BETA * h)).backward()
+    log_ratio = Tensor(0.0, requires_grad=True)  # of a single response, marked as good
+    (-ops.logsigmoid(BETA * log_ratio)).backward()
     return Erratum(
         "E13",
         "DPO learns only from pairs, so arbitrary rewards need PPO.",
@@ -375,7 +376,7 @@ def e13():
             "sum of the probabilities of all rankings of three (Plackett-Luce)": sum(
                 math.exp(exact.plackett_luce(reward[:3], ranking)) for ranking in rankings
             ),
-            "slope of -log sigma(beta h) for a single response marked good, h = 0": float(h.grad),
+            "slope of -log sigma(beta log_ratio) for a single response marked good, log_ratio 0": float(log_ratio.grad),
         },
         "Any scalar reward can label pairs. Soft labels take probabilities, and Plackett-Luce takes whole rankings. "
         "KTO and BCO, relatives of DPO, take single responses marked good or bad.",
@@ -486,12 +487,12 @@ def e16():
 
 def e17():
     rng = np.random.default_rng(0)
-    x, w1, w2 = rng.normal(size=(3, 4)), rng.normal(size=(4, 6)), rng.normal(size=(6, 5))
+    states, to_hidden, to_logits = rng.normal(size=(3, 4)), rng.normal(size=(4, 6)), rng.normal(size=(6, 5))
     response = np.array([2, 4, 0])
 
-    def logp(mask):  # of three tokens, one per row of x; policy and reference have the same weights
-        hidden = np.tanh(x @ w1) * mask  # (3, 4) -> (3, 6)
-        return ops.gather(ops.log_softmax(hidden @ w2), response).data.sum()  # (3, 6) -> (3, 5) -> (3,) -> ()
+    def logp(mask):  # of three tokens, one per row of states; policy and reference have the same weights
+        hidden = np.tanh(states @ to_hidden) * mask  # (3, 4) -> (3, 6)
+        return ops.gather(ops.log_softmax(hidden @ to_logits), response).data.sum()  # (3, 6) -> (3, 5) -> (3,) -> ()
 
     def reward(mask):
         return losses.dpo_loss(logp(mask), -5.0, logp(np.ones((3, 6))), -5.0, BETA).reward_w.item()
@@ -729,7 +730,7 @@ def e26():
             "largest change of the odds between two of the best, pi* against pi_ref, nats": float(np.ptp(odds)),
         },
         "Often many answers are equally good. pi* = pi_ref exp(r/beta)/Z gives them all the same factor, so among them "
-        "the reference decides, whatever beta; and a smaller beta only leaves the others behind.",
+        "the reference decides, whatever beta; and a smaller beta only leaves the other replies behind.",
     )
 
 
@@ -744,7 +745,7 @@ def e27():
         "The reference prevents collapse.",
         {},
         {
-            "share of well-formed replies, SFT": statistics.fmean(x["well_formed"] for x in story["sft"].values()),
+            "share of well-formed replies, SFT": statistics.fmean(row["well_formed"] for row in story["sft"].values()),
             "DPO at beta 0.1, after 200 steps": well_formed("beta 0.1"),
             "DPO without a reference": well_formed("no reference"),
             "DPO with the reference, where validation would stop": well_formed("beta 0.1", "best"),
@@ -787,7 +788,7 @@ def e28():
 
 def e29():
     story, ppo = measured("story"), measured("ppo")
-    sft = {int(seed): x["reward"] for seed, x in story["sft"].items()}
+    sft = {int(seed): row["reward"] for seed, row in story["sft"].items()}
     runs = [row for row in story["runs"] if row["run"].startswith("beta") and not row["run"].endswith("nll")]
 
     def below(which):
