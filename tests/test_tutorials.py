@@ -80,3 +80,31 @@ def test_the_table_in_the_readme_is_true():
                 if isinstance(node, ast.FunctionDef | ast.ClassDef)
             }
             assert function in defined, f"{name}: {module} has no {function}"
+
+
+def letters_of(path):
+    """The single letters that a script gives a value to, and those that stand alone in its text."""
+    text = path.read_text()
+    nodes = list(ast.walk(ast.parse(text)))
+    names = {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+    names |= {node.arg for node in nodes if isinstance(node, ast.arg)}
+    names |= {node.name for node in nodes if isinstance(node, ast.FunctionDef)}
+    prose = re.sub(r'`[^`]*`|"[^"]*"', "", "\n".join(re.findall(r"^# .*", text, re.MULTILINE)))
+    alone = re.findall(r"(?<![\w.'-])([A-Za-z])(?![\w'.-])", prose)
+    return {name for name in names if len(name) == 1} - {"_"}, set(alone) - {"a", "A"}
+
+
+def test_a_letter_has_one_meaning():
+    """The README's table says what each letter of a script's code means there, and knows those of its formulas."""
+    section = README[README.index("## Words and letters") : README.index("## Gallery")]
+    rows = re.findall(r"^\| (`\w`(?:, `\w`)*) \| .+ \| ([\w ]+) \|$", section, re.MULTILINE)
+    rows = [(letter, where) for letters, where in rows for letter in re.findall(r"`(\w)`", letters)]
+    everywhere = {letter for letter, where in rows if where == "all"}
+    used = {}
+    for path in SCRIPTS:
+        code, prose = letters_of(path)
+        assert prose <= {"a", *re.findall(r"`(\w)`", section)}, path.name
+        used.setdefault(path.stem[:2] if path in NUMBERED else path.stem, set()).update(code - everywhere)
+    for script, letters in used.items():
+        table = sorted(letter for letter, where in rows if script in where.split())
+        assert table == sorted(letters), f"{script}: the table of letters in tutorials/README.md"
