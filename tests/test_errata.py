@@ -5,6 +5,7 @@ They are written here to the digits that we document. The script computes them.
 
 import importlib.util
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -268,3 +269,12 @@ def test_each_item_is_there_once_and_printed(errata, capsys):
     printed = capsys.readouterr().out
     first_words = [line.split()[0] for line in printed.splitlines() if line and not line.startswith(" ")]
     assert first_words == IDS
+
+
+def test_the_answers_of_an_interview_are_computed(errata):
+    """Every number below an answer in tutorials/WAYS.md is one that the script computes."""
+    spans = re.findall(r"`(E\d+: .+?)`", (SCRIPT.parent / "WAYS.md").read_text())
+    numbers = [re.fullmatch(r"(E\d+): (.+) = ([-\d.]+)", span).groups() for span in spans]
+    items = {id: getattr(errata, id.lower())().computed for id in {id for id, _, _ in numbers}}
+    wrong = [(id, name, items[id][name]) for id, name, number in numbers if not agrees(items[id][name], number)]
+    assert len(numbers) > 20 and not wrong, wrong

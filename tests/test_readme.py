@@ -30,7 +30,8 @@ ROOT = Path(__file__).parents[1]
 SOURCE = Path(minidpo.__file__).parent
 README, HOUSE = (ROOT / "README.md").read_text(), (SOURCE / "README.md").read_text()
 BENCHMARKS, COURSE = (ROOT / "benchmarks" / "README.md").read_text(), (ROOT / "tutorials" / "README.md").read_text()
-PAGES = {"README.md": README, "minidpo": HOUSE, "benchmarks": BENCHMARKS, "tutorials": COURSE}
+WAYS = (ROOT / "tutorials" / "WAYS.md").read_text()
+PAGES = {"README.md": README, "minidpo": HOUSE, "benchmarks": BENCHMARKS, "tutorials": COURSE, "ways": WAYS}
 RESULTS = ROOT / "benchmarks" / "results"
 RUNS = json.loads((RESULTS / "demo.json").read_text())
 
@@ -120,14 +121,15 @@ def test_the_commands_exist(tmp_path, monkeypatch):
 
 def test_what_a_page_names_exists():
     """Links lead somewhere; commands in prose are commands."""
-    folders = {"README.md": ROOT, "minidpo": SOURCE, "benchmarks": ROOT / "benchmarks", "tutorials": ROOT / "tutorials"}
+    folders = {name: ROOT / name for name in ("benchmarks", "tutorials")}
+    folders |= {"README.md": ROOT, "minidpo": SOURCE, "ways": ROOT / "tutorials"}
     for page, text in PAGES.items():
         for target in re.findall(r"\]\(([\w./-]+)(?:#[\w-]*)?\)", text) + re.findall(r'(?:src|srcset)="([^"]+)"', text):
             inside, from_root = folders[page] / target, target.removeprefix("../")
             installed = SOURCE / from_root.removeprefix("minidpo/") if from_root.startswith("minidpo/") else inside
             beside = ROOT / from_root  # a page of the package names a file of the repository
             assert inside.exists() or installed.exists() or beside.exists(), f"{page}: {target}"
-        for name in re.findall(r"`minidpo (\w+)", text):
+        for name in re.findall(r"[`\"]minidpo (\w+)", text):
             assert name in parser.COMMANDS, f"{page}: {name}"
         for name in re.findall(r"tests/(\w+\.py)", text):
             assert (ROOT / "tests" / name).exists(), name

@@ -9,12 +9,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import minidpo
 
 FOLDER = Path(__file__).parents[1] / "tutorials"
-README = (FOLDER / "README.md").read_text()
+README, WAYS = (FOLDER / "README.md").read_text(), (FOLDER / "WAYS.md").read_text()
 SOURCE = Path(minidpo.__file__).parent
 SCRIPTS = sorted(FOLDER.glob("*.py"))
 NUMBERED = [path for path in SCRIPTS if path.stem[:2].isdecimal()]
@@ -108,3 +109,42 @@ def test_a_letter_has_one_meaning():
     for script, letters in used.items():
         table = sorted(letter for letter, where in rows if script in where.split())
         assert table == sorted(letters), f"{script}: the table of letters in tutorials/README.md"
+
+
+def test_the_ways_in_are_as_long_as_they_say():
+    """An evening or a day takes the minutes of its scripts, and a week has each script once."""
+    minutes = dict(re.findall(r"^\| \[`(\w+\.py)`\].*? \| (\d+) \| ", README, re.MULTILINE))
+    rows = re.findall(r"^\| ([\w ,]+) \| (\[.*\)) \| (\d+) \|$", WAYS, re.MULTILINE)
+    days = {row: re.findall(r"\((\w+\.py)\)", links) for row, links, _ in rows}
+    for row, _, total in rows:
+        assert sum(int(minutes[name]) for name in days[row]) == int(total), row
+    evening, *week = days.values()
+    assert len(evening) > 4 and [name for day in week for name in day] == [path.name for path in NUMBERED]
+
+
+def test_the_ways_in_name_what_exists():
+    """Functions exist, every erratum has its place, and no answer is longer than three sentences."""
+    modules = "gradcheck|losses|model|ops|preferences|training|verify"
+    places = re.findall(rf"\b({modules})\.(\w+)", WAYS)
+    assert {module for module, _ in places} == set(modules.split("|"))
+    for module, name in places:
+        assert name == "py" or hasattr(getattr(minidpo, module), name), f"{module}.{name}"
+    chapters = WAYS[WAYS.index("## From an introductory text") : WAYS.index("## From PyTorch")]
+    assert {f"E{n}" for n in range(1, 30)} == set(re.findall(r"\bE\d+\b", chapters))
+    answers = re.findall(r"^\d+\. \*\*.*?\?\*\* (.*?) \(\[\d\d\]", WAYS.replace("\n   ", " "), re.MULTILINE)
+    assert len(answers) == 10 and all(len(re.findall(r"[.?!](?: |$)", answer)) <= 3 for answer in answers), answers
+
+
+def test_pytorch_and_we_compute_the_same():
+    """Each row of the table gives equal numbers on both sides."""
+    torch = pytest.importorskip("torch")
+    rows = re.findall(r"^\| `(F\..*|logits\..*)` \| `(.*)` \|$", WAYS, re.MULTILINE)
+    assert len(rows) == 8
+    rng = np.random.default_rng(0)
+    shapes = {"logits": (5, 7), "table": (7, 4), "states": (5, 4), "weight": (4, 3), "bias": (3,)}
+    arrays = {name: rng.normal(size=shape) for name, shape in {**shapes, **dict.fromkeys("qkv", (2, 5, 4))}.items()}
+    arrays["ids"] = rng.integers(7, size=5)
+    tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+    for theirs, ours in rows:
+        expected = eval(theirs, {"F": torch.nn.functional, **tensors}).numpy()
+        np.testing.assert_allclose(eval(ours, {"ops": minidpo.ops, **arrays}).data, expected, rtol=1e-12, atol=1e-14)
