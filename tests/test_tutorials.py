@@ -83,13 +83,17 @@ def test_the_table_in_the_readme_is_true():
             assert function in defined, f"{name}: {module} has no {function}"
 
 
-def letters_of(path):
-    """The single letters that a script gives a value to, and those that stand alone in its text."""
-    text = path.read_text()
-    nodes = list(ast.walk(ast.parse(text)))
+def names_of(path):
+    """The names that a script gives a value to."""
+    nodes = list(ast.walk(ast.parse(path.read_text())))
     names = {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
     names |= {node.arg for node in nodes if isinstance(node, ast.arg)}
-    names |= {node.name for node in nodes if isinstance(node, ast.FunctionDef)}
+    return names | {node.name for node in nodes if isinstance(node, ast.FunctionDef)}
+
+
+def letters_of(path):
+    """The single letters that a script gives a value to, and those that stand alone in its text."""
+    names, text = names_of(path), path.read_text()
     prose = re.sub(r'`[^`]*`|"[^"]*"', "", "\n".join(re.findall(r"^# .*", text, re.MULTILINE)))
     alone = re.findall(r"(?<![\w.'-])([A-Za-z])(?![\w'.-])", prose)
     return {name for name in names if len(name) == 1} - {"_"}, set(alone) - {"a", "A"}
@@ -109,6 +113,12 @@ def test_a_letter_has_one_meaning():
     for script, letters in used.items():
         table = sorted(letter for letter, where in rows if script in where.split())
         assert table == sorted(letters), f"{script}: the table of letters in tutorials/README.md"
+
+
+def test_a_margin_is_not_called_a_gap():
+    """A gap is one model's, or one of true rewards."""
+    gaps = {name for path in SCRIPTS for name in names_of(path) if "gap" in name}
+    assert gaps == {"policy_gap", "reference_gap", "reward_gaps"}
 
 
 def test_the_ways_in_are_as_long_as_they_say():
