@@ -273,6 +273,7 @@ def test_what_is_said_of_ppo_is_measured():
         f"({fmean(at(learned, 'learned')):.2f}), while the true one ends at {fmean(at(small, 'reward')):.2f}",
         f"KL is {fmean(at(small, 'kl')):.2f} nats there",
         f"over SFT's {sft:.2f}",
+        f"Training alone takes about {sum(r['rows'][-1]['seconds'] for r in document['runs']):,.0f}"[:-2] + "00 CPU",
         f"a true reward of {best['reward']:.2f} at a KL of {best['kl']:.2f}",
         f"A model here has {document['memory']['parameters']:,} parameters",
         "holds twice what DPO holds, as [tutorial 14](../tutorials/14_memory_and_speed.py) computes",

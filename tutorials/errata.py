@@ -706,8 +706,11 @@ def e25():
 # %%
 def measured(name):
     """What a benchmark wrote."""
-    root = Path(globals().get("__file__", "notebook")).resolve().parents[1]
-    return json.loads((root / "benchmarks" / "results" / f"{name}.json").read_text())
+    here = Path(globals().get("__file__", "notebook")).resolve().parent  # a notebook's folder
+    path = here.parent / "benchmarks" / "results" / f"{name}.json"
+    if not path.exists():
+        raise FileNotFoundError(f"{path} is missing: run this script in the repository's folder tutorials")
+    return json.loads(path.read_text())
 
 
 def e26():
