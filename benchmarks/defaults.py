@@ -96,14 +96,19 @@ def summarise(sft, runs):
         print(f"chosen rise where {name}:", *(f"{value:.3f}" for value in sorted(values)))
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def arguments(description, folder, out):
+    """A parser of the options that each benchmark has which can be resumed."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--folder", type=Path, default=Path("defaults"), help="folder for the models and the results so far"
+        "--folder", type=Path, default=Path(folder), help="folder for the models and the results so far"
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--out", type=Path, default=RESULTS, help="the JSON file to write in the end")
-    options = parser.parse_args()
+    parser.add_argument("--out", type=Path, default=out, help="the JSON file to write in the end")
+    return parser
+
+
+if __name__ == "__main__":
+    options = arguments(__doc__, "defaults", RESULTS).parse_args()
     path = options.folder / "results.json"
     results = json.loads(path.read_text()) if path.exists() else {"fixed": FIXED, "sft": {}, "runs": []}
     for seed, rate, steps in itertools.product(options.seeds, RATES, STEPS):

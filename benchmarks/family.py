@@ -11,7 +11,6 @@ It does not show which loss is best: the world is small, learning rate and steps
 was searched. The reference point of KTO is held at 0, since pairs have no mismatched responses.
 """
 
-import argparse
 import itertools
 import json
 import math
@@ -21,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.defaults import one_seed
+from benchmarks.defaults import arguments, one_seed
 from minidpo import checkpoint, cli, family, ops
 from minidpo.audit import replies as judge
 from minidpo.cli import desk
@@ -137,13 +136,8 @@ def run(folder, seeds, names=tuple(BETAS), budget=BUDGET, replies=200):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--folder", type=Path, default=Path("family"), help="folder for the models and the results so far"
-    )
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser = arguments(__doc__, "family", RESULTS)
     parser.add_argument("--steps", type=int, default=BUDGET["steps"])
-    parser.add_argument("--out", type=Path, default=RESULTS, help="the JSON file to write in the end")
     options = parser.parse_args()
     results = run(options.folder, options.seeds, budget={**BUDGET, "steps": options.steps})
     write_whole(options.out, (json.dumps(results, indent=2) + "\n").encode())

@@ -8,7 +8,6 @@ are judged on test prompts, which chose nothing. It prints a table and writes be
 interruption, run it again with the same folder and it continues with the runs that are missing.
 """
 
-import argparse
 import itertools
 import json
 import time
@@ -20,7 +19,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from benchmarks.defaults import one_seed
+from benchmarks.defaults import arguments, one_seed
 from benchmarks.family import interval
 from minidpo import Tensor, checkpoint, exact, model, optim, training, world
 from minidpo.audit import replies
@@ -132,7 +131,7 @@ def trained(folder, seed, run, sizes):
     config, tokenizer = sft.config, sft.tokenizer
     reward_params, _ = read_reward_model(folder)
     pairs = read_pairs(folder / "data" / "pairs.jsonl", tokenizer)
-    policy = {name: Tensor(p.data.copy(), requires_grad=True) for name, p in sft.params.items()}
+    policy = checkpoint.load(folder / "sft", requires_grad=True).params
     prompts = desk.test_prompts(seed, sizes.prompts)
     rows, spent = [], 0.0
 
@@ -216,7 +215,7 @@ def memory(folder):
     reward_params, _ = read_reward_model(folder)
     document = {"parameters": sum(p.data.size for p in sft.params.values())}
     for critic_kind in ("own trunk", "head"):
-        policy = {name: Tensor(p.data.copy(), requires_grad=True) for name, p in sft.params.items()}
+        policy = checkpoint.load(folder / "sft", requires_grad=True).params
         critic = ppo.head(policy) if critic_kind == "head" else ppo.with_head(policy)
         optimizer = optim.AdamW(ppo.trainable(policy, critic), 1e-5)
         prompts, most = [x for x, _, _ in pairs] * 2, config.n_positions - max(len(x) for x, _, _ in pairs)
@@ -230,7 +229,7 @@ def memory(folder):
         roles = {"policy": held(policy, optimizer), "critic": held(critic, optimizer, "critic.")}
         roles |= {"reward model": held(reward_params), "reference": held(sft.params)}
         document[f"PPO, critic {critic_kind}"] = {"held": roles, "peak": parts}
-    policy = {name: Tensor(p.data.copy(), requires_grad=True) for name, p in sft.params.items()}
+    policy = checkpoint.load(folder / "sft", requires_grad=True).params
     optimizer, batch = optim.AdamW(policy, 1e-5), collate(pairs)
 
     def step():
@@ -330,11 +329,7 @@ def as_memory(document):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, default=Path("ppo"), help="folder for the models and the results so far")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--out", type=Path, default=RESULTS, help="the JSON file to write in the end")
-    options = parser.parse_args()
+    options = arguments(__doc__, "ppo", RESULTS).parse_args()
     document = run(options.folder, options.seeds)
     write_whole(options.out, (json.dumps(document, indent=1) + "\n").encode())
     print(as_table(document), as_memory(document), sep="\n\n")

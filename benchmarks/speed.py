@@ -199,15 +199,22 @@ def blas():
     return done.stdout.strip() or "not OpenBLAS"
 
 
+def processor():
+    """The processor's name, as Linux tells it, or Python."""
+    info = pathlib.Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    named = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return named[0] if named else platform.processor()
+
+
 def environment():
     """The machine, NumPy's BLAS and its kernel, versions of the libraries, and the number of threads."""
     versions = {"python": platform.python_version()}
     for module in MODULES:
         with contextlib.suppress(ImportError):
             versions |= importlib.import_module(f"benchmarks.contenders.{module}").versions()
-    cpu = [line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")]
     return {
-        "cpu": cpu[0] if cpu else platform.processor(),
+        "cpu": processor(),
         "cores": os.cpu_count(),
         "threads": 2,
         "blas": blas(),

@@ -10,7 +10,6 @@ interruption, run it again with the same folder: it resumes what was begun and r
 takes about 3,000 CPU seconds.
 """
 
-import argparse
 import itertools
 import json
 import multiprocessing
@@ -27,8 +26,9 @@ from unittest import mock
 
 import numpy as np
 
-from benchmarks.defaults import WELL_FORMED
+from benchmarks.defaults import WELL_FORMED, arguments
 from benchmarks.family import estimate, interval
+from benchmarks.speed import processor
 from minidpo import checkpoint, preferences, training, world
 from minidpo.audit import replies
 from minidpo.cli import desk
@@ -196,13 +196,6 @@ def repeated(reply, n=4):
     """
     grams = Counter(reply[i : i + n] for i in range(len(reply) - n + 1))
     return 1 - len(grams) / grams.total() if grams else 0.0
-
-
-def processor():
-    """The processor's name, where Linux tells it."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), "unknown")
 
 
 def run(folder, seeds, pool, names=tuple(RUNS), budget=BUDGET, count=PROMPTS):
@@ -411,14 +404,9 @@ def rounded(document, digits=4):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--folder", type=Path, default=Path("story"), help="folder for the models and the results so far"
-    )
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser = arguments(__doc__, "story", RESULTS)
     parser.add_argument("--steps", type=int, default=BUDGET["steps"])
     parser.add_argument("--prompts", type=int, default=PROMPTS, help="test prompts that each model answers")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="the JSON file to write in the end")
     options = parser.parse_args()
     os.environ["OPENBLAS_NUM_THREADS"] = "1"  # of the processes below, which inherit it
     pool = ProcessPoolExecutor(2, multiprocessing.get_context("spawn"))
