@@ -225,6 +225,28 @@ def test_what_is_said_of_templates_calibration_and_pressure_is_measured():
     assert f"{both / n:.0%} of the repeated closers" in section
 
 
+@pytest.mark.parametrize(
+    ("page", "sentence", "verdicts"),
+    [
+        ("README.md", "With a likelihood term replies stay well formed even at beta 0.1",
+         {"an NLL term prevents collapse": "yes"}),
+        ("README.md", "without one the reference does not prevent the collapse",
+         {"the reference prevents collapse": "no"}),
+        ("tutorials/11_beta.py", "grow equally fast at first, whatever beta, and a larger beta still ends closer",
+         {"a larger beta is faster in the first steps, as under SGD": "no", "a larger beta ends closer to SFT": "yes"}),
+        ("tutorials/06_naive_reward.py", "replies do not become shorter, and they fall apart with a reference, too",
+         {"without a reference replies become shorter": "no", "the reference prevents collapse": "no"}),
+    ],
+)  # fmt: skip
+def test_what_other_pages_say_of_the_story_has_its_verdict(page, sentence, verdicts):
+    """A sentence elsewhere that rests on the story is there, and the story's verdict is the one that it needs."""
+    text = " ".join((ROOT / page).read_text().replace("\n#", "\n").split())
+    assert sentence in text
+    results = json.loads((RESULTS / "story.json").read_text())
+    found = {claim.sentence: claim.verdict for claim in story.claims(results)}
+    assert {name: found[name] for name in verdicts} == verdicts
+
+
 def test_what_is_said_of_ppo_is_measured():
     """Its tables are those of the JSON, and so are the figures in the sentences beside them."""
     document = json.loads((RESULTS / "ppo.json").read_text())
