@@ -9,7 +9,8 @@
 # **Afterwards you can say**
 # - what the Bradley-Terry model assumes, and why only differences of scores matter in it;
 # - what -log P is, and its slope with respect to the margin;
-# - two reasons for -log P instead of 1 - P; "it explodes" is not one of them.
+# - two reasons for -log P instead of 1 - P; "it explodes" is not one of them;
+# - why a chess player's rating after a game is a step of gradient descent on the same loss.
 #
 # **Predict first.** A model gave probability P = .01 to the answer that people actually chose: it was sure, and wrong.
 # Compare the slopes of -log P and of 1 - P with respect to the margin. Which is larger there, and by what factor: 2,
@@ -155,6 +156,55 @@ print("\nScores from 6000 judgements\ntrue    " + "{:6.2f} {:6.2f} {:6.2f}".form
 print("fitted  " + "{:6.2f} {:6.2f} {:6.2f}".format(*score))
 
 # %% [markdown]
+# ## The same model, outside DPO: Elo
+# Chess uses Bradley-Terry with another unit. A rating of 400 points more makes the odds ten times as large, so
+# score = rating log(10)/400. After each game the winner takes points from the loser, more if the win was a surprise:
+#
+#     expected = 1/(1 + 10^((rating_l - rating_w)/400)) = sigma(score_w - score_l)
+#     rating_w <- rating_w + k_factor (1 - expected)      rating_l <- rating_l - k_factor (1 - expected)
+#
+# Now 1 - expected = sigma(-z), which is minus the slope of -log sigma(z). So this update, written down by Arpad Elo for
+# chess, is one step of stochastic gradient descent on -log sigma(z), with one judgement in its batch and the learning
+# rate k_factor log(10)/400. For the usual k_factor 32 that is 0.18. Chatbot Arena began by ranking chatbots in this
+# way, from votes between two answers; now it fits Bradley-Terry to all votes at once (Chiang et al. 2024).
+
+# %%
+POINTS = 400 / math.log(10)  # of rating, to one unit of score: 174
+
+
+def elo(rating, w, l, k_factor):
+    """The ratings after one game."""
+    expected = 1 / (1 + 10 ** ((rating[l] - rating[w]) / 400))
+    rating = rating.copy()
+    rating[w] += k_factor * (1 - expected)
+    rating[l] -= k_factor * (1 - expected)
+    return rating
+
+
+games = list(zip(w, l))  # each judgement is one
+
+
+def history(k_factor):
+    """The scores after each game."""
+    rating, scores = np.zeros(3), []
+    for winner, loser in games:
+        rating = elo(rating, winner, loser, k_factor)
+        scores.append(rating / POINTS)
+    return np.array(scores)
+
+
+some_score = np.array([0.4, 0.1, -0.5])
+for winner, loser in games[:100]:
+    step = 32 * math.log(10) / 400 * loss_and_gradient(some_score, np.array([winner]), np.array([loser]))[1]
+    np.testing.assert_allclose(elo(POINTS * some_score, winner, loser, 32) / POINTS, some_score - step, rtol=1e-12)
+at_the_end = {k_factor: history(k_factor)[-1] for k_factor in (32, 2)}
+for k_factor, each in at_the_end.items():
+    print(f"Elo, k_factor {k_factor:>2}: " + "{:6.2f} {:6.2f} {:6.2f}".format(*each))
+
+# %% [markdown]
+# Elo sees each judgement once and knows only the ratings. With a fixed learning rate they never settle: each game moves
+# them, however many came before. A small k_factor is calmer, and slower to notice that a player has improved.
+#
 # ## The library's version
 # `ops.logsigmoid` computes log sigma in a form that survives large |z| (tutorial 03), and `backward` computes the
 # gradient (02). In DPO two models read each response: the policy, which is trained, and a fixed reference model. The
@@ -172,13 +222,18 @@ np.testing.assert_allclose(scores.grad, loss_and_gradient(true_score, w, l)[1], 
 # ## What was shown
 # Bradley-Terry turns a difference of scores into a probability P, and -log P turns that into a loss. The slope of the
 # loss with respect to the margin is -sigma(-z). It is close to -1 where the model is sure and wrong. Its average over
-# judgements is 0 where sigma(z) is the true probability.
+# judgements is 0 where sigma(z) is the true probability. Elo ratings follow the same slope, one game at a time.
 #
 # ## Exercises
 # 1. Take one pair at P = .01 and run gradient descent on z with learning rate 1. About how many steps does each of the
 #    two losses need to reach P > 1/2? Hint: for -log P, dz/dt = 1/(1 + e^z); separate the variables.
 # 2. Three judgements form a cycle: the first response over the second, the second over the third, the third over the
 #    first. Which scores make the sum of -log P smallest, and how small is it? What changes without the third judgement?
+# 3. Find the bug: somebody writes Elo in two lines. The first is `rating[w] += 32 * (1 - expected(rating[w],
+#    rating[l]))`, the second `rating[l] -= 32 * (1 - expected(rating[w], rating[l]))`. What happens to the sum of all
+#    ratings?
+# 4. Predict, then measure: the ratings of a k_factor of 32 stray about the best scores. With 2, sixteen times less, how
+#    many times smaller is their spread over the games?
 
 # %%
 np.testing.assert_allclose(sigma(1.7), 0.8455, atol=5e-5)
@@ -193,6 +248,12 @@ print("\n01: at P = .01 the slopes are -.99 and -.0099; -log P recovers p at z =
 #    108.2. Counting real steps gives 6 and 110.
 # 2. Equal scores, with the sum 3 log 2: there the gradient is 0, and the sum is convex. Without the third judgement
 #    there is no minimum: with the scores r, 0, -r the sum falls towards 0 as r grows, and never gets there.
+# 3. The second line sees the winner's new rating. There the win looks less surprising, so the loser loses less than the
+#    winner gained. Every game makes points from nothing: 1,313 in the 6000 games, and the sum rises without end. Both
+#    slopes belong to the same z, so compute `expected` once, before either rating changes.
+# 4. About four times, the square root of sixteen. A game's noise is proportional to the learning rate, but with a
+#    small one more games are averaged. So the variance is proportional to the learning rate. For three players the
+#    spread comes close to sqrt(learning rate/3): 0.25 and 0.06 in units of score, or 43 and 11 points.
 
 # %%
 z0 = math.log(0.01 / 0.99)
@@ -212,3 +273,17 @@ assert all(loss_and_gradient(rng.normal(size=3), w, l)[0] > minimum for _ in ran
 chain = [2 * loss_and_gradient(np.array([r, 0.0, -r]), w[:2], l[:2])[0] for r in (1, 10, 30)]
 assert chain[0] > chain[1] > chain[2] > 0 and chain[2] < 1e-12
 print(f"solutions: {steps[0]} and {steps[1]} steps; {3 * minimum:.4f} for the cycle")
+
+rating, sums = np.zeros(3), []
+for winner, loser in games:
+    for sign, player in ((1, winner), (-1, loser)):
+        rating[player] += sign * 32 * sigma((rating[loser] - rating[winner]) / POINTS)
+    sums.append(rating.sum())
+assert np.all(np.diff(sums) > 0) and 1312 < sums[-1] < 1314
+
+spread = {k_factor: history(k_factor)[1500:].std(axis=0).mean() for k_factor in (32, 2)}
+predicted = {k_factor: math.sqrt(k_factor / POINTS / 3) for k_factor in (32, 2)}
+print("spread of Elo's scores: {:.2f} and {:.2f}".format(*spread.values()))
+assert [f"{each:.2f}" for each in predicted.values()] == ["0.25", "0.06"]
+assert [f"{POINTS * each:.0f}" for each in predicted.values()] == ["43", "11"]
+assert 3 < spread[32] / spread[2] < 5 and abs(spread[32] / predicted[32] - 1) < 0.2
