@@ -1,4 +1,4 @@
-"""Draw the pictures that are committed: the README's of the demo, and those of the tutorials.
+"""Draw the pictures of the committed results: the README's of the demo, and those of benchmarks/README.md.
 
 python -m benchmarks.pictures
 
@@ -8,20 +8,15 @@ Needs the `plot` extra.
 import contextlib
 import importlib
 import json
-import os
-import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 from benchmarks import story
 from minidpo import cli, plots
-from minidpo.run.files import write_whole
 
 HERE = Path(__file__).parent
-TUTORIALS = HERE.parent / "tutorials"
 MODELS = ("base", "SFT", "DPO", "DPO, collapsed")
 COLORS = (plots.INK, "#0072B2", "#009E73", "#D55E00")
 
@@ -153,21 +148,6 @@ def family(path):
         image.open(Path(place) / "losses.png").convert("RGB").quantize(64, method=2, dither=0).save(path, optimize=True)
 
 
-def tutorial_pictures(folder):
-    """Run the scripts that draw, away from the repository, and keep their pictures."""
-    folder.mkdir(exist_ok=True)
-    for script in sorted(TUTORIALS.glob("[0-9][0-9]_*.py")):
-        if ".png" not in script.read_text():
-            continue
-        print(script.name, flush=True)
-        with tempfile.TemporaryDirectory() as place:
-            shutil.copy(script, place)
-            environment = {**os.environ, "PYTHONPATH": str(HERE.parent)}
-            subprocess.run([sys.executable, script.name], cwd=place, check=True, capture_output=True, env=environment)
-            for picture in Path(place).glob("*.png"):
-                write_whole(folder / picture.name, picture.read_bytes())
-
-
 if __name__ == "__main__":
     if not plots.installed():
         sys.exit('pictures need matplotlib: python -m pip install -e ".[plot]"')
@@ -176,6 +156,4 @@ if __name__ == "__main__":
     usual_story(HERE / "results" / "story.png")
     ppo_beside_dpo(HERE / "results" / "ppo.png")
     family(HERE / "results" / "losses.png")
-    tutorial_pictures(TUTORIALS / "pictures")
-    names = "demo, collapse, story, ppo, losses"
-    print(f"drawn in {HERE / 'results'}: {names}; in {TUTORIALS / 'pictures'}: those of the scripts")
+    print(f"drawn in {HERE / 'results'}: demo, collapse, story, ppo, losses")

@@ -1,6 +1,7 @@
 """The scripts of the course run and have one shape, and the table in their README is true."""
 
 import ast
+import hashlib
 import importlib.util
 import os
 import re
@@ -61,6 +62,17 @@ def test_a_script_has_the_shape_of_the_others(path):
     assert re.search(r"^# 1\. ", after, re.MULTILINE) and re.search(r"^# 2\. ", after, re.MULTILINE)
     assertions = [node for node in ast.walk(ast.parse(after[after.index("\n# %%") :])) if isinstance(node, ast.Assert)]
     assert assertions or "assert_" in after
+
+
+@scripts
+def test_a_page_is_what_its_script_printed(path):
+    """Every script has a rendered page, made from this very text, with its picture if it draws one."""
+    page = (FOLDER / "pages" / f"{path.stem}.md").read_text()
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    assert page.startswith(f"<!-- {path.name}, sha256 {digest} -->\n"), f"python -m benchmarks.pages {path}"
+    assert (f"(../pictures/{path.stem}.png)" in page) == (".png" in path.read_text())
+    for target in re.findall(r"\]\(([\w./]+)\)", page):
+        assert (FOLDER / "pages" / target).exists(), target
 
 
 def test_the_table_in_the_readme_is_true():

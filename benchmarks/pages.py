@@ -1,0 +1,59 @@
+"""Render the course: each script as a page with its output and its picture, to be read without running anything.
+
+python -m benchmarks.pages [SCRIPT ...]
+
+Runs the scripts as notebooks, away from the repository, and writes tutorials/pages/ and tutorials/pictures/. Needs the
+`dev` and `plot` extras. A page carries the hash of its script, by which a test finds those that are out of date.
+"""
+
+import hashlib
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+import jupytext
+from nbconvert import MarkdownExporter
+from nbconvert.preprocessors import ExecutePreprocessor
+from nbformat.v4 import new_markdown_cell
+
+from minidpo.run.files import write_whole
+
+TUTORIALS = Path(__file__).parents[1] / "tutorials"
+SCRIPTS = sorted(TUTORIALS.glob("*.py"))
+
+
+def printed(cell):
+    """What a cell printed."""
+    return "".join(output.get("text", "") for output in cell.get("outputs", ()))
+
+
+def page(script):
+    """The page of a script, and its picture, if it draws one."""
+    notebook = jupytext.read(script)
+    with tempfile.TemporaryDirectory() as place:
+        kernel = ExecutePreprocessor(timeout=600, extra_arguments=["--IPKernelApp.log_level=ERROR"])
+        kernel.preprocess(notebook, {"metadata": {"path": place}})
+        drawn = Path(place) / f"{script.stem}.png"
+        picture = drawn.read_bytes() if drawn.exists() else None
+    if picture:  # below the cell that names it
+        cell = next(i for i, cell in enumerate(notebook.cells) if drawn.name in printed(cell))
+        notebook.cells.insert(cell + 1, new_markdown_cell(f"![the picture of this script](../pictures/{drawn.name})"))
+    text, _ = MarkdownExporter().from_notebook_node(notebook)
+    place = SCRIPTS.index(script)
+    links = [f"[`{script.name}`](../{script.name})", "[the course](../README.md)"]
+    links += [f"before: [{each.stem}]({each.stem}.md)" for each in SCRIPTS[max(0, place - 1) : place]]
+    links += [f"next: [{each.stem}]({each.stem}.md)" for each in SCRIPTS[place + 1 : place + 2]]
+    digest = hashlib.sha256(script.read_bytes()).hexdigest()
+    return f"<!-- {script.name}, sha256 {digest} -->\n\n{' · '.join(links)}\n\n{text.strip()}\n", picture
+
+
+if __name__ == "__main__":
+    os.environ["PYTHONPATH"] = str(TUTORIALS.parent)  # for the scripts
+    for script in [path.resolve() for path in map(Path, sys.argv[1:])] or SCRIPTS:
+        print(script.name, flush=True)
+        text, picture = page(script)
+        (TUTORIALS / "pages").mkdir(exist_ok=True)
+        write_whole(TUTORIALS / "pages" / f"{script.stem}.md", text.encode())
+        if picture:
+            write_whole(TUTORIALS / "pictures" / f"{script.stem}.png", picture)
