@@ -161,16 +161,39 @@ for name, outcome in outcomes.items():
         print(f"{name:<54}{outcome.tv:10.3f}{outcome.kl:8.2f}{outcome.reward:9.3f}{distances[-1]:z8.3f}")
 
 # %%
-curves = [plots.Curve("2,000 of the policies", sample_kl[::10], sample_reward[::10], ".", True, False)]
-curves += [plots.Curve("the frontier, pi*(beta)", curve_kl, curve_reward)]
-for name, marker in zip(policies, "oPsD^vX"):
-    kl, value = kl_and_reward(policies[name])
-    curves.append(plots.Curve(name, [kl], [value], marker, joined=False))
 picture = pathlib.Path("12_frontier.png")
-if plots.picture(picture, [plots.Panel("reward and KL", "KL(pi || pi_ref), nats", "expected reward", curves)]):
-    print(f"\npicture: {picture.name}")
-else:
-    print("\nthe picture needs matplotlib (the `plot` extra)")
+LABELS = {  # where a label stands
+    "pi*, beta 0.5": ("pi*, DPO and policy gradient", (1.75, 1.25)),
+    "reference": ("reference", (0.5, -0.85)),
+    "preferred fine-tuning": ("preferred fine-tuning", (0.75, -0.5)),
+    "unlikelihood, 30 steps": ("unlikelihood, 30 steps", (1.0, -0.15)),
+    "unlikelihood, 3,000 steps": ("unlikelihood, 3,000 steps", (1.25, 0.2)),
+}
+
+
+def draw(path):
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context(plots.STYLE):
+        figure = Figure(figsize=(6.4, 4.4), layout="constrained")
+        axes = figure.subplots()
+        axes.plot(sample_kl[::10], sample_reward[::10], ".", color=plots.INK, alpha=0.3, markersize=3)
+        axes.plot(curve_kl, curve_reward, color=plots.PALETTE[0], linewidth=2)
+        axes.text(0.75, 1.6, "the frontier: pi* of every beta", color=plots.PALETTE[0], ha="center")
+        axes.text(2.55, -0.85, "dots: 2,000 random policies", ha="center")
+        for name, (label, place) in LABELS.items():
+            here, arrow = kl_and_reward(policies[name]), {"arrowstyle": "-", "color": plots.PALETTE[1]}
+            paint = {"backgroundcolor": "white", "color": plots.PALETTE[1], "zorder": 3}
+            axes.annotate(label, here, place, arrowprops=arrow, va="center", **paint)
+            axes.plot(*here, "o", color=plots.PALETTE[1], zorder=4)
+        axes.set(xlabel="KL(pi || pi_ref), nats", ylabel="expected reward")
+        figure.savefig(path, dpi=120, metadata={"Software": None})
+
+
+if plots.installed():
+    draw(picture)
+print(f"\npicture: {picture.name}" if plots.installed() else "\nthe picture needs matplotlib (the `plot` extra)")
 
 # %% [markdown]
 # ## What was shown
