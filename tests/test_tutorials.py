@@ -77,12 +77,12 @@ def test_a_page_is_what_its_script_printed(path):
 
 def test_the_table_in_the_readme_is_true():
     """The README's table has every script, with its question and reading time, and functions that exist."""
-    rows = re.findall(r"^\| \[`(\w+\.py)`\]\((\w+\.py)\) \| (.+?) \| (\d+) \| (.+?) \| (.+?) \|$", README, re.M)
-    assert [name for name, *_ in rows] == [link for _, link, *_ in rows] == [path.name for path in SCRIPTS]
-    for name, _, question, minutes, _, where in rows:
-        text = (FOLDER / name).read_text()
+    rows = re.findall(r"^\| \[`(\w+)\.py`\]\(\1\.py\) \[page\]\(pages/\1\.md\) \| (.+?) \| (\d+) \| (.+?) \| (.+?) \|$", README, re.M)
+    assert [name for name, *_ in rows] == [path.stem for path in SCRIPTS]
+    for name, question, minutes, _, where in rows:
+        text = (FOLDER / f"{name}.py").read_text()
         assert int(minutes) == round(len(text.split()) / 100), f"{name}: a hundred words a minute"
-        if name != "errata.py":
+        if name != "errata":
             match = re.search(r"^# \*\*Question\.\*\* (.+?)$\n# *$", text, re.MULTILINE | re.DOTALL)
             expected = " ".join(match[1].replace("\n# ", " ").split())
             assert question.replace("\\|", "|") == expected  # a bar would end the cell
