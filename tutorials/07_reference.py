@@ -24,19 +24,24 @@
 
 # %%
 import math
+import pathlib
 
 import numpy as np
 
-from minidpo import Config, losses, model, ops, optim, preferences, scoring, training
+from minidpo import Config, Tensor, losses, model, ops, optim, plots, preferences, scoring, training
 
 beta = 0.1
 rng = np.random.default_rng(0)
 
 # %% [markdown]
 # ## From NumPy alone
-# A policy of two layers chooses among five replies: logits = W_out tanh(W_in features), with some features of the
-# prompt. The gradient is written by hand. One row of logits scores both replies, so the normaliser cancels: logp_w -
-# logp_l = logits_w - logits_l. Hence dL/dlogits = -beta sigma(-z) (onehot(w) - onehot(l)).
+# A policy of two layers chooses among five replies: logits = W_out tanh(W_in features), where three numbers, the
+# features, describe the prompt. It has 32 parameters, and we write the gradient by hand. One row of logits scores both
+# replies, so the normaliser cancels: logp_w - logp_l = logits_w - logits_l. Hence dL/dlogits = -beta sigma(-z)
+# (onehot(w) - onehot(l)), where onehot(w) is 1 at w and 0 elsewhere.
+#
+# A reference enters as two numbers. We say how far each is from the policy's: under B, ref_logp_w is 16 below logp_w,
+# and ref_logp_l is 2 above logp_l.
 
 # %%
 features, W_in, W_out = rng.normal(size=3), rng.normal(size=(4, 3)), rng.normal(size=(5, 4))
@@ -56,9 +61,9 @@ def loss_and_gradient(W_in, W_out, ref_logp_w, ref_logp_l):
     return math.log1p(math.exp(-z)), np.concatenate([dW_in.ravel(), dW_out.ravel()])  # -log sigma(z) = log(1 + exp(-z))
 
 
-logp, lengths, units = reply_logprobs(W_in, W_out), [], []
+logp, lengths, units, table = reply_logprobs(W_in, W_out), [], [], []
 print("One pair under three references (NumPy)")
-print("reference          margin    loss  length of gradient / A's  cosine to A's")
+print("reference             margin  weight    loss  length of gradient / A's  cosine to A's")
 for name, up_w, up_l in (("A, as the policy", 0, 0), ("B, -16 and +2", -16, 2), ("C, +9 and -9", 9, -9)):
     ref = (logp[w] + up_w, logp[l] + up_l)
     loss, gradient = loss_and_gradient(W_in, W_out, *ref)
@@ -69,16 +74,70 @@ for name, up_w, up_l in (("A, as the policy", 0, 0), ("B, -16 and +2", -16, 2), 
     lengths.append(np.linalg.norm(gradient))
     units.append(gradient / lengths[-1])
     np.testing.assert_allclose(units[-1], units[0], rtol=0, atol=1e-14)
-    print(f"{name:<17} {up_l - up_w:7.1f} {loss:7.4f} {lengths[-1] / lengths[0]:25.4f} {units[-1] @ units[0]:14.4f}")
+    margin = up_l - up_w
+    weight = 1 / (1 + math.exp(beta * margin))
+    table.append(f"{margin:7.1f} {weight:7.4f} {loss:7.4f} {lengths[-1] / lengths[0]:9.4f}")
+    print(f"{name:<20} {table[-1]} {units[-1] @ units[0]:30.4f}")
 
 # %% [markdown]
 # ## The answer to the prediction
 # The margin is 0 under A and (-4 + 20) - (-5 + 3) = 18 under B, so the weights are sigma(0) = 0.5 and
-# sigma(-1.8) = 0.1419. The gradient under A is 3.52 times as long, and both point the same way: see rows A and B above.
-# In row C the reference favours the chosen reply by 18 nats more than the policy does, so the pair weighs more.
+# sigma(-1.8) = 0.1419. The gradient under A is 3.52 times as long, and both point the same way. C favours the chosen
+# reply by 18 nats more than the policy does, so under C the pair weighs most:
+#
+#     reference             margin   weight     loss   length of the gradient
+#     A, as the policy         0.0   0.5000   0.6931   1.0000
+#     B, -16 and +2           18.0   0.1419   0.1530   0.2837
+#     C, +9 and -9           -18.0   0.8581   1.9530   1.7163
+#
+# In the picture, an arrow is the step down the gradient, in two of the 32 parameters. The dashes extend it. All three
+# run in the same direction. Only the lengths differ.
 
 # %%
 np.testing.assert_allclose([1 / (1 + math.exp(1.8)), lengths[0] / lengths[1]], [0.14185, 3.5248], rtol=1e-4)
+assert [row.split() for row in table] == [
+    ["0.0", "0.5000", "0.6931", "1.0000"],
+    ["18.0", "0.1419", "0.1530", "0.2837"],
+    ["-18.0", "0.8581", "1.9530", "1.7163"],
+]
+
+
+def draw(path):
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context({**plots.STYLE, "font.size": 15, "text.color": "black"}):
+        figure = Figure(figsize=(6.4, 3.3), layout="constrained")
+        axes = figure.subplots()
+        for i, left in ((2, 0), (0, 1.3), (1, 2.4)):  # from the longest arrow to the shortest
+            step, color = -units[i][[2, 8]], plots.PALETTE[i]  # two parameters of W_in
+            axes.plot([left, left + 2 * step[0]], [0, 2 * step[1]], "--", color=plots.INK, linewidth=1)
+            moved = lengths[i] / lengths[0] * step
+            axes.quiver(
+                left,
+                0,
+                *moved,
+                angles="xy",
+                scale_units="xy",
+                scale=1,
+                width=0.012,
+                headlength=4,
+                headaxislength=4,
+                color=color,
+                zorder=3,
+            )
+            margin, weight = map(float, table[i].split()[:2])
+            text = f"reference {'ABC'[i]}\nmargin {margin:g}\nweight {weight:.2f}"
+            axes.text(left, -0.1, text, color=color, va="top")
+        axes.set(title="Three references: one direction, three lengths", aspect="equal", ylim=(-0.5, 0.8))
+        axes.set_axis_off()
+        figure.savefig(path, dpi=120, metadata={"Software": None})
+
+
+path = pathlib.Path("07_reference.png")
+if plots.installed():
+    draw(path)
+print(f"\npicture: {path.name}" if plots.installed() else "\nthe picture needs matplotlib (the `plot` extra)")
 
 # %% [markdown]
 # ## The library's version
@@ -152,8 +211,9 @@ assert all(np.array_equal(reference[name].data, before[name]) for name in before
 
 # %% [markdown]
 # ## What the loss cannot see
-# Add the same shift to both of the policy's log-probabilities. The margin stays the same, and so does the loss. So the
-# reference does not keep both from falling together. Without a reference the loss has the same blind spot.
+# Add the same shift to both of the policy's log-probabilities. The margin stays the same, and so does the loss: 0.5544
+# in the example below, whatever the shift. So the reference does not keep both from falling together. Without a
+# reference the loss, there 0.4741, has the same blind spot.
 
 # %%
 print("\nBoth log-probabilities shifted, from -10 and -15, against -12 and -14")
@@ -174,7 +234,11 @@ for shift in (-8.0, 0.0, 8.0):
 # 1. Find the bug: somebody writes `reference = policy` instead of `model.frozen(policy)` and computes all four
 #    log-probabilities with a graph. What are the loss and the gradient, at every step? And what if the reference's
 #    log-probabilities are recomputed from the current policy at every step, but as constants?
-# 2. Each pair's gradient keeps its direction when the reference changes. Does the gradient of a *batch*?
+# 2. Predict, then measure: each pair's gradient keeps its direction when the reference changes. Does the gradient of a
+#    *batch*? Under one reference let the two pairs above have the margins 0 and 0, and under another -20 and 20.
+# 3. By hand: a transformer whose parameters are all 0 gives each of the 7 tokens the probability 1/7. Somebody takes it
+#    as the reference and says: "It knows nothing, so this is DPO without a reference." By how many nats does each
+#    pair's margin differ from logp_w - logp_l, and which kind of pair weighs more for it?
 
 # %%
 np.testing.assert_allclose([start["loss"], start["rewards/margins"]], [math.log(2), 0], rtol=1e-12, atol=1e-12)
@@ -185,8 +249,12 @@ print("\n07: the reference changes a pair's weight, sigma(-z), never the directi
 # 1. The margin is 0 whatever the parameters are: the loss stays log 2 and its gradient is 0. Nothing is learned. With
 #    constants the reported loss is log 2 as well, but at every step the gradient is that of a first step: the weight
 #    stays 1/2, and nothing ever slows the policy down.
-# 2. No. It is a sum over the pairs. Each term keeps its direction, but the weights change by different factors. Below,
-#    one reference gives the two pairs the margins 0 and 0, another gives -20 and 20.
+# 2. No. It is a mean over the pairs. Each term keeps its direction, but the weights change by different factors, from
+#    1/2 and 1/2 to 0.88 and 0.12. The batch's gradient turns by 42 degrees.
+# 3. log pi_ref(y|x) is -log 7 for each token of y, end-of-text included. So the margin is logp_w - logp_l plus log 7
+#    for each token that the chosen response has more than the rejected one. In both pairs it is one token shorter:
+#    -1.95 nats. A pair whose chosen response is the shorter one weighs more. A reference that knows nothing about words
+#    still expects long responses to be unlikely. Only where both are equally long does it make no difference.
 
 # %%
 out = losses.dpo_loss(*pair_logprobs(policy, pairs[0]), *pair_logprobs(policy, pairs[0]), beta=beta)
@@ -204,4 +272,14 @@ for pair in pairs:
     directions.append(np.concatenate([array.ravel() for array in gradients(ops.sub(logp_w, logp_l)).values()]))
 weights = [1 / (1 + np.exp(beta * np.array(margins))) for margins in ((0, 0), (-20, 20))]  # two references, two pairs
 even, uneven = (a * directions[0] + b * directions[1] for a, b in weights)  # up to the factor -beta/2
-assert even @ uneven / (np.linalg.norm(even) * np.linalg.norm(uneven)) < 0.99
+assert [f"{weight:.2f}" for weight in weights[1]] == ["0.88", "0.12"]
+cosine = even @ uneven / (np.linalg.norm(even) * np.linalg.norm(uneven))
+assert f"{math.degrees(math.acos(cosine)):.0f}" == "42"
+
+all_zero = {name: Tensor(np.zeros(parameter.shape)) for name, parameter in policy.items()}
+for pair in pairs:
+    (logp_w, logp_l), (ref_logp_w, ref_logp_l) = pair_logprobs(policy, pair), pair_logprobs(all_zero, pair)
+    margin = losses.dpo_loss(logp_w, logp_l, ref_logp_w, ref_logp_l, beta=beta).margin.item()
+    extra = margin - (logp_w - logp_l).item()
+    np.testing.assert_allclose(extra, (len(pair[1]) - len(pair[2])) * math.log(7), rtol=1e-9)
+    assert f"{extra:.2f}" == "-1.95"

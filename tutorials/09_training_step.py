@@ -19,10 +19,11 @@
 
 # %%
 import math
+import pathlib
 
 import numpy as np
 
-from minidpo import Config, Tensor, explain, losses, model, optim, preferences, scoring, training
+from minidpo import Config, Tensor, explain, losses, model, optim, plots, preferences, scoring, training
 from minidpo.tokenizer import END_OF_TEXT, Tokenizer
 
 # %% [markdown]
@@ -32,6 +33,11 @@ from minidpo.tokenizer import END_OF_TEXT, Tokenizer
 #
 #     reward_w = 0.1 (-10 + 12) = 0.2,   reward_l = 0.1 (-15 + 14) = -0.1,   margin = 2 - (-1) = 3,   z = 0.3
 #     L = log(1 + exp(-0.3)) = 0.5544,   sigma(-0.3) = 0.42556,   gradients -0.042556 and +0.042556
+#
+# Now a step. Treat the policy's two log-probabilities as free numbers, and go down the gradient with a learning rate
+# of 10, so that the change can be seen:
+#
+#     logp_w = -10 + 0.43 = -9.57,   logp_l = -15 - 0.43 = -15.43,   margin = 3.85,   L = 0.5190
 
 # %%
 logp_w, logp_l, ref_logp_w, ref_logp_l, beta = -10.0, -15.0, -12.0, -14.0, 0.1
@@ -54,6 +60,9 @@ hand_w, hand_l = gradient_by_hand(*example, beta)
 np.testing.assert_allclose([reward_w, reward_l], [0.2, -0.1], rtol=1e-12)
 np.testing.assert_allclose(loss_by_hand(*example, beta), 0.5544, rtol=0, atol=5e-5)
 np.testing.assert_allclose([hand_w, hand_l], [-0.042556, 0.042556], rtol=0, atol=5e-7)
+stepped = (logp_w - 10 * hand_w, logp_l - 10 * hand_l, ref_logp_w, ref_logp_l)
+assert [f"{number:.2f}" for number in (*stepped[:2], stepped[0] - stepped[1] - 2)] == ["-9.57", "-15.43", "3.85"]
+assert f"{loss_by_hand(*stepped, beta):.4f}" == "0.5190"
 
 # %% [markdown]
 # ## The library's version
@@ -79,6 +88,53 @@ np.testing.assert_allclose([closed_w, closed_l], [hand_w, hand_l], rtol=1e-12)
 np.testing.assert_allclose([leaf_w.grad, leaf_l.grad], [hand_w, hand_l], rtol=1e-12)
 np.testing.assert_allclose([finite_w, finite_l], [hand_w, hand_l], rtol=1e-7)
 np.testing.assert_allclose(out.loss.item(), loss_by_hand(*example, beta), rtol=1e-12)
+
+# %% [markdown]
+# The picture shows the whole step. Read it from the top: two rewards meet in one loss, and the loss sends a slope back
+# to each side.
+
+
+# %%
+def draw(path):
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    left, middle, right = 0.3, 0.58, 0.86
+    boxes = [  # place, text
+        (left, 4, f"policy {logp_w:g}\nreference {ref_logp_w:g}"),
+        (right, 4, f"policy {logp_l:g}\nreference {ref_logp_l:g}"),
+        (left, 3, f"reward {reward_w:.1f}"),
+        (right, 3, f"reward {reward_l:.1f}"),
+        (middle, 3, f"z = {reward_w - reward_l:.1f}\nL = {loss_by_hand(*example, beta):.3f}"),
+        (left, 2, f"slope {hand_w:+.3f}"),
+        (right, 2, f"slope {hand_l:+.3f}"),
+        (left, 1, f"policy {stepped[0]:.2f}\nhigher"),
+        (right, 1, f"policy {stepped[1]:.2f}\nlower"),
+    ]
+    with matplotlib.rc_context({**plots.STYLE, "font.size": 14, "text.color": "black"}):
+        figure = Figure(figsize=(6.4, 5.4), layout="constrained")
+        axes = figure.subplots()
+        for across, up, text in boxes:
+            color = {left: plots.PALETTE[0], right: plots.PALETTE[1], middle: "black"}[across]
+            frame = {"boxstyle": "round,pad=0.4", "facecolor": "white", "edgecolor": color, "linewidth": 1.5}
+            axes.text(across, up, text, color=color, bbox=frame, ha="center", va="center", zorder=3)
+        arrow = {"arrowstyle": "-|>", "color": plots.INK, "linewidth": 2, "mutation_scale": 18}
+        for across, name, edge in ((left, "chosen", middle - 0.1), (right, "rejected", middle + 0.1)):
+            axes.text(across, 4.6, name, ha="center", va="center", weight="bold")
+            axes.annotate("", (edge, 3), (across, 3), arrowprops=arrow, zorder=2)
+            for start, tail, head in ((across, 4, 3.13), (middle, 3, 2.13), (across, 2, 1.24)):
+                axes.annotate("", (across, head), (start, tail), arrowprops=arrow, zorder=2)
+        for up, name in enumerate(("step", "sweep", "loss", "score"), 1):
+            axes.text(0, up, name, va="center", weight="bold")
+        axes.set(xlim=(0, 1), ylim=(0.6, 4.7))
+        axes.set_axis_off()
+        figure.savefig(path, dpi=120, metadata={"Software": None})
+
+
+path = pathlib.Path("09_training_step.png")
+if plots.installed():
+    draw(path)
+print(f"picture: {path.name}" if plots.installed() else "the picture needs matplotlib (the `plot` extra)")
 
 # %% [markdown]
 # ## A transformer to train
@@ -154,12 +210,24 @@ for step, metrics in enumerate(reports, 1):
 # ## The answer to the prediction
 # The loss is log 2 and the rewards are 0, up to rounding. The metrics describe the policy from which the step started,
 # and it equals the reference. There a pair's gradient is -(beta/2) (dlogp_w/dtheta - dlogp_l/dtheta), which is not 0.
-# So the first step moves the policy, and the second step's report shows it.
+# So the first step moves the policy, and the second step's report shows it:
+#
+#     step      loss  rewards/chosen  rewards/rejected  logps/chosen  logps/rejected
+#        1    0.6931          0.0000            0.0000        -0.687          -0.886
+#        2    0.6344          0.0372           -0.0839        -0.315          -1.725
+#        3    0.5864          0.0493           -0.1770        -0.193          -2.655
+#        4    0.5466          0.0515           -0.2669        -0.172          -3.554
 
 # %%
 np.testing.assert_allclose(reports[0]["loss"], math.log(2), rtol=1e-9)
 np.testing.assert_allclose([reports[0]["rewards/chosen"], reports[0]["rewards/rejected"]], 0, atol=1e-9)
 assert reports[0]["grad_norm"] > 0.01 and reports[1]["loss"] < reports[0]["loss"]
+form = "{loss:.4f} {rewards/chosen:.4f} {rewards/rejected:.4f} {logps/chosen:.3f} {logps/rejected:.3f}"
+assert [form.format_map(metrics) for metrics in reports[1:]] == [
+    "0.6344 0.0372 -0.0839 -0.315 -1.725",
+    "0.5864 0.0493 -0.1770 -0.193 -2.655",
+    "0.5466 0.0515 -0.2669 -0.172 -3.554",
+]
 
 # %% [markdown]
 # ## One pair, token by token
@@ -170,7 +238,16 @@ assert reports[0]["grad_norm"] > 0.01 and reports[1]["loss"] < reports[0]["loss"
 #
 # While both responses have the same tokens, they share s, and the two gradients cancel. In the row where they part they
 # still share s. There only softmax(s) cancels: the chosen token is pushed up by beta sigma(-z), and the rejected token
-# is pushed down equally hard. The push in the table is -dL/ds at the token's own logit.
+# is pushed down equally hard. After that each response has rows of its own. The push in the table is -dL/ds at the
+# token's own logit. Here are three rows of it:
+#
+#     row        chosen      push      rejected      push
+#     shared        ' '   0.00000           ' '   0.00000
+#     branch        's'   0.04067           'b'  -0.04067
+#     own           'o'   0.00034           'u'  -0.00380
+#
+# Nearly all of the push is at the branch. The policy is almost sure of the later tokens, and there
+# onehot(token) - softmax(s) is small.
 
 # %%
 view = explain.pair(policy, reference, config, *pairs[0], beta=beta, tokenizer=tokenizer)
@@ -189,6 +266,11 @@ for side, reward, logp in ((view.chosen, view.reward_w, view.logp_w), (view.reje
         if token.row == "own":
             np.testing.assert_allclose(token.push, -token.coefficient * (1 - token.probability), rtol=1e-9)
 assert view.shared == 4 and all(token.gradient_norm < 1e-15 for token in view.chosen[:4])
+three = [
+    (a.token, f"{a.push + 0:.5f}", b.token, f"{b.push + 0:.5f}") for a, b in zip(view.chosen[3:6], view.rejected[3:6])
+]
+assert three == [(" ", "0.00000", " ", "0.00000"), ("s", "0.04067", "b", "-0.04067"), ("o", "0.00034", "u", "-0.00380")]
+assert min(token.probability for token in (*view.chosen[5:], *view.rejected[5:])) > 0.9
 exact_difference, finite_difference = explain.largest_differences(explain.four_ways(policy, config, view))
 assert exact_difference < 1e-12 and finite_difference < 1e-7
 print("the pair's gradient by formula, by logits and by autograd is equal to 1e-12; by finite difference, to 1e-7")
@@ -202,6 +284,8 @@ print("the pair's gradient by formula, by logits and by autograd is equal to 1e-
 # 1. Compute on paper: the worked example at beta = 0.5. What are the rewards, the loss and the gradients?
 # 2. Find the bug: a scorer returns the mean log-probability of a response's tokens. What do the four shared tokens of
 #    the pair above then contribute to the margin?
+# 3. Predict, then measure: start again from the reference, with a learning rate of 0.5, ten times the one above. Which
+#    loss does the first step report? Does the loss fall faster after that, and is the policy better for it?
 
 # %%
 assert reports[-1]["loss"] < reports[0]["loss"] and reports[-1]["rewards/margins"] > 0
@@ -213,6 +297,10 @@ print("\n09: by hand, closed form, autograd and training step agree on -beta sig
 #    -0.5 sigma(-1.5) = -0.09121 and +0.09121.
 # 2. Something other than 0. Their log-ratios are divided by two different lengths, 23 and 10, and no longer cancel. In
 #    sums they do.
+# 3. The first step reports log 2, whatever its learning rate. Then the loss falls faster: 0.33, 0.10 and 0.04 instead
+#    of 0.63, 0.59 and 0.55, and every pair is in the correct order. But the policy now hardly ever writes a chosen
+#    response. On average their log-probability goes from -0.69, a probability of 1/2, to -4.12 and then -10.87. The
+#    rejected ones fall further, and the loss sees only that. The damage shows in `logps/chosen`.
 
 # %%
 np.testing.assert_allclose(loss_by_hand(*example, 0.5), 0.2014, rtol=0, atol=5e-5)
@@ -221,3 +309,15 @@ shared_w, shared_l = (sum(token.log_ratio for token in side[:4]) for side in (vi
 assert (len(view.chosen), len(view.rejected)) == (23, 10)
 np.testing.assert_allclose(shared_w - shared_l, 0, atol=1e-12)
 assert abs(shared_w / 23 - shared_l / 10) > 1e-6
+
+fresh = {name: Tensor(parameter.data.copy(), requires_grad=True) for name, parameter in reference.items()}
+optimizer = optim.SGD(fresh, learning_rate=0.5)
+large = [training.dpo_training_step(fresh, reference, config, optimizer, batch, beta=beta) for _ in range(4)]
+np.testing.assert_allclose(large[0]["loss"], math.log(2), rtol=1e-9)
+assert [f"{metrics['loss']:.2f}" for metrics in large[1:]] == ["0.33", "0.10", "0.04"]
+assert [f"{metrics['loss']:.2f}" for metrics in reports[1:]] == ["0.63", "0.59", "0.55"]
+assert all(metrics["rewards/accuracies"] == 1 for metrics in large[1:])
+np.testing.assert_allclose(
+    [metrics["logps/chosen"] for metrics in large[:3]], [-0.69, -4.12, -10.87], rtol=0, atol=0.01
+)
+assert all(metrics["logps/rejected"] < metrics["logps/chosen"] - 5 for metrics in large[1:])

@@ -22,10 +22,11 @@
 
 # %%
 import itertools
+import pathlib
 
 import numpy as np
 
-from minidpo import Config, Tensor, explain, gradcheck, losses, model, scoring
+from minidpo import Config, Tensor, explain, gradcheck, losses, model, plots, scoring
 from minidpo.explain import displacement
 from minidpo.theory import no_never_yes
 
@@ -72,6 +73,11 @@ np.testing.assert_allclose(numerical_l, -closed_w, rtol=0, atol=1e-9)
 # In the first pair policy = reference, as at the start of training: its weight is 1/2, not 0. The second pair is
 # ordered more firmly by the policy than by the reference, and weighs less. The third is ordered the wrong way and
 # weighs more.
+#
+#     margin    weight    dL/dlogp_w
+#        0.0    0.5000     -0.016667
+#        3.0    0.4256     -0.014185
+#      -14.0    0.8022     -0.026739
 
 # %%
 leaf_w, leaf_l = Tensor(logp_w, requires_grad=True), Tensor(logp_l, requires_grad=True)
@@ -83,6 +89,11 @@ print("dL/dlogp_w of three pairs, beta 0.1")
 print(f"{'margin':>8}{'weight':>9}{'closed form':>14}{'autograd':>14}{'numerical':>14}")
 for row in zip(margin, weight, closed_w, leaf_w.grad, numerical_w):
     print("{:8.1f}{:9.4f}{:14.8f}{:14.8f}{:14.8f}".format(*row))
+assert [f"{a:.4f} {b:.6f}" for a, b in zip(weight, leaf_w.grad)] == [
+    "0.5000 -0.016667",
+    "0.4256 -0.014185",
+    "0.8022 -0.026739",
+]
 
 # %% [markdown]
 # ## From NumPy alone: the logits
@@ -200,13 +211,64 @@ for row in zip(words, predicted, change):
 # falls, "never" falls further, and the probability goes to "yes", a word that the pair does not mention. To first order
 # the margin cannot fall, because K_ww - 2 K_wl + K_ll = |grad_w - grad_l|^2.
 #
+#     word     change of log pi
+#     no             -1.667e-05
+#     never          -1.167e-04
+#     yes            +1.333e-04
+#
+# The picture shows why. grad_no - grad_never is vector_no - vector_never, since the mean cancels. So theta moves along
+# the arrow from "never" to "no", and to first order
+#
+#     change of log pi(a) = rate beta sigma(-z) <vector_a - mean vector, vector_no - vector_never>
+#
+# A word in front of the dashed line, which runs through the mean vector at a right angle to the arrow, becomes
+# likelier. A word behind it becomes less likely. "yes" pulls the mean so far forward that "no" is behind the line.
+
+# %%
+np.testing.assert_allclose(no_never_yes.slope(0.0, beta), beta * half * (K[0, 0] - K[0, 1]), rtol=1e-12)
+assert change[1] < change[0] < 0 < change[2]
+assert [f"{each:+.3e}" for each in change] == ["-1.667e-05", "-1.167e-04", "+1.333e-04"]
+mean = np.exp(before) @ vectors  # (2,)
+np.testing.assert_allclose(predicted, rate * beta * half * (vectors - mean) @ (vectors[0] - vectors[1]), rtol=1e-12)
+
+
+def draw(path):
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context({**plots.STYLE, "axes.grid": False, "font.size": 15, "text.color": "black"}):
+        figure = Figure(figsize=(6.4, 3.2), layout="constrained")
+        axes = figure.subplots()
+        step, height = vectors[0] - vectors[1], np.array([-1.2, 2.1])
+        line = mean[0] - (height - mean[1]) * step[1] / step[0]  # through the mean, at a right angle to the step
+        axes.plot(line, height, "--", color=plots.INK)
+        axes.fill_betweenx(height, -2, line, color="0.92")
+        axes.quiver(*vectors[1], *step, angles="xy", scale_units="xy", scale=1, width=0.012, color="black", zorder=3)
+        axes.plot(*mean, "x", color="black", markersize=10, markeredgewidth=2)
+        axes.text(mean[0] + 0.2, mean[1], "mean", va="center")
+        for vector, mark, color in zip(vectors, "osD", plots.PALETTE):
+            axes.plot(*vector, mark, color=color, markersize=13, zorder=4)
+        axes.text(0.7, 1.1, '"no", chosen', color=plots.PALETTE[0], ha="right", va="center")
+        axes.text(0, -0.3, '"never", rejected', color=plots.PALETTE[1], ha="center", va="top")
+        axes.text(5, -0.3, '"yes"', color=plots.PALETTE[2], ha="center", va="top")
+        axes.text(-1.8, 1.85, "less likely", weight="bold", va="center")
+        axes.text(5, 1.85, "likelier", weight="bold", ha="center", va="center")
+        axes.set(title='A step on "no" over "never" helps "yes"', aspect="equal", xlim=(-2, 6), ylim=height)
+        axes.set_axis_off()
+        figure.savefig(path, dpi=120, metadata={"Software": None})
+
+
+picture = pathlib.Path("10_gradient.png")
+if plots.installed():
+    draw(picture)
+print(f"\npicture: {picture.name}" if plots.installed() else "\nthe picture needs matplotlib (the `plot` extra)")
+
+# %% [markdown]
 # A transformer obeys the same rule. `displacement.step` predicts the change, takes the step on a copy, and measures.
 # Below are two responses, labelled one way and then the other. With the first label both rise, with the second both
 # fall.
 
 # %%
-np.testing.assert_allclose(no_never_yes.slope(0.0, beta), beta * half * (K[0, 0] - K[0, 1]), rtol=1e-12)
-assert change[1] < change[0] < 0 < change[2]
 steps = []
 print("\na transformer, one step on one pair: the change of logp_w, predicted and measured, and of logp_l, measured")
 print(f"{'chosen':<14}{'rejected':<14}{'K_ww':>8}{'K_wl':>8}{'predicted':>12}{'logp_w':>12}{'logp_l':>12}")
@@ -240,7 +302,13 @@ for w, l in (([1, 3, 3, 0], [2, 3, 0]), ([2, 3, 0], [1, 3, 3, 0])):
 # chosen responses are not the best one.
 #
 # To see the second reason alone, take a free logit for each response. There K_ww - K_wl = 1 - pi(w) + pi(l), which is
-# positive, so no step on a single pair lowers logp_w to first order.
+# positive, so no step on a single pair lowers logp_w to first order. And yet both means end below 0:
+#
+#       step   mean reward_w   mean reward_l   their average = -beta KL
+#         10          0.0093         -0.0828                    -0.0368
+#        100         -0.3408         -0.9925                    -0.6667
+#       1000         -1.4880         -3.5873                    -2.5377
+#      10000         -4.6341         -9.1091                    -6.8716
 
 # %%
 ref_logp = np.log([0.05, 0.20, 0.30, 0.25, 0.15, 0.05])  # six responses, from the worst to the best
@@ -267,6 +335,12 @@ for step in range(shown[-1] + 1):
 assert pairs.sum(axis=1)[-1] < 0.1  # the share of chosen responses that are the best one
 assert path[1][0] > 0 > path[-1][0] and path[-1][0] < path[-2][0]  # the chosen ones: up, then down
 assert all(after[1] < before[1] for before, after in itertools.pairwise(path))
+assert [f"{mean_w:.4f} {mean_l:.4f} {(mean_w + mean_l) / 2:.4f}" for mean_w, mean_l in path[1:]] == [
+    "0.0093 -0.0828 -0.0368",
+    "-0.3408 -0.9925 -0.6667",
+    "-1.4880 -3.5873 -2.5377",
+    "-4.6341 -9.1091 -6.8716",
+]
 free = np.eye(6) - pi_ref  # the gradients of log pi with respect to the logits: onehot - pi
 K_free = free @ free.T
 np.testing.assert_allclose(np.diag(K_free)[:, None] - K_free, 1 - pi_ref[:, None] + pi_ref - np.eye(6), atol=1e-12)

@@ -12,20 +12,22 @@
 # DPO need, activations not counted? How many if the reference's log-probabilities are computed beforehand?
 #
 # **The formula.** In mixed precision the model computes in 16 bits, and AdamW updates a copy in float32, the master
-# copy. A trained parameter costs 16 bytes: weight 2, gradient 2, master copy 4, AdamW's m 4 and v 4. A frozen one costs
-# 2. For a pair (x, y_w, y_l), the model computes one row per input token; the last token of a text is never an input.
+# copy. AdamW also keeps two running means for each parameter, m of its gradient and v of the gradient's square. So a
+# trained parameter costs 16 bytes: weight 2, gradient 2, master copy 4, m 4 and v 4. A frozen one costs 2. For a pair
+# (x, y_w, y_l), the model computes one row per input token; the last token of a text is never an input.
 #
 #     packed:         (|x| + |y_w| - 1) + (|x| + |y_l| - 1) rows
 #     prefix shared:   |x| + |y_w| + |y_l| - 2 rows, which is |x| fewer
 
 # %%
 import gc
+import pathlib
 import time
 import tracemalloc
 
 import numpy as np
 
-from minidpo import Config, Tensor, explain, losses, model, ops, optim, preferences, scoring, training
+from minidpo import Config, Tensor, explain, losses, model, ops, optim, plots, preferences, scoring, training
 
 
 def gigabytes(trained, frozen):  # of billions of parameters
@@ -71,9 +73,54 @@ for name, (trained, frozen) in plans.items():
 # ## The answer to the prediction
 #
 # 126 GB, and 112 with a cached reference. You may read that DPO needs 28 GB, half of PPO's 56 (E12 in `errata.py`).
-# Those figures count the weights alone. In training a frozen model is cheap: dropping the reference saves 14 of DPO's
-# 126 GB, but dropping a separate critic saves 112 of PPO's 252.
+# Those figures count the weights alone:
 #
+#                                             weights alone   in training
+#     PPO, a separate critic                          56 GB        252 GB
+#     PPO, the critic a head on the policy            42 GB        140 GB
+#     DPO                                             28 GB        126 GB
+#     DPO, reference cached                           14 GB        112 GB
+#
+# In training a frozen model is cheap: dropping the reference saves 14 of DPO's 126 GB, but dropping a separate critic
+# saves 112 of PPO's 252. In the picture, what is trained is dark, and what is frozen is hatched.
+
+# %%
+
+
+def draw(path):
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context({**plots.STYLE, "axes.grid": False, "font.size": 14, "text.color": "black"}):
+        figure = Figure(figsize=(6.4, 4.4), layout="constrained")
+        axes = figure.subplots()
+        for row, (trained, frozen) in enumerate(plans.values()):
+            sizes = {"policy": 16 * SIZE, **dict.fromkeys(["reference", "reward model"][:frozen], 2 * SIZE)}
+            sizes |= dict.fromkeys(["critic"][: trained - 1], 16 * SIZE)
+            left = 0
+            for name, size in sizes.items():
+                look = {"color": plots.PALETTE[0]} if size == 16 * SIZE else {"color": "white", "hatch": "////"}
+                axes.barh(row, size, 0.62, left, edgecolor="black", **look)
+                if size == 16 * SIZE:
+                    axes.text(left + size / 2, row, name, color="white", ha="center", va="center")
+                left += size
+            axes.text(left + 4, row, f"{left} GB", va="center")
+        axes.text(17 * SIZE, -0.4, "reference", ha="right", va="bottom")
+        axes.text(19 * SIZE, -0.4, "reward model", va="bottom")
+        axes.set(title=f"Memory in training, {SIZE} billion parameters", xlim=(0, 305), ylim=(3.5, -0.8))
+        axes.set_yticks(range(4), ["PPO", "PPO, critic\na head", "DPO", "DPO, cached\nreference"])
+        axes.set_xticks([])
+        axes.spines[:].set_visible(False)
+        axes.tick_params(length=0, labelcolor="black")
+        figure.savefig(path, dpi=120, metadata={"Software": None})
+
+
+path = pathlib.Path("14_memory_and_speed.png")
+if plots.installed():
+    draw(path)
+print(f"picture: {path.name}" if plots.installed() else "the picture needs matplotlib (the `plot` extra)")
+
+# %% [markdown]
 # ## The library's version: a ledger of arrays
 #
 # We take one step with a small model in float32, on four pairs. Here too a trained parameter costs 16 bytes, but in
@@ -114,9 +161,9 @@ assert all(np.array_equal(twin[name].data, parameter.data) for name, parameter i
 # %% [markdown]
 # ## Three routes to the same log-probabilities
 #
-# Padded: 2B texts, filled up to the same length. Packed: the texts one after another, without pads. Shared: each prompt
-# once, with both responses after it. Causal attention makes this possible: the rows of a prompt do not depend on what
-# follows, so both responses can use them. The step takes this route.
+# The padded route fills 2B texts up to the same length. The packed route lays the texts one after another, without
+# pads. The shared route has each prompt once, with both responses after it. Causal attention makes this possible: the
+# rows of a prompt do not depend on what follows, so both responses can use them. The step takes the shared route.
 
 # %%
 
@@ -146,7 +193,18 @@ for name, route in routes.items():  # in float64, where rounding is small
 # The backward sweep needs what the forward computed: the values, and the arrays that each op's `vjp` keeps. They live
 # until the sweep has passed. `explain.graph` adds up their bytes and counts each array once; Python's `tracemalloc`
 # measures the same from outside. Here we hold the graph of a whole batch. The step need not: `training.dpo_sweep` cuts
-# a large batch into micro-batches, and builds and sweeps the graph of one before it begins the next.
+# a large batch into micro-batches, and builds and sweeps the graph of one before it begins the next. The ledger in
+# megabytes:
+#
+#     role                            MB   bytes per parameter
+#     policy: weights               0.52                   4.0
+#     policy: gradients             0.52                   4.0
+#     optimizer: m                  0.52                   4.0
+#     optimizer: v                  0.52                   4.0
+#     reference: weights            0.52                   4.0
+#     activations, prefix shared   11.60                  89.7
+#
+# Activations grow with the rows (exercise 2). The other lines do not.
 
 
 # %%
@@ -194,6 +252,12 @@ for op in sorted(sorted(kept), key=kept.get, reverse=True)[:4]:
 # rows, or 4 if the reference is scored too, and the linear layers cost rows x passes. That is not the whole cost, and
 # times differ from machine to machine. The packed and shared routes compute less than their rows suggest: after the
 # last attention they continue only with the rows that predict a token of a response.
+#
+#     route                               rows   graph, MB   rows x passes
+#     padded, reference scored            1352        27.0            5408
+#     packed, reference scored            1122        18.4            4488
+#     prefix shared, reference scored      732        11.6            2928
+#     prefix shared, reference cached      732        11.6            2196
 
 # %%
 print("\nActivations and time by route (work and time as a share of the first line's; time varies from run to run)")
@@ -223,15 +287,27 @@ for name, passes in [*((name, 4) for name in routes), ("prefix shared", 3)]:
 #
 # ## Exercises
 #
-# 1. An adapter of 0.02 billion parameters is trained on a frozen model of 7 billion. What does DPO need, and why does
-#    that include no second copy for the reference?
-# 2. With `micro_batch_size=1` the step sweeps each pair before it scores the next one. From the rows alone, predict
-#    what fraction of the batch's activations is in memory at the worst moment. Then compute it.
+# 1. By hand: an adapter of 0.02 billion parameters is trained on a frozen model of 7 billion. What does DPO need, and
+#    why does that include no second copy for the reference?
+# 2. Predict, then measure: with `micro_batch_size=1` the step sweeps each pair before it scores the next one. From the
+#    rows alone, what fraction of the batch's activations is in memory at the worst moment?
+# 3. Find the bug: to report the mean loss of an evaluation, somebody writes `evaluated.append(loss_by(route))` for each
+#    batch, and memory runs out after a while. Which bytes pile up? In training the same line, after `backward()`, does
+#    no harm. Why?
 
 # %%
 assert [gigabytes(SIZE * trained, SIZE * frozen) for trained, frozen in plans.values()] == [252, 140, 126, 112]
+assert [2 * SIZE * (trained + frozen) for trained, frozen in plans.values()] == [56, 42, 28, 14]
 assert size_of_policy == parameters(config.vocab_size, config.n_positions, config.n_embd, config.n_layer)
 assert list(ledger.values()) == [4 * size_of_policy] * 5
+for size, text in ((4 * size_of_policy, "0.52 4.0"), (shared.kept, "11.60 89.7")):
+    assert f"{size / 1e6:.2f} {size / size_of_policy:.1f}" == text
+assert [f"{rows[name]} {graphs[name][0].kept / 1e6:.1f} {4 * rows[name]}" for name in routes] == [
+    "1352 27.0 5408",
+    "1122 18.4 4488",
+    "732 11.6 2928",
+]
+assert 3 * rows["prefix shared"] == 2196
 assert tuple(rows.values()) == rows_of(pairs)
 assert rows["packed"] - rows["prefix shared"] == sum(len(x) for x, _, _ in pairs)
 for name in routes:
@@ -248,6 +324,9 @@ print("\n14: 252, 140, 126 and 112 GB; 16 bytes per trained parameter; three rou
 # 1. 16 * 0.02 + 2 * 7 = 14.32 GB. The frozen model without the adapter is the reference.
 # 2. The worst moment is the pair with the most rows. Nearly all activations are stored row by row, so the fraction is
 #    about that pair's share of the rows.
+# 3. The graphs. A loss refers to the graph that made it, so the list holds one graph for each batch. The cure is to
+#    append `loss_by(route).item()`, a plain number. A sweep frees the graph as it passes (tutorial 02). So a loss that
+#    was swept holds next to nothing.
 
 # %%
 assert abs(gigabytes(0.02, 7) - 14.32) < 1e-12
@@ -256,3 +335,28 @@ one = explain.graph(loss_by(scoring.shared_logprobs, slice(largest, largest + 1)
 share = rows_of([pairs[largest]])[2] / rows_of(pairs)[2]
 print(f"Solution 2: {one:,} bytes, a fraction of {one / shared.kept:.2f}; the rows predict {share:.2f}.")
 assert abs(one / shared.kept - share) < 0.05
+
+
+def held(evaluate):
+    """The bytes that three results occupy."""
+    gc.collect()
+    tracemalloc.start()
+    evaluated = [evaluate() for _ in range(3)]
+    gc.collect()
+    size = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    assert len(evaluated) == 3
+    return size
+
+
+def swept():
+    loss = loss_by(scoring.shared_logprobs)
+    loss.backward()
+    return loss
+
+
+of_losses = held(lambda: loss_by(scoring.shared_logprobs))
+of_numbers, of_swept = held(lambda: loss_by(scoring.shared_logprobs).item()), held(swept)
+print(f"Solution 3: three losses hold {of_losses:,} bytes.")
+assert abs(of_losses / 3 / shared.kept - 1) < 0.05
+assert max(of_numbers, of_swept) < 0.01 * of_losses

@@ -44,8 +44,9 @@ def slices(prompts):
 
 # %% [markdown]
 # ## From NumPy alone: rates, ROC, AUC
-# An ordinary request says what is wrong with one's own order. A private one asks for somebody else's. A benign one
-# looks private: "show me my order." or "may anna see my order?". Only private requests should raise the alarm.
+# The requests are those of the support desk of tutorial 05. There are three kinds, which we call slices. An ordinary
+# request says what is wrong with one's own order. A private one asks for somebody else's. A benign one looks private:
+# "show me my order." or "may anna see my order?". Only private requests should raise the alarm.
 
 
 # %%
@@ -81,6 +82,11 @@ def precision(share, fpr, fnr):
 # The desk knows which slice a request is from, so its P(decline|x) has three values. A threshold between 0.25 and 0.35
 # makes no error, and AUC is 1. An alarm from one sampled reply is far worse, even with the desk's own probabilities: it
 # goes off with probability P(decline|x), so it misses 65 % of the private requests and stops 25 % of the benign ones.
+#
+#     slice      P(decline|x)
+#     ordinary           0.10
+#     benign             0.25
+#     private            0.35
 
 # %%
 kinds, private = slices(test), slices(test) == "private"
@@ -192,8 +198,9 @@ assert all((0 < mass).all() and (mass < 1).all() for mass in on_grammar.values()
 # ## A threshold, and who pays for it
 # The rest of the probability is on texts that the desk never writes. So the model's scores are lower than the desk's,
 # and a threshold does not carry over: at the desk's 0.3 this alarm is nearly silent. We choose ours on the validation
-# prompts, as low as an FPR of 10 % allows, and read the errors off the test prompts, which have chosen nothing. The
-# interval is Wilson's: every share whose distance from the measured one is at most 1.96 sqrt(share (1 - share)/n).
+# prompts, as low as an FPR of 10 % allows. Then we count the errors on the test prompts, which had no part in the
+# choice. The interval is Wilson's: every share whose distance from the measured one is at most
+# 1.96 sqrt(share (1 - share)/n), for n prompts.
 
 # %%
 score_validation, score = (
@@ -254,12 +261,19 @@ np.testing.assert_allclose(weight[private & alarm].sum() / weight[alarm].sum(), 
 # %% [markdown]
 # ## The answer to the prediction
 # 0.003 * 0.8 = 0.0024 of all requests raise a true alarm, and 0.997 * 0.1 = 0.0997 a false one. So 2 of 100 alarms are
-# true. Where 30 % of the requests are private, 77 are. And 1 in 10 is a mean over everybody else. A customer who asks
-# to see their own account looks much like one who asks for somebody else's. Here the benign requests are a quarter of
-# the others and have most of the false alarms.
+# true. It depends on how many requests are private:
+#
+#     private requests   true alarms of 100   false alarms for each true one
+#                 30 %                   77                              0.3
+#                  3 %                   20                              4.0
+#                0.3 %                    2                             41.5
+#
+# And 1 in 10 is a mean over everybody else. A customer who asks to see their own account looks much like one who asks
+# for somebody else's. Here the benign requests are a quarter of the others and have most of the false alarms.
 
 # %%
-np.testing.assert_allclose([precision(share, 0.1, 0.2) for share in (0.003, 0.3)], [0.02, 0.77], rtol=0, atol=5e-3)
+of_100 = [100 * precision(share, 0.1, 0.2) for share in shares]
+assert [f"{true:.0f} {100 / true - 1:.1f}" for true in of_100] == ["77 0.3", "20 4.0", "2 41.5"]
 
 # %% [markdown]
 # ## A threshold chosen on test
@@ -320,9 +334,12 @@ else:
 # how rare its cause is.
 #
 # ## Exercises
-# 1. For which share of private requests is every second alarm true? Give it by FPR and FNR.
-# 2. Find the bug: to promise an FPR of 10 %, somebody takes the threshold `np.quantile(score_validation, 0.9)`.
-# 3. Traffic without ordinary requests: private and benign ones only. What is FPR now, at the same threshold?
+# 1. Derive: for which share of private requests is every second alarm true? Write it in terms of FPR and FNR.
+# 2. Find the bug: to promise an FPR of 10 %, somebody takes the threshold `np.quantile(score_validation, 0.9)`. What
+#    does this threshold promise instead?
+# 3. Predict, then measure: from now on the ordinary requests go to another desk, and only private and benign ones are
+#    left. The model and the threshold stay. Which of FPR, FNR, AUC and the share of true alarms change on the test
+#    prompts?
 
 # %%
 assert interval["ordinary"][1] < interval["benign"][0]  # the two FPRs differ, beyond their intervals
@@ -337,10 +354,13 @@ print("    chosen on test looks better than it is")
 # %% [markdown]
 # ## Solutions
 # 1. Precision is 1/2 where share (1 - FNR) = (1 - share) FPR: at share = FPR/(FPR + 1 - FNR).
-# 2. That promises alarms for 10 % of all requests, private ones among them. Most of these alarms are for private
+# 2. It promises alarms for 10 % of all requests, private ones among them. Most of these alarms are for private
 #    requests, so FPR is lower than promised and FNR higher. It is also another number wherever private requests are
 #    rarer, though the model is the same.
-# 3. The FPR of the benign ones. FPR is constant only while the mixture of the others is.
+# 3. FNR stays, since the private requests are the same. FPR rises to that of the benign ones, and AUC falls to theirs.
+#    But the alarms for the requests that are left are the same ones. So the share of true alarms stays, or rises a
+#    little if an ordinary request had raised a false one. FPR and AUC look much worse, and no alarm has changed: both
+#    are constant only while the mixture of the others is.
 
 # %%
 np.testing.assert_allclose(precision(fpr / (fpr + 1 - fnr), fpr, fnr), 0.5, rtol=1e-12)
@@ -349,4 +369,13 @@ quantile = np.quantile(score_validation, 0.9)
 alarm = score_validation >= quantile
 assert quantile > threshold and rates(score_validation, private_validation, quantile)[0] < 0.05
 assert alarm[private_validation].sum() > alarm[~private_validation].sum()
+
 np.testing.assert_allclose(np.array(above[:2]) @ weights, fpr, rtol=1e-12)
+left, alarm = kinds != "ordinary", score >= threshold
+fpr_left, fnr_left = rates(score[left], private[left], threshold)
+true_before, true_left = private[alarm].mean(), private[alarm & left].mean()
+print(f"Solution 3: FPR {fpr:.2f} -> {fpr_left:.2f}, FNR {fnr:.2f} -> {fnr_left:.2f}", end="; ")
+print(f"share of true alarms {true_before:.2f} -> {true_left:.2f}")
+assert fnr_left == fnr and fpr_left == above[1] > 2 * fpr
+np.testing.assert_allclose(couples(score[left], private[left]), auc["benign"], rtol=1e-12)
+assert true_before <= true_left < true_before + 0.1

@@ -40,9 +40,9 @@ kinds = np.array([world.PROMPTS[x].slice for x in prompts])
 
 # %% [markdown]
 # ## Two small models of the desk
-# A reference, fine-tuned on the desk's replies, and a policy, made from it by DPO. `write` says how the customer of row
-# i writes a prompt; here always as it is. The model has one layer, so it learns well-formed replies in seconds, and
-# hardly learns to name the customer's topic.
+# The reference is fine-tuned on the desk's replies, and the policy is made from it by DPO. `write` says how the
+# customer of row i writes a prompt. Here each customer writes it as it is. The model has one layer, so it learns
+# well-formed replies in seconds, and hardly learns to name the customer's topic.
 
 # %%
 tokenizer = Tokenizer.from_text("".join([*world.PROMPTS, *world.REPLIES, TURN]))
@@ -285,7 +285,8 @@ print(f"\nfrom 'as trained' to '{LEFT_OUT}': policy {-fall('policy'):+.2f}, poli
 # Eight seeds are trained, the best on some replies is chosen, and its mean on these replies is reported. Suppose that
 # all are equally good: each one's rewards are drawn from those that the policy had. We draw 100 rewards for each model,
 # 1000 times. Whatever the best one's mean has above the true mean is luck, and on fresh replies it is gone. That is why
-# `world.split` has a part to choose by and another to report on. Here luck alone reaches at least half of DPO's gain.
+# `world.split` has a part to choose by and another to report on. With 32 models, luck alone reaches at least half of
+# DPO's gain.
 
 # %%
 rng = np.random.default_rng(SEED)
