@@ -212,8 +212,8 @@ np.testing.assert_array_equal(ops.OPS["add"].raw(x, row)[1](np.ones_like(x))[1],
 # %% [markdown]
 # ## How a derivative is checked
 # Let J be the Jacobian of f, the table of all dy_i/dx_j, and u a direction: an array with the shape of x. J u is how
-# fast f changes along u. Computing it needs the forward function alone. Write <a, b> for the sum of the products of
-# matching entries. With a random cotangent g, a correct vjp satisfies <g, J u> = <vjp(g), u>, because both are
+# fast f changes along u. Computing it needs the forward function alone. Write `<a, b>` for the sum of the products of
+# matching entries. With a random cotangent g, a correct vjp satisfies `<g, J u> = <vjp(g), u>`, because both are
 # sum_ij g_i (dy_i/dx_j) u_j. Each side is one number, whatever the shapes.
 #
 #     J u = (f(x + eps u) - f(x - eps u)) / (2 eps) + O(eps^2)    central difference

@@ -128,7 +128,7 @@ np.testing.assert_array_equal(log_softmax(np.array([0.0, -800.0]))[0], [0, -800]
 
 # %% [markdown]
 # ## The library's version
-# `check` serves this vjp and those that follow. With random g and u it tests <g, J u> = <vjp(g), u>, where J u is a
+# `check` serves this vjp and those that follow. With random g and u it tests `<g, J u> = <vjp(g), u>`, where J u is a
 # central difference (tutorial 02). Then the library's op must return the same values and the same gradient.
 
 
