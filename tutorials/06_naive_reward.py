@@ -230,8 +230,8 @@ assert start.reward_w.item() == start.reward_l.item() == 0 and abs(start.loss.it
 # ## What was shown
 # The naive loss pushes up the response that the label names, long or short. Its weights are what is wrong: a difference
 # in length sets them, and at beta = 1 it drives them to 0 or 1. (On the support desk of tutorial 05, at beta = 0.1, we
-# saw no harm that comes from these weights alone. Replies do not become shorter. They fall apart, but with a reference
-# they do so too. `python -m benchmarks.story` measures it.)
+# saw no harm that comes from these weights alone: replies do not become shorter, and they fall apart with a reference,
+# too. `python -m benchmarks.story` measures it.)
 #
 # A reference changes the weight of a pair, never the direction of its push. Shared words cancel within a pair, with or
 # without a reference.
