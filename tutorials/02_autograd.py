@@ -5,8 +5,8 @@
 # how do you know that the derivative is correct?
 #
 # **Afterwards you can say**
-# - what g and a vjp are, and how to read `(y, vjp)`;
-# - why the gradients of a value that is used twice are added, and in which order the sweep goes;
+# - what a cotangent g and a vjp are, and how to read `(y, vjp)`;
+# - why the gradients of a value that is used twice are added, and why the newest value comes first on the way back;
 # - how a derivative is checked, and three ways in which a check lies.
 #
 # **Predict first.** Someone replaces the vjp of softmax by one that returns zeros. A test computes the gradient of
@@ -17,9 +17,11 @@
 #     gx_j = dL/dx_j = sum_i g_i dy_i/dx_j            vjp(g) returns gx: a "vector-Jacobian product"
 
 # %%
+import pathlib
+
 import numpy as np
 
-from minidpo import Tensor, gradcheck, ops
+from minidpo import Tensor, gradcheck, ops, plots
 
 tape = []  # every node in the order of creation: parents come before what is made of them
 
@@ -76,12 +78,83 @@ def gradients(output):
 
 # %% [markdown]
 # ## From NumPy alone
-# That is the whole engine. A node may reach L along several paths. By the chain rule the contributions of the paths add
-# up; that is the `+` in `gradients`. Our example is L = mean(hidden * hidden + hidden) with hidden = tanh(x weights),
-# where hidden is used three times.
+# That is the whole engine. Calling ops computes values and records nodes, forwards. `gradients` then visits the nodes
+# once, backwards from L: this is called the *sweep*. A node may reach L along several paths. By the chain rule the
+# contributions of the paths add up; that is the `+` in `gradients`.
 #
-# Why start at the end? One sweep gives the derivative with respect to every entry of `weights`. Finite differences,
-# which go forward, need two evaluations of L for each entry.
+# Our example is L = mean(hidden * hidden + hidden) with hidden = tanh(x weights), where hidden is used three times.
+# First take one number for each array, x = 0.5 and weight = 2. The mean of one number is that number, so we leave it
+# out. Read the columns "arrives" and "slope" from the bottom up: that is the sweep.
+#
+#     node                        value    arrives from below         slope dL/dnode
+#     x                           0.500    2.119                      2.119
+#     weight                      2.000    0.530                      0.530
+#     product = x * weight        1.000    1.060                      1.060
+#     hidden = tanh(product)      0.762    0.762 + 0.762 + 1.000      2.523
+#     square = hidden * hidden    0.580    1.000                      1.000
+#     L = square + hidden         1.342                               1.000
+#
+# Each arriving number is the slope of the node below times one local derivative. hidden gets one from each of its three
+# uses. tanh multiplies their sum by 1 - 0.762^2 = 0.420. The product then multiplies by 0.5 for weight, and by 2 for x.
+# The picture draws the same numbers: values in the boxes, what arrives on the arrows.
+
+# %%
+one_x, one_weight = Node(0.5), Node(2.0)
+product = mul(one_x, one_weight)
+one_hidden = tanh(product)
+square = mul(one_hidden, one_hidden)
+output = add(square, one_hidden)
+graph = {"x": one_x, "weight": one_weight, "product": product, "hidden": one_hidden, "square": square, "L": output}
+slopes = gradients(output)
+arrives = {name: [] for name in graph}  # (from which node, which slope)
+for child, node in graph.items():
+    for parent, slope in zip(node.parents, node.vjp(slopes[node]) if node.vjp else ()):
+        arrives[next(name for name in graph if graph[name] is parent)].append((child, float(slope)))
+assert [f"{node.data:.3f}" for node in graph.values()] == ["0.500", "2.000", "1.000", "0.762", "0.580", "1.342"]
+assert [f"{slopes[node]:.3f}" for node in graph.values()] == ["2.119", "0.530", "1.060", "2.523", "1.000", "1.000"]
+assert [f"{slope:.3f}" for _, slope in arrives["hidden"]] == ["0.762", "0.762", "1.000"]
+for name in list(graph)[:-1]:
+    np.testing.assert_allclose(sum(slope for _, slope in arrives[name]), slopes[graph[name]], rtol=1e-12)
+
+
+def draw(path):
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    blue, orange = plots.PALETTE[:2]
+    boxes = {"x": (0.9, 4, "x"), "weight": (2.4, 4, "weight"), "product": (1.65, 3, "product = x * weight")}
+    boxes |= {"hidden": (1.65, 2, "hidden = tanh(product)"), "square": (0.9, 1, "square = hidden * hidden")}
+    boxes["L"] = (1.65, 0, "L = square + hidden")
+    arrows = {"x": [(1.4, 1.0)], "weight": [(1.9, 2.3)], "product": [(1.65, 1.65)], "square": [(1.3, 1.1)]}
+    arrows["hidden"] = [(0.6, 1.1), (1.3, 1.6), (2.1, 2.1)]  # where each starts and ends, from left to right
+    arrow = {"arrowstyle": "-|>", "color": orange, "linewidth": 2}
+    box, centred = {"facecolor": "white", "edgecolor": blue, "boxstyle": "round"}, {"ha": "center", "va": "center"}
+    with matplotlib.rc_context({**plots.STYLE, "axes.grid": False, "font.size": 14}):
+        figure = Figure(figsize=(6.4, 7.4), layout="constrained")
+        axes = figure.subplots()
+        axes.set(xlim=(0, 3.8), ylim=(-0.25, 4.25))
+        axes.axis("off")
+        for name, (right, high, text) in boxes.items():
+            for (child, slope), (start, end) in zip(arrives[name], arrows.get(name, [])):
+                low = boxes[child][1]
+                axes.annotate("", (end, high - 0.15), (start, low + 0.15), arrowprops=arrow)
+                middle = (start + end) / 2, (low + high) / 2
+                axes.text(*middle, f"{slope:.3f}", color=orange, backgroundcolor="white", **centred)
+            axes.text(right, high, f"{text}\n{graph[name].data:.3f}", color="black", bbox=box, **centred)
+        axes.text(2.75, 2.75, "boxes: values,\ncomputed\nfrom the top", color=blue)
+        text = "arrows: slopes,\npassed back\nfrom L upwards;\nwhere several\narrive, add them"
+        axes.text(2.55, 0.6, text, color=orange)
+        figure.savefig(path, dpi=120, metadata={"Software": None})
+
+
+path = pathlib.Path("02_autograd.png")
+if plots.installed():
+    draw(path)
+print(f"picture: {path.name}" if plots.installed() else "the picture needs matplotlib (the `plot` extra)")
+
+# %% [markdown]
+# Why start at the end? One sweep gives the derivative with respect to every entry of `weights`. Finite differences
+# need two evaluations of L for each entry. Here are the arrays.
 
 # %%
 rng = np.random.default_rng(0)
@@ -103,7 +176,7 @@ finite = np.array([loss(weights + shift) - loss(weights - shift) for shift in sh
 # ## The library's version
 # It works the same way, with three differences. A Tensor is numbered when it is made, so there is no global tape, and
 # arrays that are no longer used are freed. Only leaves (tensors that no op made) store a gradient, in `grad`, and
-# repeated sweeps add to it. A graph can be swept only once.
+# repeated sweeps add to it. A graph can be swept only once. `backward` starts the sweep.
 
 # %%
 weights_leaf = Tensor(weights, requires_grad=True)
@@ -119,8 +192,10 @@ for row in zip(by_hand[0], weights_leaf.grad[0], finite[0]):
 # ## How `(y, vjp)` reads
 # `ops.OPS` holds every op by name; its `raw` is the function on arrays. Read each op in `minidpo/ops.py` from the top:
 # what y is, the local derivative as a comment, the vjp. The variables that a vjp mentions stay in memory until the
-# sweep has passed, and `co_freevars` lists them. mul keeps both factors, x and y. tanh keeps its result. add keeps no
-# array: like_x and like_y hold only the shapes and dtypes of its operands.
+# sweep has passed; Python lists them in `vjp.__code__.co_freevars`. mul keeps both factors, x and y. tanh keeps its
+# result. add keeps no array: like_x and like_y hold only the shapes and dtypes of its operands. Those are needed
+# because NumPy repeats the smaller operand of `a + b` until the shapes match, which is called broadcasting. Each
+# repetition is one more use, so the vjp adds up their gradients.
 
 # %%
 y, vjp = ops.OPS["tanh"].raw(x)
@@ -131,19 +206,37 @@ for name, operands in {"mul": (x, x), "tanh": (x,), "add": (x, x)}.items():
     free[name] = ops.OPS[name].raw(*operands)[1].__code__.co_freevars
     print(f"  {name:<5} {', '.join(free[name])}")
 assert {"x", "y"} <= set(free["mul"]) and free["tanh"] == ("y",) and not {"x", "y"} & set(free["add"])
+row = np.zeros(3)  # repeated for each of the 4 rows of x
+np.testing.assert_array_equal(ops.OPS["add"].raw(x, row)[1](np.ones_like(x))[1], [4, 4, 4])
 
 # %% [markdown]
 # ## How a derivative is checked
-# Let u be a direction in the space of x and J the Jacobian of f. J u is how fast f changes along u; computing it needs
-# the forward function alone. With a random cotangent g, a correct vjp satisfies <g, J u> = <vjp(g), u>. Each side is
-# one number, whatever the shapes.
+# Let J be the Jacobian of f, the table of all dy_i/dx_j, and u a direction: an array with the shape of x. J u is how
+# fast f changes along u. Computing it needs the forward function alone. Write `<a, b>` for the sum of the products of
+# matching entries. With a random cotangent g, a correct vjp satisfies `<g, J u> = <vjp(g), u>`, because both are
+# sum_ij g_i (dy_i/dx_j) u_j. Each side is one number, whatever the shapes.
 #
 #     J u = (f(x + eps u) - f(x - eps u)) / (2 eps) + O(eps^2)    central difference
-#     J u = Im f(x + i eps u) / eps + O(eps^2)                    complex step, where f is analytic; i^2 = -1
+#     J u = Im f(x + i eps u) / eps + O(eps^2)                    complex step; i^2 = -1
 #
-# The central difference subtracts two nearly equal numbers; their rounding errors, divided by 2 eps, grow as eps
-# shrinks. The complex step has no such subtraction. In the Taylor series f(x + i eps u) = f(x) + i eps J u + ... the
-# next imaginary term is O(eps^3), so eps may be as small as 1e-20.
+# The complex step needs an f that is analytic: made of sums, products, quotients, exp and the like, so that it also
+# has a slope for complex numbers. max and |x| are not.
+#
+# The central difference subtracts two nearly equal numbers. Their rounding errors are divided by 2 eps, so they grow as
+# eps shrinks. The complex step has no such subtraction. In the Taylor series f(x + i eps u) = f(x) + i eps J u + ...
+# the next imaginary term is O(eps^3), so eps may be as small as 1e-20. The slope of x^3 at x = 1 is 3. The relative
+# error of each estimate of it:
+#
+#     eps      central, float32    central, float64    complex step
+#     1e-02    3e-05               3e-05               3e-05
+#     1e-04    2e-04               3e-09               3e-09
+#     1e-06    2e-02               8e-12               3e-13
+#     1e-08    1e+00               2e-09               below 1e-15
+#     1e-20    1e+00               1e+00               below 1e-15
+#
+# For the central difference in float64 the best eps lies in the middle: a larger one is too coarse, and a smaller one
+# leaves too few digits in the difference. In float32 even 1e-4 is too small. An error of 1 means that the estimate is
+# 0. The complex step gets better and better.
 
 
 # %%
@@ -160,7 +253,10 @@ for eps in (1e-2, 1e-4, 1e-6, 1e-8, 1e-20):
 print("\nRelative error of the slope of x^3 at 1\n   eps   central, float32   central, float64   complex step")
 for eps, row in errors.items():
     print("{:6.0e} {:18.0e} {:18.0e} {:14.0e}".format(eps, *row))
-assert errors[1e-6][1] < 1e-8 and errors[1e-20][1] == 1 and errors[1e-20][2] < 1e-15
+columns = list(zip(*errors.values()))
+assert [f"{error:.0e}" for error in columns[0]] == ["3e-05", "2e-04", "2e-02", "1e+00", "1e+00"]
+assert [f"{error:.0e}" for error in columns[1]] == ["3e-05", "3e-09", "8e-12", "2e-09", "1e+00"]
+assert [f"{error:.0e}" for error in columns[2][:3]] == ["3e-05", "3e-09", "3e-13"] and max(columns[2][3:]) < 1e-15
 
 # %% [markdown]
 # ## First lie: a cotangent of ones. The answer to the prediction
@@ -215,8 +311,8 @@ assert passes(absolute_with_zeros, kink) and not passes(absolute_with_zeros, bes
 # %% [markdown]
 # ## Third lie: float32
 # Near 1, float32 numbers are about 1e-7 apart. With eps = 1e-6 the estimate in the table is wrong by 2 percent. A test
-# must then allow that much, and a wrong vjp may slip through. With eps = 1e-8, 1 + eps and 1 - eps both round to 1, the
-# estimate is 0, and zeros pass once more. Check in float64; `check_vjp` converts its arrays to float64.
+# must then allow that much, and a wrong vjp may slip through. With eps = 1e-8, 1 + eps and 1 - eps both round to 1. The
+# estimate is 0, and a vjp of zeros passes once more. Check in float64; `check_vjp` converts its arrays to float64.
 
 # %%
 assert np.float32(1) + np.float32(1e-8) == np.float32(1) == np.float32(1) - np.float32(1e-8)
@@ -231,6 +327,9 @@ assert 0.01 < errors[1e-6][0] < 0.025 and errors[1e-8][0] == 1  # a relative err
 # ## Exercises
 # 1. Find the bug: in `gradients` someone writes `total[parent] = gradient`. What is d(a a)/da at a = 3 then, and why?
 # 2. Derive the vjp of y_i = x_i/total with total = sum_j x_j. What does it return for g = (1, ..., 1), and why?
+# 3. Predict, then measure: start with a node and double it 60 times, `node = add(node, node)`. How many paths lead from
+#    the last node back to the first? How many vjps does `gradients` call, and how many would a program call that
+#    follows each path to its end? (Measure the second for 16 doublings, not for 60.)
 
 # %%
 np.testing.assert_allclose(by_hand, finite, rtol=1e-6, atol=1e-9)
@@ -243,6 +342,10 @@ print("\n02: our sweep, the library's and finite differences agree; zeros pass t
 # 1. It is 3 instead of 6. mul contributes 3 for each of its two operands, and the second 3 replaces the first.
 # 2. With [i = j] = 1 if i = j, else 0: dy_i/dx_j = [i = j]/total - x_i/total^2, so
 #    gx_j = (g_j - sum_i g_i y_i)/total. For g of ones this is (1 - 1)/total = 0, because the y_i sum to 1 for every x.
+# 3. Each doubling offers two ways back, so there are 2^60 paths. `gradients` calls 60 vjps: when it reaches a node, all
+#    that was made from the node has already passed its slope back, so the sum is complete and goes on once. That is
+#    what "newest first" buys. The other program calls a vjp for every beginning of a path: 2^n - 1 calls for n
+#    doublings, 65,535 for 16. For 60, at a billion calls a second, it would need 36 years. Both find the slope 2^n.
 
 # %%
 a = Node(3.0)
@@ -259,3 +362,33 @@ def normalised(x):
 
 assert gradcheck.check_vjp(normalised, rng.uniform(1, 2, size=5), rng=rng, method="complex") < 1e-12
 np.testing.assert_allclose(normalised(np.arange(1.0, 5))[1](np.ones(4))[0], 0, atol=1e-15)
+
+calls = []
+
+
+@op
+def counted_add(a, b):
+    def vjp(g):
+        calls.append(g)
+        return g, g
+
+    return a + b, vjp
+
+
+def doubled(node, times):
+    for _ in range(times):
+        node = counted_add(node, node)
+    return node
+
+
+def along_each_path(node, slope, leaf):
+    """dL/dleaf as a sum over paths: each is followed to its end before the next."""
+    if node is leaf:
+        return slope
+    return sum(along_each_path(parent, part, leaf) for parent, part in zip(node.parents, node.vjp(slope)))
+
+
+assert gradients(doubled(a, 60))[a] == 2**60 and len(calls) == 60
+calls.clear()
+assert along_each_path(doubled(a, 16), 1, a) == 2**16 and len(calls) == 2**16 - 1 == 65_535
+assert int((2**60 - 1) / 1e9 / (365.25 * 24 * 3600)) == 36

@@ -18,15 +18,17 @@
 # into its vjp and gx = dL/dx comes out. (From 04 on, x is a prompt and y a response.)
 #
 #     log_softmax   y_j = log(e^x_j / sum_k e^x_k)      (..., V) -> (..., V)   log-probability of each next token
-#     gather        y_i = x[i, index_i]                 (..., V), integers (...) -> (...)   that of the actual token
-#     logsigmoid    y = log(1/(1 + e^-z))               (...) -> (...)         minus this is the loss
+#     gather        y_i = x[i, index_i]                 (..., V), integers (...) -> (...)   that of the token that came
+#     logsigmoid    y = log(1/(1 + e^-z))               (...) -> (...)         minus this is the loss of a pair
 
 # %%
+import decimal
 import math
+import pathlib
 
 import numpy as np
 
-from minidpo import Tensor, gradcheck, ops
+from minidpo import Tensor, gradcheck, ops, plots
 
 rng = np.random.default_rng(0)
 
@@ -94,7 +96,12 @@ print(f"log_softmax: lines {', '.join(lines)} of the derivation hold")
 
 # %% [markdown]
 # For every g, gx sums to 0 over j, because adding one constant to a whole row changes nothing. The stable form keeps y
-# and needs nothing else.
+# and needs nothing else. This is what the two forms return:
+#
+#     log_softmax of      naive                stable
+#     [0, 1]            -1.313   -0.3133     -1.313   -0.3133
+#     [0, 1000]           -inf       nan      -1000         0
+#     [0, -800]              0      -inf          0      -800
 
 
 # %%
@@ -109,16 +116,19 @@ def log_softmax(x):
 
 
 print("\nlog_softmax of       naive                stable")
+cells = []
 for name, x in cases.items():
-    y = log_softmax(np.array(x))[0]
-    print(f"  {name:<12}" + "{:9.4g} {:9.4g}  {:9.4g} {:9.4g}".format(*naive[name], *y))
+    cells.append([f"{number:.4g}" for number in (*naive[name], *log_softmax(np.array(x))[0])])
+    print(f"  {name:<12}" + "{:>9} {:>9}  {:>9} {:>9}".format(*cells[-1]))
+assert cells[0] == ["-1.313", "-0.3133"] * 2
+assert cells[1:] == [["-inf", "nan", "-1000", "0"], ["0", "-inf", "0", "-800"]]
 np.testing.assert_allclose(naive["[0, 1]"], log_softmax(np.array([0.0, 1.0]))[0], rtol=1e-12)
 assert np.isnan(naive["[0, 1000]"][1]) and naive["[0, -800]"][1] == -math.inf
 np.testing.assert_array_equal(log_softmax(np.array([0.0, -800.0]))[0], [0, -800])
 
 # %% [markdown]
 # ## The library's version
-# `check` serves this vjp and those that follow. With random g and u it tests <g, J u> = <vjp(g), u>, where J u is a
+# `check` serves this vjp and those that follow. With random g and u it tests `<g, J u> = <vjp(g), u>`, where J u is a
 # central difference (tutorial 02). Then the library's op must return the same values and the same gradient.
 
 
@@ -185,8 +195,9 @@ np.testing.assert_allclose(np.einsum("i,ikj->kj", g, of_flat), gather(x, index)[
 check(gather, ops.gather, x, index)
 
 # %% [markdown]
-# Together they are the loss of pre-training, in which a model learns to predict the next token of a text (tutorial 05).
-# The gradient of -log p_index with respect to the logits is p - onehot(index).
+# log_softmax followed by gather, with a minus sign, is the loss of pre-training, in which a model learns to predict the
+# next token of a text (tutorial 05). Its gradient with respect to the logits is p - onehot(index). Here p is the
+# softmax of the logits, and onehot(index) is 1 at the token that came and 0 elsewhere.
 
 # %%
 x = Tensor(logits, requires_grad=True)
@@ -195,8 +206,8 @@ np.testing.assert_allclose(x.grad, np.exp(log_softmax(logits)[0]) - np.eye(3)[to
 
 # %% [markdown]
 # ## logsigmoid: three ways to break
-# - At z = -800, e^800 is inf, 1/inf is 0 and log 0 is -inf, where -800 is correct. The chain rule through exp, division
-#   and log does worse: it gives nan, on the very pair on which the model is most wrong.
+# - At z = -800, e^800 is inf, 1/inf is 0 and log 0 is -inf, where -800 is correct. The gradient by the chain rule
+#   through exp, division and log is worse: it is nan, on the very pair on which the model is most wrong.
 # - At z = 40, 1 + e^-40 rounds to 1, so the value is 0 instead of -e^-40.
 # - The slope 1 - sigma(z) breaks for the same reason: it is 0 wherever sigma(z) rounds to 1.
 #
@@ -215,6 +226,14 @@ np.testing.assert_allclose(x.grad, np.exp(log_softmax(logits)[0]) - np.eye(3)[to
 #     5   dy/dz = 1 - sigma(z)                               lines 3 and 4 in line 2: one factor sigma(z) cancels
 #     6         = 1 - e^y = -expm1(y)                        line 1; `expm1(y)` returns e^y - 1 without rounding e^y
 #     7   gz = -g expm1(y)                                   each z has its own y, so the sum over i has one term
+#
+# Both forms of the value and of the slope, in float64:
+#
+#     z          naive         stable      1 - sigma(z)    -expm1(y)
+#     -800        -inf           -800           1               1
+#     -1.7      -1.868         -1.868      0.8455          0.8455
+#     17     -4.14e-08      -4.14e-08    4.14e-08        4.14e-08
+#     40             0     -4.248e-18           0       4.248e-18
 
 
 # %%
@@ -249,8 +268,12 @@ with np.errstate(all="ignore"):
     composed = Tensor(z, requires_grad=True)
     ops.log(1 / (1 + ops.exp(-composed))).backward(np.ones_like(z))
 print("\nlogsigmoid and its slope in float64\n     z        naive       stable   1 - sigma    -expm1(y)")
-for row in zip(*columns):
-    print("{:6.1f} {:12.4g} {:12.4g} {:11.4g} {:12.4g}".format(*row))
+cells = [[f"{number:.4g}" for number in row] for row in zip(*columns)]
+for row in cells:
+    print("{:>6} {:>12} {:>12} {:>11} {:>12}".format(*row))
+assert cells[0] == ["-800", "-inf", "-800", "1", "1"] and cells[1] == ["-1.7", *["-1.868"] * 2, *["0.8455"] * 2]
+assert cells[2] == ["17", *["-4.14e-08"] * 2, *["4.14e-08"] * 2]
+assert cells[3] == ["40", "0", "-4.248e-18", "0", "4.248e-18"]
 assert columns[1][0] == -math.inf and y[0] == -800 and np.isnan(composed.grad[0])
 assert columns[1][3] == 0 and columns[3][3] == 0
 np.testing.assert_allclose([y[3], columns[4][3]], [-math.exp(-40), math.exp(-40)], rtol=1e-12)
@@ -264,6 +287,11 @@ np.testing.assert_allclose(y, log_softmax(np.stack([z, 0 * z], axis=-1))[0][:, 0
 # ## The answer to the prediction
 # In float32 it is 0; the exact value is about 4e-8. In float32, 1 + e^-z rounds to 1 once e^-z <= 2^-24, that is from
 # z = 24 log 2 = 16.64 on. In float64 this happens from z = 53 log 2 = 36.74 on.
+#
+# The picture counts the correct digits of log sigma(z). On the left, the naive form is correct until e^-z becomes inf:
+# below -88.7 in float32 and below -709.8 in float64 it returns -inf. On the right it loses its digits gradually, one
+# for every 2.3 by which z rises (log 10 = 2.3), until it returns 0. The stable form is correct to the last digit or
+# nearly so, on both sides.
 
 # %%
 seventeen = np.float32(17)
@@ -277,6 +305,62 @@ for dtype, bits in ((np.float32, 24), (np.float64, 53)):
     assert round(edge, 2) in (16.64, 36.74)
     below, above = (dtype(1) + np.exp(-dtype(edge + shift)) for shift in (-0.01, 0.01))
     assert below > 1 == above
+
+
+def digits(values, z):
+    """Correct decimal digits of each value of log sigma(z), up to as many as its dtype has; -inf has none."""
+    most = np.finfo(values.dtype).eps / 2  # the relative error of a correctly rounded number is at most this
+    with decimal.localcontext(prec=60):
+        exact = [-(1 + (-decimal.Decimal(float(each))).exp()).ln() for each in z]
+        errors = [float(abs(decimal.Decimal(float(value)) / truth - 1)) for value, truth in zip(values, exact)]
+    return -np.log10(np.clip(errors, most, 1))
+
+
+kept = {}  # the fewest correct digits near each z
+sides = np.linspace(-800, -4, 200), np.linspace(0, 44, 89)
+for side, centres in enumerate(sides):
+    for dtype in (np.float32, np.float64):
+        z = (centres[:, None] + (centres[1] - centres[0]) * np.linspace(-0.5, 0.5, 6)).ravel().astype(dtype)
+        for name, form in (("naive", logsigmoid_naive), ("stable", lambda z: logsigmoid(z)[0])):
+            with np.errstate(over="ignore", divide="ignore"):
+                kept[name, dtype.__name__, side] = digits(form(z), z).reshape(-1, 6).min(axis=1)
+for dtype, lowest, most, zero in (("float32", -88.7, 7, 16.64), ("float64", -709.8, 15.7, 36.74)):
+    np.testing.assert_allclose(np.log(float(np.finfo(dtype).max)), -lowest, atol=0.05)  # where e^-z becomes inf
+    left, right = (kept["naive", dtype, side] for side in (0, 1))
+    assert min(kept["stable", dtype, side].min() for side in (0, 1)) > most - 1
+    assert (left[sides[0] < lowest - 4] == 0).all() and left[sides[0] > lowest + 4].min() > most - 1.5
+    assert (right[sides[1] > zero + 0.5] == 0).all() and right[sides[1] < zero - 3].min() > 0.5
+    halfway = np.argmin(abs(sides[1] - zero / 2))
+    np.testing.assert_allclose(right[halfway], (zero - sides[1][halfway]) / math.log(10), atol=1)
+
+
+def draw(path):
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    blue, orange = plots.PALETTE[:2]
+    with matplotlib.rc_context({**plots.STYLE, "font.size": 12}):
+        figure = Figure(figsize=(6.4, 5.2), layout="constrained")
+        axes = figure.subplots(1, 2, sharey=True)
+        for (name, dtype, side), each in kept.items():
+            color, style = blue if dtype == "float64" else orange, "-" if name == "stable" else (0, (3, 1.5))
+            axes[side].plot(sides[side], each, color=color, linestyle=style, linewidth=2.5)
+        for side, z, height, text, color in (
+            (0, -690, 11, "naive: -inf\nbelow -709.8", blue), (0, -620, 3, "naive: -inf\nbelow -88.7", orange),
+            (0, -690, 16.4, "stable, float64", blue), (0, -690, 7.7, "stable, float32", orange),
+            (1, 19, 10, "naive loses a\ndigit for each\n2.3 of z", blue), (1, 20, 0.4, "naive: 0\nfrom 36.7", blue),
+            (1, 0.3, 0.4, "naive: 0\nfrom 16.6", orange),
+        ):  # fmt: skip
+            axes[side].text(z, height, text, color=color)
+        axes[0].set(title="z below 0", xlabel="z", ylabel="correct digits of log sigma(z)", ylim=(-0.3, 17.5))
+        axes[1].set(title="z above 0", xlabel="z", yticks=range(0, 17, 4))
+        figure.savefig(path, dpi=120, metadata={"Software": None})
+
+
+path = pathlib.Path("03_log_softmax.png")
+if plots.installed():
+    draw(path)
+print(f"picture: {path.name}" if plots.installed() else "the picture needs matplotlib (the `plot` extra)")
 
 # %% [markdown]
 # ## What was shown

@@ -7,11 +7,12 @@
 # - which row of the logits predicts which token, and what happens to prompt, pads and end-of-text;
 # - what the probabilities of all complete responses add up to, derived and computed;
 # - which way each mistake moves that sum, by how much, and which mistakes only the chain rule finds;
-# - what a log-probability of -inf does when it is multiplied by 0, forwards and backwards.
+# - what happens when a log-probability of -inf is multiplied by 0, in the loss and in its gradient.
 #
-# **Predict first.** A scorer reads each token's log-probability one row too early: from the row that should predict
-# the token before it. Add up the probabilities that it gives to all complete responses. Is the sum less than 1,
-# exactly 1, or more than 1?
+# **Predict first.** For each token that a model reads it gives one row of logits, which predicts the token after it.
+# Somebody's program reads each log-probability of the response one row too early: from the row that predicts the token
+# before it. Add up the probabilities that the program gives to all complete responses. Is the sum less than 1, exactly
+# 1, or more than 1?
 #
 # **The formula.** x is a prompt and y a response, both lists of token ids. pi is the model: pi(token | tokens before)
 # is the probability that it gives to the next token.
@@ -25,10 +26,11 @@
 # %%
 import itertools
 import math
+import pathlib
 
 import numpy as np
 
-from minidpo import Tensor, exact, model, ops, scoring
+from minidpo import Tensor, exact, model, ops, plots, scoring
 from minidpo.theory import mutants
 
 rng = np.random.default_rng(0)
@@ -59,15 +61,29 @@ def token_logprobs(logits_of, x, y, shift=1):
 x, y = [2, 3, 1], [1, 3, END_OF_TEXT]
 logp = log_softmax(toy_logits(x + y))
 print("row  reads  predicts  log-probability  a token of")
+lines = []
 for row, (read, following) in enumerate(itertools.pairwise(x + y)):
-    print(f"{row:>3}{read:>7}{following:>10}{logp[row, following]:>17.3f}  {'x' if row < len(x) - 1 else 'y'}")
+    lines.append(f"{row:>3}{read:>7}{following:>10}{logp[row, following]:>17.3f}  {'x' if row < len(x) - 1 else 'y'}")
+    print(lines[-1])
 total = token_logprobs(toy_logits, x, y).sum()
 print(f"log pi(y|x) = {total:.3f}, the sum over the tokens of y")
+assert [line.split()[3] for line in lines] == ["-3.455", "-1.868", "-1.500", "-1.562", "-1.945"]
+assert [line.split()[4] for line in lines] == ["x", "x", "y", "y", "y"] and f"{total:.3f}" == "-5.006"
 
 # %% [markdown]
 # ## Shift by one, prompt, end-of-text
+# Here x is 2 3 1 and y is 1 3 0. A token is *scored* if its log-probability is a term of the sum.
+#
+#     row    reads    predicts    log-probability    of
+#     0      2        3           -3.455             x: not scored
+#     1      3        1           -1.868             x: not scored
+#     2      1        1           -1.500             y
+#     3      1        3           -1.562             y
+#     4      3        0           -1.945             y
+#                                 -5.006             log pi(y|x), the sum of the three
+#
 # Row i has read tokens 0 to i, so it predicts token i + 1. The first token of y has index len(x). The row that predicts
-# it is row len(x) - 1, the prompt's last. Earlier rows predict the prompt. The prompt is given, so they are not scored.
+# it is row len(x) - 1, the prompt's last. Earlier rows predict the prompt. The prompt is given, so they do not count.
 # The last token of y must be predicted, but the model need not read it. If it is end-of-text it is scored like any
 # other token: stopping is a choice.
 #
@@ -118,7 +134,8 @@ assert abs(sums["correct"] - 1) < 1e-12 and off["correct"] < 1e-12
 # each start it still gives one distribution over the next id, and the proof asks for no more. (This needs a prompt of
 # two tokens or more, or the first token of y has no row two places before it.)
 #
-# So the sum finds five of the six mistakes. The sixth needs the chain rule, which slices no logits.
+# So the sum finds five of the six mistakes. The sixth is found by comparing with the chain rule: `chain_rule` runs the
+# model anew for each prefix, so it cannot read a wrong row.
 
 # %%
 assert abs(sums["shift by two"] - 1) < 1e-12 < 0.01 < off["shift by two"]
@@ -148,16 +165,17 @@ assert all(abs(sums[name] - 1) > 0.01 for name in ways if name not in ("correct"
 #   a model that always repeats the last token, near 0 for one that never does, and exactly 1 for a uniform one.
 # - Shift by two. The factors still form a distribution: exactly 1.
 #
-# | mistake | sum | here |
-# |---|---|---:|
-# | first token not scored | V | 4.000 |
-# | end-of-text not scored | 1 + mean number of characters | 3.805 |
-# | a pad scored | mean probability of one more end-of-text | 0.034 |
-# | mean for sum | above 1; n/V for a uniform model | 6.742 |
-# | no shift | from 0 to n, as the model repeats itself | 0.529 |
-# | shift by two | 1 | 1.000 |
+#     mistake                   sum                                         here
+#     first token not scored    V                                          4.000
+#     end-of-text not scored    1 + mean number of characters              3.805
+#     a pad scored              mean probability of one more end-of-text   0.034
+#     mean for sum              above 1; n/V for a uniform model           6.742
+#     no shift                  0 to n: does the model repeat itself?      0.529
+#     shift by two              1                                          1.000
 #
-# Below, the sizes are computed by these formulas. Then the model's wish to repeat a token is turned down and up.
+# The code computes the sizes by the formulas above. Then it turns the model's wish to repeat a token down and up. The
+# picture shows in its upper half which log-probabilities count (dark cells) and the shift by one (arrows). The lower
+# half shows from which row each mistake reads which token (orange: not what the correct way reads), and its sum.
 
 # %%
 probabilities = np.array([math.exp(chain_rule(toy_logits, x, y)) for y in responses])
@@ -186,16 +204,72 @@ print("\nwithout a shift, by the model's wish to repeat the token that it has re
 for wish in (-20, -2, 0, 2, 20):
     print(f"  {wish:>+4} on that logit: sum {no_shift_sum(repeating(wish)):9.6f}")
 assert no_shift_sum(repeating(-20)) < 1e-6 and abs(no_shift_sum(repeating(20)) - len(responses)) < 1e-3
-in_text = [4.000, 3.805, 0.034, 6.742, 0.529, 1.000]  # the table above
 names = ("first token not scored", "end-of-text not scored", "a pad scored", "mean for sum", "no shift", "shift by two")
-np.testing.assert_allclose([sums[name] for name in names], in_text, rtol=0, atol=5e-4)
+assert [f"{sums[name]:.3f}" for name in names] == ["4.000", "3.805", "0.034", "6.742", "0.529", "1.000"]
+
+shifts = {"no shift": 0, "shift by two": 2}
+scored = {name: [*enumerate(y, start=len(x) - shifts.get(name, 1))] for name in ways}  # (row, token that is read there)
+scored["first token not scored"], scored["end-of-text not scored"] = scored["correct"][1:], scored["correct"][:-1]
+scored["a pad scored"] = [*scored["correct"], (len(x + y) - 1, END_OF_TEXT)]
+logp = log_softmax(toy_logits([*x, *y, END_OF_TEXT]))  # with one pad
+for name, cells in scored.items():
+    score = sum(logp[cell] for cell in cells) / (len(y) if name == "mean for sum" else 1)
+    np.testing.assert_allclose(ways[name](toy_logits, x, y), score, rtol=1e-12)
+
+
+def draw(path):
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    counted, not_counted, wrong = (plots.PALETTE[0], "white"), ("white", plots.INK), (plots.PALETTE[1], "black")
+    arrow, centred = {"arrowstyle": "-|>", "linewidth": 2}, {"ha": "center", "va": "center"}
+    names = {name: name.replace(" not", "\nnot").replace("mean ", "mean\n") for name in scored}
+    with matplotlib.rc_context({**plots.STYLE, "axes.grid": False, "font.size": 12}):
+        figure = Figure(figsize=(6.4, 8), layout="constrained")
+        axes = figure.subplots()
+        axes.set(xlim=(-2.3, 7.9), ylim=(14.4, -1.3))
+        axes.axis("off")
+
+        def cell(column, height, text, fill, ink):
+            axes.barh(height, 0.94, 0.9, column - 0.47, color=fill, edgecolor=plots.INK)
+            axes.text(column, height, text, color=ink, **centred)
+
+        for height, text in ((0, "tokens"), (1.6, "row"), *((2.5 + i, f"logp of {i}") for i in range(V))):
+            axes.text(-2.3, height, text, va="center")
+        for column, text in ((1, "prompt x"), (4, "response y"), (6, "pad")):
+            axes.text(column, -0.9, text, **centred)
+        for column, text in ((3, "tokens scored, under the row they are read from"), (7.3, "sum")):
+            axes.text(column, 6.8, text, **centred)
+        for row, (token, following) in enumerate(itertools.pairwise([*x, *y, END_OF_TEXT, None])):
+            cell(row, 0, token, "white", "black")
+            axes.text(row, 1.6, row, **centred)
+            style = counted if (row, following) in scored["correct"] else not_counted
+            for i in range(V):
+                cell(row, 2.5 + i, *((f"{logp[row, i]:.1f}", *style) if i == following else ("", *not_counted)))
+            if following is not None:
+                color = style[0] if style == counted else plots.INK
+                axes.annotate("", (row + 0.2, 1.4), (row + 0.8, 0.5), arrowprops=arrow | {"color": color})
+        for height, name in enumerate(scored):
+            axes.text(-2.3, 7.8 + height, names[name], va="center")
+            axes.text(7.3, 7.8 + height, f"{sums[name]:.3f}", color="black", **centred)
+            for row in range(len(logp)):
+                token = dict(scored[name]).get(row, "")
+                style = not_counted if token == "" else counted if (row, token) in scored["correct"] else wrong
+                cell(row, 7.8 + height, token, *style)
+        figure.savefig(path, dpi=120, metadata={"Software": None})
+
+
+path = pathlib.Path("04_sequence_logprob.png")
+if plots.installed():
+    draw(path)
+print(f"picture: {path.name}" if plots.installed() else "the picture needs matplotlib (the `plot` extra)")
 
 # %% [markdown]
 # ## The library's version
-# `scoring.sequence_logprob` takes the same slice of the transformer's logits. `exact` has both oracles, and `mutants`
-# has eleven mistakes. Two of the new ones move the sum. `wrong_slice_end` leaves out the last factor, so its sum is
-# above 1; `last_prompt_token_scored` adds a factor, so its sum is below 1. The last four are distributions, but not the
-# model's.
+# `scoring.sequence_logprob` takes the same slice of the logits of a transformer (tutorial 05). `exact` has both
+# oracles, and `mutants` has eleven wrong scorers: our six mistakes and five more. Two of the new ones move the sum.
+# `wrong_slice_end` leaves out the last factor, so its sum is above 1; `last_prompt_token_scored` adds a factor, so its
+# sum is below 1. The last four of the printed table are distributions, but not the model's.
 
 # %%
 config = model.Config(vocab_size=V, n_positions=8, n_embd=8, n_layer=1, n_head=2)
@@ -225,7 +299,7 @@ print("\n" + mutants.as_text(verdicts))
 # This can fail in two ways:
 # - Multiply by the mask. Then the sum is already nan, because 0 * -inf is nan. The slope g of DPO's loss is
 #   -beta sigma(-z) for a chosen response, and z contains the sum. So g is nan, and with it the gradient of every token
-#   of the pair, real ones too. In a batch they share the parameters, so one pad spoils the whole step.
+#   of the pair, real ones too. All pairs of a batch share the parameters, so one pad spoils the whole step.
 # - Select the real tokens, but from the plain log of a softmax. Then the sum is correct, and what arrives at the pad's
 #   log p is 0. But 1/p is inf, and 0 * inf is nan. The loss looks healthy, and the gradient is nan.
 #
@@ -257,9 +331,10 @@ loss, gradient = backwards["log_softmax, selected"]
 assert math.isfinite(loss) and np.isfinite(gradient).all() and not gradient[1].any()
 
 # %% [markdown]
-# ## The three routes
-# The shared route needs no pads: it computes a pair's prompt once and lets both responses follow it. All three routes,
-# one by one, padded and shared, give one number, and one gradient for a random cotangent.
+# ## Three routes, one result
+# The library has three routes to the log-probabilities of many pairs. It can score the texts one by one, or padded into
+# one array, or shared: then a pair's prompt is computed once, both responses follow it, and no pads are needed. All
+# three give the same numbers, and the same gradients for a random cotangent.
 #
 # Does it matter to a pair whether the prompt is masked? With sums, no: scoring the prompt adds the same term to both
 # responses, and it cancels in their difference.
@@ -290,7 +365,8 @@ np.testing.assert_allclose((prompt_scored[0] - prompt_scored[1]).data, (logp_w -
 # %% [markdown]
 # ## What was shown
 # Row len(x) - 1 predicts the response's first token. End-of-text is scored; prompt and pads are not. The sum over
-# complete responses finds scores that are not a distribution. The chain rule also finds those that are a wrong one.
+# complete responses finds scorers whose probabilities are not a distribution. The chain rule also finds those whose
+# probabilities are a distribution, but the wrong one.
 #
 # ## Exercises
 # 1. Derive: somebody scores the prompt as well, all of it but its first token. What is the sum over complete responses?
