@@ -305,26 +305,40 @@ print(f"{'FPR on test above the promised 10 %':<40}{broken_share[0]:>8.0%}{broke
 print(f"{'smallest FPR + FNR, measured on test':<40}{total[0]:>8.3f}{total[1]:>12.3f}")
 
 # %%
-grid = np.linspace(0, score.max() * 1.05, 200)
-panels = [
-    plots.Panel("Alarms by threshold", "threshold", "share with score >= threshold", curves := []),
-    plots.Panel("ROC: private against others", "FPR", "private caught, 1 - FNR", roc_curves := []),
-]
-for kind in ("ordinary", "benign", "private"):
-    curves.append(plots.Curve(kind, grid, [(score[kinds == kind] >= threshold).mean() for threshold in grid]))
-above = [(score[kinds == kind] >= threshold).mean() for kind in ("ordinary", "benign", "private")]
-curves.append(plots.Curve("threshold in use", [threshold] * 3, above, "o", joined=False))
-for kind in ("ordinary", "benign"):
-    members = private | (kinds == kind)
-    roc_curves.append(plots.Curve(f"{kind}, AUC {auc[kind]:.2f}", *roc(score[members], private[members])))
-roc_curves.append(plots.Curve(f"all others, AUC {auc['all others']:.2f}", *roc(score, private)))
-roc_curves.append(plots.Curve("threshold in use", [above[0], above[1], fpr], [1 - fnr] * 3, "o", joined=False))
-roc_curves.append(plots.Curve("a coin", [0, 1], [0, 1], faint=True))
+SLICES = ("ordinary", "benign", "private")
+above = [(score[kinds == kind] >= threshold).mean() for kind in SLICES]
 picture = pathlib.Path("15_guardrail.png")
-if plots.picture(picture, panels):
-    print(f"\npicture: {picture.name}")
-else:
-    print("\nthe picture needs matplotlib (the `plot` extra)")
+
+
+def draw(path):
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context({**plots.STYLE, "font.size": 12}):
+        figure = Figure(figsize=(6.4, 7.4), layout="constrained")
+        alarms, curves = figure.subplots(2)
+        alarms.axvline(threshold, color=plots.INK, linestyle="--", linewidth=1)
+        alarms.text(threshold, 1.03, "threshold in use", ha="center")
+        grid = np.linspace(0, score.max() * 1.05, 200)
+        for kind, share, color, dash in zip(SLICES, above, plots.PALETTE, plots.DASHES):
+            alarms.plot(grid, [(score[kinds == kind] >= each).mean() for each in grid], color=color, linestyle=dash)
+            alarms.text(threshold, share, f" {kind} {share:.2f}", color=color, va="bottom")
+        alarms.set(xlabel="threshold", ylabel="share of alarms")
+        places = ((0.05, 0.8), (0.5, 0.3))
+        for kind, share, place, color, dash in zip(SLICES, above, places, plots.PALETTE, plots.DASHES):
+            members = private | (kinds == kind)
+            curves.plot(*roc(score[members], private[members]), color=color, linestyle=dash)
+            curves.plot(share, 1 - fnr, "o", color=color)
+            curves.text(*place, f"private or {kind}: AUC {auc[kind]:.2f}", color=color, va="top")
+        curves.plot([0, 1], [0, 1], color=plots.INK, linewidth=1)
+        curves.text(0.78, 0.74, "a coin", va="top")
+        curves.set(xlabel="FPR; dots: threshold in use", ylabel="private caught, 1 - FNR")
+        figure.savefig(path, dpi=120, metadata={"Software": None})
+
+
+if plots.installed():
+    draw(picture)
+print(f"\npicture: {picture.name}" if plots.installed() else "\nthe picture needs matplotlib (the `plot` extra)")
 
 # %% [markdown]
 # ## What was shown
