@@ -46,7 +46,8 @@ p, flip, gamma = 0.9, 0.3, 1.0
 # - **Hinge** (SLiC, Zhao et al., arXiv 2305.10425): z = 1 is enough.
 # - **IPO** (Azar et al., arXiv 2310.12036): (margin - 1/(2 beta))^2 = (z - 1/2)^2/beta^2. We leave out the 1/beta^2.
 # - **KTO** (Ethayarajh et al., arXiv 2402.01306) takes single replies. If one is labelled desirable, its loss is
-#   sigma(-z), with z = beta (log-ratio - a reference point that we hold fixed). Otherwise it is sigma(z).
+#   sigma(-z), with z = beta (log-ratio - a reference point that we hold fixed). Otherwise it is sigma(z). Here p is the
+#   share of "desirable".
 # - **SimPO** (Meng et al., arXiv 2405.14734) has no reference. z is beta times the difference of the two mean
 #   log-probabilities per token, and L = -log sigma(z - gamma).
 #
@@ -130,13 +131,13 @@ assert rows == TABLE.strip("\n").splitlines()
 #     hinge    1 below z = 1, infinite above                    z = 1 for every p between 1/2 and 1
 #     KTO      1 everywhere, as L'(-z) = L'(z)                  none: for p above 1/2, z grows for ever
 #
-# DPO and IPO hear how sure the labels are. The hinge and KTO hear only the majority. In the picture, look at both ends of
-# each slope.
+# DPO and IPO hear how sure the labels are. The hinge and KTO hear only the majority. See both ends of each slope in
+# the picture.
 
 # %%
 LOOKS = {  # dash, places of the name
     "DPO": ("-", (-3.9, 2.95), (1.6, -0.33)), "cDPO": ("--", (3.15, 1.5), (3.1, 0.37)),
-    "robust": ("-.", (-2.55, 4.9), (-3.9, -1.62)), "hinge": (":", (-3.9, 5.0), (-1.4, -1.15)),
+    "robust": ("-.", (1.8, -0.95), (-3.9, -1.62)), "hinge": (":", (-3.9, 5.0), (-1.4, -1.15)),
     "IPO": ("-", (1.65, 3.0), (1.05, 0.7)), "KTO": ((0, (1, 3)), (-3.9, 0.55), (-3.3, 0.04)),
 }  # fmt: skip
 
@@ -187,8 +188,8 @@ np.testing.assert_allclose(others, [0.26, 2.2, 1.0], atol=0.005)
 # - **cDPO**: the log-odds of smoothed shares do not add up. The optimum is a compromise, and not pi*.
 # - **IPO**: p_ij - 1/2 does not add up either, but with squares we can solve for the compromise. The derivative with
 #   respect to the log-ratio of i is 0 where sum_j (z_ij - (p_ij - 1/2)) = 0. So beta * log-ratio of i is its win rate,
-#   the mean of p_ij over j, plus a constant. (Against itself it wins half of the time.) The optimum is
-#   pi_ref exp(win rate/beta)/Z: RLHF's optimum, with win rates for rewards.
+#   the mean of p_ij over j (with p_ii = 1/2), plus a constant. The optimum is pi_ref exp(win rate/beta)/Z: RLHF's
+#   optimum, with win rates for rewards.
 # - **Hinge**: at the lowest corner of its mean loss, replies tie or differ by whole steps of z. We try a grid.
 #
 # **A likelihood term**, -log pi(w)/|y_w| (NLL; Pang et al., arXiv 2404.19733), sees the level of log pi(w), which no
@@ -307,10 +308,10 @@ z = np.linspace(-3, 3, 8)
 closed = losses.LOSSES["kto"].gradient(z / beta, 0 * z, z > -9, 0.0, beta=beta)[0]
 np.testing.assert_allclose(8 * closed, beta * slope(one_pair["KTO"], z), rtol=1e-9)
 
-world, wins = equalities.World([[0]], [[1]] * 3, reward[None], ref_logp[None]), labels + np.eye(3) / 2
-by_win_rates = log_softmax(ref_logp + wins.mean(axis=1) / beta)
+world = equalities.World([[0]], [[1]] * 3, reward[None], ref_logp[None])
+by_win_rates = log_softmax(ref_logp + labels.mean(axis=1) / beta)
 np.testing.assert_allclose(policies["IPO"][0], by_win_rates, atol=1e-9)
-np.testing.assert_allclose(optima.ipo_optimum(world, wins[None], beta)[0], by_win_rates, atol=1e-9)
+np.testing.assert_allclose(optima.ipo_optimum(world, labels[None], beta)[0], by_win_rates, atol=1e-9)
 np.testing.assert_allclose(policies["robust"][1], exact.optimum(ref_logp, reward, beta)[0], atol=1e-9)
 np.testing.assert_allclose(differences(policies["hinge"][1] - ref_logp)[0], [0, 0, -1 / beta], atol=1e-9)
 np.testing.assert_allclose(policies["DPO, no reference"][0], log_softmax(reward / beta), atol=1e-9)
