@@ -1,0 +1,404 @@
+# %% [markdown]
+# # 18. PPO beside DPO
+#
+# **Question.** What does PPO compute, from one sampled reply to one step, and what does it need that DPO does not?
+#
+# **Afterwards you can say**
+# - where the policy gradient comes from, and why a baseline changes its noise and not its mean
+# - what critic, advantage, ratio and clip are for
+# - what decides how near a method comes to pi*
+#
+# **Predict first.** Four runs start from the reference. DPO gets 512 pairs with labels drawn from Bradley-Terry (01).
+# PPO writes 1,024 replies and is told their true rewards. Another PPO is told rewards that were fitted to those labels.
+# Another DPO is told the true rewards of its 512 pairs. Which two end nearest to pi*?
+#
+# **The formula.** state_t is the text before the token y_t, and old the policy that wrote the reply. PPO raises this
+# sum, the *surrogate*, averaged over its samples:
+#
+#     sum_t min(ratio_t advantage_t, clip(ratio_t, 1 - epsilon, 1 + epsilon) advantage_t)
+#     ratio_t     = pi(y_t|state_t)/old(y_t|state_t)
+#     advantage_t = delta_t + lam delta_(t+1) + lam^2 delta_(t+2) + ...
+#     delta_t     = reward_t + value(state_(t+1)) - value(state_t)
+#     reward_t    = -beta log(old(y_t|state_t)/pi_ref(y_t|state_t)), plus r(y) at the last token
+
+# %%
+import itertools
+import math
+import pathlib
+
+import numpy as np
+
+from minidpo import Tensor, exact, losses, plots
+from minidpo.theory import equalities, ppo
+
+# %% [markdown]
+# ## From NumPy alone: the policy gradient
+# The world is that of 00: 40 replies of at most three tokens out of end, k, n and o. "ok" earns 1, "no" -1, all else 0.
+# But here the policy has a row of four logits for each of the 13 states, so it can be any distribution over replies.
+
+# %%
+beta, eps = 0.5, 1e-6
+odds = {"": "1124", "k": "4112", "n": "2114", "o": "2411"}  # of end, k, n, o after it
+replies = ["".join(y) for length in range(4) for y in itertools.product("kno", repeat=length)]  # states first
+written = np.array([[t <= len(text) for t in range(3)] for text in replies])  # (40, 3)
+state = np.array([[replies.index(text[:t]) for t in range(3)] for text in replies])
+token = np.array([[["", "k", "n", "o"].index(text[t : t + 1]) for t in range(3)] for text in replies])
+reference = np.log([[*map(int, odds[text[-1:]])] for text in replies[:13]])  # (13, 4)
+reward = np.array([{"ok": 1.0, "no": -1.0}.get(text, 0.0) for text in replies])
+ok, no = replies.index("ok"), replies.index("no")
+
+
+def log_softmax(s):
+    return s - np.log(np.exp(s).sum(axis=-1, keepdims=True))
+
+
+def logprobs(theta):  # of each token of each reply, (40, 3)
+    return np.where(written, log_softmax(theta)[state, token], 0)
+
+
+def total(theta):  # log pi(y)
+    return logprobs(theta).sum(axis=1)
+
+
+def to_logits(theta, push):  # (40, 3) -> (13, 4)
+    out = np.zeros_like(theta)
+    np.add.at(out, (state, token), push * written)
+    return out - np.exp(log_softmax(theta)) * out.sum(axis=1, keepdims=True)  # onehot - pi (03)
+
+
+ref_logp, ref_total = logprobs(reference), total(reference)
+star, _ = exact.optimum(ref_total, reward, beta)
+
+
+def J(theta):
+    return exact.objective(total(theta), ref_total, reward, beta)
+
+
+# %% [markdown]
+# PPO climbs J(pi) = E_pi[r] - beta KL(pi || pi_ref) (08). Let net(y) = r(y) - beta log(pi(y)/pi_ref(y)). Then
+# J = sum_y pi net. With d for a derivative:
+#
+#     dJ = sum_y (d pi) net + sum_y pi (d net)         product rule
+#     d net = -beta d log pi                           r and pi_ref are constants
+#     d pi = pi d log pi                               chain rule: the log-derivative trick
+#     dJ = E_pi[net d log pi] - beta E_pi[d log pi]    put together
+#     E_pi[d log pi] = sum_y d pi = d 1 = 0            probabilities sum to 1
+#     dJ = E_pi[(net - baseline) d log pi]             baseline: any number that is the same for every y
+#
+# The trick turns a derivative of probabilities into a mean, which samples estimate.
+
+
+# %%
+def mean_and_noise(theta, push):  # of the gradient of one sampled reply
+    each = np.array([to_logits(theta, push * row[:, None]) for row in np.eye(40)])
+    p = np.exp(total(theta))
+    mean = np.tensordot(p, each, 1)
+    return mean, math.sqrt(p @ ((each - mean) ** 2).sum(axis=(1, 2)))
+
+
+def token_rewards(logp, r):  # reward_t
+    rewards = -beta * (logp - ref_logp)
+    rewards[np.arange(40), written.sum(axis=1) - 1] += r
+    return rewards
+
+
+policy = reference.copy()
+policy[0, 3] += math.log(3)  # as in 00: it begins with o 3 times in 4
+rewards = token_rewards(logprobs(policy), reward)
+gradient, noise = mean_and_noise(policy, rewards.sum(axis=1, keepdims=True))
+for bump in eps * np.eye(52).reshape(52, 13, 4):
+    slope = (J(policy + bump) - J(policy - bump)) / (2 * eps)
+    np.testing.assert_allclose((gradient * bump).sum() / eps, slope, atol=1e-9)
+
+# %% [markdown]
+# ## Tokens, a critic and the advantage
+# Which token earned the reward? Give each its share of the price of KL: reward_t. The shares of a reply sum to net.
+# What was earned before state_t is the same whichever token comes next: a baseline. So a token answers only for what
+# follows, and any number that depends on its state alone may be subtracted. A good one is the *value*: what the policy
+# earns from there on, on average. A model that predicts it is the *critic*. The value of the empty text is J.
+#
+# Suppose that the policy has written "ok". *delta* is what a token changed: its reward, plus the value after it (0 at
+# the end), minus the value before it.
+#
+#     token   reward_t   value before    delta    advantage at lam = 0    0.95       1
+#     o         -0.203          0.106   -0.059                  -0.059   0.630   0.691
+#     k          0.000          0.250    0.250                   0.250   0.725   0.750
+#     end        1.000          0.500    0.500                   0.500   0.500   0.500
+#
+# **Predict.** "ok" is the best reply. Should this sample push o up?
+#
+# An advantage can look one token ahead and trust the critic for the rest: delta_t. Or two: delta_t + delta_(t+1), where
+# the value in between cancels. Or to the end: what this reply earned, minus value(state_t). Weigh the look of n tokens
+# by (1 - lam) lam^(n-1), and the last by what is left. All looks contain delta_t, all but the first delta_(t+1): their
+# weights are 1, lam, lam^2. This is *generalised advantage estimation*.
+#
+# At lam = 0, o is pushed down: the policy begins with o too often already, says the critic. At lam = 1, o is pushed up,
+# because this one reply ended well. The mean over all replies that begin with o is -0.059 both times. So lam = 1 is
+# noisy, and right on average. lam = 0 is less noisy, and as wrong as its critic.
+
+
+# %%
+def state_sums(numbers):  # (40, 3) -> (13,)
+    return np.bincount(state[written], (numbers * written)[written], 13)
+
+
+def exact_values(theta, r):
+    weight = np.exp(total(theta))[:, None]
+    to_come = np.cumsum(token_rewards(logprobs(theta), r)[:, ::-1], axis=1)[:, ::-1]
+    return state_sums(weight * to_come) / state_sums(weight)
+
+
+def advantages(rewards, value, lam):  # (40, 3), (13,) -> (40, 3)
+    before = np.where(written, value[state], 0)
+    after = np.pad(before[:, 1:], ((0, 0), (0, 1)))
+    advantage = rewards + after - before  # delta
+    for t in (1, 0):
+        advantage[:, t] += lam * advantage[:, t + 1]
+    return advantage
+
+
+value = exact_values(policy, reward)
+by_lam = {lam: advantages(rewards, value, lam) for lam in (0, 0.95, 1)}
+columns = [rewards[ok], value[state[ok]], *(each[ok] for each in by_lam.values())]
+by_hand = [[-0.203, 0, 1], [0.106, 0.25, 0.5], [-0.059, 0.25, 0.5], [0.630, 0.725, 0.5], [0.691, 0.75, 0.5]]
+np.testing.assert_allclose(columns, by_hand, atol=6e-4)
+np.testing.assert_allclose(value[0], J(policy), rtol=1e-12)
+np.testing.assert_allclose([0.05, 0.05 * 0.95, 0.95**2] @ np.cumsum(by_lam[0][ok]), by_lam[0.95][ok, 0], rtol=1e-12)
+with_o = np.exp(total(policy)) * (token[:, 0] == 3)
+np.testing.assert_allclose(with_o @ by_lam[1][:, 0] / with_o.sum(), by_lam[0][ok, 0], rtol=1e-9)
+
+rewards, value = token_rewards(logprobs(policy), reward + 10), exact_values(policy, reward + 10)
+net = rewards.sum(axis=1, keepdims=True)
+pushes = {"no baseline": net, "net - J": net - value[0]}
+pushes |= {f"exact critic, lam {lam}": advantages(rewards, value, lam) for lam in by_lam}
+print(f"standard deviation of one sampled gradient: {noise:.2f}; with 10 added to every reward:")
+for name, push in pushes.items():
+    mean, deviation = mean_and_noise(policy, push)
+    np.testing.assert_allclose(mean, gradient, atol=1e-12)
+    print(f"  {name:<28}{deviation:6.2f}")
+    assert deviation > 12 if name == "no baseline" else deviation < noise < 0.425
+for lam in by_lam:
+    blind, _ = mean_and_noise(policy, advantages(rewards, 0 * value, lam))
+    assert np.allclose(blind, gradient) == (lam == 1)
+
+# %% [markdown]
+# Adding 10 to every reward teaches nothing, yet without a baseline it raises the noise from 0.42 to above 12. In each
+# row the mean is the gradient of J. With a critic of zeros it is so only at lam = 1.
+#
+# ## Beside it: what DPO computes from one pair
+# Take the same policy and the pair "ok" over "no". Against the reference, o is 3/2 times as likely and n half. So the
+# margin is log 3, and DPO pushes log pi("ok") up by beta sigma(-z) = 0.183 and log pi("no") down by as much. Each token
+# of "ok" gets this push, even o: a pair does not say which token was good.
+#
+# ## Ratio and clip
+# Writing is slow, so PPO takes several steps on the same samples. At the first, the ratio is 1, and as d ratio =
+# ratio d log pi, the gradient is that of J. Later the ratio corrects for the steps taken: in a given state, the mean of
+# ratio times f under old is the mean of f under pi.
+#
+# But the price of KL in the advantages is still that of old. Without the clip, nothing says when to stop. With it, the
+# smaller of two terms counts, and the clipped one is constant. So the derivative with respect to log pi(y_t|state_t) is
+# ratio times advantage, or 0. With epsilon = 0.2:
+#
+#     advantage   ratio   derivative
+#        +1        1.1       1.1       go on
+#        +1        1.3       0         gained enough: stop
+#        +1        0.7       0.7       moved the wrong way: bring it back
+#        -1        0.9      -0.9       go on
+#        -1        0.7       0         lost enough: stop
+#        -1        1.3      -1.3       moved the wrong way: bring it back
+
+
+# %%
+def surrogate_push(logp, old_logp, advantage, epsilon=0.2):
+    ratio = np.exp(logp - old_logp)
+    enough = np.where(advantage > 0, ratio > 1 + epsilon, ratio < 1 - epsilon)
+    return np.where(enough, 0, ratio * advantage)
+
+
+cases, signs = np.log([1.1, 1.3, 0.7, 0.9, 0.7, 1.3]), np.array([1, 1, 1, -1, -1, -1])
+derivatives = surrogate_push(cases, 0, signs)
+np.testing.assert_allclose(derivatives, [1.1, 0, 0.7, -0.9, 0, -1.3], rtol=1e-12)
+
+PASSES = (1, 4, 16, 64, 256, 1024)
+fixed = advantages(token_rewards(ref_logp, reward), exact_values(reference, reward), 0.95)
+
+
+def reuse(seed, epsilon):  # J after passes over the same 16 replies
+    share = np.random.default_rng(seed).multinomial(16, np.exp(ref_total))[:, None] / 16
+    theta, path = reference, []
+    for number in range(1, PASSES[-1] + 1):
+        theta = theta + to_logits(theta, share * surrogate_push(logprobs(theta), ref_logp, fixed, epsilon))
+        path += [J(theta)] if number in PASSES else []
+    return path
+
+
+clipped, free = (np.mean([reuse(seed, epsilon) for seed in range(20)], axis=0) for epsilon in (0.2, math.inf))
+
+# %% [markdown]
+# Without the clip, J reaches 0.216 after 16 passes (mean of 20 runs), and then falls below the 0.094 of the reference.
+# With it, J reaches 0.174, and is still 0.164 after 1,024. The clip does not make the best of the samples. It makes too
+# many passes harmless.
+#
+# ## Four runs
+# PPO writes 16 replies, takes 4 passes, and repeats. Its critic is a table: each visited value moves half of the way to
+# the mean of value + advantage. DPO takes 100 steps on all its pairs, which the reference wrote. Told the rewards, it
+# counts a pair as both labels, weighted sigma(r_w - r_l) and sigma(r_l - r_w).
+
+
+# %%
+def run_ppo(seed, r, texts):  # log pi(y) each 16 replies
+    rng, theta, value, path = np.random.default_rng(seed), reference, np.zeros(13), []
+    for _ in range(texts // 16):
+        old_logp, p = logprobs(theta), np.exp(total(theta))
+        share = rng.multinomial(16, p / p.sum())[:, None] / 16
+        advantage = advantages(token_rewards(old_logp, r), value, 0.95)
+        for _ in range(4):
+            theta = theta + to_logits(theta, share * surrogate_push(logprobs(theta), old_logp, advantage))
+        value = value + 0.5 * state_sums(share * advantage) / np.maximum(state_sums(share), 1e-9)
+        path.append(total(theta))
+    return np.array(path)
+
+
+def pairs(seed, texts, labels):  # the weight of each ordered pair, (40, 40)
+    rng, wins = np.random.default_rng(seed), np.zeros((40, 40))
+    i, j = rng.choice(40, (2, texts // 2), p=np.exp(ref_total))
+    chance = exact.preference_probabilities(reward)[i, j]
+    chance = rng.random(len(i)) < chance if labels else chance
+    np.add.at(wins, (i, j), chance)
+    np.add.at(wins, (j, i), 1 - chance)
+    return wins / len(i)
+
+
+def pull(scores, wins):  # of log sigma(score_w - score_l) on each score
+    weight = wins / (1 + np.exp(scores[:, None] - scores))
+    return weight.sum(axis=1) - weight.sum(axis=0)
+
+
+def run_dpo(wins):
+    theta = reference
+    for _ in range(100):
+        theta = theta + 4 * to_logits(theta, pull(beta * (total(theta) - ref_total), wins)[:, None])
+    return total(theta)
+
+
+def fitted_reward(wins):
+    scores = np.zeros(40)
+    for _ in range(100):
+        scores = scores + 4 * pull(scores, wins)
+    return scores
+
+
+def distances(logps):
+    return exact.total_variation(np.array(logps), star).mean(axis=0)
+
+
+TEXTS, runs = 2 ** np.arange(5, 14), range(5)
+by_labels, by_rewards = (
+    distances([[run_dpo(pairs(seed, texts, labels)) for texts in TEXTS] for seed in runs]) for labels in (True, False)
+)
+sampled = distances([run_ppo(seed, reward, TEXTS[-1]) for seed in runs])
+learned = [fitted_reward(pairs(seed, 1024, True)) for seed in runs]
+paths = np.array([run_ppo(seed, learned[seed], 4096) for seed in runs])
+by_learned = distances(paths)
+
+# %% [markdown]
+# ## The answer to the prediction
+# The two that are told the true rewards:
+#
+#     TV to pi*, told                          DPO     PPO
+#     a drawn label for each of 512 pairs    0.208   0.194    (this PPO writes 1,024 more texts)
+#     the true rewards                       0.005   0.008
+#
+# A label is the toss of a coin, even at pi*: four times the labels only halve the distance. A reward is a number, and
+# at pi* every advantage is 0 if the critic is exact (exercise 1), so PPO's noise dies out. The picture shows the way
+# there, and the passes with and without the clip. With few texts, DPO told the rewards is ahead.
+#
+# Fitted rewards send PPO to their own pi*. After 4,096 texts it is within 0.02 of that one, and no nearer to the true
+# one. The smaller beta is, the further it follows what is wrong in them (00, 13, and
+# [PPO beside DPO](../benchmarks/README.md#ppo-beside-dpo)).
+#
+# So DPO needs pairs, judged once. PPO needs a judge at any time, as it asks about what the policy writes now. And it
+# holds four models: policy and critic, which it trains, reference and reward model. DPO holds policy and reference, in
+# half the memory (14).
+
+# %%
+cells = [f"{each:.3f}" for each in (by_labels[5], by_learned[63], by_rewards[5], sampled[63])]
+assert cells == ["0.208", "0.194", "0.005", "0.008"] and by_rewards[1] < sampled[3] / 2
+assert 0.4 < by_labels[7] / by_labels[5] < 0.6 and by_learned[-1] > by_learned[63] > 0.19
+own = exact.optimum(ref_total, np.array(learned), beta)[0]
+assert exact.total_variation(paths[:, -1], own).mean() < 0.02
+
+panels = [
+    plots.Panel("What one is told decides", "texts", "total variation to pi*", [
+        plots.Curve("DPO, labels", TEXTS, by_labels),
+        plots.Curve("PPO, reward fitted to 512 labels", 1024 + 16 * np.arange(1, 257), by_learned),
+        plots.Curve("PPO, true reward", 16 * np.arange(2, 513), sampled[1:]),
+        plots.Curve("DPO, true rewards", TEXTS, by_rewards),
+    ], "log", distances([ref_total]), "reference"),
+    plots.Panel("The same 16 replies, again and again", "passes", "J", [
+        plots.Curve("clip at 0.2", PASSES, clipped, "o"), plots.Curve("no clip", PASSES, free, "s"),
+    ], "log", J(reference), "reference"),
+]  # fmt: skip
+picture = pathlib.Path("18_ppo.png")
+drawn = plots.picture(picture, panels)
+print(f"\npicture: {picture.name}" if drawn else "\nthe picture needs matplotlib (the `plot` extra)")
+
+# %% [markdown]
+# ## The library's version
+# `ppo` does this for transformers. Its arrays have an entry for each written token.
+
+# %%
+value, rewards = exact_values(policy, reward), token_rewards(logprobs(policy), reward)
+flat = [array[written] for array in (logprobs(policy), ref_logp, value[state])]
+text = np.nonzero(written)[0]
+seen = ppo.Rollout([], reward, *flat, text, np.append(np.diff(text) > 0, True))
+np.testing.assert_allclose(ppo.token_rewards(seen, beta), rewards[written], atol=1e-12)
+of_library = ppo.advantages(rewards[written], seen.value, seen.last, 1.0, 0.95)
+np.testing.assert_allclose(of_library, advantages(rewards, value, 0.95)[written], atol=1e-12)
+np.testing.assert_allclose(-ppo.surrogate_gradient(cases, 0, signs, 0.2, 1), derivatives)
+leaf = Tensor(cases, requires_grad=True)
+ppo.surrogate_loss(leaf, 0, signs, 0.2, 1).backward()  # the sweep of 02
+np.testing.assert_allclose(-leaf.grad, derivatives)
+by_reply = equalities.policy_gradient(total(policy), ref_total, reward, beta)
+np.testing.assert_allclose(to_logits(policy, by_reply[:, None]), gradient, atol=1e-12)
+four = [logps[[y]] for logps in (total(policy), ref_total) for y in (ok, no)]
+np.testing.assert_allclose(np.ravel(losses.dpo_gradient(*four, beta=beta)), [-0.183, 0.183], atol=5e-4)
+
+# %% [markdown]
+# ## What was shown
+# A baseline changes the policy gradient's noise and not its mean. The clip makes too many passes harmless. PPO and DPO
+# aim at the same pi*. In this world, what they were told decided how near they came.
+#
+# ## Exercises
+# 1. Derive: at pi*, with exact values, every delta is 0. (J(pi*) is beta log Z. What then is the value of a state?)
+# 2. Find the bug: somebody raises clip(ratio_t, 0.8, 1.2) advantage_t, without the min. Which rows of the table change,
+#    and what can no longer happen?
+# 3. Predict, then measure: 10 is added to every reward, so pi* stays where it is. How near to it do PPO and DPO come,
+#    told the rewards of 1,024 texts?
+
+# %%
+quoted = [free[2], J(reference), clipped[2], clipped[5]]
+assert [f"{each:.3f}" for each in quoted] == ["0.216", "0.094", "0.174", "0.164"] and free[4] < 0
+print("18: told the rewards, PPO and DPO came near pi*; told labels, neither did")
+
+# %% [markdown]
+# ## Solutions
+# 1. Let Z(state) be the mean of exp(r/beta) over pi_ref's replies from there. The value is beta log Z(state), and
+#    pi*(y_t|state_t) = pi_ref(y_t|state_t) Z(state_(t+1))/Z(state_t). So -beta log(pi*/pi_ref) is value(state_t) -
+#    value(state_(t+1)), and delta_t is 0. (At the last token r(y) takes the place of the value after it.)
+# 2. Rows 3 and 6 become 0. A token that was moved too far the wrong way is never brought back.
+# 3. PPO is at 0.054, seven times as far. Its critic begins at 0, and until it has learned the 10, all that was sampled
+#    is pushed up. DPO sees only differences of rewards and ends where it did.
+
+# %%
+mass = np.zeros((13, 4))
+np.add.at(mass, (state, token), np.exp(star)[:, None] * written)
+best = np.log(mass)  # pi*
+np.testing.assert_allclose(total(best), star, atol=1e-12)
+delta = advantages(token_rewards(logprobs(best), reward), exact_values(best, reward), 0)
+np.testing.assert_allclose(delta, 0, atol=1e-12)
+without_min = np.diff(np.clip(np.exp([cases - eps, cases + eps]), 0.8, 1.2) * signs, axis=0)[0] / (2 * eps)
+np.testing.assert_allclose(without_min, [1.1, 0, 0, -0.9, 0, 0], atol=1e-8)
+risen = distances([run_ppo(seed, reward + 10, 1024) for seed in runs])[-1]
+assert f"{risen:.3f}" == "0.054"
+np.testing.assert_allclose(*map(exact.preference_probabilities, (reward, reward + 10)))
