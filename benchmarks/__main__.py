@@ -17,8 +17,15 @@ from minidpo import plots
 from minidpo.run import files, report
 
 RESULTS = pathlib.Path(__file__).parent / "results"
-BASELINES = {"step": "PyTorch eager, padded", "sampling": "PyTorch eager"}
+BASELINES = {"step": "PyTorch modules, padded", "step (AVX2)": "PyTorch modules, padded", "sampling": "PyTorch eager"}
 SUITES = (*BASELINES, "growth")
+WITH_AVX2 = (
+    "minidpo, padded",
+    "minidpo",
+    "minidpo, products alone",
+    "PyTorch modules, padded",
+    "PyTorch eager, padded",
+)
 GROWTH = {"T": (32, 64, 128, 256), "n_embd": (64, 128, 256), "pairs": (4, 8, 16, 32)}
 
 
@@ -68,9 +75,8 @@ def main():
     for suite, baseline in BASELINES.items():
         for size in options.sizes if suite in options.suites else ():
             print(f"\n{suite}, {size}: {SIZES[size]}", flush=True)
-            results, missing = speed.measure(
-                SIZES[size], options.seed, options.rounds, names=options.names, suite=suite
-            )
+            names = options.names or (WITH_AVX2 if suite.endswith(speed.AVX2) else None)
+            results, missing = speed.measure(SIZES[size], options.seed, options.rounds, names=names, suite=suite)
             figures[suite][size] = results
             print(*[f"  not measured: {line}" for line in missing], table(results, baseline), sep="\n", flush=True)
     if "growth" in options.suites:

@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import sys
+import threading
 import time
 
 import numpy
@@ -20,10 +21,28 @@ def processes():
     return [os.getpid(), *[int(pid) for pid, parent in parents.items() if int(parent) == os.getpid()]]
 
 
-def peak():
-    """The contender's peak of resident memory in MiB, summed over its processes."""
-    lines = (line for pid in processes() for line in (PROC / str(pid) / "status").read_text().splitlines())
-    return sum(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
+def proportional():
+    """The contender's memory in MiB: proportional set size, in which processes that share a page have a part each."""
+    lines = (line for pid in processes() for line in (PROC / str(pid) / "smaps_rollup").read_text().splitlines())
+    return sum(int(line.split()[1]) for line in lines if line.startswith("Pss:")) / 1024
+
+
+def peak(step, seconds=2.0):
+    """The largest `proportional` seen while the contender takes steps, looked at all the time."""
+    seen, done = [proportional()], threading.Event()
+
+    def watch():
+        while not done.is_set():
+            seen.append(proportional())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end or len(seen) < 20:
+        step()
+    done.set()
+    watcher.join()
+    return max(seen)
 
 
 def cpu():
@@ -58,7 +77,7 @@ def main(module, name, size, seed):
             tokens = result if isinstance(result, int) else None
             answer(seconds=seconds, steps=count, cpu=cpu() - used, tokens=tokens)
         elif command == "peak":
-            answer(peak_mib=peak())
+            answer(peak_mib=peak(contender.step))
 
 
 if __name__ == "__main__":
