@@ -236,6 +236,16 @@ def test_a_constant_of_another_dtype_keeps_gradients_in_that_of_the_leaf():
         assert (dtypes["exp"], dtypes["leaf"]) == ("float32", "float32")
 
 
+@pytest.mark.parametrize("constant", [3, True, np.array([2, 3]), np.array([True, True])], ids=str)
+@pytest.mark.parametrize("name", ["add", "sub", "mul", "div"])
+def test_whole_numbers_and_truth_values_have_no_gradient(name, constant):
+    """A vjp gives the real argument its gradient, and None to numbers, integers and booleans beside it."""
+    x, g = np.array([0.5, 1.5]), np.array([0.3, -0.7])
+    right, left = (OPS[name].raw(*pair)[1](g) for pair in ((x, constant), (constant, x)))
+    assert right[1] is None and left[0] is None
+    assert right[0].shape == left[1].shape == (2,) and all(np.abs(each).min() > 0 for each in (right[0], left[1]))
+
+
 def test_gather_takes_one_index_a_row():
     """Gather takes one index for each row, without broadcasting."""
     with pytest.raises(ValueError, match=r"\(2,\), not \(1,\)"):
