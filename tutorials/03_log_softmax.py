@@ -17,9 +17,9 @@
 # **The formula.** A row x holds V logits x_j. As in tutorial 02, x goes into a function and y comes out; g = dL/dy goes
 # into its vjp and gx = dL/dx comes out. (From 04 on, x is a prompt and y a response.)
 #
-#     log_softmax   y_j = log(e^x_j / sum_k e^x_k)      (..., V) -> (..., V)   log-probability of each next token
-#     gather        y_i = x[i, index_i]                 (..., V), integers (...) -> (...)   that of the token that came
-#     logsigmoid    y = log(1/(1 + e^-z))               (...) -> (...)         minus this is the loss of a pair
+#     log_softmax   y_j = log(e^x_j / sum_k e^x_k)   (..., V) -> (..., V)               log-probability of each token
+#     gather        y_i = x[i, index_i]              (..., V), integers (...) -> (...)  in each row, the one that came
+#     logsigmoid    y = log(1/(1 + e^-z))            (...) -> (...)                     minus this is the loss of a pair
 
 # %%
 import decimal
@@ -150,9 +150,9 @@ np.testing.assert_allclose(gx.sum(axis=-1), 0, atol=1e-12)
 
 # %% [markdown]
 # ## gather: two naive attempts
-# `x[:, index]` takes the columns that `index` names from *every* row: (B, V) -> (B, B), without an error. Multiplying
-# by a one-hot row and summing picks the correct entry, until a token cannot occur: its log-probability is -inf, and
-# 0 * -inf is nan. `x[arange(B), index]` pairs each row with its column.
+# `x[:, index]` takes the columns that `index` names from *every* row: with B rows, (B, V) -> (B, B), without an error.
+# Multiplying by a one-hot row and summing picks the correct entry, until a token cannot occur: its log-probability is
+# -inf, and 0 * -inf is nan. `x[arange(B), index]` pairs each row with its column.
 #
 # The vjp, line by line. Two letters for rows, i and k, and j for columns:
 #
@@ -195,9 +195,9 @@ np.testing.assert_allclose(np.einsum("i,ikj->kj", g, of_flat), gather(x, index)[
 check(gather, ops.gather, x, index)
 
 # %% [markdown]
-# log_softmax followed by gather, with a minus sign, is the loss of pre-training, in which a model learns to predict the
-# next token of a text (tutorial 05). Its gradient with respect to the logits is p - onehot(index). Here p is the
-# softmax of the logits, and onehot(index) is 1 at the token that came and 0 elsewhere.
+# In pre-training a model learns to predict the next token of a text. log_softmax followed by gather, with a minus sign,
+# is its loss for one token; tutorial 05 takes the mean. The gradient with respect to the logits is p - onehot(index).
+# Here p is the softmax of the logits, and onehot(index) is 1 at the token that came and 0 elsewhere.
 
 # %%
 x = Tensor(logits, requires_grad=True)
@@ -282,16 +282,17 @@ np.testing.assert_allclose(y, log_softmax(np.stack([z, 0 * z], axis=-1))[0][:, 0
 
 # %% [markdown]
 # The last line uses e^z/(e^z + e^0) = sigma(z): logsigmoid is the first entry of log_softmax on the two logits z and 0.
-# They differ in the tail only. There log_softmax takes log, not log1p, and returns 0 at z = 40; hence `atol`.
+# The two programs differ where z is large. At z = 40, log_softmax adds e^-40 to 1, gets 1, and returns log 1 = 0, where
+# log1p keeps the e^-40; hence `atol`.
 #
 # ## The answer to the prediction
 # In float32 it is 0; the exact value is about 4e-8. In float32, 1 + e^-z rounds to 1 once e^-z <= 2^-24, that is from
 # z = 24 log 2 = 16.64 on. In float64 this happens from z = 53 log 2 = 36.74 on.
 #
-# The picture counts the correct digits of log sigma(z). On the left, the naive form is correct until e^-z becomes inf:
-# below -88.7 in float32 and below -709.8 in float64 it returns -inf. On the right it loses its digits gradually, one
-# for every 2.3 by which z rises (log 10 = 2.3), until it returns 0. The stable form is correct to the last digit or
-# nearly so, on both sides.
+# The picture counts the correct digits of log sigma(z); the naive form is dashed. On the left, it is correct until e^-z
+# becomes inf: below -88.7 in float32 and below -709.8 in float64 it returns -inf. On the right it loses its digits
+# gradually, one for every 2.3 by which z rises (log 10 = 2.3), until it returns 0. The stable form is correct to the
+# last digit or nearly so, on both sides.
 
 # %%
 seventeen = np.float32(17)
@@ -343,13 +344,14 @@ def draw(path):
         figure = Figure(figsize=(6.4, 5.2), layout="constrained")
         axes = figure.subplots(1, 2, sharey=True)
         for (name, dtype, side), each in kept.items():
-            color, style = blue if dtype == "float64" else orange, "-" if name == "stable" else (0, (3, 1.5))
-            axes[side].plot(sides[side], each, color=color, linestyle=style, linewidth=2.5)
+            color, alpha = blue if dtype == "float64" else orange, 0.35 if name == "stable" else 1
+            style, width = ("-", 7) if name == "stable" else ((0, (3, 1.5)), 2)
+            axes[side].plot(sides[side], each, color=color, alpha=alpha, linestyle=style, linewidth=width)
         for side, z, height, text, color in (
             (0, -690, 11, "naive: -inf\nbelow -709.8", blue), (0, -620, 3, "naive: -inf\nbelow -88.7", orange),
-            (0, -690, 16.4, "stable, float64", blue), (0, -690, 7.7, "stable, float32", orange),
-            (1, 19, 10, "naive loses a\ndigit for each\n2.3 of z", blue), (1, 20, 0.4, "naive: 0\nfrom 36.7", blue),
-            (1, 0.3, 0.4, "naive: 0\nfrom 16.6", orange),
+            (0, -690, 16.5, "stable, float64", blue), (0, -690, 7.8, "stable, float32", orange),
+            (1, 20, 0.4, "naive: 0\nfrom 36.7", blue), (1, 0.3, 0.4, "naive: 0\nfrom 16.6", orange),
+            (1, 20, 10, "each naive form\nloses a digit for\nevery 2.3 of z", "black"),
         ):  # fmt: skip
             axes[side].text(z, height, text, color=color)
         axes[0].set(title="z below 0", xlabel="z", ylabel="correct digits of log sigma(z)", ylim=(-0.3, 17.5))
@@ -369,8 +371,8 @@ print(f"picture: {path.name}" if plots.installed() else "the picture needs matpl
 # only y, or only the index.
 #
 # ## Exercises
-# 1. A chosen and a rejected response follow the same prompt and differ in their first token, w or l. So both tokens are
-#    read from the same row of logits x. Derive the gradient of -(y_w - y_l) with respect to x, where
+# 1. A chosen and a rejected response follow the same prompt and differ in their first token. Here w and l are these
+#    tokens; both are read from one row of logits x. Derive the gradient of -(y_w - y_l) with respect to x, where
 #    y = log_softmax(x). What has become of p?
 # 2. Find the bug: `x.max()` is subtracted instead of `x.max(axis=-1, keepdims=True)`. For which rows does that fail?
 # 3. Predict, then measure: in float32, add 100,000,000 to both logits of the row (0, 1). On paper that changes nothing.

@@ -4,15 +4,16 @@
 # **Question.** Which number is log pi(y|x), and how do you know that a piece of code computes it?
 #
 # **Afterwards you can say**
-# - which row of the logits predicts which token, and what happens to prompt, pads and end-of-text;
+# - which row of the logits predicts which token, and what happens to prompt, end-of-text and pads (which fill shorter
+#   texts up);
 # - what the probabilities of all complete responses add up to, derived and computed;
 # - which way each mistake moves that sum, by how much, and which mistakes only the chain rule finds;
 # - what happens when a log-probability of -inf is multiplied by 0, in the loss and in its gradient.
 #
-# **Predict first.** For each token that a model reads it gives one row of logits, which predicts the token after it.
-# Somebody's program reads each log-probability of the response one row too early: from the row that predicts the token
-# before it. Add up the probabilities that the program gives to all complete responses. Is the sum less than 1, exactly
-# 1, or more than 1?
+# **Predict first.** For each token that a model reads it gives one row of logits, which predicts the token after it: a
+# shift by one. Somebody's program takes each log-probability of the response from the row before that one: a shift by
+# two. Add up the probabilities that the program gives to all complete responses. Is the sum less than 1, exactly 1, or
+# more than 1?
 #
 # **The formula.** x is a prompt and y a response, both lists of token ids. pi is the model: pi(token | tokens before)
 # is the probability that it gives to the next token.
@@ -34,17 +35,17 @@ from minidpo import Tensor, exact, model, ops, plots, scoring
 from minidpo.theory import mutants
 
 rng = np.random.default_rng(0)
-V, C, CAP, END_OF_TEXT = 4, 6, 3, 0  # ids, channels, most tokens of a response
+V, C, CAP, END_OF_TEXT = 4, 6, 3, 0  # ids, numbers in a state, most tokens of a response
 table, recurrent, head = rng.normal(size=(V, C)), 0.5 * rng.normal(size=(C, C)), rng.normal(size=(C, V))
 
 
 def toy_logits(tokens):
-    """A language model: row i has read tokens 0 to i and nothing later.  (T,) -> (T, V)"""
+    """A language model: `recurrent` carries the state on, `head` makes it logits; row i has read tokens 0 to i only."""
     state, rows = np.zeros(C), []
     for token in tokens:
         state = np.tanh(state @ recurrent + table[token])
         rows.append(state @ head)
-    return np.array(rows)
+    return np.array(rows)  # (T, V)
 
 
 def log_softmax(logits):
@@ -72,7 +73,8 @@ assert [line.split()[4] for line in lines] == ["x", "x", "y", "y", "y"] and f"{t
 
 # %% [markdown]
 # ## Shift by one, prompt, end-of-text
-# Here x is 2 3 1 and y is 1 3 0. A token is *scored* if its log-probability is a term of the sum.
+# Here x is 2 3 1 and y is 1 3 0. A token is *scored* if its log-probability is a term of log pi(y|x). From here on,
+# "the sum" is the one over all complete responses.
 #
 #     row    reads    predicts    log-probability    of
 #     0      2        3           -3.455             x: not scored
@@ -84,8 +86,7 @@ assert [line.split()[4] for line in lines] == ["x", "x", "y", "y", "y"] and f"{t
 #
 # Row i has read tokens 0 to i, so it predicts token i + 1. The first token of y has index len(x). The row that predicts
 # it is row len(x) - 1, the prompt's last. Earlier rows predict the prompt. The prompt is given, so they do not count.
-# The last token of y must be predicted, but the model need not read it. If it is end-of-text it is scored like any
-# other token: stopping is a choice.
+# The last token of y need not be read. If it is end-of-text it is scored like any other token: stopping is a choice.
 #
 # ## Why the sum over all complete responses is 1
 # A response is complete when it ends in end-of-text or has CAP tokens. Suppose that a response begins with `start`. Let
@@ -99,11 +100,13 @@ assert [line.split()[4] for line in lines] == ["x", "x", "y", "y", "y"] and f"{t
 # the model's distribution.
 #
 # ## From NumPy alone: two oracles and six mistakes
+# An *oracle* knows the correct answer. Ours are that sum, which is 1, and `chain_rule`, which runs the model anew for
+# each prefix and reads the last row, so it cannot read a wrong one.
 
 
 # %%
 def chain_rule(logits_of, x, y):
-    """Run the model once for each prefix and read its last row: no shift, no slice of logits, no mask."""
+    """log pi(y|x), without a shift or a slice of logits."""
     return sum(log_softmax(logits_of([*x, *y[:t]]))[-1, token] for t, token in enumerate(y))
 
 
@@ -132,58 +135,59 @@ assert abs(sums["correct"] - 1) < 1e-12 and off["correct"] < 1e-12
 # ## The answer to the prediction
 # Exactly 1. The row two places before a token has read less than it may, but it has read earlier tokens only. So after
 # each start it still gives one distribution over the next id, and the proof asks for no more. (This needs a prompt of
-# two tokens or more, or the first token of y has no row two places before it.)
+# two tokens or more. With one, the first token's row is number -1, which in NumPy is the last: no error, but a wrong
+# sum.)
 #
-# So the sum finds five of the six mistakes. The sixth is found by comparing with the chain rule: `chain_rule` runs the
-# model anew for each prefix, so it cannot read a wrong row.
+# So the sum finds five of the six mistakes. Comparing with the chain rule finds the sixth.
 
 # %%
 assert abs(sums["shift by two"] - 1) < 1e-12 < 0.01 < off["shift by two"]
 assert all(abs(sums[name] - 1) > 0.01 for name in ways if name not in ("correct", "shift by two"))
+assert abs(math.fsum(math.exp(ways["shift by two"](toy_logits, x[:1], y)) for y in responses) - 1) > 0.01
 
 # %% [markdown]
 # ## Which way each mistake moves the sum, and how far
-# One identity covers all of them. Multiply and divide by pi(y|x):
+# Let score(y) be what a program returns for log pi(y|x). Multiply and divide by pi(y|x):
 #
 #     sum_y exp(score(y)) = sum_y pi(y|x) exp(score(y) - log pi(y|x)) = E_pi[exp(score(y) - log pi(y|x))]
 #
-# So the sum is the average, over the model's own responses, of the factor by which the mistake changes a probability.
-# Each factor pi(token | ...) is below 1. Leave one out, and the probability rises: the sum is above 1. Multiply by one
-# too many, and it falls: the sum is below 1. How far, mistake by mistake:
+# So the sum is the average of exp(score - log pi) over the model's own responses. This factor is above 1 for a response
+# that the mistake makes look too likely. Each factor pi(token | ...) is below 1. Leave one out: the sum is above 1.
+# Multiply by one too many: it is below 1. How far, mistake by mistake:
 #
 # - First token not scored. For each of the V first ids, the rest sums to S(first) = 1. The sum is V for every model.
 # - End-of-text not scored. A response then counts as the probability that its characters are reached. Over all strings
-#   of t characters, that adds up to P(a response has at least t characters). Over t = 0 ... CAP, it adds up to
-#   1 + (mean number of characters), which is above 1.
-# - A pad scored. Each response gets the factor pi(end-of-text | x, y): would the model say end-of-text once more? The
-#   sum is the average of that probability, which is below 1.
+#   of t characters, that adds up to P(a response has at least t characters). That is 1 at t = 0, and over t = 1 ... CAP
+#   each response is counted once for each of its characters. So the sum is 1 + (mean number of characters).
+# - A pad scored. Each response gets the factor pi(end-of-text | x, y): would the model say end-of-text after y? The sum
+#   is the average of that probability, which is below 1.
 # - Mean for sum. exp(mean) is the T-th root of pi(y|x), for T tokens. From two tokens on, the root of a number below 1
-#   is larger than the number, so the sum is above 1. A uniform model gives each token 1/V, so each of n responses
-#   counts as 1/V and the sum is n/V: it grows with the number of responses.
-# - No shift. Each token is scored by a row that has read it: would the model say it again? These V probabilities come
-#   from V different rows, so they add up to anything from 0 to V, and the sum is anything from 0 to n. It is near n for
-#   a model that always repeats the last token, near 0 for one that never does, and exactly 1 for a uniform one.
+#   is larger than the number, so the sum is above 1. A uniform model gives each token 1/V, so the sum over n = 40
+#   responses is n/V: it grows with their number.
+# - No shift. Each token is scored by a row that has read it: would the model say it again? Fix a start. The V possible
+#   next tokens are now read from V different rows, one per token, so nothing makes them add up to 1. The sum is near n
+#   for a model that always repeats the last token, near 0 for one that never does, and exactly 1 for a uniform one.
 # - Shift by two. The factors still form a distribution: exactly 1.
 #
 #     mistake                   sum                                         here
 #     first token not scored    V                                          4.000
 #     end-of-text not scored    1 + mean number of characters              3.805
-#     a pad scored              mean probability of one more end-of-text   0.034
+#     a pad scored              mean probability of end-of-text after y    0.034
 #     mean for sum              above 1; n/V for a uniform model           6.742
 #     no shift                  0 to n: does the model repeat itself?      0.529
 #     shift by two              1                                          1.000
 #
-# The code computes the sizes by the formulas above. Then it turns the model's wish to repeat a token down and up. The
-# picture shows in its upper half which log-probabilities count (dark cells) and the shift by one (arrows). The lower
-# half shows from which row each mistake reads which token (orange: not what the correct way reads), and its sum.
+# The picture shows in its upper half which log-probabilities count (dark cells) and the shift by one (arrows). The
+# lower half shows from which row each mistake reads which token (orange: not what the correct way adds up), and its
+# sum.
 
 # %%
 probabilities = np.array([math.exp(chain_rule(toy_logits, x, y)) for y in responses])
 characters_of = np.array([sum(token != END_OF_TEXT for token in y) for y in responses])
-once_more = [math.exp(chain_rule(toy_logits, [*x, *y], [END_OF_TEXT])) for y in responses]
+end_after_y = [math.exp(chain_rule(toy_logits, [*x, *y], [END_OF_TEXT])) for y in responses]
 np.testing.assert_allclose(sums["first token not scored"], V, rtol=1e-12)
 np.testing.assert_allclose(sums["end-of-text not scored"], 1 + probabilities @ characters_of, rtol=1e-12)
-np.testing.assert_allclose(sums["a pad scored"], probabilities @ once_more, rtol=1e-12)
+np.testing.assert_allclose(sums["a pad scored"], probabilities @ end_after_y, rtol=1e-12)
 roots = probabilities ** (1 / np.array([len(y) for y in responses]))
 np.testing.assert_allclose(sums["mean for sum"], roots.sum(), rtol=1e-12)
 for name, way in ways.items():  # the identity
@@ -238,24 +242,25 @@ def draw(path):
             axes.text(-2.3, height, text, va="center")
         for column, text in ((1, "prompt x"), (4, "response y"), (6, "pad")):
             axes.text(column, -0.9, text, **centred)
-        for column, text in ((3, "tokens scored, under the row they are read from"), (7.3, "sum")):
+        for column, text in ((3, "tokens scored, under the row\nthey are read from"), (7.3, "sum over\n40 responses")):
             axes.text(column, 6.8, text, **centred)
         for row, (token, following) in enumerate(itertools.pairwise([*x, *y, END_OF_TEXT, None])):
             cell(row, 0, token, "white", "black")
             axes.text(row, 1.6, row, **centred)
-            style = counted if (row, following) in scored["correct"] else not_counted
             for i in range(V):
-                cell(row, 2.5 + i, *((f"{logp[row, i]:.1f}", *style) if i == following else ("", *not_counted)))
+                cell(row, 2.5 + i, f"{logp[row, i]:.1f}", *(counted if (row, i) in scored["correct"] else not_counted))
             if following is not None:
-                color = style[0] if style == counted else plots.INK
+                color = counted[0] if (row, following) in scored["correct"] else plots.INK
                 axes.annotate("", (row + 0.2, 1.4), (row + 0.8, 0.5), arrowprops=arrow | {"color": color})
         for height, name in enumerate(scored):
             axes.text(-2.3, 7.8 + height, names[name], va="center")
             axes.text(7.3, 7.8 + height, f"{sums[name]:.3f}", color="black", **centred)
             for row in range(len(logp)):
                 token = dict(scored[name]).get(row, "")
-                style = not_counted if token == "" else counted if (row, token) in scored["correct"] else wrong
-                cell(row, 7.8 + height, token, *style)
+                correct = (row, token) in scored["correct"] and name != "mean for sum"
+                cell(row, 7.8 + height, token, *(not_counted if token == "" else counted if correct else wrong))
+            if name == "mean for sum":
+                axes.text(5, 7.8 + height, "÷ 3", **centred)
         figure.savefig(path, dpi=120, metadata={"Software": None})
 
 
@@ -267,9 +272,10 @@ print(f"picture: {path.name}" if plots.installed() else "the picture needs matpl
 # %% [markdown]
 # ## The library's version
 # `scoring.sequence_logprob` takes the same slice of the logits of a transformer (tutorial 05). `exact` has both
-# oracles, and `mutants` has eleven wrong scorers: our six mistakes and five more. Two of the new ones move the sum.
-# `wrong_slice_end` leaves out the last factor, so its sum is above 1; `last_prompt_token_scored` adds a factor, so its
-# sum is below 1. The last four of the printed table are distributions, but not the model's.
+# oracles, and `mutants` has eleven wrong scorers: our six mistakes and five more. Their table is of another model,
+# hence other numbers, with the library's names (masked: not scored). `last_prompt_token_scored` adds a factor, so its
+# sum is below 1; `wrong_slice_end` is exercise 2. The last four are distributions, but not the model's: a shift by two,
+# a prompt without its first token, logits divided by 2, positions (05) counted from 1.
 
 # %%
 config = model.Config(vocab_size=V, n_positions=8, n_embd=8, n_layer=1, n_head=2)
@@ -288,27 +294,29 @@ print("\n" + mutants.as_text(verdicts))
 # ## Padding
 # Texts of unequal length fit into one array when the shorter ones are filled up with pads. A pad has no id of its own:
 # it is 0, like end-of-text. The text's length tells it from the end-of-text that is scored. The log-probability of a
-# pad must be left out of the sum, by selection. Multiplying by a mask of 0 and 1 is not the same: 0 times -inf is nan.
+# pad must be left out of log pi(y|x), by selection. Multiplying by a *mask*, 1 at real tokens and 0 at pads, is not the
+# same: 0 times -inf is nan.
 #
 # ## What -inf does on the way back
-# Let a pad have probability 0, so that its log-probability is -inf. Follow one number forwards: p, log p, mask * log p,
-# the sum, the loss. Now go back. Let g be the slope of the loss with respect to the sum. Then, by the chain rule:
+# A token is forbidden by setting its logit to -inf. Where that is done to id 0, a pad has probability 0 and
+# log-probability -inf. Follow one number forwards: p, log p, mask * log p, log pi(y|x), the loss. Now go back. Let g be
+# the slope of the loss with respect to log pi(y|x). Then, by the chain rule:
 #
 #     d loss/d log p = g * mask,     d loss/dp = (g * mask) * (1/p)
 #
 # This can fail in two ways:
-# - Multiply by the mask. Then the sum is already nan, because 0 * -inf is nan. The slope g of DPO's loss is
-#   -beta sigma(-z) for a chosen response, and z contains the sum. So g is nan, and with it the gradient of every token
+# - Multiply by the mask. Then log pi(y|x) is already nan, because 0 * -inf is nan. For a chosen response, the slope g
+#   of DPO's loss is -beta sigma(-z), and z contains log pi(y|x). So g is nan, and with it the gradient of every token
 #   of the pair, real ones too. All pairs of a batch share the parameters, so one pad spoils the whole step.
-# - Select the real tokens, but from the plain log of a softmax. Then the sum is correct, and what arrives at the pad's
-#   log p is 0. But 1/p is inf, and 0 * inf is nan. The loss looks healthy, and the gradient is nan.
+# - Select the real tokens, but from the plain log of a softmax. Then log pi(y|x) is correct, and what arrives at the
+#   pad's log p is 0. But 1/p is inf, and 0 * inf is nan. The loss looks healthy, and the gradient is nan.
 #
 # So select, and use log_softmax as one piece. Its vjp is gx = g - softmax * sum(g) (tutorial 03), which divides by
 # nothing. A row with g = 0 gets exactly 0.
 
 # %%
-scores = np.array([[0.5, 1.0, 0.0], [1.0, 2.0, -math.inf]])  # row 0 predicts a token, row 1 a pad, which is impossible
-at, mask = np.array([1, 2]), np.array([1.0, 0.0])
+logits = np.array([[0.5, 1.0, 0.0], [-math.inf, 1.0, 2.0]])  # row 0 predicts a token, row 1 a pad, which is impossible
+at, mask = np.array([1, END_OF_TEXT]), np.array([1.0, 0.0])
 routes = {
     "log_softmax, times mask": lambda s: ops.sum(ops.gather(ops.log_softmax(s), at) * mask),
     "log of softmax, selected": lambda s: ops.sum(ops.gather(ops.log(ops.softmax(s)), at)[:1]),
@@ -317,7 +325,7 @@ routes = {
 print("\na pad of log-probability -inf      loss   gradient of the real row       of the pad's row")
 backwards = {}
 for name, route in routes.items():
-    leaf = Tensor(scores, requires_grad=True)
+    leaf = Tensor(logits, requires_grad=True)
     with np.errstate(divide="ignore", invalid="ignore"):
         loss = -ops.logsigmoid(0.1 * (route(leaf) + 2.0))  # beta 0.1; the reference and y_l are constants
         loss.backward()
@@ -332,12 +340,12 @@ assert math.isfinite(loss) and np.isfinite(gradient).all() and not gradient[1].a
 
 # %% [markdown]
 # ## Three routes, one result
-# The library has three routes to the log-probabilities of many pairs. It can score the texts one by one, or padded into
-# one array, or shared: then a pair's prompt is computed once, both responses follow it, and no pads are needed. All
-# three give the same numbers, and the same gradients for a random cotangent.
+# The library scores many pairs one by one, or padded into one array, or shared: then a pair's prompt is computed once,
+# both responses follow it, and no pads are needed. All three give the same numbers and gradients.
 #
 # Does it matter to a pair whether the prompt is masked? With sums, no: scoring the prompt adds the same term to both
-# responses, and it cancels in their difference.
+# responses, and it cancels in their difference. With means it is divided by two lengths, and cancels only if they are
+# equal.
 
 # %%
 pairs = [(x, [1, 3, 0], [2, 0]), ([3], [0], [1, 1, 2, 0]), ([1, 2], [3, 3, 0], [3, 1, 1, 0])]  # x, w, l
@@ -365,15 +373,17 @@ np.testing.assert_allclose((prompt_scored[0] - prompt_scored[1]).data, (logp_w -
 # %% [markdown]
 # ## What was shown
 # Row len(x) - 1 predicts the response's first token. End-of-text is scored; prompt and pads are not. The sum over
-# complete responses finds scorers whose probabilities are not a distribution. The chain rule also finds those whose
-# probabilities are a distribution, but the wrong one.
+# complete responses finds scorers whose probabilities are not a distribution, the chain rule also those with a wrong
+# distribution.
 #
 # ## Exercises
 # 1. Derive: somebody scores the prompt as well, all of it but its first token. What is the sum over complete responses?
 #    Why does a pair not notice?
-# 2. Find the bug: `logp = log_softmax(logits_of([*x, *y][:-1]))[len(x) - 1 : -1]`, then the tokens of `y[:-1]` are
-#    gathered from these rows and summed. Which token is lost? Is the sum over complete responses above 1 or below 1, or
-#    does it depend on the model?
+# 2. Find the bug: which token is lost? Is the sum above 1 or below 1, or does it depend on the model?
+#
+#        logp = log_softmax(logits_of([*x, *y][:-1]))[len(x) - 1 : -1]
+#        score = logp[np.arange(len(y) - 1), y[:-1]].sum()
+#
 # 3. Predict, then measure: a new model often gives every token the same probability. Which of the six mistakes does the
 #    sum find on such a model? And the chain rule?
 
@@ -388,8 +398,8 @@ print("04: probabilities of all complete responses sum to 1; seven mistakes brea
 # ## Solutions
 # 1. Every response gets the same factor pi(x_2 ... x_n | x_1), so the sum is that factor, below 1. It is the same in
 #    logp_w and logp_l, so it cancels in their difference.
-# 2. `[:-1]` drops the row that predicts nothing in y, and `: -1` drops one more. So the last token is never scored. A
-#    factor below 1 is missing from every probability. Each rises, so the sum is above 1 for every model.
+# 2. `[:-1]` drops the row that predicts nothing in y, and `: -1` drops one more; `y[:-1]` hides it. So the last token
+#    is never scored. A factor below 1 is missing from every probability, so the sum is above 1 for every model.
 # 3. It finds four. A uniform model hides both shifts: all its rows are equal, so it does not matter which one is read.
 #    The chain rule does not see them either. Test a scorer on a model whose rows differ.
 
@@ -397,7 +407,15 @@ print("04: probabilities of all complete responses sum to 1; seven mistakes brea
 with_prompt = math.fsum(math.exp(token_logprobs(toy_logits, x[:1], x[1:] + y).sum()) for y in responses)
 np.testing.assert_allclose(with_prompt, math.exp(token_logprobs(toy_logits, x[:1], x[1:]).sum()), rtol=1e-12)
 assert with_prompt < 1
-assert math.fsum(math.exp(token_logprobs(toy_logits, x, y)[:-1].sum()) for y in responses) > 1
+
+
+def too_short(y):
+    logp = log_softmax(toy_logits([*x, *y][:-1]))[len(x) - 1 : -1]
+    return logp[np.arange(len(y) - 1), y[:-1]].sum()
+
+
+assert all(abs(too_short(y) - token_logprobs(toy_logits, x, y)[:-1].sum()) < 1e-12 for y in responses)
+assert math.fsum(math.exp(too_short(y)) for y in responses) > 1
 
 
 def uniform(tokens):
