@@ -21,8 +21,8 @@
 #     mean loss of the pair      p L(z) + (1 - p) L(-z)
 #     its slope is 0 where       p L'(z) = (1 - p) L'(-z),     that is   L'(-z)/L'(z) = p/(1 - p)
 #
-# So at the best z a label for l pushes p/(1 - p) times as hard as one for w. With p = 0.9 that is nine times: one label
-# balances nine. For each loss, ask where the ratio reaches 9.
+# So at the best z a label for l pushes p/(1 - p) times as hard as one for w. With p = 0.9 one label balances nine.
+# For each loss, ask where the ratio reaches 9.
 
 # %%
 import pathlib
@@ -46,13 +46,13 @@ p, flip, gamma = 0.9, 0.3, 1.0
 # - **Hinge** (SLiC, Zhao et al., arXiv 2305.10425): z = 1 is enough.
 # - **IPO** (Azar et al., arXiv 2310.12036): (margin - 1/(2 beta))^2 = (z - 1/2)^2/beta^2. We leave out the 1/beta^2.
 # - **KTO** (Ethayarajh et al., arXiv 2402.01306) takes single replies. If one is labelled desirable, its loss is
-#   sigma(-z), with z = beta (log-ratio - a reference point that we hold fixed). Otherwise it is sigma(z). Here p is the
-#   share of "desirable".
+#   sigma(-z), with z = beta (log-ratio - a number that we hold fixed). Otherwise it is sigma(z). Here p is the share of
+#   "desirable".
 # - **SimPO** (Meng et al., arXiv 2405.14734) has no reference. z is beta times the difference of the two mean
 #   log-probabilities per token, and L = -log sigma(z - gamma).
 #
 # The code finds slopes with a complex step, and the best z by bisection. With `flip` = 0.3, a share of 0.9 becomes
-# 0.7 * 0.9 + 0.3 * 0.1 = 0.66: column "flipped". (Its log-odds are 0.66, too, by chance.)
+# 0.7 * 0.9 + 0.3 * 0.1 = 0.66: column "flipped". (Its log-odds are also 0.66, by chance.)
 
 
 # %%
@@ -119,8 +119,8 @@ assert rows == TABLE.strip("\n").splitlines()
 # the distance: this pair weighs as much as 41 pairs at z = 0. KTO gives up. A well learned pair with a wrong label is
 # such a pair, so this column also says how hard a wrong label pulls.
 #
-# **Certain labels, p = 1.** Now L'(z) itself has to be 0 somewhere. It is for IPO, cDPO and the hinge, where any larger
-# z is as good. SimPO's gamma is not a target: at z = gamma the slope is -1/2.
+# **Certain labels, p = 1.** Now L'(z) has to be 0 somewhere. For IPO and cDPO it is at one z; for the hinge at
+# every z from 1 on. SimPO's gamma is not a target: at z = gamma the slope is -1/2.
 #
 # **The optimum**, from L'(-z)/L'(z) = p/(1 - p):
 #
@@ -130,9 +130,10 @@ assert rows == TABLE.strip("\n").splitlines()
 #     IPO      (1/2 + z)/(1/2 - z)                              z = p - 1/2
 #     hinge    1 below z = 1, infinite above                    z = 1 for every p between 1/2 and 1
 #     KTO      1 everywhere, as L'(-z) = L'(z)                  none: for p above 1/2, z grows for ever
+#     SimPO    (1 + e^(z - gamma))/(1 + e^(-z - gamma))         3.10, above log 9
 #
-# DPO and IPO hear how sure the labels are. The hinge and KTO hear only the majority. See both ends of each slope in
-# the picture.
+# DPO and IPO hear how sure the labels are. The hinge and KTO hear only the majority. In the picture, all slopes but
+# IPO's almost reach both ends. SimPO's is DPO's, moved right by gamma.
 
 # %%
 LOOKS = {  # dash, places of the name
@@ -175,6 +176,8 @@ print(f"\npicture: {path.name}" if plots.installed() else "\nthe picture needs m
 # %%
 before_and_after = [ends[name][:2] for name in ("hinge", "DPO", "IPO")]
 np.testing.assert_allclose(before_and_after, [[1.0, 1.0], [2.2, 0.66], [0.4, 0.16]], atol=0.005)
+above, below = 1 + np.exp(np.array([1, -1]) * ends["SimPO"][0] - gamma)
+np.testing.assert_allclose(above / below, 9, rtol=1e-9)
 others = ends["cDPO"][1], ends["robust"][1], best(one_pair["hinge"], 0.51)
 np.testing.assert_allclose(others, [0.26, 2.2, 1.0], atol=0.005)
 
@@ -190,15 +193,17 @@ np.testing.assert_allclose(others, [0.26, 2.2, 1.0], atol=0.005)
 #   respect to the log-ratio of i is 0 where sum_j (z_ij - (p_ij - 1/2)) = 0. So beta * log-ratio of i is its win rate,
 #   the mean of p_ij over j (with p_ii = 1/2), plus a constant. The optimum is pi_ref exp(win rate/beta)/Z: RLHF's
 #   optimum, with win rates for rewards.
-# - **Hinge**: at the lowest corner of its mean loss, replies tie or differ by whole steps of z. We try a grid.
+# - **Hinge**: its mean loss consists of flat pieces, so its lowest point is a corner. There each pair is tied or a
+#   whole number apart in z. The code tries quarter steps.
 #
 # **A likelihood term**, -log pi(w)/|y_w| (NLL; Pang et al., arXiv 2404.19733), sees the level of log pi(w), which no
-# margin contains (13). Alone, it would make pi proportional to how often a reply was chosen, divided by its tokens.
+# margin contains (13, where |y_w| was 1). Alone, it would make pi proportional to how often a reply was chosen, divided
+# by its tokens.
 #
 # **Without a reference**, a pair is pushed in the same direction (06, 07), but the pushes balance elsewhere: for DPO at
 # exp(r/beta)/Z, whatever pi_ref was. SimPO puts log pi/|y| in the place of log pi. **ORPO** (Hong et al., arXiv
-# 2403.07691) takes the log-odds of exp(log pi/|y|), and adds the likelihood term to 0.1 times -log sigma of their
-# difference. It ends close to that term's own optimum.
+# 2403.07691) takes the log-odds of exp(log pi/|y|). It adds the likelihood term to 0.1 times -log sigma of their
+# difference. It ends close to the optimum of the likelihood term alone.
 #
 # **Another distance** than the KL gives another z and optimum: the rows "DPO under" in tutorial 12.
 
@@ -278,7 +283,8 @@ assert rows == OPTIMA.strip("\n").splitlines()
 # %% [markdown]
 # The hinge ties replies 0 and 1, and puts reply 2 one step above them, with flips and without. IPO stays closer to
 # pi_ref than DPO, because win rates differ less than rewards: beta means something else in each loss. SimPO gives
-# reply 1 more than reply 0 per token, but reply 1 has two tokens, and gets less. The 0.045 without a reference is luck.
+# reply 1 more than reply 0 per token, but reply 1 has two tokens, and gets less. The 0.045 without a reference and
+# SimPO's 0.091 are luck: reverse pi_ref, which neither sees, and they are 0.386 and 0.399.
 #
 # ## The library's version
 # `python -m minidpo losses` lists all. Ours have the same values and gradients.
@@ -319,6 +325,9 @@ assert exact.kl(by_win_rates, ref_logp) < exact.kl(star, ref_logp)
 alone = log_softmax(np.log(labels.sum(axis=1) / tokens))
 np.testing.assert_allclose(descent(likelihood, labels), alone, atol=1e-9)
 assert exact.total_variation(policies["ORPO"][0], alone) < 0.01
+lucky = np.array([policies["DPO, no reference"][1], policies["SimPO"][0]])
+elsewhere = exact.total_variation(lucky, log_softmax(ref_logp[::-1] + reward / beta))
+np.testing.assert_allclose(elsewhere, [0.386, 0.399], atol=5e-4)
 assert np.all(np.diff(policies["SimPO"][0] / tokens) > 0) and round(slope(one_pair["SimPO"], gamma), 9) == -1 / 2
 
 # %% [markdown]
