@@ -81,7 +81,8 @@ wins = wins + np.swapaxes(2000 * upper - wins, 1, 2)  # what i did not win, j wo
 #
 # The bracket compares the number of wins with the number that the rewards expect. At the best rewards they are equal,
 # summed over j, for each reply. And the sum of dL/dr_i over i is 0, since each choice has a winner and a loser: adding
-# a constant to all rewards of a prompt changes nothing, so choices cannot tell it.
+# a constant to all rewards of a prompt changes nothing, so choices cannot tell it. The second half says when finite
+# best rewards exist ("Four assumptions").
 
 
 # %%
@@ -101,7 +102,7 @@ for place in np.ndindex(reward.shape):  # the derivation, against a central diff
     np.testing.assert_allclose(reward_gradient(at)[place], slope, rtol=0, atol=1e-9)
 np.testing.assert_allclose(reward_gradient(at).sum(axis=1), 0, atol=1e-15)
 learned = np.zeros_like(reward)
-for _ in range(500):
+for _ in range(500):  # enough small steps for a gradient of 0
     learned = learned - 4 * reward_gradient(learned)
 np.testing.assert_allclose(reward_gradient(learned), 0, atol=1e-12)
 centred = reward - reward.mean(axis=1, keepdims=True)
@@ -114,21 +115,22 @@ assert abs(learned - centred).max() < 0.1
 # %% [markdown]
 # ## Find pi*: a Lagrange multiplier
 # Now the second stage, for a given r. How would one find the best policy without knowing the answer? A policy is a
-# list of numbers pi(y) whose sum is 1. To maximise J under that condition, add the condition with a multiplier, lambda,
-# and set the derivative with respect to each pi(y) to 0:
+# list of numbers pi(y) whose sum is 1. Let pi_ref(y) > 0 for every reply: where it is 0, pi must be, or the KL is
+# infinite. To maximise J under the condition on the sum, add it with a multiplier, lambda, and set the derivative with
+# respect to each pi(y) to 0:
 #
 #     J(pi) + lambda (1 - sum_y pi(y)),   J(pi) = sum_y pi (r - beta log pi + beta log pi_ref)
 #     r - beta log pi - beta + beta log pi_ref - lambda = 0      product rule: pi d(log pi)/dpi = 1 gives the -beta
 #     log pi = log pi_ref + r/beta - (1 + lambda/beta)           solved for log pi
 #     pi = pi_ref exp(r/beta) exp(-(1 + lambda/beta))            the last factor is the same for every y
 #
-# The sum over y must be 1. So the last factor is 1/Z, with Z = sum_y pi_ref exp(r/beta), and the result is
+# The sum over y must be 1. So the last factor is 1/Z(x), where Z(x) = sum_y pi_ref exp(r/beta) differs from prompt to
+# prompt. The result is
 #
-#     pi*(y) = pi_ref(y) exp(r(y)/beta)/Z
+#     pi*(y) = pi_ref(y) exp(r(y)/beta)/Z(x)
 #
-# Now you can see where its parts come from: pi_ref
-# and 1/beta from the KL, exp from the derivative of pi log pi, and Z from the condition. No pi(y) can be negative, as
-# an exponential is positive.
+# Now you can see where its parts come from: pi_ref and 1/beta from the KL, exp from the derivative of pi log pi, and
+# Z(x) from the condition. No pi(y) can be negative, as an exponential is positive.
 #
 # Check: at pi*, and only there, r - beta log(pi/pi_ref) - beta must be the same number, lambda, for every reply.
 
@@ -173,7 +175,7 @@ def line(number, formula, licence, left, right):
     print(f"  {number:<3}{formula:<62}{licence}")
 
 
-print("\nthe worksheet, first half (each line is equal to 1e-9)")
+print("\nthe worksheet, first half (both sides of each line agree to within 1e-9)")
 line(1, "J(pi) = E_pi[r] - beta KL(pi || pi_ref)", "given", J, exact.objective(policies, ref_logp, reward, beta))
 line(2, "= sum_y pi (r - beta log(pi/pi_ref))", "definition", J, (pi * (reward - beta * np.log(pi / pi_ref))).sum(-1))
 
@@ -185,28 +187,31 @@ one_log = np.log(pi / (pi_ref * np.exp(reward / beta)))
 line(3, "= -beta sum_y pi log(pi / (pi_ref exp(r/beta)))", "algebra", J, -beta * (pi * one_log).sum(-1))
 
 # %% [markdown]
-# This looks like a KL divergence, but pi_ref exp(r/beta) does not sum to 1. **Line 4**, by the definition of Z and pi*:
-# write it as something that does, times a number.
+# This looks like a KL divergence, but pi_ref exp(r/beta) does not sum to 1. **Line 4**, by the definition of Z(x) and
+# pi*: write it as something that does, times a number.
 
 # %%
 one_log = np.log(pi / (Z[:, None] * pi_star))
-line(4, "= -beta sum_y pi log(pi / (Z pi*))", "definition", J, -beta * (pi * one_log).sum(-1))
+line(4, "= -beta sum_y pi log(pi / (Z(x) pi*))", "definition", J, -beta * (pi * one_log).sum(-1))
 
 # %% [markdown]
-# **Line 5**, by algebra: take Z out of the sum. (What is sum_y pi?) This step is called completing the KL.
+# **Line 5**, by algebra: take Z(x) out of the sum. (What is sum_y pi?) This step is called completing the KL.
 
 # %%
-line(5, "= beta log Z - beta KL(pi || pi*)", "algebra; pi sums to 1", J, beta * log_z - beta * kl(policies, star))
+line(5, "= beta log Z(x) - beta KL(pi || pi*)", "algebra; pi sums to 1", J, beta * log_z - beta * kl(policies, star))
 
 # %% [markdown]
 # **Line 6**, by Gibbs' inequality: what is the largest J, and for which pi? The inequality says that KL(p || q) >= 0,
 # and is 0 only for p = q. Its proof is one line, from log(ratio) <= ratio - 1, where equality holds only at ratio = 1:
 #
-#     -KL(pi || pi*) = sum_y pi log(pi*/pi) <= sum_y pi (pi*/pi - 1) = sum_y pi* - sum_y pi = 0
+#     -KL(pi || pi*) = sum_y pi log(pi*/pi) <= sum_y pi (pi*/pi - 1) = sum_y pi* - sum_y pi <= 0
+#
+# The sums are over the y with pi(y) > 0. If these are all replies, the last sign is an equality. If not, pi* gives the
+# others something, and sum_y pi* < 1.
 
 # %%
 largest = objective(star, ref_logp, reward, beta)
-line(6, "<= beta log Z, with equality only at pi = pi*", "Gibbs' inequality", largest, beta * log_z)
+line(6, "<= beta log Z(x), with equality only at pi = pi*", "Gibbs' inequality", largest, beta * log_z)
 ratio = pi_star / pi
 assert (np.log(ratio) <= ratio - 1).all() and kl(policies, star).min() > 0  # Gibbs' inequality, and its reason
 np.testing.assert_allclose((pi * (ratio - 1)).sum(axis=-1), 0, atol=1e-9)
@@ -217,12 +222,12 @@ assert (J < beta * log_z).all()
 # definition of pi*, and **line 8**, by algebra: solve line 7 for r. Which reward belongs to a given optimal policy?
 
 # %%
-line(7, "log pi* = log pi_ref + r/beta - log Z", "definition", star, ref_logp + reward / beta - log_z[:, None])
-line(8, "r = beta log(pi*/pi_ref) + beta log Z", "algebra", reward, beta * (star - ref_logp) + beta * log_z[:, None])
+line(7, "log pi* = log pi_ref + r/beta - log Z(x)", "definition", star, ref_logp + reward / beta - log_z[:, None])
+line(8, "r = beta log(pi*/pi_ref) + beta log Z(x)", "algebra", reward, beta * (star - ref_logp) + beta * log_z[:, None])
 
 # %% [markdown]
 # ## The answer to the prediction
-# Line 8 for w minus line 8 for l: r_w - r_l = beta * margin, as Z is gone. So at the optimum the margin is
+# Line 8 for w minus line 8 for l: r_w - r_l = beta * margin, as Z(x) is gone. So at the optimum the margin is
 # (r_w - r_l)/beta: 17 nats at beta 0.1 and 3.4 at 0.5. A smaller beta ends further from the reference. You need to know
 # nothing about the other replies.
 
@@ -312,11 +317,11 @@ else:
 # ## What was shown
 # Choices give rewards up to a constant for each prompt. A multiplier finds pi*, Gibbs' inequality proves that it is the
 # only maximum. Any other policy falls short of J(pi*) by beta KL(pi || pi*). The constant that choices cannot tell goes
-# into Z, and pi* does not depend on it.
+# into Z(x), and pi* does not depend on it.
 #
 # ## Exercises
-# 1. Compute by hand: pi_ref = (1/2, 1/4, 1/4), r = (0, log 2, log 4), beta = 1. What are Z, pi* and J(pi*)?
-# 2. Predict, then measure: all rewards of one prompt rise by 7. What happens to the label probabilities, Z, pi* and
+# 1. Compute by hand: pi_ref = (1/2, 1/4, 1/4), r = (0, log 2, log 4), beta = 1. What are Z(x), pi* and J(pi*)?
+# 2. Predict, then measure: all rewards of one prompt rise by 7. What happens to the label probabilities, Z(x), pi* and
 #    beta * log-ratio?
 # 3. Find the bug: somebody writes J = E_pi[r] - beta KL(pi_ref || pi), and says that its maximum is pi* as above. Which
 #    condition does the multiplier give, and does pi* fulfil it?
@@ -327,8 +332,8 @@ print("08, first half: a multiplier finds pi*, Gibbs' inequality proves it, and 
 
 # %% [markdown]
 # ## Solutions
-# 1. pi_ref exp(r) = (1/2, 1/2, 1), so Z = 2, pi* = (1/4, 1/4, 1/2) and J(pi*) = log 2.
-# 2. The label probabilities, pi* and beta * log-ratio stay the same; Z is multiplied by exp(7/beta). So preferences
+# 1. pi_ref exp(r) = (1/2, 1/2, 1), so Z(x) = 2, pi* = (1/4, 1/4, 1/2) and J(pi*) = log 2.
+# 2. The label probabilities, pi* and beta * log-ratio stay the same; Z(x) is multiplied by exp(7/beta). So preferences
 #    cannot tell r(x, y) from r(x, y) + f(x).
 # 3. KL(pi_ref || pi) = sum_y pi_ref log(pi_ref/pi) has the derivative -pi_ref/pi, so the condition is
 #    r + beta pi_ref/pi = lambda: pi = beta pi_ref/(lambda - r). There is no exponential. At pi* the left side differs

@@ -5,7 +5,7 @@
 # pairs, and what is each term of that loss for?
 #
 # The first half, `08_from_rlhf_to_dpo.py`, ended with pi* = pi_ref exp(r/beta)/Z and, solved for the reward,
-# r = beta log(pi*/pi_ref) + beta log Z. Z is a sum over all possible replies. There are far too many to add up.
+# r = beta log(pi*/pi_ref) + beta log Z(x). Z(x) is a sum over all possible replies to x. There are too many to add up.
 #
 # **Afterwards you can say**
 # - how to get from the closed form to the DPO loss, with the licence for each line, and where Z goes
@@ -41,8 +41,7 @@ from minidpo.theory.equalities import (
 
 # %% [markdown]
 # ## From NumPy alone: the worksheet, second half
-# The two prompts and four replies of the first half. Cover what is below each text, write the line, then look. Line 8
-# is given: r = beta log(pi*/pi_ref) + beta log Z.
+# The two prompts and four replies of the first half. Cover what is below each text, write the line, then look.
 
 # %%
 rng = np.random.default_rng(0)
@@ -76,15 +75,15 @@ reward = np.array([[1.7, 0.0, -0.5, 0.8], [-1.0, 0.4, 1.2, 0.1]])
 ref_logp = log_softmax(rng.normal(size=(2, 4)))
 star, log_z = optimum(ref_logp, reward, beta)
 log_ratio = star - ref_logp
-print("the worksheet, second half (each line is equal to 1e-9)")
-line(8, "r = beta log(pi*/pi_ref) + beta log Z", "given", reward, beta * log_ratio + beta * log_z[:, None])
+print("the worksheet, second half (both sides of each line agree to within 1e-9)")
+line(8, "r = beta log(pi*/pi_ref) + beta log Z(x)", "given", reward, beta * log_ratio + beta * log_z[:, None])
 
 # %% [markdown]
 # **Line 9**, because both replies of a pair answer the same prompt: subtract line 8 for l from line 8 for w.
 
 # %%
 between = beta * differences(log_ratio)
-line(9, "r_w - r_l = beta * margin of pi*", "same prompt: Z cancels", differences(reward), between)
+line(9, "r_w - r_l = beta * margin of pi*", "same prompt: Z(x) cancels", differences(reward), between)
 assert abs(log_z[0] - log_z[1]) > 0.1  # it cancels, though it differs from prompt to prompt
 
 # %% [markdown]
@@ -112,8 +111,10 @@ def loss(theta, wins):
     return -(shares(wins) * np.log(sigma(beta * differences(log_softmax(theta) - ref_logp)))).sum()
 
 
-likelihood = np.exp((shares(labels) * np.log(by_policy + np.eye(4))).sum())  # geometric mean over the labels
+likelihood = np.exp((shares(labels) * np.log(labels + np.eye(4))).sum())  # geometric mean, by r
 line(11, "L(pi) = -mean log sigma(beta * margin)", "maximum likelihood", loss(star, labels), -np.log(likelihood))
+others = [loss(theta, labels) for theta in np.random.default_rng(1).normal(size=(1000, 2, 4))]
+assert min(others) > loss(star, labels)  # pi* makes the labels likeliest
 
 # %% [markdown]
 # **Line 12**, by calculus: the gradient of line 11 with respect to theta_i. Write z_ij for beta times the margin of
@@ -135,12 +136,13 @@ slopes = np.reshape([(loss(at + bump, labels) - loss(at - bump, labels)) / (2 * 
 gradient = loss_gradient(at, labels)
 line(12, "dL/dtheta_i = -beta sum_j (share_ij sigma(-z_ij)", "calculus; the normaliser cancels", gradient, slopes)
 print(f"      {'               - share_ji sigma(-z_ji))':<58}in each z_ij")
-line(13, "dL/dtheta = 0 at pi*", "see below", loss_gradient(star, labels), 0)
+line(13, "dL/dtheta = 0 at pi*", "lines 9 and 12", loss_gradient(star, labels), 0)
 
 # %% [markdown]
 # Line 13 holds because at pi* each z_ij is r_i - r_j. So share_ij sigma(-z_ij) is proportional to
-# sigma(r_i - r_j) sigma(r_j - r_i), which is the same for (i, j) and (j, i). The loss is convex in theta, so a gradient
-# of 0 means a minimum. Gradient descent must end there.
+# sigma(r_i - r_j) sigma(r_j - r_i), which is the same for (i, j) and (j, i). The loss is convex in theta: each z_ij is
+# linear in theta, and -log sigma has the second derivative sigma(z) sigma(-z) > 0. So a gradient of 0 means a minimum.
+# Comparisons link all replies, so only one policy has it ("Four assumptions"). Small enough steps arrive there.
 
 
 # %%
@@ -150,7 +152,7 @@ free = np.eye(4)  # each logit is a parameter of its own
 def policies_of_descent(wins, counts, ref_logp=ref_logp, tie=free):
     theta, path = ref_logp, []
     for step in range(1, counts[-1] + 1):
-        theta = theta - 12 / beta**2 * loss_gradient(theta, wins, ref_logp) @ tie  # the curvature is at most beta^2/12
+        theta = theta - 12 / beta**2 * loss_gradient(theta, wins, ref_logp) @ tie  # L'' is at most beta^2/12
         if step in counts:
             path.append(log_softmax(theta))
     return path
@@ -163,8 +165,8 @@ np.testing.assert_allclose(by_exact[-1], star, rtol=0, atol=1e-9)
 # %% [markdown]
 # ## One loss in the place of two stages
 # L(pi) is the loss of a reward model (first half) with beta * log-ratio for r. So the same choices lead to the same
-# place: fit a reward to them and take its pi*, or fit the policy with L at once. This needs no Bradley-Terry: it holds
-# for whatever labels were drawn, as long as a best reward exists.
+# place: fit a reward to them and take its pi*, or fit the policy with L at once. The labels need not follow
+# Bradley-Terry: this holds for whatever labels were drawn, as long as a best reward exists.
 
 # %%
 upper = np.triu(np.ones((4, 4), dtype=int), 1)
@@ -175,7 +177,8 @@ two_stages = optimum(ref_logp, learned, beta)[0]
 at_once = policies_of_descent(wins, (3000,))[-1]
 np.testing.assert_allclose(at_once, two_stages, rtol=0, atol=1e-9)
 print("\nfifty choices for each pair: reward first and policy second, or DPO at once")
-print(f"  equal to 1e-9; total variation to pi* of the true reward {exact.total_variation(at_once, star).max():.3f}")
+tv = exact.total_variation(at_once, star).max()
+print(f"  they agree to within 1e-9; total variation to pi* of the true reward {tv:.3f}")
 
 # %% [markdown]
 # ## Take a term away
@@ -184,7 +187,7 @@ print(f"  equal to 1e-9; total variation to pi* of the true reward {exact.total_
 # - **No beta** (beta = 1): line 9 reads r_w - r_l = margin. The minimum is pi_ref exp(r)/Z, the optimum for beta 1.
 #   Preferences alone say how far apart the rewards are. Only beta says how many nats a reward is worth.
 # - **No reference**: z = beta (log pi(w) - log pi(l)). This is a uniform reference. The minimum is exp(r/beta) over its
-#   sum: all that the reference knew about good and bad replies is gone.
+#   sum.
 # - **No log sigma**: L = -mean z is linear in the margins. Its push on theta_i is beta sum_j (share_ij - share_ji),
 #   which does not depend on theta. So every step adds the same to each margin, for ever: there is no minimum, and the
 #   reply that wins most often gets everything. With log sigma, the push on a pair shrinks as z grows, and the pushes of
@@ -194,8 +197,8 @@ print(f"  equal to 1e-9; total variation to pi* of the true reward {exact.total_
 #   about 1/2, and pi is about chosen: it copies what was preferred, as fine-tuning does, and it copies the mediocre
 #   replies that beat bad ones.
 # - **Means for sums**: reply i has n_i tokens, and z = beta (log_ratio_i/n_i - log_ratio_j/n_j). Each z can still be
-#   r_i - r_j: take log_ratio_i = n_i (r_i/beta + constant), so that pi sums to 1. So a long reply moves n_i times as
-#   far for the same reward.
+#   r_i - r_j: take log_ratio_i = n_i (r_i/beta + constant), with the constant for which pi sums to 1. At the same
+#   reward a reply of n tokens has n times the log-ratio of a one-token reply.
 
 # %%
 four = World([[0], [1]], [[1]] * 4, reward, ref_logp)
@@ -215,18 +218,18 @@ without = {  # each a function of log pi
     "rejected": lambda logp: -ops.sum(chosen * ops.logsigmoid(beta * (logp - ref_logp))),
     "sums": lambda logp: -ops.sum(share * ops.logsigmoid(beta * margins((logp - ref_logp) / lengths))),
 }
-rates = dict.fromkeys(without, 12 / beta**2) | {"beta": 12.0, "rejected": 12.0}  # their curvature is larger
+rates = dict.fromkeys(without, 12 / beta**2) | {"beta": 12.0, "rejected": 12.0}  # L'' is larger
 ends = {}
 for name, each in without.items():
     path = descent(table_policy(four), each, optim.SGD, [rates[name]] * 1000)
     ends[name] = path[100], path[1000]
 
-print("\n               margin of reply 0 over 1, after   prompt 0 after 1,000: probabilities    TV to pi*")
-print(f"{'without':<15}{'100 steps':>14}{'1,000 steps':>14}")
+print("\nprompt 0          margin of 0 over 1, after     pi(y) after 1,000 steps         larger TV to pi*")
+print(f"{'without':<15}{'100 steps':>14}{'1,000 steps':>14}     y = 0       1       2       3    of two prompts")
 for name, (early, late) in ends.items():
     of = [(logp - ref_logp)[0, 0] - (logp - ref_logp)[0, 1] for logp in (early, late)]
     cells = "".join(f"{p:8.3f}" for p in np.exp(late[0]))
-    print(f"{name:<15}{of[0]:14.2f}{of[1]:14.2f}     {cells}{exact.total_variation(late, star).max():12.3f}")
+    print(f"{name:<15}{of[0]:14.2f}{of[1]:14.2f}  {cells}{exact.total_variation(late, star).max():17.3f}")
 
 np.testing.assert_allclose(ends["nothing"][1], star, rtol=0, atol=1e-3)
 np.testing.assert_allclose(ends["beta"][1], optimum(ref_logp, reward, 1.0)[0], rtol=0, atol=1e-3)
@@ -289,19 +292,20 @@ for claim in reparametrisation(world, 0):
 #
 # When does a finite minimiser exist, if the policy is a free table? Draw an arrow from each reply to those it was
 # preferred to. Comparisons link replies into groups. A finite minimiser exists if and only if, within each group, you
-# can follow arrows from any reply to any other. Its log-ratios are unique up to a constant per group. Below, replies 0
-# and 1 form one group and 2 and 3 another: the loss is convex, its gradient is 0 at finite rewards, and still 0 when
-# one group rises by 5.
+# can follow arrows from any reply to any other. If not, some replies of a group beat others of it and never lose to
+# them: raising these lowers the loss for ever. If you can, every change within a group, carried far enough, raises the
+# loss of some label without bound. With one group the minimiser is unique, because pi sums to 1. With several, each
+# group's log-ratios may rise by a constant. Below, 0 and 1 form one group and 2 and 3 another: the gradient is 0, and
+# still 0 when one group rises by 5.
 #
 # A few sampled choices often fail this test too: no arrow leaves a reply that lost every comparison. Where no minimiser
 # exists, the table's row is a snapshot and names its steps. All distances are to pi* of the unbroken world.
 #
-# Where support is missing, the minimiser is pi* of the reference that lacks it. The policy of the last row cannot tell
-# replies 0 and 1 apart: one parameter moves both logits. Tutorial 12 breaks the same assumptions on 121 replies, with
-# transformers.
+# If pi_ref lacks a reply, the minimiser is pi* of that poorer reference. The policy of the last row cannot tell replies
+# 0 and 1 apart: one parameter moves both logits. Tutorial 12 breaks the same assumptions on 121 replies.
 
 # %%
-certain = (differences(reward) > 0) * 1.0  # the better reply is preferred every time
+certain = (differences(reward) > 0) * 1.0
 by_certain = policies_of_descent(certain, counts)
 of_pair = {
     name: [float((logp - ref_logp)[0, 0] - (logp - ref_logp)[0, 1]) for logp in path]
@@ -352,9 +356,9 @@ else:
 
 # %% [markdown]
 # ## What was shown
-# Each line from the closed form to the loss is an equality with a licence. DPO's minimiser is RLHF's optimum under the
-# four assumptions. Where one of them fails, the minimiser may be another policy, or may not exist. And each term of the
-# loss is needed: without it, training ends elsewhere or nowhere.
+# Each line from the closed form to the loss has its licence: algebra (9), an assumption (10), a principle (11) or
+# calculus (12, 13). DPO's minimiser is RLHF's optimum under the four assumptions. Where one fails, the minimiser may be
+# another policy, or may not exist. Each term of the loss is needed: without it, training ends elsewhere or nowhere.
 #
 # ## Exercises
 # 1. Compute by hand: two replies, pi_ref = (1/2, 1/2), beta = 1, and reply 0 wins 3 of 4 comparisons. Which policy
@@ -375,7 +379,7 @@ print("    and whichever term is taken away, training ends elsewhere or nowhere.
 # ## Solutions
 # 1. The gradient is 0 where sigma(z) = 3/4, so z = margin = log 3. The log-ratios of the two replies differ by log 3,
 #    and pi_ref is equal: pi = (3/4, 1/4). The reward gap is z, log 3.
-# 2. "Same prompt". The two Z differ, so r_w - r_l = z + beta (log Z(x_w) - log Z(x_l)). The loss does not know the
+# 2. "Same prompt". The two Z(x) differ, so r_w - r_l = z + beta (log Z(x_w) - log Z(x_l)). The loss does not know the
 #    second term, and takes it for a difference of the replies.
 # 3. Yes, both times. At pi* each z is r_i - r_j, so each pair's own two terms cancel, however often it is compared. The
 #    three comparisons link all four replies, so no other policy does it.

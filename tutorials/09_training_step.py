@@ -37,7 +37,7 @@ from minidpo.tokenizer import END_OF_TEXT, Tokenizer
 # Now a step. Treat the policy's two log-probabilities as free numbers, and go down the gradient with a learning rate
 # of 10, so that the change can be seen:
 #
-#     logp_w = -10 + 0.43 = -9.57,   logp_l = -15 - 0.43 = -15.43,   margin = 3.85,   L = 0.5190
+#     logp_w = -10 + 0.42556 = -9.57444,   logp_l = -15 - 0.42556 = -15.42556,   margin = 3.8511,   L = 0.5190
 
 # %%
 logp_w, logp_l, ref_logp_w, ref_logp_l, beta = -10.0, -15.0, -12.0, -14.0, 0.1
@@ -61,7 +61,8 @@ np.testing.assert_allclose([reward_w, reward_l], [0.2, -0.1], rtol=1e-12)
 np.testing.assert_allclose(loss_by_hand(*example, beta), 0.5544, rtol=0, atol=5e-5)
 np.testing.assert_allclose([hand_w, hand_l], [-0.042556, 0.042556], rtol=0, atol=5e-7)
 stepped = (logp_w - 10 * hand_w, logp_l - 10 * hand_l, ref_logp_w, ref_logp_l)
-assert [f"{number:.2f}" for number in (*stepped[:2], stepped[0] - stepped[1] - 2)] == ["-9.57", "-15.43", "3.85"]
+assert [f"{number:.5f}" for number in stepped[:2]] == ["-9.57444", "-15.42556"]
+assert f"{stepped[0] - stepped[1] - 2:.4f}" == "3.8511"
 assert f"{loss_by_hand(*stepped, beta):.4f}" == "0.5190"
 
 # %% [markdown]
@@ -165,7 +166,8 @@ reference = model.frozen(policy)
 # %% [markdown]
 # ## One step
 # `training.dpo_training_step` scores the pairs under both models, computes the loss, sweeps, and lets the optimizer
-# step. With plain gradient descent the formula predicts the step, for every parameter:
+# step. Its metrics have TRL's names; `rewards/margins` is the mean of z. With plain gradient descent the formula
+# predicts the step, for every parameter:
 #
 #     theta <- theta - learning_rate * mean over the pairs of -beta sigma(-z) (dlogp_w/dtheta - dlogp_l/dtheta)
 
@@ -208,9 +210,9 @@ for step, metrics in enumerate(reports, 1):
 
 # %% [markdown]
 # ## The answer to the prediction
-# The loss is log 2 and the rewards are 0, up to rounding. The metrics describe the policy from which the step started,
-# and it equals the reference. There a pair's gradient is -(beta/2) (dlogp_w/dtheta - dlogp_l/dtheta), which is not 0.
-# So the first step moves the policy, and the second step's report shows it:
+# The loss is -log sigma(0) = log 2 and the rewards are 0, up to rounding. The metrics describe the policy from which
+# the step started, and it equals the reference. There a pair's gradient is -(beta/2) (dlogp_w/dtheta - dlogp_l/dtheta),
+# which is not 0. So the first step moves the policy, and the second step's report shows it:
 #
 #     step      loss  rewards/chosen  rewards/rejected  logps/chosen  logps/rejected
 #        1    0.6931          0.0000            0.0000        -0.687          -0.886
@@ -273,7 +275,7 @@ assert three == [(" ", "0.00000", " ", "0.00000"), ("s", "0.04067", "b", "-0.040
 assert min(token.probability for token in (*view.chosen[5:], *view.rejected[5:])) > 0.9
 exact_difference, finite_difference = explain.largest_differences(explain.four_ways(policy, config, view))
 assert exact_difference < 1e-12 and finite_difference < 1e-7
-print("the pair's gradient by formula, by logits and by autograd is equal to 1e-12; by finite difference, to 1e-7")
+print("the pair's gradient by formula, logits and autograd agrees to within 1e-12; by finite difference, to 1e-7")
 
 # %% [markdown]
 # ## What was shown

@@ -70,8 +70,8 @@ np.testing.assert_allclose(numerical_l, -closed_w, rtol=0, atol=1e-9)
 # %% [markdown]
 # ## The library's version: the four log-probabilities
 #
-# In the first pair policy = reference, as at the start of training: its weight is 1/2, not 0. The second pair is
-# ordered more firmly by the policy than by the reference, and weighs less. The third is ordered the wrong way and
+# In the first pair policy = reference, as at the start of training: its weight is sigma(0) = 1/2, not 0. The second
+# pair is ordered more firmly by the policy than by the reference, and weighs less. The third has a negative margin and
 # weighs more.
 #
 #     margin    weight    dL/dlogp_w
@@ -158,7 +158,8 @@ for parameter in policy.values():
 x, w, l = [0, 1], [1, 2, 0], [1, 3, 3, 0]
 view = explain.pair(policy, reference, config, x, w, l, beta)
 ways = explain.four_ways(policy, config, view)
-print("\none pair, one transformer: two formulas, autograd, numerical (a dash: not reached from the logits)")
+print("\none pair, one transformer: two formulas, autograd, numerical (a dash: not reached from the logits;")
+print("chosen token 1, #2: the logit of token 2, which is the chosen response's token number 1, from 0)")
 print(f"{'d loss / d':<26}{'by logps':>12}{'by logits':>12}{'autograd':>12}{'numerical':>12}")
 for row in [*ways[:2], *ways[4:7], *ways[-4:-1]]:
     cells = [f"{'-':>12}" if way is None else f"{way:12.7f}" for way in row[1:]]
@@ -281,8 +282,8 @@ for w, l in (([1, 3, 3, 0], [2, 3, 0]), ([2, 3, 0], [1, 3, 3, 0])):
 # %% [markdown]
 # ## Why both mean rewards may fall
 #
-# Training logs often show rewards/chosen and rewards/rejected both below 0 and falling, while rewards/margins grows.
-# There are two reasons, and either is enough.
+# Training logs often show rewards/chosen and rewards/rejected both below 0 and falling, while rewards/margins, the mean
+# of z, grows. There are two reasons. The first can lower a single chosen response, the second their mean.
 #
 # **Shared parameters.** Where K_wl > K_ww, the first step already lowers logp_w, as above.
 #
@@ -296,13 +297,13 @@ for w, l in (([1, 3, 3, 0], [2, 3, 0]), ([2, 3, 0], [1, 3, 3, 0])):
 #     mean reward_w = mean z/2 - beta KL(pi_ref || pi)                             from the two lines
 #     mean reward_l = -mean z/2 - beta KL(pi_ref || pi)
 #
-# So once the policy has moved, the average of the two is negative. At the start mean z grows with the size of the move
-# and the KL with its square, so mean reward_w rises first. It falls where beta KL grows faster than mean z/2. With
-# certain labels that must come: pi ends on the best response, log pi of each other one falls without end, and most
-# chosen responses are not the best one.
+# So once the policy has moved, the average of the two is negative. A small move that is twice as large doubles mean z
+# and makes the KL four times as large. So mean reward_w first rises. It falls where beta KL grows faster than mean z/2.
 #
 # To see the second reason alone, take a free logit for each response. There K_ww - K_wl = 1 - pi(w) + pi(l), which is
-# positive, so no step on a single pair lowers logp_w to first order. And yet both means end below 0:
+# positive, so no step on a single pair lowers logp_w to first order. And yet, with certain labels, the fall must come:
+# pi ends on the best response, log pi of each other one falls without end, and most chosen responses are not the best.
+# Both means end below 0:
 #
 #       step   mean reward_w   mean reward_l   their average = -beta KL
 #         10          0.0093         -0.0828                    -0.0368
@@ -353,7 +354,7 @@ np.testing.assert_allclose(np.diag(K_free)[:, None] - K_free, 1 - pi_ref[:, None
 #
 # ## Exercises
 #
-# 1. Derive dL/dbeta. When is it positive? Check it on the three pairs above.
+# 1. Derive dL/dbeta. Which pairs make it larger? Is it positive for the three pairs above?
 # 2. Find the bug: someone writes sigma(z) for the weight, tests the gradient at policy = reference, and it passes. Why,
 #    and which of the three pairs show the bug?
 # 3. Predict, then measure: exchange the labels of the three words, so that "never" is preferred to "no". Compute the

@@ -12,11 +12,12 @@
 # policy that can represent anything, and fine-tune it on the preferred responses until its likelihood is at the
 # optimum. Rewards may be as extreme as you like. Can KL(pi || pi_ref) reach 1 nat?
 #
-# **The formula.** J(pi) = E_pi[r] - beta KL(pi || pi_ref). For every policy pi and every beta > 0
+# **The formula.** J(pi) = E_pi[r] - beta KL(pi || pi_ref). For every pi and every beta > 0
 #
 #     beta log Z - J(pi) = beta KL(pi || pi*) >= 0,   so   E_pi[r] <= beta (KL(pi || pi_ref) + log Z(beta)).
 #
-# The bound is a straight line of slope beta in the (KL, reward) plane. Only pi*(beta) touches it.
+# The bound is a straight line of slope beta in the (KL, reward) plane. Only pi*(beta) touches it. The frontier touches
+# this line there without crossing it, so it has the same slope, beta.
 
 # %%
 import pathlib
@@ -33,8 +34,9 @@ reward = np.array([-0.5, 0.3, -1.0, 1.2, 0.0, 2.0])
 # %% [markdown]
 # ## From NumPy alone: the curve, and 20,000 policies
 #
-# Each beta gives a line that no policy is above. At each KL, the lowest of these lines is the frontier. Half of our
-# policies are random; the other half are pi* of a random beta, with noise added to the logits.
+# Each beta gives a line that no policy is above. At each KL take the lowest of these lines. A pi* touches it, so that
+# is the most reward a policy can have: the frontier. Half of our policies have random logits. Many of these are nearly
+# uniform. The other half are pi* of a random beta, with noise added to the logits.
 
 
 # %%
@@ -65,7 +67,7 @@ np.testing.assert_allclose(lowest_line(curve_kl), curve_reward, rtol=0, atol=1e-
 assert shortfall.min() > -1e-12
 near = np.array([kl_and_reward(log_softmax(ref_logp + reward / beta)) for beta in (0.5001, 0.4999)])
 d_kl, d_reward = near[1] - near[0]
-np.testing.assert_allclose(d_reward / d_kl, 0.5, rtol=1e-6)  # the slope of the frontier at pi*(beta) is beta
+np.testing.assert_allclose(d_reward / d_kl, 0.5, rtol=1e-6)  # the slope is beta
 print(f"20,000 policies: above the frontier {(shortfall < -1e-12).sum()}, within 0.01 of it {(shortfall < 0.01).sum()}")
 
 # %% [markdown]
@@ -76,8 +78,8 @@ print(f"20,000 policies: above the frontier {(shortfall < -1e-12).sum()}, within
 #
 # - DPO sees every pair of responses, labelled as often as Bradley-Terry says. Its push on logit i is proportional to
 #   the sum over j of P(i beats j) - sigma(beta (log_ratio_i - log_ratio_j)).
-# - The policy gradient climbs J itself. Its push is exact here, without sampling: pi (A - E_pi[A]), where the
-#   advantage A is r - beta log_ratio.
+# - The policy gradient climbs J itself. dJ/dpi = A - beta with A = r - beta log_ratio, and the softmax makes of it the
+#   push pi (A - E_pi[A]). Tutorial 18 estimates it from samples.
 # - Fine-tuning on the preferred responses ends at their distribution, `preferred`.
 # - Unlikelihood also pushes the rejected responses down: its loss is -log pi(y_w) + 0.5 log pi(y_l). The loss has no
 #   minimum as soon as some response wins less than half as often as it loses.
@@ -91,12 +93,12 @@ preferred, rejected = 2 * pi_ref * (beats @ pi_ref), 2 * pi_ref * (beats.T @ pi_
 
 def dpo_push(log_ratio):
     z = beta * (log_ratio[:, None] - log_ratio[None, :])
-    return 4 / (beta * len(z)) * (beats - 1 / (1 + np.exp(-z))).sum(axis=1)
+    return 4 / (beta * len(z)) * (beats - 1 / (1 + np.exp(-z))).sum(axis=1)  # no overshoot
 
 
 def reward_push(log_ratio):
-    pi, advantage = np.exp(ref_logp + log_ratio), reward - beta * log_ratio
-    return pi * (advantage - pi @ advantage)
+    pi, net = np.exp(ref_logp + log_ratio), reward - beta * log_ratio
+    return pi * (net - pi @ net)
 
 
 def unlikelihood_push(log_ratio):
@@ -120,7 +122,7 @@ policies = {
     "unlikelihood, 30 steps": policy_after(unlikelihood_push, 30),
     "unlikelihood, 3,000 steps": policy_after(unlikelihood_push, 3000),
 }
-distances = []  # below the frontier; a negative one would be above it
+distances = []  # below the frontier
 print(f"\n{'six responses':<34}{'KL, nats':>10}{'reward':>10}{'below frontier':>16}")
 for name, logp in policies.items():
     kl, value = kl_and_reward(logp)
@@ -139,11 +141,10 @@ for name, logp in policies.items():
 # First the same six responses as a `World`, then a world of 121 responses and three prompts. "Equivalent" means: at
 # the optimum, with Bradley-Terry labels, enough pairs, full support and a policy class that can represent pi*, DPO and
 # the policy gradient of J end at the same policy. `assumptions` drops these conditions one at a time. A row that names
-# its steps is a snapshot: more of them would move it. TV is the total variation distance to pi*, half the sum of
-# |pi - pi*|: 0 if they are equal, 1 if they share nothing. pi* and the reference are those of the unbroken world in
-# every row. IPO is another loss: the mean of (margin - 1/(2 tau))^2, with tau in the place of beta. Robust DPO knows
-# how many labels are flipped. Under another divergence than the KL, DPO has another optimum. A row for smoothed labels
-# (cDPO) is left out.
+# its steps is a snapshot: more of them would move it. TV is total variation (08). pi* and the reference are those of
+# the unbroken world in every row. Certain labels lead to more reward than pi* has, but pay for it in KL: J is -2.43,
+# where pi* has -0.16. IPO, cDPO and robust DPO are other losses (17). In the rows "DPO under" another distance replaces
+# the KL.
 
 # %%
 six = equalities.World([[0]], [[1]] * 6, reward[None, :], ref_logp[None, :])
@@ -153,16 +154,17 @@ np.testing.assert_allclose(frontier.unlikelihood(six, 0.0, 300)[0], np.log(prefe
 np.testing.assert_allclose(frontier.most_reward(six, 0.7), lowest_line(0.7)[0], rtol=0, atol=1e-5)
 
 world = equalities.small_world(0)
-outcomes = {outcome.name: outcome for outcome in assumptions.what_breaks_it(world, 0, 500)}
-print(f"\n{'121 responses, beta 0.5':<54}{'TV to pi*':>10}{'KL':>8}{'reward':>9}{'below':>8}")
+outcomes, objectives = {outcome.name: outcome for outcome in assumptions.what_breaks_it(world, 0, 500)}, {}
+print(f"\n{'121 responses, beta 0.5':<54}{'TV to pi*':>10}{'KL':>8}{'reward':>9}{'J':>8}{'below':>8}")
 for name, outcome in outcomes.items():
     distances.append(frontier.most_reward(world, outcome.kl) - outcome.reward)
-    if "cDPO" not in name:
-        print(f"{name:<54}{outcome.tv:10.3f}{outcome.kl:8.2f}{outcome.reward:9.3f}{distances[-1]:z8.3f}")
+    objectives[name] = outcome.reward - beta * outcome.kl  # J
+    cells = f"{outcome.tv:10.3f}{outcome.kl:8.2f}{outcome.reward:9.3f}{objectives[name]:8.2f}{distances[-1]:z8.3f}"
+    print(f"{name:<54}{cells}")
 
 # %%
 picture = pathlib.Path("12_frontier.png")
-LABELS = {  # where a label stands
+LABELS = {
     "pi*, beta 0.5": ("pi*, DPO and policy gradient", (1.75, 1.25)),
     "reference": ("reference", (0.5, -0.85)),
     "preferred fine-tuning": ("preferred fine-tuning", (0.75, -0.5)),
@@ -181,7 +183,7 @@ def draw(path):
         axes.plot(sample_kl[::10], sample_reward[::10], ".", color=plots.INK, alpha=0.3, markersize=3)
         axes.plot(curve_kl, curve_reward, color=plots.PALETTE[0], linewidth=2)
         axes.text(0.75, 1.6, "the frontier: pi* of every beta", color=plots.PALETTE[0], ha="center")
-        axes.text(2.55, -0.85, "dots: 2,000 random policies", ha="center")
+        axes.text(2.55, -0.85, "dots: 2,000 policies, half of them\nrandom, half noisy pi*", ha="center")
         for name, (label, place) in LABELS.items():
             here, arrow = kl_and_reward(policies[name]), {"arrowstyle": "-", "color": plots.PALETTE[1]}
             paint = {"backgroundcolor": "white", "color": plots.PALETTE[1], "zorder": 3}
@@ -199,11 +201,10 @@ print(f"\npicture: {picture.name}" if plots.installed() else "\nthe picture need
 # ## What was shown
 #
 # The frontier is the curve of pi*(beta), its slope is beta, and no policy is above it. With exact preferences DPO and
-# the policy gradient of J reach it at the same point. Five breaches move DPO away from pi*: few pairs, certain labels,
-# flipped labels, missing support, and a transformer that is too small. A transformer that is large enough misses pi*
-# too if training is too brief. For few pairs and for certain labels the rows are snapshots after 500 steps. There DPO
-# has no finite minimiser, because some response loses every comparison that it is in, so the logit of that response
-# falls for as long as one trains.
+# the policy gradient of J reach it at the same point. Five breaches of the assumptions of 08 move DPO away from pi*:
+# certain labels and flipped labels (1), few pairs (2), missing support (3), and a transformer that is too small (4). A
+# transformer that is large enough misses pi* too if training is too brief. With few pairs and with certain labels DPO
+# has no finite minimiser: some response loses all its comparisons, and its logit falls for as long as one trains.
 #
 # ## Exercises
 #
@@ -223,6 +224,7 @@ unlikelihood_losses = [-(wanted * policies[f"unlikelihood, {n} steps"]).sum() fo
 unlikelihood_losses.append(-(wanted * policy_after(unlikelihood_push, 6000)).sum())
 assert (wanted < 0).any() and sorted(unlikelihood_losses)[::-1] == unlikelihood_losses
 assert outcomes["DPO, nothing broken"].tv < 0.01
+assert [f"{objectives[name]:.2f}" for name in ("pi*", "DPO, labels without noise, 500 steps")] == ["-0.16", "-2.43"]
 breaches = [name for name, outcome in outcomes.items() if name.startswith("DPO,") and outcome.tv > 0.03]
 few = equalities.sampled_wins(world, stream(0, "pairs"), 300)  # (prompts, winners, losers): counts
 certain = (world.reward[:, :, None] > world.reward[:, None, :]).astype(float)
@@ -235,11 +237,12 @@ print("    the assumptions moved DPO away from pi*")
 # %% [markdown]
 # ## Solutions
 #
-# 1. preferred(y) = 2 pi_ref(y) P(y beats a draw), where a tie counts half. That is the best of two draws. Its density
-#    at a rank between 0 and 1 is 2 rank, so the KL tends to the integral of 2 rank log(2 rank) = log 2 - 1/2 = 0.193.
+# 1. y is the best of two draws if both are y, or one is y and the other worse: pi_ref(y)^2 + 2 pi_ref(y) P(worse).
+#    preferred(y) is the same: 2 pi_ref(y) (P(worse) + pi_ref(y)/2), as a tie counts half. Its density at a rank between
+#    0 and 1 is 2 rank, so the KL tends to the integral of 2 rank log(2 rank) = log 2 - 1/2 = 0.193.
 # 2. The arguments are exchanged: that is KL(pi_ref || pi). The bound holds for KL(pi || pi_ref).
-# 3. Below it: by 0.11 at 4 draws, and by less than 0.001 at 64. The best of several looks only at the order of the
-#    rewards, pi* at their size. With many draws both give the best response alone.
+# 3. Below it: by 0.11 at 4 draws, and by less than 0.001 at 64. The log-ratios of pi* are linear in r; those of the
+#    best of several depend on the order of the rewards alone. With many draws both give the best response.
 
 # %%
 ranks = equalities.World([[0]], [[1]] * 1000, np.arange(1000.0)[None, :], np.full((1, 1000), -np.log(1000)))

@@ -90,7 +90,7 @@ show("1. One pair, no over never", ("log pi of", "no", "never", "yes"), rows)
 # bonus * more = log(0.6/0.4), margin 0 already explains the judges, and their bias leaves nothing to learn.
 
 # %%
-p_ref, shorter, beta, more = 0.8, 0.4, 0.1, 5
+p_ref, shorter, beta, more = 0.8, 0.4, 0.1, 5  # `shorter`: how often the shorter reply wins; it serves as flip
 bonus = math.log((1 - shorter) / shorter) / more
 
 
@@ -115,11 +115,11 @@ show("2. Mean words of a reply", ("steps", "DPO", "with bonus"), rows)
 #
 # ## 3. Noisy labels
 #
-# dL/dz = 0 where sigma(z) = 1 - flip, which is at margin = log((1 - flip)/flip)/beta. With `label_smoothing` = flip, a
-# pair that always gets the same label settles at that margin; without it, the margin grows for ever. Plain DPO settles
-# at the same margin if the label really is flipped with that probability, because the expected loss is the same. So
-# smoothing keeps a margin finite, which helps where each pair was labelled only once. It does not undo flips: on
-# flipped labels it shrinks the margin once more. Exercise 1 undoes them.
+# dL/dz = 0 where sigma(z) = 1 - flip, which is at margin = log((1 - flip)/flip)/beta. If a pair always gets the same
+# label, the margin grows for ever. With `label_smoothing` = flip it settles at that margin. Plain DPO settles there too
+# if an otherwise certain label is flipped with that probability, because the expected loss is the same. So smoothing
+# keeps a margin finite, which helps where each pair was labelled only once. It does not undo flips: on flipped labels
+# it shrinks the margin once more. Exercise 1 undoes them.
 
 # %%
 p, flip = 0.9, 0.2  # the better reply is preferred with probability p, then the label is flipped with probability flip
@@ -265,6 +265,7 @@ np.testing.assert_allclose(start - 2.0 * leaf.grad, train(np.array([1, 0, 0]), s
 # 1. Let f(z) = -log sigma(z), and let flip < 1/2. Find a and b such that a f(z) + b f(-z), averaged over labels that
 #    are flipped with probability flip, is f(z). What is dangerous about it?
 # 2. In the last table bread shares a feature with both trained prompts. Why has training on both not moved its refusal?
+#    (Compare the two z.)
 # 3. Find the bug: to use a bonus, somebody adds bonus * |y|/beta to the reference's log-probabilities instead of
 #    subtracting it. What happens to z, and to the length of replies?
 # 4. Predict, then measure: in failure 1, nll_weight is 0.01 instead of 1. After 2,000 steps, is "no" more or less
@@ -284,14 +285,14 @@ assert np.all(np.diff(loss) < 0) and np.all(np.diff(kl) > 0)
 assert 0 < best < 300 and reward[best] > reward[0] + 0.5 and reward[-1] < reward[0]
 np.testing.assert_allclose(phi @ (on_first - start) / (phi[2] @ (on_first - start)), [3, 2, 1], rtol=1e-12)
 assert sigma(phi[1] @ on_first) > sigma(phi[1] @ start) > sigma(phi[1] @ on_both)
-few = np.r_[0:100, 100:3001:10]  # enough steps for a smooth curve
+few = np.unique(np.geomspace(1, 3000, 200).astype(int))  # enough steps for a smooth curve
 curves = [
-    plots.Curve("implicit: beta KL(pi || pi_ref)", kl[few], 0.5 * kl[few]),
-    plots.Curve("proxy", kl[few], np.exp(path[few]) @ proxy),
-    plots.Curve("true", kl[few], reward[few]),
+    plots.Curve("implicit: beta KL", few, 0.5 * kl[few]),
+    plots.Curve("proxy", few, np.exp(path[few]) @ proxy),
+    plots.Curve("true", few, reward[few]),
 ]
 picture = pathlib.Path("13_failures.png")
-if plots.picture(picture, [plots.Panel("DPO on a proxy", "KL(pi || pi_ref), nats", "mean reward", curves)]):
+if plots.picture(picture, [plots.Panel("DPO on a proxy", "step", "mean reward", curves, "log")]):
     print(f"\nThe picture of failure 4: {picture.name}")
 else:
     print("\nThe picture needs matplotlib (the `plot` extra).")

@@ -49,11 +49,11 @@ def rows_of(pairs):  # padded, packed, shared
 # %% [markdown]
 # ## From NumPy alone: the models
 #
-# PPO is the reinforcement learning that DPO replaces. It holds four models. The policy and the critic, which predicts
-# the reward of a reply, are trained; the reference and the reward model are frozen. If the critic is only a head on the
-# policy, it adds few parameters, and we count none. DPO holds two models, a policy and a reference; its reward is beta
-# times their log-ratio. The reference enters the loss through two numbers per pair, which never change. Compute them
-# once and keep them, and the reference need not be in memory.
+# PPO is the reinforcement learning that DPO replaces. It holds four models, equally large here. The policy and the
+# critic, which predicts the reward of a reply, are trained; the reference and the reward model are frozen. If the
+# critic is only a head on the policy, it adds few parameters, and we count none. DPO holds two models, a policy and a
+# reference; its reward is beta times their log-ratio. The reference enters the loss through two numbers per pair, which
+# never change. Keep them, and the reference need not be in memory.
 
 # %%
 SIZE = 7
@@ -72,8 +72,8 @@ for name, (trained, frozen) in plans.items():
 # %% [markdown]
 # ## The answer to the prediction
 #
-# 126 GB, and 112 with a cached reference. You may read that DPO needs 28 GB, half of PPO's 56 (E12 in `errata.py`).
-# Those figures count the weights alone:
+# 126 GB, and 112 with a cached reference. You may read that DPO needs 28 GB, half of PPO's 56 (E12 in the
+# list `errata.py`). Those figures count the weights alone:
 #
 #                                             weights alone   in training
 #     PPO, a separate critic                          56 GB        252 GB
@@ -82,7 +82,7 @@ for name, (trained, frozen) in plans.items():
 #     DPO, reference cached                           14 GB        112 GB
 #
 # In training a frozen model is cheap: dropping the reference saves 14 of DPO's 126 GB, but dropping a separate critic
-# saves 112 of PPO's 252. In the picture, what is trained is dark, and what is frozen is hatched.
+# saves 112 of PPO's 252. In the picture, filled bars are trained and hatched bars frozen.
 
 # %%
 
@@ -123,8 +123,8 @@ print(f"picture: {path.name}" if plots.installed() else "the picture needs matpl
 # %% [markdown]
 # ## The library's version: a ledger of arrays
 #
-# We take one step with a small model in float32, on four pairs. Here too a trained parameter costs 16 bytes, but in
-# other parts: 4 each for weight, gradient, m and v, and no master copy. A parameter of the frozen reference costs 4.
+# We take one step with a small model in float32, on four pairs. Here too a trained parameter costs 16 bytes: 4 each for
+# weight, gradient, m and v, and no master copy. A parameter of the frozen reference costs 4.
 
 # %%
 config = Config(vocab_size=200, n_positions=256, n_embd=64, n_layer=2, n_head=4)
@@ -163,7 +163,8 @@ assert all(np.array_equal(twin[name].data, parameter.data) for name, parameter i
 #
 # The padded route fills 2B texts up to the same length. The packed route lays the texts one after another, without
 # pads. The shared route has each prompt once, with both responses after it. Causal attention makes this possible: the
-# rows of a prompt do not depend on what follows, so both responses can use them. The step takes the shared route.
+# rows of a prompt do not depend on what follows, so both responses can use them. Tokens with which both responses begin
+# are computed twice. The step takes the shared route.
 
 # %%
 
@@ -212,7 +213,7 @@ def loss_by(route, some=slice(None)):
     return losses.dpo_loss(*route(policy, config, pairs[some]), ref_logp_w[some], ref_logp_l[some]).loss
 
 
-def activations(route):  # the graph, and the bytes that Python allocated for it
+def activations(route):  # the graph, and the bytes allocated for it
     loss_by(route)
     gc.collect()
     tracemalloc.start()
@@ -249,18 +250,21 @@ for op in sorted(sorted(kept), key=kept.get, reverse=True)[:4]:
 # ## What is computed
 #
 # For each matrix product of the forward, the sweep computes two of the same size. So a step makes 3 passes over its
-# rows, or 4 if the reference is scored too, and the linear layers cost rows x passes. That is not the whole cost, and
-# times differ from machine to machine. The packed and shared routes compute less than their rows suggest: after the
-# last attention they continue only with the rows that predict a token of a response.
+# rows, or 4 if the reference is scored too, and the linear layers cost rows x passes. That is not the whole cost. The
+# packed and shared routes compute less than their rows suggest: after the last attention they continue only with the
+# rows that predict a token of a response.
 #
 #     route                               rows   graph, MB   rows x passes
 #     padded, reference scored            1352        27.0            5408
 #     packed, reference scored            1122        18.4            4488
 #     prefix shared, reference scored      732        11.6            2928
 #     prefix shared, reference cached      732        11.6            2196
+#
+# The last line leaves out the pass that fills the cache. In one epoch caching saves no computation, as that pass only
+# moves. In two epochs a pair costs 7 passes instead of 8.
 
 # %%
-print("\nActivations and time by route (work and time as a share of the first line's; time varies from run to run)")
+print("\nActivations and time by route (work and time as shares of the first line's; time varies)")
 print(f"{'':<34}{'rows':>7}{'graph, bytes':>14}{'tracemalloc':>14}{'rows x passes':>15}{'work':>8}{'time':>7}")
 base, first = 4 * rows["padded"], None
 for name, passes in [*((name, 4) for name in routes), ("prefix shared", 3)]:
@@ -277,13 +281,15 @@ for name, passes in [*((name, 4) for name in routes), ("prefix shared", 3)]:
     title = f"{name}, reference {'scored' if passes == 4 else 'cached'}"
     shares = f"{work / base:>8.2f}{duration / first:>7.2f}"
     print(f"{title:<34}{rows[name]:>7}{graph.kept:>14,}{size:>14,}{work:>15,}{shares}")
+passes_of_epochs = [(4 * n, 1 + 3 * n) for n in (1, 2)]  # 1: the cache is filled
+print("passes in 1 and 2 epochs, (scored, cached with its own pass):", *passes_of_epochs)
 
 # %% [markdown]
 # ## What was shown
 #
 # In mixed precision a trained parameter costs 16 bytes and a frozen one 2. Activations come on top, and in a model as
-# small as this one they are the largest item. A cached reference and a shared prefix save memory and time, and change
-# neither log-probabilities nor gradients.
+# small as this one they are the largest item. A shared prefix saves memory and time. A cached reference saves memory,
+# and time from the second epoch on. Neither changes log-probabilities or gradients.
 #
 # ## Exercises
 #
@@ -308,6 +314,7 @@ assert [f"{rows[name]} {graphs[name][0].kept / 1e6:.1f} {4 * rows[name]}" for na
     "732 11.6 2928",
 ]
 assert 3 * rows["prefix shared"] == 2196
+assert passes_of_epochs == [(4, 4), (8, 7)]
 assert tuple(rows.values()) == rows_of(pairs)
 assert rows["packed"] - rows["prefix shared"] == sum(len(x) for x, _, _ in pairs)
 for name in routes:
