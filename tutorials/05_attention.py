@@ -24,7 +24,7 @@
 #     scores   = q k^T/sqrt(D), but -inf where the key comes later        (T, D) (D, T) -> (T, T)
 #     weights  = softmax(scores), row by row                              (T, T)
 #     received = weights v                                                (T, T) (T, D) -> (T, D)
-#     states   = states + received, times one more matrix                 (T, C)
+#     states   = states + received W_out                                  (T, D) (D, C) -> (T, C)
 
 # %%
 import math
@@ -122,21 +122,21 @@ np.testing.assert_allclose(ten_times[1] / ten_times[0], 1024, rtol=1e-9)
 # The state of k still says "consonant", and now it also says that a vowel and a question mark came before. So a state
 # is a running sum, and each layer adds to it what it has found out. This is called the *residual* connection. The next
 # layer starts from these states, and can look for something that no single token has: a consonant after a vowel, say.
-# (Before the addition there is one more matrix of learned numbers. It decides to which channels something is added. In
-# our example it would be 1 on the diagonal and 0 elsewhere.)
+# (W_out is one more matrix of learned numbers. It decides to which channels something is added. In our example it would
+# be 1 on the diagonal and 0 elsewhere.)
 #
 # ## One head, then two
 # One attention gives each position one set of weights. *Heads* are several attentions side by side. Cut the four
-# channels of q, k and v into H = 2 halves of D = 2. Question mark and vowel make the first head, consonant and first
-# the second. Each head has scores, weights and received values of its own, and what they receive is put side by side
-# again: C = H D numbers, as before. Now sqrt(D) is 1.41, a match counts log 4 / 1.41 = 0.98, and e^0.98 = 2.67:
+# channels of q, k and v into H = 2 halves of D = 2. Question mark and vowel make head 0, consonant and first make head
+# 1. Each head has scores, weights and received values of its own, and what they receive is put side by side again: C =
+# H D numbers, as before. Now sqrt(D) is 1.41, a match counts log 4 / 1.41 = 0.98, and e^0.98 = 2.67:
 #
-#     head 1       ?      o      k              head 2       ?      o      k
+#     head 0       ?      o      k              head 1       ?      o      k
 #     ?          1.00   0.00   0.00             ?          1.00   0.00   0.00
 #     o          0.73   0.27   0.00             o          0.73   0.27   0.00
 #     k          0.21   0.57   0.21             k          0.33   0.33   0.33
 #
-# In head 1, k looks for a vowel. In head 2 it looks for nothing: all its scores are 0, and it receives the plain mean.
+# In head 0, k looks for a vowel. In head 1 it looks for nothing: all its scores are 0, and it receives the plain mean.
 # With several heads a position can look at several places at once, for different reasons, and what it finds arrives in
 # different channels. With one head all of it would be mixed into one mean.
 
@@ -189,7 +189,7 @@ def draw(path, panels):
 path = pathlib.Path("05_attention.png")
 if plots.installed():
     one = {"scores, one head": scores, "its weights": weights}
-    draw(path, one | {f"weights, head {i + 1} of 2": each for i, each in enumerate(two_weights)})
+    draw(path, one | {f"weights, head {i} of two": each for i, each in enumerate(two_weights)})
 print(f"picture: {path.name}" if plots.installed() else "the picture needs matplotlib (the `plot` extra)")
 
 # %% [markdown]
@@ -198,6 +198,8 @@ print(f"picture: {path.name}" if plots.installed() else "the picture needs matpl
 # the mean squared distance from the mean; its root is the standard deviation.) Then a b has mean 0, and with E for the
 # mean its variance is E[a^2 b^2] = E[a^2] E[b^2] = 1. Variances of independent numbers add up, so the sum of D such
 # products has variance D and standard deviation sqrt(D). Divided by sqrt(D), it has standard deviation 1 for every D.
+# (Real queries and keys need not be like that. At first their variance comes from layer norm, in `05_transformer.py`,
+# and the size of the starting weights. Whatever it is, the factor D is gone.)
 #
 # Without the division, the scores of a large head would differ by 10 or 20, and e^10 is 22,026. One key would get
 # nearly all the weight before the model has learned which one should. And it would be slow to learn: the slope of a
@@ -235,12 +237,12 @@ np.testing.assert_allclose(ops.causal_attention(*two_heads).data, two_received, 
 # receives the weighted mean of the values, which is added to its state. H heads do this side by side.
 #
 # ## Exercises
-# 1. By hand, with one head: let k look for a question mark instead of a vowel. What are its weights, and what does it
-#    receive?
-# 2. Find the bug: someone cuts heads with `array.reshape(H, T, D)`, without `swapaxes`. All shapes fit. What should a
-#    change in the state of o never change? Check it.
-# 3. Predict, then measure: exchange "?" and "o", states and all, so that the text is "o?k". What does k receive now?
-#    What can be put into a state, so that one layer knows the order of its tokens?
+# 1. By hand, with one head: k gives itself a quarter of its weight. Now let its query avoid consonants, with -log 4 in
+#    that channel. Who gets what k loses, o, "?", or both?
+# 2. Find the bug: someone cuts heads with `array.reshape(H, T, D)`, without `swapaxes`, and joins them again with
+#    `side_by_side`. All shapes fit. What should a change in the state of o never change? Check it.
+# 3. Predict, then measure: the text is "o?k", so o is now the first token. Does k receive the same as from "?ok"? And
+#    if no state said "first"?
 
 # %%
 assert (
@@ -250,20 +252,20 @@ print("\n05: attention by hand is the library's; q k^T varies by sqrt(D); later 
 
 # %% [markdown]
 # ## Solutions
-# 1. Its scores are 0.69, 0, 0, so its weights are as 2 : 1 : 1. It receives 1/2 (1, 0, 0, 1) + 1/4 (0, 1, 0, 0) +
-#    1/4 (0, 0, 1, 0) = (0.5, 0.25, 0.25, 0.5).
-# 2. What "?" receives, because o comes later. `reshape` alone fills head 1 with the first six numbers of the matrix:
-#    all of "?" and half of o. The first row of head 2 is then the other half of o, and "?" receives it.
-# 3. The same as before. A weighted mean does not depend on the order of what it is taken over. So one layer
-#    of attention cannot tell "?ok" from "o?k" at k. (A second could: behind the mask, o has received something from
-#    "?" in one text, and not in the other.) A state that says at which position it is makes it easy: in
-#    `05_transformer.py`, a vector for the position is added to the vector of the token.
+# 1. Both, in proportion: its scores are 0, 0.69, -0.69, so its weights are as 1 : 2 : 1/2. That is 2/7, 4/7, 1/7, and o
+#    still has twice the weight of "?". Only differences of scores count.
+# 2. What "?" receives, because o comes later. `reshape` alone fills head 0 with the first six numbers of the matrix:
+#    all of "?" and half of o. The first row of head 1 is then the other half of o, and "?" receives it.
+# 3. The weights are the same. But now o brings "first", with weight 1/2: k receives 0.5 in that channel, not 0.25.
+#    Without the channel it would receive the same from both texts: a weighted mean does not depend on the order of what
+#    it is taken over. So one layer knows the order only if the states say it. (A second could tell: behind the mask, o
+#    has received something from "?" in one text only.) In `05_transformer.py`, a vector for the position is added to
+#    that of the token.
 
 # %%
-wants_mark = q.copy()
-wants_mark[2] = [math.log(4), 0, 0, 0]
-np.testing.assert_allclose(attention(wants_mark, k, v)[1][2], [1 / 2, 1 / 4, 1 / 4], rtol=1e-12)
-np.testing.assert_allclose(attention(wants_mark, k, v)[2][2], [0.5, 0.25, 0.25, 0.5], rtol=1e-12)
+avoids = q.copy()
+avoids[2] = [0, math.log(4), -math.log(4), 0]
+np.testing.assert_allclose(attention(avoids, k, v)[1][2], [2 / 7, 4 / 7, 1 / 7], rtol=1e-12)
 
 changed = states.copy()
 changed[1] = [0, 3, 2, 1]  # another o
@@ -274,5 +276,9 @@ for cut, leaks in ((heads, False), (lambda array, H: array.reshape(H, 3, 4 // H)
     )
     assert (abs(after - before).max() > 0.1) == leaks
 
-order = [1, 0, 2]
-np.testing.assert_allclose(attention(q[order], k[order], v[order])[2][2], received[2], rtol=1e-12)
+for first in (1, 0):
+    texts = states.copy(), states[[1, 0, 2]]  # ?ok, o?k
+    for text in texts:
+        text[:, 3] = [first, 0, 0]
+    before, after = (attention(text @ to_queries, text, text)[2][2] for text in texts)
+    np.testing.assert_allclose(after - before, [0, 0, 0, first / 4], atol=1e-12)

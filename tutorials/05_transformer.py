@@ -16,14 +16,14 @@
 # By how many nats does log pi(reply|line) rise?
 #
 # **The formula.** A text of T tokens passes through these lines. The names of the learned numbers are GPT-2's; each is
-# explained below.
+# explained below. @ is the matrix product.
 #
 #     states = wte[token] + wpe[position]                                           (T, C)
 #     in each layer:
-#         q, k, v = layer_norm(states) attn.c_attn, cut into H heads                (H, T, D), three times
-#         states  = states + attention(q, k, v) attn.c_proj                         (T, C)
-#         states  = states + gelu(layer_norm(states) mlp.c_fc) mlp.c_proj           (T, C)
-#     logits = layer_norm(states) wte^T                                             (T, V)
+#         q, k, v = layer_norm(states) @ attn.c_attn, cut into H heads              (H, T, D), three times
+#         states  = states + attention(q, k, v) @ attn.c_proj                       (T, C)
+#         states  = states + gelu(layer_norm(states) @ mlp.c_fc) @ mlp.c_proj       (T, C)
+#     logits = layer_norm(states) @ wte^T                                           (T, V)
 #
 #     loss = -mean of log pi(token | all tokens before it), over the tokens that are scored
 
@@ -40,18 +40,19 @@ from minidpo.tokenizer import END_OF_TEXT, TURN, Tokenizer
 # ## From tokens to logits
 # - **wte** has a vector of C learned numbers for each of the V tokens, **wpe** one for each position. Their sum is the
 #   first state. Without wpe the first layer could not tell in which order the earlier tokens came.
-# - A layer has two parts. **Attention** is the first. attn.c_attn is the three matrices for queries, keys and values,
-#   side by side; attn.c_proj is the matrix that decides to which channels something is added.
+# - A layer, also called a *block*, has two parts. **Attention** is the first. attn.c_attn is the three matrices for
+#   queries, keys and values, side by side; attn.c_proj is the W_out of `05_attention.py`.
 # - The **MLP** (multi-layer perceptron) is the second, and treats each position alone. mlp.c_fc turns C numbers into
 #   4C, each goes through gelu, and mlp.c_proj turns them into C again. Attention fetches; the MLP works on what came.
 # - **Layer norm** comes before each part (ln_1, ln_2) and at the end (ln_f). It subtracts the mean of a state's numbers
 #   and divides by their standard deviation: (1, 0, 0, 1) has mean 1/2 and deviation 1/2, so it becomes (1, -1, -1, 1).
-#   States may grow from layer to layer; what a part reads keeps its size. Then each channel gets a learned factor and
-#   a learned shift.
-# - **gelu** is a smooth curve: nearly 0 for negative numbers, nearly its input for large ones. Without a curve in
+#   States may grow from layer to layer; what a part reads keeps its size. Then each channel gets a learned factor and a
+#   learned shift.
+# - **gelu** is a smooth curve: nearly 0 for very negative numbers, nearly its input for large ones. Without a curve in
 #   between, two matrices could do no more than one.
 # - Each product with a matrix also adds a learned vector, the **bias**.
-# - The **logit** of a token is the dot product of the last state with that token's vector in wte.
+# - The **logit** of a token is the dot product of the last state, after ln_f, with that token's vector in wte. So the
+#   output needs no parameters of its own.
 #
 # B texts go through together. These are the arrays, their shapes, and the steps between them:
 #
@@ -109,7 +110,7 @@ def forward(arrays, config, tokens, causal=True):
         q, k, v = qkv.reshape(B, T, 3, H, C // H).transpose(2, 0, 3, 1, 4)  # (B, T, 3C) -> (3, B, H, T, D)
         scores = q @ k.swapaxes(-1, -2) / math.sqrt(C // H)  # (B, H, T, D) -> (B, H, T, T)
         scores = np.where(np.tri(T, dtype=bool), scores, -math.inf) if causal else scores
-        weights = steps[f"weights {i}"] = softmax(scores)  # each row sums to 1
+        weights = steps[f"weights {i}"] = softmax(scores)
         received = (weights @ v).swapaxes(1, 2).reshape(B, T, C)  # (B, H, T, D) -> (B, T, C)
         added = steps[f"attention {i} adds"] = times(f"h.{i}.attn.c_proj", received)
         states = states + added
@@ -124,8 +125,8 @@ np.testing.assert_allclose(layer_norm(np.array([1.0, 0, 0, 1])), [1, -1, -1, 1],
 
 # %% [markdown]
 # ## The library's version, and GPT-2's names
-# `model.forward` computes the same from a dict of parameters. Its keys are GPT-2's, so a checkpoint of this library is
-# a GPT-2 checkpoint. `h.0` is the first layer and `h.1` the second.
+# `model.forward` computes the same from a dict of parameters. Its keys are GPT-2's, so a checkpoint of this library,
+# the file of its parameters, is a GPT-2 checkpoint. `h.0` is the first layer and `h.1` the second.
 
 # %%
 rng = np.random.default_rng(0)
@@ -278,8 +279,11 @@ print(f"fine-tuning gained {gain:.1f} nats a held-out reply; a perfect base mode
 # ## The answer to the prediction
 # The perfect base model replies half of the time. So it gives each reply y half the probability that the desk gives it:
 # log pi(y|line) = log(1/2) + log desk(y|line). The perfect SFT model gains log 2 = 0.693 nats, however long the reply
-# is. The base model already knew what the desk says; fine-tuning only adds whose turn it is. Our base model is small
-# and was trained briefly. It gains more, because fine-tuning also teaches it the replies themselves.
+# is. The base model already knew what the desk says; fine-tuning only adds whose turn it is.
+#
+# Our base model is small and was trained briefly. Only about 0.14 of its continuations are well-formed replies;
+# about 0.33 begin with another customer's line. The rest are garbled. It gains more than log 2, because fine-tuning
+# also teaches it the replies themselves.
 
 # %%
 line_probability = world.prompt_distribution(train)
@@ -304,11 +308,12 @@ def about_to_name(line, beginning="i can't share the "):
     return np.array([[*prompt_ids(line), *tokenizer.encode(beginning)]]), slice(start, start + len(topic))
 
 
-sft_arrays, shares = {name: parameter.data for name, parameter in sft.items()}, []
+sft_arrays, shares, darkest = {name: parameter.data for name, parameter in sft.items()}, [], []
 for line in held_out[::2]:
     tokens, letters = about_to_name(line)
     steps = forward(sft_arrays, config, tokens)
     shares.append([steps[f"weights {i}"][0, :, -1, letters].sum(axis=-1) for i in range(config.n_layer)])
+    darkest.append(steps["weights 1"][0, 0, -1].argmax() - letters.start)
 shares = np.mean(shares, axis=0)  # (layers, H)
 print(f"\nthe last position's weight on the topic's letters, by layer and head, mean of {len(held_out[::2])} lines")
 for i, row in enumerate(shares):
@@ -317,12 +322,14 @@ layer, head = np.unravel_index(shares.argmax(), shares.shape)
 sizes = {name: array.std() for name, array in steps.items() if "states" in name or "adds" in name}
 print("standard deviations: " + ", ".join(f"{name} {size:.2f}" for name, size in sizes.items()))
 assert sizes["last states"] > 2 * sizes["first states"]
+assert np.mean(np.array(darkest) > 0) > 0.5  # 0: the first letter
 
 # %% [markdown]
-# One head of the second layer has learned to find the topic in the customer's line. Nobody told it to. Naming the same
-# topic makes the loss smaller, and this is how the model does it. Each row of the picture is a held-out line, and the
-# darkness of a letter is its weight in that head. (The last printed line says how much the layers add to the states of
-# one text: the last states are several times as large as the first.)
+# Two heads of the second layer have learned to look at the topic: head 0 with about 0.86 of its weight, head 3 with
+# about 0.49. Naming the same topic makes the loss smaller. Each row of the picture is a held-out line, and the darkness
+# of a letter its weight in head 0. In most lines the darkest is not the topic's first letter, and some weight falls
+# elsewhere. So this shows where the head looks, not what comes of it; exercise 3 tests that. (The line "standard
+# deviations": the last states are several times as large as the first.)
 
 
 # %%
@@ -358,30 +365,31 @@ print(f"picture: {path.name}" if plots.installed() else "the picture needs matpl
 # ## What was shown
 # The lines of the formula, written in NumPy, give the library's logits. Each layer adds to the states what attention
 # has fetched and what the MLP has made of it. Pre-training and fine-tuning minimise one loss, over all tokens of a text
-# or over those of a reply. The base model continues a text, so in half of the cases as the customer. The SFT model
-# replies.
+# or over those of a reply. The base model continues a text, often as the customer. The SFT model replies.
 #
 # ## Exercises
-# 1. Count the parameters in terms of V, C, n_positions and n_layer. Why does the output matrix wte^T add no parameters?
-# 2. Find the bug: someone calls `forward` with `causal=False`. The shapes fit and the weights sum to 1. Which
-#    experiment with one token shows the bug? Why could training reach a low loss, and the model still not write?
-# 3. Predict, then measure: switch off the head that copies, by setting its D rows of attn.c_proj to 0. What happens to
-#    the probability of the topic's first letter? And what, if you switch off another head of that layer?
+# 1. Count the parameters in terms of V, C, n_positions and n_layer.
+# 2. Find the bug: someone calls `forward` with `causal=False`. The shapes fit and the weights sum to 1. Which single
+#    token of a text would you change, and which logits would you look at? Why could training reach a low loss, and the
+#    model still not write?
+# 3. Predict, then measure: switch off head 0 of the second layer, by setting its D rows of attn.c_proj to 0. What
+#    happens to the probability of the topic's first letter? And with another head of that layer?
 
 # %%
-assert reply_share["SFT"] > reply_share["base"] + 0.2 and again_share["base"] > 0.1 > 0.05 > again_share["SFT"]
-assert gain > math.log(2) and shares.max() > 0.4 and layer == 1
-print("\n05: the forward by hand is the library's; held-out losses fall; the SFT model replies, the base asks again")
+assert reply_share["SFT"] > reply_share["base"] + 0.2 and again_share["SFT"] < 0.05
+np.testing.assert_allclose([reply_share["base"], again_share["base"]], [0.14, 0.33], atol=0.1)
+np.testing.assert_allclose(shares[1, [0, 3]], [0.86, 0.49], atol=0.12)
+assert gain > math.log(2) and (layer, head) == (1, 0) and shares[1, 3] == np.sort(shares, axis=None)[-2]
+print("\n05: the forward by hand is the library's; held-out losses fall; SFT replies, the base often asks again")
 
 # %% [markdown]
 # ## Solutions
 # 1. V C + n_positions C + n_layer (12 C^2 + 13 C) + 2 C. A layer has (3 + 1 + 4 + 4) C^2 numbers in its matrices,
-#    (3 + 1 + 4 + 1) C in their biases and 4 C in two norms; the last norm has 2 C. The output matrix is wte itself,
-#    transposed.
+#    (3 + 1 + 4 + 1) C in their biases and 4 C in two norms; the last norm has 2 C.
 # 2. Change the last token. Without the mask, the logits at the first position move. A position then sees the very token
 #    that it should predict, so the loss can fall by copying. When the model writes, that token does not exist yet.
-# 3. It falls towards what a guess among the eight topics would get, 1/8. The other heads matter less: they look
-#    elsewhere.
+# 3. It falls from about 0.67 to 0.21, towards what a guess among the eight topics would get, 1/8. Without head 3 it is
+#    about 0.53, and without 1 or 2 about 0.68 or 0.61.
 
 # %%
 V, C = config.vocab_size, config.n_embd
@@ -411,4 +419,5 @@ def without(i):
 print(f"probability of the topic's first letter: {first_letter(sft_arrays):.2f}; without head", end=" ")
 off = [first_letter(without(i)) for i in range(config.n_head)]
 print(", ".join(f"{i}: {probability:.2f}" for i, probability in enumerate(off)))
-assert off[head] == min(off) < 0.7 * first_letter(sft_arrays)
+np.testing.assert_allclose([first_letter(sft_arrays), *off], [0.67, 0.21, 0.68, 0.61, 0.53], atol=0.1)
+assert off[head] == min(off)

@@ -8,19 +8,19 @@
 # - that the reference sets a pair's weight sigma(-beta * margin), and never the direction of the pair's gradient
 # - why at the start the loss is log 2, the accuracy is 0 and the gradient is not 0
 #
-# **Predict first.** A policy gives a pair logp_w = -4 and logp_l = -5, and beta is 0.1. Reference A gives the same two
-# values, -4 and -5; reference B gives -20 and -3. Take the gradient of the pair's loss with respect to the policy's
-# parameters. Under which reference is it longer, how many times, and do the two gradients point in different
-# directions?
+# **Predict first.** A policy gives a pair logp_w = -4 and logp_l = -5, and beta is 0.1. The reference "start" gives the
+# same two values. The reference "disagrees" gives -20 and -3. Take the gradient of the pair's loss with respect to the
+# policy's parameters. Under which reference is it longer, and how many times longer? Do the two gradients point in
+# different directions?
 #
 # **The formula.**
 #
 #     margin = (logp_w - ref_logp_w) - (logp_l - ref_logp_l),   z = beta * margin,   L = -log sigma(z)
 #     dL/dtheta = -beta sigma(-z) (dlogp_w/dtheta - dlogp_l/dtheta)
 #
-# The second line is the chain rule: dL/dz = -sigma(-z), and dz/dtheta = beta (dlogp_w/dtheta - dlogp_l/dtheta), since
-# ref_logp_w and ref_logp_l do not depend on theta. So the reference enters the gradient only through z, and z occurs
-# only in sigma(-z).
+# theta is all parameters of the policy. The second line is the chain rule: dL/dz = -sigma(-z), and dz/dtheta = beta
+# (dlogp_w/dtheta - dlogp_l/dtheta), since ref_logp_w and ref_logp_l do not depend on theta. So the reference enters the
+# gradient only through z, and z occurs only in sigma(-z).
 
 # %%
 import math
@@ -36,16 +36,16 @@ rng = np.random.default_rng(0)
 # %% [markdown]
 # ## From NumPy alone
 # A policy of two layers chooses among five replies: logits = W_out tanh(W_in features), where three numbers, the
-# features, describe the prompt. It has 32 parameters, and we write the gradient by hand. One row of logits scores both
-# replies, so the normaliser cancels: logp_w - logp_l = logits_w - logits_l. Hence dL/dlogits = -beta sigma(-z)
-# (onehot(w) - onehot(l)), where onehot(w) is 1 at w and 0 elsewhere.
+# features, describe the prompt. It has 32 parameters, and we write the gradient by hand. Both log-probabilities come
+# from one row of logits, so the normaliser cancels: logp_w - logp_l = logits_w - logits_l. Hence dL/dlogits = -beta
+# sigma(-z) (onehot(w) - onehot(l)), where onehot(w) is 1 at w and 0 elsewhere.
 #
-# A reference enters as two numbers. We say how far each is from the policy's: under B, ref_logp_w is 16 below logp_w,
-# and ref_logp_l is 2 above logp_l.
+# A reference enters as two numbers. Under "disagrees", ref_logp_w is 16 below logp_w, and ref_logp_l is 2 above logp_l.
+# Under a third, "agrees", only ref_logp_l differs: it is 18 below.
 
 # %%
-features, W_in, W_out = rng.normal(size=3), rng.normal(size=(4, 3)), rng.normal(size=(5, 4))
-w, l = 1, 3
+features, W_in, W_out = rng.normal(size=3), rng.normal(size=(4, 3)), 3 * rng.normal(size=(5, 4))
+w, l = 0, 4
 
 
 def reply_logprobs(W_in, W_out):
@@ -63,9 +63,11 @@ def loss_and_gradient(W_in, W_out, ref_logp_w, ref_logp_l):
 
 logp, lengths, units, table = reply_logprobs(W_in, W_out), [], [], []
 print("One pair under three references (NumPy)")
-print("reference             margin  weight    loss  length of gradient / A's  cosine to A's")
-for name, up_w, up_l in (("A, as the policy", 0, 0), ("B, -16 and +2", -16, 2), ("C, +9 and -9", 9, -9)):
+print("reference               margin  weight    loss  length of gradient   cosine to start's")
+names = ["start", "disagrees", "agrees"]
+for name, up_w, up_l in zip(names, (0, -16, 0), (0, 2, -18)):
     ref = (logp[w] + up_w, logp[l] + up_l)
+    assert np.exp(ref).sum() < 1
     loss, gradient = loss_and_gradient(W_in, W_out, *ref)
     u_in, u_out, eps = rng.normal(size=W_in.shape), rng.normal(size=W_out.shape), 1e-5  # a random direction
     ends = [loss_and_gradient(W_in + shift * u_in, W_out + shift * u_out, *ref)[0] for shift in (eps, -eps)]
@@ -77,21 +79,21 @@ for name, up_w, up_l in (("A, as the policy", 0, 0), ("B, -16 and +2", -16, 2), 
     margin = up_l - up_w
     weight = 1 / (1 + math.exp(beta * margin))
     table.append(f"{margin:7.1f} {weight:7.4f} {loss:7.4f} {lengths[-1] / lengths[0]:9.4f}")
-    print(f"{name:<20} {table[-1]} {units[-1] @ units[0]:30.4f}")
+    print(f"{name + f', {up_w:+d} and {up_l:+d}':<22} {table[-1]} {units[-1] @ units[0]:20.4f}")
 
 # %% [markdown]
 # ## The answer to the prediction
-# The margin is 0 under A and (-4 + 20) - (-5 + 3) = 18 under B, so the weights are sigma(0) = 0.5 and
-# sigma(-1.8) = 0.1419. The gradient under A is 3.52 times as long, and both point the same way. C favours the chosen
-# reply by 18 nats more than the policy does, so under C the pair weighs most:
+# The margin is 0 under "start" and (-4 + 20) - (-5 + 3) = 18 under "disagrees", so the weights are sigma(0) = 0.5 and
+# sigma(-1.8) = 0.1419. The gradient under "start" is 3.52 times as long, and both point the same way. "agrees" favours
+# the chosen reply by 18 nats more than the policy does, so there the pair weighs most:
 #
-#     reference             margin   weight     loss   length of the gradient
-#     A, as the policy         0.0   0.5000   0.6931   1.0000
-#     B, -16 and +2           18.0   0.1419   0.1530   0.2837
-#     C, +9 and -9           -18.0   0.8581   1.9530   1.7163
+#     reference               margin   weight     loss   length of the gradient
+#     start, +0 and +0           0.0   0.5000   0.6931   1.0000
+#     disagrees, -16 and +2     18.0   0.1419   0.1530   0.2837
+#     agrees, +0 and -18       -18.0   0.8581   1.9530   1.7163
 #
-# In the picture, an arrow is the step down the gradient, in two of the 32 parameters. The dashes extend it. All three
-# run in the same direction. Only the lengths differ.
+# In the picture, an arrow is the step down the gradient, in two of the 32 parameters; the dashes extend it. Only the
+# lengths differ.
 
 # %%
 np.testing.assert_allclose([1 / (1 + math.exp(1.8)), lengths[0] / lengths[1]], [0.14185, 3.5248], rtol=1e-4)
@@ -107,29 +109,18 @@ def draw(path):
     from matplotlib.figure import Figure
 
     with matplotlib.rc_context({**plots.STYLE, "font.size": 15, "text.color": "black"}):
-        figure = Figure(figsize=(6.4, 3.3), layout="constrained")
+        figure = Figure(figsize=(6.4, 3.6), layout="constrained")
         axes = figure.subplots()
-        for i, left in ((2, 0), (0, 1.3), (1, 2.4)):  # from the longest arrow to the shortest
-            step, color = -units[i][[2, 8]], plots.PALETTE[i]  # two parameters of W_in
-            axes.plot([left, left + 2 * step[0]], [0, 2 * step[1]], "--", color=plots.INK, linewidth=1)
-            moved = lengths[i] / lengths[0] * step
-            axes.quiver(
-                left,
-                0,
-                *moved,
-                angles="xy",
-                scale_units="xy",
-                scale=1,
-                width=0.012,
-                headlength=4,
-                headaxislength=4,
-                color=color,
-                zorder=3,
-            )
+        for i, name in enumerate(names):
+            step, start, color = -units[i][[31, 12]], np.array([0, -0.5 * i]), plots.PALETTE[i]  # two of W_out
+            step = step / np.linalg.norm(step)
+            axes.plot(*zip(start, start + 2 * step), "--", color=plots.INK, linewidth=1)
+            style = {"arrowstyle": "-|>", "linewidth": 3, "mutation_scale": 16, "shrinkA": 0, "shrinkB": 0}
+            axes.annotate("", start + lengths[i] / lengths[0] * step, start, arrowprops={"color": color, **style})
             margin, weight = map(float, table[i].split()[:2])
-            text = f"reference {'ABC'[i]}\nmargin {margin:g}\nweight {weight:.2f}"
-            axes.text(left, -0.1, text, color=color, va="top")
-        axes.set(title="Three references: one direction, three lengths", aspect="equal", ylim=(-0.5, 0.8))
+            text = f"{name}\nmargin {margin:g}, weight {weight:.2f}"
+            axes.text(*(start + 2.05 * step), text, color=color, va="center")
+        axes.set(title="Three references, one direction", aspect="equal", xlim=(0, 3.7), ylim=(-1.1, 1))
         axes.set_axis_off()
         figure.savefig(path, dpi=120, metadata={"Software": None})
 
@@ -171,13 +162,13 @@ def gradients(output):
     return {name: parameter.grad for name, parameter in policy.items()}
 
 
-assert not pair_logprobs(reference, pairs[0])[0].requires_grad  # a constant: there is nothing to sweep
+assert not pair_logprobs(reference, pairs[0])[0].requires_grad  # a constant
 difference = pair_logprobs(policy, pairs[0])
-direction = gradients(difference[0] - difference[1])  # dlogp_w/dtheta - dlogp_l/dtheta: no reference in it
+direction = gradients(difference[0] - difference[1])  # no reference in it
 print("\nOne pair under three references (a transformer of 2 layers)")
 print("reference                margin    loss  weight  gradient = -beta weight (dlogp_w - dlogp_l), arrays")
-second, third = random_transformer(), random_transformer()
-for name, other in (("its frozen copy", reference), ("another transformer", second), ("a third", third)):
+others = reference, random_transformer(), random_transformer()
+for name, other in zip(("its frozen copy", "another transformer", "a third"), others):
     out = losses.dpo_loss(*pair_logprobs(policy, pairs[0]), *pair_logprobs(other, pairs[0]), beta=beta)
     whole, margin = gradients(out.loss), out.margin.item()
     weight = 1 / (1 + math.exp(beta * margin))
@@ -188,11 +179,32 @@ for name, other in (("its frozen copy", reference), ("another transformer", seco
     print(f"  to 12 digits in {len(whole)} of {len(policy)}")
 
 # %% [markdown]
+# The gradient of a *batch* is a mean over pairs. It can turn: each pair keeps its direction, but the weights change by
+# different factors. If another reference makes the margins of our two pairs -20 and 20 instead of 0 and 0, they weigh
+# 0.88 and 0.12 instead of 1/2, and the gradient turns by 26 degrees. (The angle depends on the pairs.)
+
+
+# %%
+def turn(some, other):
+    """In degrees."""
+    return math.degrees(math.acos(some @ other / (np.linalg.norm(some) * np.linalg.norm(other))))
+
+
+directions = []  # as vectors
+for pair in pairs:
+    logp_w, logp_l = pair_logprobs(policy, pair)
+    directions.append(np.concatenate([array.ravel() for array in gradients(ops.sub(logp_w, logp_l)).values()]))
+weights = [1 / (1 + np.exp(beta * np.array(margins))) for margins in ((0, 0), (-20, 20))]
+even, uneven = (a * directions[0] + b * directions[1] for a, b in weights)  # up to the factor -beta/2
+assert [f"{weight:.2f}" for weight in weights[1]] == ["0.88", "0.12"]
+assert f"{turn(even, uneven):.0f}" == "26"
+
+# %% [markdown]
 # ## At the start
 # DPO starts with policy = reference. Every margin is 0, so the loss is -log sigma(0) = log 2 and the weight is 1/2. The
-# gradient is -(beta/2) (dlogp_w/dtheta - dlogp_l/dtheta), as in the first row above. Both rewards are 0: a tie. The
-# accuracy is the share of pairs with reward_w > reward_l. A tie does not count, so the accuracy is 0; `rewards/ties`
-# says why. `rewards/margins` is the mean of reward_w - reward_l, which is z: beta times what we call the margin.
+# gradient is -(beta/2) (dlogp_w/dtheta - dlogp_l/dtheta). Both rewards are 0: a tie. The accuracy is the share of pairs
+# with reward_w > reward_l. A tie does not count, so the accuracy is 0; `rewards/ties`, the share of ties, is 1.
+# `rewards/margins` is the mean of reward_w - reward_l, which is z: beta times what we call the margin.
 
 # %%
 batch = preferences.collate(pairs, *training.reference_logprobs(reference, config, pairs))
@@ -207,13 +219,13 @@ for name in ("loss", "rewards/accuracies", "rewards/ties", "rewards/margins"):
 assert start["rewards/ties"] == 1 and start["rewards/accuracies"] == 0
 assert later["rewards/ties"] == 0 and later["rewards/accuracies"] == 1 and later["loss"] < start["loss"]
 assert first_step["grad_norm"] > 0.01
-assert all(np.array_equal(reference[name].data, before[name]) for name in before)  # the reference has not moved
+assert all(np.array_equal(reference[name].data, before[name]) for name in before)
 
 # %% [markdown]
 # ## What the loss cannot see
 # Add the same shift to both of the policy's log-probabilities. The margin stays the same, and so does the loss: 0.5544
-# in the example below, whatever the shift. So the reference does not keep both from falling together. Without a
-# reference the loss, there 0.4741, has the same blind spot.
+# in the example below. So the reference does not keep both from falling together. (Tutorial 00's price for moving away
+# is on the KL of all responses, not on a pair.) Without a reference the loss, there 0.4741, has the same blind spot.
 
 # %%
 print("\nBoth log-probabilities shifted, from -10 and -15, against -12 and -14")
@@ -225,20 +237,20 @@ for shift in (-8.0, 0.0, 8.0):
 
 # %% [markdown]
 # ## What was shown
-# The reference enters a pair's gradient as one number, sigma(-z). The further the policy has moved towards the label,
-# compared with the reference, the less the pair weighs. The further it has moved the other way, the more the pair
-# weighs. The weight stays below 1, so the gradient is never longer than beta (dlogp_w/dtheta - dlogp_l/dtheta). The
-# direction is the policy's alone.
+# The reference enters the gradient of one pair as one number, sigma(-z). The further the policy has moved towards the
+# label, compared with the reference, the less the pair weighs. The further against the label, the more. The weight
+# stays below 1, so the gradient is shorter than the vector beta (dlogp_w/dtheta - dlogp_l/dtheta). Its direction is the
+# policy's alone. Only the gradient of a batch can turn.
 #
 # ## Exercises
 # 1. Find the bug: somebody writes `reference = policy` instead of `model.frozen(policy)` and computes all four
 #    log-probabilities with a graph. What are the loss and the gradient, at every step? And what if the reference's
 #    log-probabilities are recomputed from the current policy at every step, but as constants?
-# 2. Predict, then measure: each pair's gradient keeps its direction when the reference changes. Does the gradient of a
-#    *batch*? Under one reference let the two pairs above have the margins 0 and 0, and under another -20 and 20.
+# 2. Predict, then measure: how far can the batch's gradient turn from where it is at equal weights, whatever the
+#    reference? Can it turn round?
 # 3. By hand: a transformer whose parameters are all 0 gives each of the 7 tokens the probability 1/7. Somebody takes it
 #    as the reference and says: "It knows nothing, so this is DPO without a reference." By how many nats does each
-#    pair's margin differ from logp_w - logp_l, and which kind of pair weighs more for it?
+#    pair's margin differ from logp_w - logp_l? Which kind of pair weighs more for it?
 
 # %%
 np.testing.assert_allclose([start["loss"], start["rewards/margins"]], [math.log(2), 0], rtol=1e-12, atol=1e-12)
@@ -246,15 +258,15 @@ print("\n07: the reference changes a pair's weight, sigma(-z), never the directi
 
 # %% [markdown]
 # ## Solutions
-# 1. The margin is 0 whatever the parameters are: the loss stays log 2 and its gradient is 0. Nothing is learned. With
-#    constants the reported loss is log 2 as well, but at every step the gradient is that of a first step: the weight
-#    stays 1/2, and nothing ever slows the policy down.
-# 2. No. It is a mean over the pairs. Each term keeps its direction, but the weights change by different factors, from
-#    1/2 and 1/2 to 0.88 and 0.12. The batch's gradient turns by 42 degrees.
+# 1. The margin is 0 whatever the parameters are: the loss stays log 2 and its gradient is 0. With constants the
+#    reported loss is log 2 as well, but at every step the gradient is that of a first step: the weight stays 1/2, and
+#    nothing slows the policy down.
+# 2. Weights are positive, so the batch's gradient stays between those of its pairs. It can turn by nearly 30 degrees
+#    towards the first or 68 towards the second, if the other weighs nearly nothing, but never round.
 # 3. log pi_ref(y|x) is -log 7 for each token of y, end-of-text included. So the margin is logp_w - logp_l plus log 7
-#    for each token that the chosen response has more than the rejected one. In both pairs it is one token shorter:
-#    -1.95 nats. A pair whose chosen response is the shorter one weighs more. A reference that knows nothing about words
-#    still expects long responses to be unlikely. Only where both are equally long does it make no difference.
+#    for each token that the chosen response has more than the rejected one. In both pairs that is -1 token: -1.95 nats.
+#    A pair whose chosen response has fewer tokens weighs more. A reference that knows no words still finds long
+#    responses unlikely.
 
 # %%
 out = losses.dpo_loss(*pair_logprobs(policy, pairs[0]), *pair_logprobs(policy, pairs[0]), beta=beta)
@@ -266,15 +278,9 @@ of_loss = gradients(losses.dpo_loss(*logps, *[logp.detach() for logp in logps], 
 at_start = gradients(ops.sub(*pair_logprobs(policy, pairs[0])))
 assert all(np.allclose(of_loss[name], -beta / 2 * at_start[name], rtol=1e-12, atol=1e-14) for name in policy)
 
-directions = []  # of each pair, as one vector
-for pair in pairs:
-    logp_w, logp_l = pair_logprobs(policy, pair)
-    directions.append(np.concatenate([array.ravel() for array in gradients(ops.sub(logp_w, logp_l)).values()]))
-weights = [1 / (1 + np.exp(beta * np.array(margins))) for margins in ((0, 0), (-20, 20))]  # two references, two pairs
-even, uneven = (a * directions[0] + b * directions[1] for a, b in weights)  # up to the factor -beta/2
-assert [f"{weight:.2f}" for weight in weights[1]] == ["0.88", "0.12"]
-cosine = even @ uneven / (np.linalg.norm(even) * np.linalg.norm(uneven))
-assert f"{math.degrees(math.acos(cosine)):.0f}" == "42"
+angles = [turn(even, direction) for direction in directions]
+assert [f"{angle:.0f}" for angle in angles] == ["30", "68"]
+np.testing.assert_allclose(sum(angles), turn(*directions), rtol=1e-9)  # so it lies between
 
 all_zero = {name: Tensor(np.zeros(parameter.shape)) for name, parameter in policy.items()}
 for pair in pairs:
