@@ -31,10 +31,15 @@ def printed(cell):
 def page(script):
     """The page of a script, and its picture, if it draws one."""
     notebook = jupytext.read(script)
+    for cell in notebook.cells:
+        cell.source = cell.source.replace("](../", "](../../")  # a page lies one folder deeper
     with tempfile.TemporaryDirectory() as place:
+        folder = Path(place) / "tutorials"
+        folder.mkdir()
+        (Path(place) / "benchmarks").symlink_to(TUTORIALS.parent / "benchmarks")  # whose results errata.py reads
         kernel = ExecutePreprocessor(timeout=600, extra_arguments=["--IPKernelApp.log_level=ERROR"])
-        kernel.preprocess(notebook, {"metadata": {"path": place}})
-        drawn = Path(place) / f"{script.stem}.png"
+        kernel.preprocess(notebook, {"metadata": {"path": str(folder)}})
+        drawn = folder / f"{script.stem}.png"
         picture = drawn.read_bytes() if drawn.exists() else None
     if picture:  # below the cell that names it
         cell = next(i for i, cell in enumerate(notebook.cells) if drawn.name in printed(cell))

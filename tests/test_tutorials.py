@@ -71,7 +71,7 @@ def test_a_page_is_what_its_script_printed(path):
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     assert page.startswith(f"<!-- {path.name}, sha256 {digest} -->\n"), f"python -m benchmarks.pages {path}"
     assert (f"(../pictures/{path.stem}.png)" in page) == (".png" in path.read_text())
-    for target in re.findall(r"\]\(([\w./]+)\)", page):
+    for target in re.findall(r"\]\(([\w./-]+\.(?:md|py|png))(?:#[\w-]+)?\)", page):
         assert (FOLDER / "pages" / target).exists(), target
 
 
