@@ -1,18 +1,23 @@
 # %% [markdown]
 # # 16. Can a measurement be believed?
 #
-# **Question.** DPO raised the mean reward on prompts that no training has seen. What could still be wrong with that
-# number?
+# **Question.** After DPO the mean reward is higher, on prompts that no training has seen. Was it DPO that raised it,
+# and what else could be wrong with that number?
 #
 # **Afterwards you can say**
 # - which denominator an error rate needs, and how sure a few hundred replies make you;
 # - what the same random numbers for both models buy, and when they buy most;
+# - why a gain over the reference does not say its cause, and which control does;
 # - what a gain is worth when customers write their requests in another way, and what helps;
 # - by how much the best of several models flatters itself.
 #
-# **Predict first.** A model learns from requests such as "my card is lost." A customer leaves out the stop; another
-# writes "please." behind it; a third begins with "hey.", a fourth presses Enter twice, a fifth puts the greeting last.
-# Which of the five costs the model most? And does DPO's gain survive there?
+# **Predict first.** DPO with a likelihood term trains on pairs, and its replies earn about half a point more than the
+# reference's. Now throw the rejected replies away. Fine-tune the reference on the chosen ones, for as many steps. How
+# much of the half point do you get?
+#
+# And: the models learn from requests such as "my card is lost." A customer leaves out the stop; another writes
+# "please." behind it; a third begins with "hey.", a fourth presses Enter once more, a fifth puts the greeting last.
+# Which of the five costs most?
 #
 # **The formula.** n replies have rewards r with standard deviation sd. A share p of them does something.
 #
@@ -39,16 +44,27 @@ prompts = world.samples(world.prompt_distribution(test), 400, np.random.default_
 kinds = np.array([world.PROMPTS[x].slice for x in prompts])
 
 # %% [markdown]
-# ## Two small models of the desk
-# The reference is fine-tuned on the desk's replies, and the policy is made from it by DPO. `write` says how the
-# customer of row i writes a prompt. Here each customer writes it as it is. The model has one layer, so it learns
-# well-formed replies in seconds, and hardly learns to name the customer's topic.
+# ## Three small models of the desk
+# The **reference** is fine-tuned on the desk's replies. The **policy** is made from it on pairs, and its loss has two
+# terms: that of DPO, and a likelihood term that keeps the chosen replies from becoming unlikely (tutorial 13).
+#
+#     L = -log sigma(z) - nll_weight * (mean of log pi(token | all before it), over the tokens of chosen replies)
+#
+# The **control** is made from the reference too, in as many steps, from the same rows in the same order, at the same
+# learning rates. But it is fine-tuned on the chosen replies alone: it has the second term, not the first.
+#
+# `write` says how the customer of row i writes a prompt; here, as it is. The model has one layer: it learns well-formed
+# replies in seconds, and hardly learns to name the customer's topic.
 
 # %%
 tokenizer = Tokenizer.from_text("".join([*world.PROMPTS, *world.REPLIES, TURN]))
 config = model.Config(tokenizer.vocab_size, n_positions=96, n_embd=48, n_layer=1, n_head=4)
 rng = np.random.default_rng(SEED)
 completions, pairs = world.supervised(train, 12000, rng), world.preferences(train, 4000, rng)
+
+
+def as_trained(i, line):
+    return line
 
 
 def prompt_ids(text):
@@ -59,55 +75,51 @@ def reply_ids(text):
     return [*tokenizer.encode(text), END_OF_TEXT]
 
 
-def thawed(params):
-    """A copy that can be trained."""
-    return {name: Tensor(parameter.data.copy(), requires_grad=True) for name, parameter in params.items()}
-
-
-def fine_tuned(write, steps=600, start=None, peak=1e-2):
-    params = thawed(start) if start else model.init(config, np.random.default_rng(SEED))
+def trained(what, start, one_step, rows, size=16, steps=300, peak=3e-4):
+    """A trained copy of the parameters; `one_step` gets them, the optimizer, and the numbers of a batch's rows."""
+    params = {name: Tensor(parameter.data.copy(), requires_grad=True) for name, parameter in start.items()}
     optimizer = optim.AdamW(params)
     for step in range(steps):
-        optimizer.learning_rate = optim.warmup_cosine(step, steps, peak, warmup_steps=20)
-        rows = [(i, completions[i]) for i in training.batch_indices(len(completions), 24, step, seed=SEED)]
-        batch = [(prompt_ids(write(i, row["prompt"])), reply_ids(row["completion"])) for i, row in rows]
-        loss = training.sft_training_step(params, config, optimizer, batch, max_norm=1.0)["loss"]
-        if step % 200 == 199:
-            print(f"SFT step {step + 1}: loss {loss:.3f} nats per token", flush=True)
+        optimizer.learning_rate = optim.warmup_cosine(step, steps, peak, warmup_steps=steps // 30)
+        loss = one_step(params, optimizer, training.batch_indices(len(rows), size, step, seed=SEED))
+        if step % 300 == 299:
+            print(f"{what}, step {step + 1}: loss {loss:.3f}", flush=True)
     return model.frozen(params)
 
 
-def preferred(reference, write, steps=180):
-    params = thawed(reference)
-    optimizer = optim.AdamW(params)
-    for step in range(steps):
-        optimizer.learning_rate = optim.warmup_cosine(step, steps, 5e-4, warmup_steps=10)
-        rows = [(i, pairs[i]) for i in training.batch_indices(len(pairs), 16, step, seed=SEED)]
-        ids = [
-            (prompt_ids(write(i, row["prompt"])), reply_ids(row["chosen"]), reply_ids(row["rejected"]))
-            for i, row in rows
-        ]
-        batch = scoring.collate(ids)
-        metrics = training.dpo_training_step(
-            params, reference, config, optimizer, batch, beta=0.2, nll_weight=5.0, max_norm=1.0
-        )
-        if step % 90 == 89:
-            print(f"DPO step {step + 1}: DPO loss {metrics['loss/dpo']:.3f}", flush=True)
-    return model.frozen(params)
+def fine_tuned(what, start, rows, reply, write=as_trained, **settings):
+    def one_step(params, optimizer, batch):
+        ids = [(prompt_ids(write(i, rows[i]["prompt"])), reply_ids(rows[i][reply])) for i in batch]
+        return training.sft_training_step(params, config, optimizer, ids, max_norm=1.0)["loss"]
+
+    return trained(what, start, one_step, rows, **settings)
 
 
-def as_trained(i, line):
-    return line
+def preferred(what, start):
+    def one_step(params, optimizer, batch):
+        rows = [pairs[i] for i in batch]
+        ids = [(prompt_ids(row["prompt"]), reply_ids(row["chosen"]), reply_ids(row["rejected"])) for row in rows]
+        ref_logp_w, ref_logp_l = (each.data for each in scoring.shared_logprobs(start, config, ids))
+        scored = scoring.Batch(ids, ref_logp_w, ref_logp_l)
+        settings = {"beta": 0.2, "nll_weight": 2.0, "max_norm": 1.0}
+        return training.dpo_training_step(params, start, config, optimizer, scored, **settings)["loss"]
+
+    return trained(what, start, one_step, pairs)
 
 
-reference = fine_tuned(as_trained)
-models = {"reference": reference, "policy": preferred(reference, as_trained)}
+new = model.init(config, np.random.default_rng(SEED))
+reference = fine_tuned("reference", new, completions, "completion", size=24, steps=600, peak=1e-2)
+models = {
+    "reference": reference,
+    "control": fine_tuned("control", reference, pairs, "chosen"),
+    "policy": preferred("policy", reference),
+}
 
 # %% [markdown]
 # ## From NumPy alone: one mean, and its slices
-# Each test prompt has its own random stream, so both models draw with the same numbers. The desk's true reward, from -4
-# to 3, judges every reply; a reply that the grammar cannot produce is garbled, and gets -4. The intervals treat replies
-# as independent, and are about these prompts.
+# Each test prompt has its own random stream, so all models draw with the same numbers. The desk's true reward, from -4
+# to 3, judges every reply. One that the desk's grammar, its rules for replies, cannot produce is garbled, and gets -4.
+# The intervals treat replies as independent, and say nothing about other prompts.
 
 
 # %%
@@ -133,8 +145,8 @@ def wilson(p, n):
 
 
 verdicts = {(name, "as trained"): judged(params) for name, params in models.items()}
-before, after = (rewards(verdicts[name, "as trained"]) for name in models)
-for name, r in (("reference", before), ("policy", after)):
+before, plain, after = (rewards(verdicts[name, "as trained"]) for name in models)
+for name, r in zip(models, (before, plain, after)):
     print(f"{name:<10} mean true reward {r.mean():+.2f} +- {half_width(r):.2f}")
 declines_wrongly, answers_wrongly = (
     np.array([each.wrong and getattr(each, deed) for each in verdicts["policy", "as trained"]])
@@ -168,36 +180,54 @@ def paired_and_unpaired(a, b):
     return half_width(a - b), math.hypot(half_width(a), half_width(b))
 
 
-narrow, wide = paired_and_unpaired(after, before)
-print(
-    f"\npolicy against reference: gain {(after - before).mean():+.2f}, paired +- {narrow:.2f}, unpaired +- {wide:.2f}"
-)
+def compare(title, a, b):
+    narrow, wide = paired_and_unpaired(a, b)
+    print(f"{title:<33} {(a - b).mean():+.3f}, paired +- {narrow:.3f}, unpaired +- {wide:.2f}")
+    return narrow, wide
+
+
+print()
+narrow, wide = compare("policy - reference", after, before)
 rounded = {name: Tensor(each.data.astype("float16").astype("float32")) for name, each in models["policy"].items()}
 in_16_bits = rewards(judged(rounded))
-narrow_16, wide_16 = paired_and_unpaired(in_16_bits, after)
-print(
-    f"policy in 16 bits against itself: {(in_16_bits - after).mean():+.3f}, paired +- {narrow_16:.3f}, "
-    f"unpaired +- {wide_16:.2f}"
-)
+narrow_16, wide_16 = compare("policy in 16 bits - policy", in_16_bits, after)
 
 # %% [markdown]
 # The policy has moved far enough to part from the reference after a few characters, so pairing narrows the interval
 # only a little. Where two models nearly agree, it narrows it many times: most of their replies are equal, and equal
 # replies differ by exactly 0.
 #
+# ## Was it DPO?
+# The policy is better than the reference, beyond the interval. That does not say why: it has the DPO term, and it was
+# also trained for longer, on replies that somebody preferred. The control has all of that but the DPO term.
+
+# %%
+print()
+compare("control - reference", plain, before)
+own_part, own_part_unpaired = compare("policy - control", after, plain)
+
+# %% [markdown]
+# The control has a large part of the gain, and never saw a rejected reply. DPO's own part is the difference between
+# policy and control. It is about as large as the half width of its interval: 400 prompts can hardly tell it from 0. And
+# the interval is about these two models. Another seed would train two others.
+#
+# So compare with a control, which differs in one thing only, and train several seeds.
+# [The usual story, measured](../benchmarks/README.md#the-usual-story-measured) does both with a larger model of the
+# desk. There DPO with a likelihood term gains more than fine-tuning on the chosen replies, and DPO without it less.
+#
 # ## The same requests, written in other ways
 # `world.TEMPLATES` rewrites a line. The request behind it is the same, and so is the reward of a reply.
 
 # %%
 TEMPLATES = [*(name for name in world.TEMPLATES if name != LEFT_OUT), LEFT_OUT]
+print()
 for name in TEMPLATES:
-    print(f"{name:<18}{world.TEMPLATES[name]('hi. my card is lost.')!r}")
+    print(f"{name:<18}{world.TEMPLATES[name]('hi. my card is lost.') + TURN!r}")
 
 
-def measure(name, templates=TEMPLATES):
-    for template in templates:
-        if (name, template) not in verdicts:
-            verdicts[name, template] = judged(models[name], template)
+def measure(name):
+    for template in TEMPLATES:
+        verdicts[name, template] = judged(models[name], template)
 
 
 def difference(name, against, template):
@@ -205,40 +235,38 @@ def difference(name, against, template):
 
 
 def show(name, against):
-    print(f"\n{'':<18}{against:>15}{name:>15}{'difference':>17}{'garbled':>9}")
+    print(f"\n{'':<18}{against:>15}{name:>20}{'difference':>17}{'garbled':>9}")
     for template in TEMPLATES:
         a, b = (rewards(verdicts[which, template]) for which in (against, name))
         cells = [f"{each.mean():+.2f} +- {half_width(each):.2f}" for each in (a, b, b - a)]
         garbled = np.mean([each.garbled for each in verdicts[name, template]])
-        print(f"{template:<18}{cells[0]:>15}{cells[1]:>15}{cells[2]:>17}{garbled:>9.2f}", flush=True)
+        print(f"{template:<18}{cells[0]:>15}{cells[1]:>20}{cells[2]:>17}{garbled:>9.2f}", flush=True)
 
 
-for name in ("reference", "policy"):
+for name in models:
     measure(name)
 show("policy", "reference")
 
 # %% [markdown]
 # ## The remedy, and a fair way to measure it
-# We train both models again, on the same rows, for as many steps. This time every row's prompt is in a template drawn
-# at random, from all but one. The one left out plays the customer whom nobody foresaw. The other rows of the table say
-# only that the model can do what it was shown.
-
+# We train the control again, on the same rows. This time every row's prompt is in a template drawn at random, from all
+# but one. The one left out plays the customer whom nobody foresaw. The other rows of the table say only that the model
+# can do what it was shown.
 
 # %%
-def rewriting(left_out):
-    others = [rewrite for name, rewrite in world.TEMPLATES.items() if name != left_out]
-    picks = np.random.default_rng(SEED).integers(len(others), size=len(completions))
-    return lambda i, line: others[picks[i]](line)
+others = [rewrite for name, rewrite in world.TEMPLATES.items() if name != LEFT_OUT]
+picks = np.random.default_rng(SEED).integers(len(others), size=len(pairs))
+
+
+def in_a_template(i, line):
+    return others[picks[i]](line)
 
 
 print()
-models["reference*"] = fine_tuned(rewriting(LEFT_OUT))
-models["policy*"] = preferred(models["reference*"], rewriting(LEFT_OUT))
-measure("policy*")
-measure("reference*", [LEFT_OUT])
-show("policy*", "policy")
-again = difference("policy*", "reference*", LEFT_OUT)
-print(f"{LEFT_OUT}: gain of policy* over reference* {again.mean():+.2f} +- {half_width(again):.2f}")
+REWRITTEN = "control, rewritten"
+models[REWRITTEN] = fine_tuned(REWRITTEN, reference, pairs, "chosen", in_a_template)
+measure(REWRITTEN)
+show(REWRITTEN, "control")
 mean = {key: rewards(each).mean() for key, each in verdicts.items()}
 garbled = {key: np.mean([each.garbled for each in judgements]) for key, judgements in verdicts.items()}
 
@@ -262,15 +290,18 @@ for title, wrong in (("declines wrongly", declines_wrongly), ("answers wrongly",
 
 # %% [markdown]
 # ## The answer to the prediction
-# Another closing costs the most, or nearly. A likely reason: in thousands of rows a reply came right after the
-# request, and now a word is between them. About half of the replies are garbled. An opener moves the request too, but
-# leaves its end as it was. Two newlines cost next to nothing. DPO's gain shows on prompts as trained. Where the
-# closing is another one, little or none is left. There the policy is worth much less than the reference on prompts as
-# trained: how a request is written matters more here than whether DPO was run.
+# A large part of the half point comes from the chosen replies alone, without any pair.
 #
-# The remedy helps in the templates that it showed: they come close to prompts as trained, and those lose little or
-# nothing. In the template that it did not show it helps too, but far from all the way. So the rows of the templates
-# that were shown are no estimate for one that was not. Leave one out of training, and report that one.
+# Another closing costs the most, or nearly. A likely reason: in thousands of rows a reply came right after the request,
+# and now a word is between them. Nearly half of the replies are garbled. An opener moves the request too, but leaves
+# its end as it was. One more newline costs next to nothing. The policy's gain over the reference carries over to the
+# other templates, though none was shown. Where the closing is another one, little or none is left, and the policy is
+# worth much less than the reference on prompts as trained: how a request is written matters more here than which of the
+# three models answers.
+#
+# The remedy helps where a template cost much and is now shown, with the opener and the greeting: they come close to
+# prompts as trained. In the template that it did not show it helps too, but far from all the way. So the rows of the
+# templates that were shown are no estimate for one that was not. Leave one out, and report that one.
 
 
 # %%
@@ -278,15 +309,15 @@ def fall(name, template=LEFT_OUT):
     return mean[name, "as trained"] - mean[name, template]
 
 
-print(f"\nfrom 'as trained' to '{LEFT_OUT}': policy {-fall('policy'):+.2f}, policy* {-fall('policy*'):+.2f}")
+print(f"\nfrom 'as trained' to '{LEFT_OUT}': " + ", ".join(f"{name} {-fall(name):+.2f}" for name in models))
 
 # %% [markdown]
 # ## The best of several
 # Eight seeds are trained, the best on some replies is chosen, and its mean on these replies is reported. Suppose that
-# all are equally good: each one's rewards are drawn from those that the policy had. We draw 100 rewards for each model,
-# 1000 times. Whatever the best one's mean has above the true mean is luck, and on fresh replies it is gone. That is why
-# `world.split` has a part to choose by and another to report on. With 32 models, luck alone reaches at least half of
-# DPO's gain.
+# all are equally good: each one's rewards are drawn from those that the policy had. We draw them for each model, 1000
+# times. What the best one's mean has above the true mean is luck; on fresh replies it is gone. That is why
+# `world.split` has a part to choose by and another to report on. With 100 replies each, the best of 8 has about a
+# quarter of a point of luck. Four times as many replies, as many as above, halve it.
 
 # %%
 rng = np.random.default_rng(SEED)
@@ -307,27 +338,26 @@ def normal_maximum(count):
 
 
 optimism = {}
-print(f"\n{'best of, 100 replies each':<30}{'on these':>10}{'formula':>10}{'on fresh ones':>16}")
-for rivals in (1, 2, 8, 32):
-    on_these, on_fresh = luck(rivals, 100)
-    formula = after.std() / math.sqrt(100) * normal_maximum(rivals)
-    optimism[rivals] = on_these
-    print(f"{rivals:<30}{on_these:>+10.3f}{formula:>+10.3f}{on_fresh:>+16.3f}")
+print(f"\n{'best of':<10}{'replies each':>14}{'on these':>10}{'formula':>10}{'on fresh ones':>16}")
+for rivals, n in ((1, 100), (2, 100), (8, 100), (32, 100), (8, 400)):
+    on_these, on_fresh = luck(rivals, n)
+    formula = after.std() / math.sqrt(n) * normal_maximum(rivals)
+    optimism[rivals, n] = on_these
+    print(f"{rivals:<10}{n:>14}{on_these:>+10.3f}{formula:>+10.3f}{on_fresh:>+16.3f}")
     assert abs(on_these - formula) < 0.03 and abs(on_fresh) < 0.03
 
 # %%
 places = [name.replace(" ", "\n", 1) for name in TEMPLATES]
 places[TEMPLATES.index("without its stop")] = "without\nits stop"
 places[TEMPLATES.index("an unseen opener")] = "unseen\nopener"
+labels = "reference", "control: chosen replies alone", "policy: DPO + likelihood", "control, five templates shown"
 curves = []
-for shift, (name, label) in enumerate(
-    (("reference", "reference"), ("policy", "policy: DPO"), ("policy*", "DPO on rewritten prompts"))
-):
+for shift, (name, label) in enumerate(zip(models, labels)):
     each = [rewards(verdicts[name, template]) for template in TEMPLATES]
     means, errors = [r.mean() for r in each], [half_width(r) for r in each]
-    across = [place + 0.08 * (shift - 1) for place in range(len(TEMPLATES))]  # bars beside each other
-    curves.append(plots.Curve(label, across, means, "osD"[shift], error=errors))
-title = f"True reward by template; '{LEFT_OUT}' was never shown"
+    across = [place + 0.16 * (shift - 1.5) for place in range(len(TEMPLATES))]  # bars beside each other
+    curves.append(plots.Curve(label, across, means, "osD^"[shift], joined=False, error=errors))
+title = f"True reward by template; '{LEFT_OUT}' was shown to no model"
 picture = pathlib.Path("16_measurement.png")
 if plots.picture(picture, [plots.Panel(title, "", "mean reward, 95 % interval", curves, places=places)]):
     print(f"\npicture: {picture.name}")
@@ -337,17 +367,18 @@ else:
 # %% [markdown]
 # ## What was shown
 # A mean over everybody hides the requests that can go wrong. The same random numbers narrow the interval of a gain, and
-# the more so the closer the two models are. A gain on prompts as trained is a statement about prompts as trained. The
-# best of several was measured by what chose it. Each time the question is the same: of which requests, and chosen how?
+# the more so the closer the two models are. A gain over the reference says nothing about its cause: a control does. A
+# gain on prompts as trained says little about prompts in a template that nobody foresaw: one left out does. The best of
+# several was measured by what chose it. Each time ask: compared with what, on which requests, and chosen how?
 #
 # ## Exercises
 # 1. Find the bug: to give two models the same random numbers, somebody makes `rng = np.random.default_rng(0)` once and
 #    passes it to `generate` for the one and then for the other. Which measurement, whose result is known, shows it?
-# 2. Predict, then measure: policy* was shown openers and missing stops and greetings at the end, but never two of them
-#    in one line. How does it do with all three at once, beside the policy?
-# 3. Predict, then measure: leave another template out. Fine-tune the reference for 120 more steps on rewritten prompts
-#    without the unseen opener. What happens to prompts with that opener, and to the closing, which is now shown?
-# 4. How many replies of each model make the luck of the best of 8 half as large?
+# 2. Predict, then measure: the control with rewritten prompts was shown openers and missing stops and greetings at the
+#    end, but never two of them in one line. How does it do with all three at once, beside the plain control?
+# 3. Derive: DPO's own part should be told from 0 if it is 0.1. From the widths above, how many prompts does it take if
+#    the replies are paired, and how many if not? What is pairing worth in prompts?
+# 4. Predict, then measure: fine-tune the reference on the *rejected* replies. Does the mean reward rise or fall?
 
 # %%
 weights = {kind: (kinds == kind).mean() for kind in world.SLICES}
@@ -360,30 +391,33 @@ covariance = np.cov(after, before)[0, 1]
 np.testing.assert_allclose(wide**2 - narrow**2, 1.96**2 * 2 * covariance / len(prompts), rtol=1e-9)
 assert 0.7 * wide < narrow < wide and narrow_16 < wide_16 / 3 and (in_16_bits == after).mean() > 0.9
 gain = {template: difference("policy", "reference", template) for template in TEMPLATES}
-assert gain["as trained"].mean() > max(0.1, gain[LEFT_OUT].mean()) and abs(gain[LEFT_OUT].mean()) < 0.3
+assert gain["as trained"].mean() - half_width(gain["as trained"]) > 0 and 0.3 < gain["as trained"].mean() < 0.75
+assert 0.3 < (plain - before).mean() / gain["as trained"].mean() < 1  # a large part
+assert -0.1 < (after - plain).mean() < 2.5 * own_part
+assert min(gain[template].mean() for template in TEMPLATES[:-1]) > 0.05
+assert gain["as trained"].mean() > gain[LEFT_OUT].mean() and abs(gain[LEFT_OUT].mean()) < 0.35
 assert mean["policy", LEFT_OUT] < mean["reference", "as trained"] - 0.5
-assert 0.35 < garbled["policy", LEFT_OUT] < 0.7 and garbled["policy", "as trained"] < 0.2
+assert 0.3 < garbled["policy", LEFT_OUT] < 0.6 and garbled["policy", "as trained"] < 0.2
 assert fall("policy") > max(fall("policy", template) for template in TEMPLATES[:-1]) - 0.3
 assert fall("policy", "two newlines") < 0.4
-repair = difference("policy*", "policy", LEFT_OUT)
-assert repair.mean() - half_width(repair) > 0  # it helps where it was not shown ...
-assert max(fall("policy*", template) for template in TEMPLATES[:-1]) < 0.4 < fall("policy*")  # ... not all the way
-assert mean["policy*", "as trained"] > mean["policy", "as trained"] - 0.4
-assert optimism[32] > gain["as trained"].mean() / 2
+repair = {template: difference(REWRITTEN, "control", template) for template in TEMPLATES}
+for template in ("an unseen opener", "greeting last", LEFT_OUT):  # it helps, and also where it was not shown ...
+    assert repair[template].mean() - half_width(repair[template]) > 0
+assert max(fall(REWRITTEN, template) for template in TEMPLATES[:-1]) < 0.4 < fall(REWRITTEN)  # ... not all the way
+assert 0.2 < optimism[8, 100] < 0.3 and abs(optimism[8, 400] - optimism[8, 100] / 2) < 0.02
 assert np.mean([each.on_topic for each in verdicts["policy", "as trained"]]) < 0.3  # the desk: more than half
-print(
-    "\n16: a rate needs its slice; pairing narrows an interval; a template never shown undoes DPO's gain, and training"
-)
-print("    on other templates repairs a part; the best of several is lucky")
+print("\n16: a rate needs its slice; pairing narrows an interval; a control has a large part of the policy's gain; a")
+print("    template never shown costs more than that; the best of several is lucky")
 
 # %% [markdown]
 # ## Solutions
 # 1. The second model gets the numbers that come after the first one's. Nothing crashes, and the interval is merely as
 #    wide as without pairing. Measure a model against itself: its gain must be 0 for every prompt.
-# 2. Nearly as well as with one of them, though it never saw two together. The policy is worth far less there.
-# 3. The closing, now shown, gains most. The opener gains less, or nothing that shows; it had less to lose. Whether
-#    rewriting helps with a template that was not shown is a question about that template, to be measured for each.
-# 4. Four times as many, 400: luck falls with sd/sqrt(n), as an interval does.
+# 2. Far better than the plain control, and worse than with one of them: two in one line were never shown.
+# 3. The half width falls as 1/sqrt(n), so n = 400 (half width/0.1)^2: more than 1000 prompts, and unpaired more still.
+#    The ratio is that of the variances, wide^2/narrow^2. For the policy in 16 bits it is above 50.
+# 4. It does not rise; here it falls a little. So the control's gain is not that of more training. It comes from the
+#    judgements, which mostly choose the higher reward.
 
 # %%
 ids, common = [prompt_ids(x) for x in few], np.random.default_rng(0)
@@ -392,14 +426,15 @@ assert first != second
 assert judged(models["policy"], lines=few) == judged(models["policy"], lines=few)
 
 world.TEMPLATES["all three"] = lambda line: f"hey. {world.reordered(line[:-1])}"
-three = {name: rewards(judged(models[name], "all three")).mean() for name in ("policy", "policy*")}
+three = {name: rewards(judged(models[name], "all three")) for name in ("control", REWRITTEN)}
 example = world.TEMPLATES["all three"]("my card is lost.")
-print(f"\n{example!r}: policy {three['policy']:+.2f}, policy* {three['policy*']:+.2f}")
-assert three["policy*"] > three["policy"] + 0.7 and three["policy*"] > mean["policy*", "as trained"] - 0.8
-
-longer = fine_tuned(rewriting("an unseen opener"), steps=120, start=reference, peak=5e-3)
-two = "an unseen opener", LEFT_OUT
-step_up = {name: rewards(judged(longer, name)).mean() - mean["reference", name] for name in two}
-print("120 more steps, without the opener: " + ", ".join(f"{name} {up:+.2f}" for name, up in step_up.items()))
-assert step_up[LEFT_OUT] > 0.5 and step_up[LEFT_OUT] > step_up["an unseen opener"] + 0.2
-np.testing.assert_allclose(luck(8, 400)[0], luck(8, 100)[0] / 2, rtol=0.1)
+print(f"\n{example!r}: " + ", ".join(f"{name} {each.mean():+.2f}" for name, each in three.items()))
+assert three["control"].mean() + 0.5 < three[REWRITTEN].mean() < mean[REWRITTEN, "greeting last"]
+needed = [400 * (half / 0.1) ** 2 for half in (own_part, own_part_unpaired)]
+print(f"to tell 0.1 from 0: {needed[0]:.0f} prompts if paired, {needed[1]:.0f} if not")
+np.testing.assert_allclose(needed[0], (1.96 * (after - plain).std(ddof=1) / 0.1) ** 2, rtol=1e-9)
+assert 1000 < needed[0] < needed[1] and (wide_16 / narrow_16) ** 2 > 50
+rejected = rewards(judged(fine_tuned("on rejected replies", reference, pairs, "rejected")))
+compare("on rejected replies - reference", rejected, before)
+compare("on rejected - on chosen replies", rejected, plain)
+assert (rejected - before).mean() < 0.05 and (plain - rejected).mean() > half_width(plain - rejected)

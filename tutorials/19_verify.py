@@ -36,9 +36,10 @@ def log_softmax(logits):
 
 # %% [markdown]
 # ## Five pieces
-# They are written in the manner of public code. Pieces 1 and 3 are scorers. `labels` has the tokens of the response,
-# each at its position. At prompt and pads it has -100: nothing may be scored there. `logits[:, t]` has read the tokens
-# up to position t, and predicts the next one (tutorial 04). Pieces 2, 4 and 5 are losses. `log_softmax` is correct.
+# Pieces 1 and 3 are scorers. `labels`, here not people's judgements, has
+# the tokens of the response, each at its position. At prompt and pads it has -100: nothing may be scored there.
+# `logits[:, t]` has read the tokens up to position t, and predicts the next one (tutorial 04). Pieces 2, 4 and 5 are
+# losses. `log_softmax` is correct.
 #
 # Read each piece before you go on. Write down what is wrong with it, or "correct". At least one piece is correct.
 
@@ -135,7 +136,8 @@ def training(scorer, loss, frozen=True, steps=20, rate=1.0, eps=1e-5):
                 slopes[place] += loss_of(loss, scores(scorer, (nudged, fixed))) / (2 * shift)
         four = logp_w, logp_l, ref_logp_w, ref_logp_l = scores(scorer, (table, fixed))
         rewards = {"rewards/chosen": beta * (logp_w - ref_logp_w), "rewards/rejected": beta * (logp_l - ref_logp_l)}
-        rows.append({"step": step, "loss": loss_of(loss, four), **rewards, "grad_norm": np.linalg.norm(slopes)})
+        sizes = {"logps/chosen": float(logp_w), "grad_norm": np.linalg.norm(slopes)}
+        rows.append({"step": step, "loss": loss_of(loss, four), **rewards, **sizes})
         table -= rate * slopes
     return rows
 
@@ -225,7 +227,7 @@ assert not experiments["policy = reference: log 2"](*no_reference)
 # `minidpo verify` compares with correct values and gradients. It gives a loss batches of 1, 5 and 7 pairs at two betas,
 # and single pairs from z = -2000 to 2000. If it is wrong, known mistakes are tried until one gives the same wrong
 # numbers. A scorer gets texts in which no token occurs twice. So the gradient of a score with respect to the logits
-# shows which token was read from which row. The report draws this: # was scored, = should be.
+# shows which token was read from which row. The report draws this: # is what it counted, = is what counts.
 
 # %%
 reports = [
@@ -298,14 +300,21 @@ assert [finding.code for finding in report.findings] == ["last_token_missing"]
 # them. In this run, scorer and loss are correct, and the reference is the policy itself, not a frozen copy.
 
 # %%
-(finding,) = verify.doctor(training(correct_scorer, correct_loss, frozen=False)).findings
+moving = training(correct_scorer, correct_loss, frozen=False)
+(finding,) = verify.doctor(moving).findings
 print(f"\n{finding.code}: {finding.sentence}\n  {finding.evidence[1]}\n  likeliest cause: {finding.causes[0]}")
+print(f"  logps/chosen {moving[0]['logps/chosen']:.2f} at step 1, {moving[-1]['logps/chosen']:.2f} at step 20")
+assert all(row["rewards/chosen"] == row["rewards/rejected"] == 0 for row in moving)
 assert finding.code == "stuck" and finding.causes[0].startswith("the reference moves along: it is the policy itself")
 assert not any(verify.doctor(training(*program)).findings for program in programs)
 
 # %% [markdown]
-# Does doctor find our four bugs, too? No: to it, the logs of all five pieces are ordinary. Each loss starts at log 2
-# and falls. So verify the code, and read the log: each shows what the other cannot.
+# How can one tell? Rewards of exactly 0 say that policy and reference are equal: both move, or neither does. log pi of
+# the same pair, step after step, decides. Here `logps/chosen` moves, so the reference does. If it stood still, the
+# learning rate would be 0, or the parameters frozen.
+#
+# To doctor, the logs of all five pieces are ordinary: each loss starts at log 2 and falls. So verify the code, and read
+# the log: each shows what the other cannot.
 #
 # The picture is the table of experiments. The easy tests are above the first line.
 
@@ -349,8 +358,8 @@ print(f"\npicture: {path.name}" if plots.installed() else "\nthe picture needs m
 # 1. By hand: at which z is the slope of piece 5 half of what it should be? How large is the margin there at beta 0.1?
 # 2. Find the bug: read `batch_logps` below. Which of the seven experiments find it?
 # 3. Write a wrong loss that passes all seven experiments, and let `verify` name it. (What do the seven have in common?)
-# 4. Predict, then measure: compare each program, on the pair above, with the program of two correct halves. How many
-#    of the four bugs does this find? And on a pair with z near -1000?
+# 4. Predict, then measure: two runs stay at log 2. In one the reference moves along, in the other the learning rate is
+#    0. Which columns of `training` are equal in both logs, and which tell the two apart?
 
 
 # %%
@@ -374,8 +383,8 @@ print("\n19: three easy tests find none of four bugs; two others find all, and s
 #    above, and so do the pads. The sum does not, because it makes one call only.
 # 3. All seven use one pair at a time. So mix up the pairs of a batch: `[:, None]` below sets each chosen response
 #    against every rejected one. `verify` calls it `wrong_axis`.
-# 4. Three: on an ordinary pair, piece 5 is correct to nine digits. Near z = -1000 all four. One comparison with correct
-#    code can beat seven experiments, if its input is chosen well.
+# 4. Loss, rewards and the first gradient are equal. At a rate of 0, `logps/chosen` and `grad_norm` never change; where
+#    the reference moves along, they do. If each step had another pair, they would change in both runs.
 
 # %%
 half = math.log(1e-12) / beta  # the margin
@@ -393,10 +402,9 @@ def every_pair(logp_w, logp_l, ref_logp_w, ref_logp_l, beta):
 assert found_by(correct_scorer, every_pair) == "-------"
 assert [finding.code for finding in verify.loss(every_pair).findings] == ["wrong_axis"]
 
-shocked = policy.copy()
-shocked[prompt[-1], chosen[0]] -= 10_000
-for table, expected in ((policy, "F-FF-"), (shocked, "F-FFF")):
-    values = [loss_of(loss, scores(scorer, (table, reference))) for scorer, loss in programs]
-    correct = loss_of(correct_loss, scores(correct_scorer, (table, reference)))
-    assert "".join("-" if math.isclose(value, correct, rel_tol=1e-9) else "F" for value in values) == expected
-assert abs(correct - 1000) < 1
+still = training(correct_scorer, correct_loss, rate=0.0)
+equal = {name for name in still[0] if all(a[name] == b[name] for a, b in zip(still, moving))}
+assert equal == {"step", "loss", "rewards/chosen", "rewards/rejected"} and still[0] == moving[0]
+for name in ("logps/chosen", "grad_norm"):
+    assert len({row[name] for row in still}) == 1 < len({row[name] for row in moving}) and still[0][name] != 0
+assert "does not move" in verify.doctor(still).findings[0].evidence[2]
