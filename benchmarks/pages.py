@@ -14,7 +14,7 @@ from pathlib import Path
 
 import jupytext
 from nbconvert import MarkdownExporter
-from nbconvert.preprocessors import ExecutePreprocessor
+from nbconvert.preprocessors import CoalesceStreamsPreprocessor, ExecutePreprocessor
 from nbformat.v4 import new_markdown_cell
 
 from minidpo.run.files import write_whole
@@ -32,15 +32,18 @@ def page(script):
     """The page of a script, and its picture, if it draws one."""
     notebook = jupytext.read(script)
     for cell in notebook.cells:
-        cell.source = cell.source.replace("](../", "](../../")  # a page lies one folder deeper
+        cell.source = cell.source.strip("\n").replace("](../", "](../../")  # a page lies one folder deeper
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place) / "tutorials"
         folder.mkdir()
         (Path(place) / "benchmarks").symlink_to(TUTORIALS.parent / "benchmarks")  # whose results errata.py reads
         kernel = ExecutePreprocessor(timeout=600, extra_arguments=["--IPKernelApp.log_level=ERROR"])
         kernel.preprocess(notebook, {"metadata": {"path": str(folder)}})
+        CoalesceStreamsPreprocessor().preprocess(notebook, {})  # what a cell prints stays in one piece
         drawn = folder / f"{script.stem}.png"
         picture = drawn.read_bytes() if drawn.exists() else None
+    for cell in notebook.cells:  # a script would not show a value
+        cell["outputs"] = [output for output in cell.get("outputs", ()) if output.output_type == "stream"]
     if picture:  # below the cell that names it
         cell = next(i for i, cell in enumerate(notebook.cells) if drawn.name in printed(cell))
         notebook.cells.insert(cell + 1, new_markdown_cell(f"![the picture of this script](../pictures/{drawn.name})"))

@@ -235,7 +235,7 @@ np.testing.assert_allclose(scores.grad, loss_and_gradient(true_score, w, l)[1], 
 # %% [markdown]
 # ## What was shown
 # Bradley-Terry turns a difference of scores into a probability P, and -log P turns that into a loss. The slope of the
-# loss with respect to the margin is -sigma(-z). Its average over judgements is 0 where sigma(z) is the true
+# loss with respect to the margin is -sigma(-z). Its mean over all judgements to come is 0 where sigma(z) is the true
 # probability. Elo follows this slope, game by game.
 #
 # ## Exercises

@@ -157,7 +157,8 @@ print(f"picture: {path.name}" if plots.installed() else "the picture needs matpl
 # %% [markdown]
 # Why start at the end? *Forward mode* starts at the front: with each value it computes the derivative with respect to
 # one entry of `weights`. So it needs a pass for each entry; finite differences need two evaluations of L for each. One
-# sweep from L gives all entries: cheaper for one loss and many parameters. Here are the arrays.
+# sweep from L gives all entries, and costs no more than a few forward passes: cheaper for one loss and many parameters.
+# Here are the arrays.
 
 # %%
 rng = np.random.default_rng(0)

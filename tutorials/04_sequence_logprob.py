@@ -157,8 +157,9 @@ assert abs(math.fsum(math.exp(ways["shift by two"](toy_logits, x[:1], y)) for y 
 #
 # - First token not scored. For each of the V first ids, the rest sums to S(first) = 1. The sum is V for every model.
 # - End-of-text not scored. A response then counts as the probability that its characters are reached. Over all strings
-#   of t characters, that adds up to P(a response has at least t characters). That is 1 at t = 0, and over t = 1 ... CAP
-#   each response is counted once for each of its characters. So the sum is 1 + (mean number of characters).
+#   of t characters, that adds up to P(a response has at least t characters). At t = 0 that is 1. At t = 1, 2, ... a
+#   response is counted as often as it has characters, so these add up to the mean number of characters. So the sum is 1
+#   + (mean number of characters).
 # - A pad scored. Each response gets the factor pi(end-of-text | x, y): would the model say end-of-text after y? The sum
 #   is the average of that probability, which is below 1.
 # - Mean for sum. exp(mean) is the T-th root of pi(y|x), for T tokens. From two tokens on, the root of a number below 1

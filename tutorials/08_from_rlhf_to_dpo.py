@@ -79,10 +79,10 @@ wins = wins + np.swapaxes(2000 * upper - wins, 1, 2)  # what i did not win, j wo
 #
 #     dL/dr_i = -(1/n) sum_j (wins_ij - (wins_ij + wins_ji) sigma(r_i - r_j))
 #
-# The bracket compares the number of wins with the number that the rewards expect. At the best rewards they are equal,
-# summed over j, for each reply. And the sum of dL/dr_i over i is 0, since each choice has a winner and a loser: adding
-# a constant to all rewards of a prompt changes nothing, so choices cannot tell it. The second half says when finite
-# best rewards exist ("Four assumptions").
+# The bracket compares the number of wins with the number that the rewards expect. At the best rewards each reply has as
+# many wins in all as the rewards expect. And the sum of dL/dr_i over i is 0, since each choice has a winner and a
+# loser: adding a constant to all rewards of a prompt changes nothing, so choices cannot tell it. The second half says
+# when finite best rewards exist ("Four assumptions").
 
 
 # %%

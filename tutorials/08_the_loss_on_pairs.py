@@ -301,8 +301,8 @@ for claim in reparametrisation(world, 0):
 # A few sampled choices often fail this test too: no arrow leaves a reply that lost every comparison. Where no minimiser
 # exists, the table's row is a snapshot and names its steps. All distances are to pi* of the unbroken world.
 #
-# If pi_ref lacks a reply, the minimiser is pi* of that poorer reference. The policy of the last row cannot tell replies
-# 0 and 1 apart: one parameter moves both logits. Tutorial 12 breaks the same assumptions on 121 replies.
+# If pi_ref all but lacks a reply, the minimiser is pi* of that poorer reference. The policy of the last row cannot tell
+# replies 0 and 1 apart: one parameter moves both logits. Tutorial 12 breaks the same assumptions on 121 replies.
 
 # %%
 certain = (differences(reward) > 0) * 1.0
@@ -356,9 +356,9 @@ else:
 
 # %% [markdown]
 # ## What was shown
-# Each line from the closed form to the loss has its licence: algebra (9), an assumption (10), a principle (11) or
-# calculus (12, 13). DPO's minimiser is RLHF's optimum under the four assumptions. Where one fails, the minimiser may be
-# another policy, or may not exist. Each term of the loss is needed: without it, training ends elsewhere or nowhere.
+# Each line from the closed form to the loss has its licence: the same prompt (9), an assumption (10), a principle (11)
+# or calculus (12, 13). DPO's minimiser is RLHF's optimum under the four assumptions. Where one fails, the minimiser may
+# be another policy, or may not exist. Each term of the loss is needed: without it, training ends elsewhere or nowhere.
 #
 # ## Exercises
 # 1. Compute by hand: two replies, pi_ref = (1/2, 1/2), beta = 1, and reply 0 wins 3 of 4 comparisons. Which policy

@@ -160,10 +160,10 @@ view = explain.pair(policy, reference, config, x, w, l, beta)
 ways = explain.four_ways(policy, config, view)
 print("\none pair, one transformer: two formulas, autograd, numerical (a dash: not reached from the logits;")
 print("chosen token 1, #2: the logit of token 2, which is the chosen response's token number 1, from 0)")
-print(f"{'d loss / d':<26}{'by logps':>12}{'by logits':>12}{'autograd':>12}{'numerical':>12}")
+print(f"{'d loss / d':<28}{'by logps':>12}{'by logits':>12}{'autograd':>12}{'numerical':>12}")
 for row in [*ways[:2], *ways[4:7], *ways[-4:-1]]:
     cells = [f"{'-':>12}" if way is None else f"{way:12.7f}" for way in row[1:]]
-    print(f"{row.name:<26}" + "".join(cells))
+    print(f"{row.name:<28}" + "".join(cells))
 exact_error, numerical_error = explain.largest_differences(ways)
 refs = np.array([view.ref_logp_w]), np.array([view.ref_logp_l])
 
@@ -283,7 +283,8 @@ for w, l in (([1, 3, 3, 0], [2, 3, 0]), ([2, 3, 0], [1, 3, 3, 0])):
 # ## Why both mean rewards may fall
 #
 # Training logs often show rewards/chosen and rewards/rejected both below 0 and falling, while rewards/margins, the mean
-# of z, grows. There are two reasons. The first can lower a single chosen response, the second their mean.
+# of z, grows. There are two reasons. The first explains why logp_w of one pair may fall, the second why the mean falls
+# later, even where no single step on one pair lowers it.
 #
 # **Shared parameters.** Where K_wl > K_ww, the first step already lowers logp_w, as above.
 #
@@ -298,7 +299,8 @@ for w, l in (([1, 3, 3, 0], [2, 3, 0]), ([2, 3, 0], [1, 3, 3, 0])):
 #     mean reward_l = -mean z/2 - beta KL(pi_ref || pi)
 #
 # So once the policy has moved, the average of the two is negative. A small move that is twice as large doubles mean z
-# and makes the KL four times as large. So mean reward_w first rises. It falls where beta KL grows faster than mean z/2.
+# and makes the KL four times as large. So mean reward_w first rises, if the pairs are draws from the reference. It
+# falls where beta KL grows faster than mean z/2.
 #
 # To see the second reason alone, take a free logit for each response. There K_ww - K_wl = 1 - pi(w) + pi(l), which is
 # positive, so no step on a single pair lowers logp_w to first order. And yet, with certain labels, the fall must come:

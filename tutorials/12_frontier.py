@@ -203,8 +203,8 @@ print(f"\npicture: {picture.name}" if plots.installed() else "\nthe picture need
 # The frontier is the curve of pi*(beta), its slope is beta, and no policy is above it. With exact preferences DPO and
 # the policy gradient of J reach it at the same point. Five breaches of the assumptions of 08 move DPO away from pi*:
 # certain labels and flipped labels (1), few pairs (2), missing support (3), and a transformer that is too small (4). A
-# transformer that is large enough misses pi* too if training is too brief. With few pairs and with certain labels DPO
-# has no finite minimiser: some response loses all its comparisons, and its logit falls for as long as one trains.
+# transformer that is large enough misses pi* too if training is too brief. With these 300 pairs and with certain labels
+# DPO has no finite minimiser: some response loses all its comparisons, and its logit falls for as long as one trains.
 #
 # ## Exercises
 #

@@ -260,8 +260,8 @@ for op in sorted(sorted(kept), key=kept.get, reverse=True)[:4]:
 #     prefix shared, reference scored      732        11.6            2928
 #     prefix shared, reference cached      732        11.6            2196
 #
-# The last line leaves out the pass that fills the cache. In one epoch caching saves no computation, as that pass only
-# moves. In two epochs a pair costs 7 passes instead of 8.
+# The last line leaves out the pass that fills the cache. With it, a pair costs 1 + 3 = 4 passes in one epoch, as many
+# as without a cache; in two epochs 1 + 6 = 7 instead of 8.
 
 # %%
 print("\nActivations and time by route (work and time as shares of the first line's; time varies)")

@@ -115,9 +115,9 @@ assert rows == TABLE.strip("\n").splitlines()
 # **A pair that is correct, z = 20.** DPO's slope is never 0: DPO always asks for more, but ever more quietly. The hinge
 # has finished. IPO and cDPO have a target, and push back. Robust DPO never becomes quiet: its loss has no lower bound.
 #
-# **A pair that is badly wrong, z = -20.** DPO, the hinge and SimPO push with a bounded force. IPO's force grows with
-# the distance: this pair weighs as much as 41 pairs at z = 0. KTO gives up. A well learned pair with a wrong label is
-# such a pair, so this column also says how hard a wrong label pulls.
+# **A pair that is badly wrong, z = -20.** IPO's force grows with the distance: this pair weighs as much as 41 pairs at
+# z = 0. All others push with a bounded force, and KTO's fades to nothing: it gives up. A well learned pair with a wrong
+# label is such a pair, so this column also says how hard a wrong label pulls.
 #
 # **Certain labels, p = 1.** Now L'(z) has to be 0 somewhere. For IPO and cDPO it is at one z; for the hinge at
 # every z from 1 on. SimPO's gamma is not a target: at z = gamma the slope is -1/2.
@@ -128,12 +128,12 @@ assert rows == TABLE.strip("\n").splitlines()
 #     cDPO     DPO with (1 - flip) p + flip (1 - p) for p       log(0.66/0.34), not log 9
 #     robust   DPO with (p - flip)/(1 - 2 flip) for p           0.66 becomes 0.9; but 0.9 becomes 1.5: no optimum
 #     IPO      (1/2 + z)/(1/2 - z)                              z = p - 1/2
-#     hinge    1 below z = 1, infinite above                    z = 1 for every p between 1/2 and 1
+#     hinge    1 from z = -1 to 1, infinite above               z = 1 for every p between 1/2 and 1
 #     KTO      1 everywhere, as L'(-z) = L'(z)                  none: for p above 1/2, z grows for ever
 #     SimPO    (1 + e^(z - gamma))/(1 + e^(-z - gamma))         3.10, above log 9
 #
-# DPO and IPO hear how sure the labels are. The hinge and KTO hear only the majority. In the picture, all slopes but
-# IPO's almost reach both ends. SimPO's is DPO's, moved right by gamma.
+# DPO and IPO hear how sure the labels are. The hinge and KTO hear only the majority. In the picture, z = -4 and 4 are
+# nearly the ends of every slope but IPO's. SimPO is not drawn: it is DPO, moved right by gamma.
 
 # %%
 LOOKS = {  # dash, places of the name
@@ -205,7 +205,8 @@ np.testing.assert_allclose(others, [0.26, 2.2, 1.0], atol=0.005)
 # 2403.07691) takes the log-odds of exp(log pi/|y|). It adds the likelihood term to 0.1 times -log sigma of their
 # difference. It ends close to the optimum of the likelihood term alone.
 #
-# **Another distance** than the KL gives another z and optimum: the rows "DPO under" in tutorial 12.
+# **Another distance** than the KL gives another z and another optimum: tutorial 12 measures three, in its rows "DPO
+# under".
 
 # %%
 beta, ref_logp = 0.5, np.log([0.6, 0.3, 0.1])

@@ -114,9 +114,10 @@ for bump in eps * np.eye(52).reshape(52, 13, 4):
 # %% [markdown]
 # ## Tokens, a critic and the advantage
 # Which token earned the reward? Give each its share of the price of KL: reward_t. The shares of a reply sum to net.
-# Rewards paid before state_t do not depend on y_t. So they are a baseline: drop them. So is any number that depends on
-# state_t alone. A good one is the *value*: what the policy earns from there on, on average. A model
-# that predicts it is the *critic*. The value of the empty text is J.
+# Given state_t, the sum over y_t of d pi(y_t|state_t) is 0. So any number that is fixed before y_t is drawn may be
+# subtracted, as a baseline of its own: the rewards paid before, and a number for each state. A good one is the *value*:
+# what the policy earns from there on, on average. A model that predicts it is the *critic*. The value of the empty text
+# is J.
 #
 # Suppose that the policy has written "ok". *delta* is what a token changed: its reward, plus the value after it (0 at
 # the end), minus the value before it.
@@ -194,13 +195,12 @@ for lam in by_lam:
 # of "ok" gets this push, even o: a pair does not say which token was good.
 #
 # ## Ratio and clip
-# Writing is slow, so PPO takes several steps on the same samples. At the first, the ratio is 1, and as d ratio =
-# ratio d log pi, the gradient is that of J. Later the ratio corrects for the steps taken. In a given state, the average
-# of ratio times f over tokens of old equals the average of f over tokens of pi.
-#
-# But the price of KL in the advantages is still that of old. Without the clip, nothing says when to stop. With it, the
-# smaller of two terms counts, and the clipped one is constant. So the derivative with respect to log pi(y_t|state_t) is
-# ratio times advantage, or 0. With epsilon = 0.2:
+# Writing is slow, so PPO takes several steps on the same samples. At the first, the ratio is 1, and as d ratio = ratio
+# d log pi, the mean gradient is that of J, if the critic is exact or lam = 1. Later the ratio corrects the choice of
+# the token: in a given state, the average of ratio times f over tokens of old equals the average of f over tokens of
+# pi. The states, the advantages and the price of KL in them are still those of old. Without the clip, nothing says when
+# to stop. With it, the smaller of two terms counts, and the clipped one is constant. So the derivative with respect to
+# log pi(y_t|state_t) is ratio times advantage, or 0. With epsilon = 0.2:
 #
 #     advantage   ratio   derivative
 #        +1        1.1       1.1       go on
@@ -308,18 +308,19 @@ by_learned = distances(paths)
 #     780 labels                    0.175               0.175
 #     true rewards                  0.000               0.000
 #
-# DPO's optimum on the labels is pi* of the fitted reward (08), and PPO comes within 0.01 of it. For a reward is a
-# number, true or fitted: at its pi* every advantage is 0 if the critic is exact (exercise 1), so PPO's noise dies out.
-# A label is the toss of a coin: four for each pair halve the distance, and 16 halve it again.
+# DPO's optimum on the labels is pi* of the fitted reward (08), and PPO comes within 0.01 of it. A reward, true or
+# fitted, gives the same number whenever it is asked. So at its pi* every advantage is 0 if the critic is exact
+# (exercise 1), and PPO's noise dies out. The noise of the labels stays in the fitted reward: a label is the toss of a
+# coin. Four labels for each pair halve the distance, and 16 halve it again.
 #
 # The picture shows PPO's way, and the passes with and without the clip. With the fitted reward PPO is at 0.141 after
-# 128 texts, nearer to pi* than at its end. By then J of the fitted reward has risen and the true J fallen, in each run
-# (13, section 4). Only the true reward says when to stop. The smaller beta is, the further PPO follows what is wrong in
-# a fitted reward (00, 13, and [PPO beside DPO](../benchmarks/README.md#ppo-beside-dpo)).
+# 128 texts, nearer to pi* than at its end. From there to the end J of the fitted reward rises and the true J falls, in
+# each run (13, section 4). Only the true reward says when to stop. The smaller beta is, the further PPO follows what is
+# wrong in a fitted reward (00, 13, and [PPO beside DPO](../benchmarks/README.md#ppo-beside-dpo)).
 #
 # So DPO needs pairs, judged once. PPO needs a judge at any time, as it asks about what the policy writes now. And it
 # holds four models: policy and critic, which it trains, reference and reward model. DPO holds policy and reference, in
-# half the memory (14).
+# half the memory, if the critic is a model of its own (14).
 
 # %%
 cells = [f"{each:.3f}" for each in (distances(by_labels), by_learned[-1], distances([by_rewards]), sampled[-1])]
@@ -369,8 +370,8 @@ np.testing.assert_allclose(np.ravel(losses.dpo_gradient(*four, beta=beta)), [-0.
 
 # %% [markdown]
 # ## What was shown
-# A baseline changes the policy gradient's noise and not its mean. The clip makes too many passes harmless. PPO and DPO
-# aim at the same pi*. Where a policy can be any distribution, they end together if they are told the same.
+# A baseline changes the policy gradient's noise and not its mean. Here the clip made too many passes harmless. PPO and
+# DPO aim at the same pi*. Where a policy can be any distribution, they end together if they are told the same.
 #
 # ## Exercises
 # 1. Derive: at pi*, with exact values, every delta is 0. (J(pi*) is beta log Z. What then is the value of a state?)
