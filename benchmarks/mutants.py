@@ -124,9 +124,9 @@ class Mutant(NamedTuple):
 def mutants(file, source):
     """All mutants of a file: another operator, number, name or order, an argument or a statement left out."""
     starts = [0]
-    for line in source.encode().splitlines(keepends=True):
+    for line in source.splitlines(keepends=True):
         starts.append(starts[-1] + len(line))
-    assert source.isascii()  # so that a column is a number of characters
+    assert source.isascii()  # a column of ast is a number of bytes
 
     def span(node):
         return starts[node.lineno - 1] + node.col_offset, starts[node.end_lineno - 1] + node.end_col_offset
@@ -168,8 +168,8 @@ def mutants(file, source):
             case ast.If() | ast.While():
                 yield *span(node.test), f"not ({of(node.test)})"
             case ast.Call() if node.keywords and node.keywords[-1].arg:
-                start = span((node.args + [each.value for each in node.keywords])[-2])[1] if len(
-                    node.args + node.keywords) > 1 else span(node.func)[1] + 1  # fmt: skip
+                arguments = [*node.args, *(each.value for each in node.keywords)]
+                start = span(arguments[-2])[1] if len(arguments) > 1 else span(node.func)[1] + 1
                 yield start, span(node.keywords[-1])[1], ""
             case ast.AugAssign() if type(node.op) in SWAPS:
                 start, end = span(node.target)[1], span(node.value)[0]
@@ -200,10 +200,11 @@ def mutants(file, source):
 
 
 def name_of(mutant, source):
-    """File, line and change, as the table of survivors shows it."""
+    """File, line, column and change, as the table of survivors shows it."""
     line = source.count("\n", 0, mutant.start) + 1
+    column = mutant.start - source.rfind("\n", 0, mutant.start)
     before = " ".join(source[mutant.start : mutant.end].split())
-    return f"{mutant.file}.py:{line}: `{before}` becomes `{mutant.text or 'nothing'}`"
+    return f"{mutant.file}.py:{line}:{column}: `{before}` becomes `{mutant.text or 'nothing'}`"
 
 
 class Tree:

@@ -45,13 +45,13 @@ def page(script):
     for cell in notebook.cells:  # a script would not show a value
         cell["outputs"] = [output for output in cell.get("outputs", ()) if output.output_type == "stream"]
     if picture:  # below the cell that names it
-        cell = next(i for i, cell in enumerate(notebook.cells) if drawn.name in printed(cell))
-        notebook.cells.insert(cell + 1, new_markdown_cell(f"![the picture of this script](../pictures/{drawn.name})"))
+        at = next(i for i, cell in enumerate(notebook.cells) if drawn.name in printed(cell))
+        notebook.cells.insert(at + 1, new_markdown_cell(f"![the picture of this script](../pictures/{drawn.name})"))
     text, _ = MarkdownExporter().from_notebook_node(notebook)
-    place = SCRIPTS.index(script)
+    at = SCRIPTS.index(script)
     links = [f"[`{script.name}`](../{script.name})", "[the course](../README.md)"]
-    links += [f"before: [{each.stem}]({each.stem}.md)" for each in SCRIPTS[max(0, place - 1) : place]]
-    links += [f"next: [{each.stem}]({each.stem}.md)" for each in SCRIPTS[place + 1 : place + 2]]
+    links += [f"before: [{each.stem}]({each.stem}.md)" for each in SCRIPTS[max(0, at - 1) : at]]
+    links += [f"next: [{each.stem}]({each.stem}.md)" for each in SCRIPTS[at + 1 : at + 2]]
     digest = hashlib.sha256(script.read_bytes()).hexdigest()
     return f"<!-- {script.name}, sha256 {digest} -->\n\n{' · '.join(links)}\n\n{text.strip()}\n", picture
 

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from benchmarks import family as eight
+from benchmarks import mutants, sampling, speed, story, trl, workload
 from benchmarks import ppo as beside
-from benchmarks import sampling, speed, story, trl, workload
 from benchmarks.contenders import ours
 from benchmarks.workload import SIZES, Size, draw
 from minidpo import Tensor, checkpoint, cli, explain, generation, losses, ops, scoring, world
@@ -213,6 +213,40 @@ def test_the_run_that_trl_is_compared_with_is_that_of_the_command(tmp_path, monk
 
 
 # ---- the usual story --------------------------------------------------------------------------------------
+
+
+def test_each_mutant_changes_one_place_of_the_code():
+    """A mutant parses, differs, and is one of those that the operators of its line allow; text and types stay."""
+    source = 'def f(x: int = 3) -> int:\n    "1 + 1"\n    return g(x, axis=-1) if not x <= 2.0 else h(x).sum() - 1\n'
+    texts = [source[: m.start] + m.text + source[m.end :] for m in mutants.mutants("f", source)]
+    lines = {text.splitlines()[2].removeprefix("    return ") for text in texts if "= 3)" in text}
+    assert lines == {
+        "(h(x).sum() - 1 if not x <= 2.0 else g(x, axis=-1))", "g(x) if not x <= 2.0 else h(x).sum() - 1",
+        "g(x, axis=1) if not x <= 2.0 else h(x).sum() - 1", "g(x, axis=-2) if not x <= 2.0 else h(x).sum() - 1",
+        "g(x, axis=-1) if x <= 2.0 else h(x).sum() - 1", "g(x, axis=-1) if not x < 2.0 else h(x).sum() - 1",
+        "g(x, axis=-1) if not x <= 3.0 else h(x).sum() - 1", "g(x, axis=-1) if not x <= 2.0 else h(x).sum() + 1",
+        "g(x, axis=-1) if not x <= 2.0 else h(x).mean() - 1", "g(x, axis=-1) if not x <= 2.0 else h(x).sum() - 2",
+    }  # fmt: skip
+    assert len(texts) == len(lines) + 1 and all('"1 + 1"' in text and ") -> int:" in text for text in texts)
+
+
+def test_a_sample_of_mutants_depends_on_its_seed_alone(monkeypatch):
+    """A seed draws as many mutants as asked for, and always the same; each planted fault has one place in the code."""
+    monkeypatch.setattr(mutants, "FILES", ("optim",))
+    (one, total), (again, _), (other, _) = (mutants.drawn(100, seed) for seed in ("a", "a", "b"))
+    assert one == again != other and total > len(one) == 100
+    assert len(mutants.planted()) == len(mutants.PLANTED) > 30
+
+
+def test_the_table_of_mutants_leaves_out_the_equivalent_ones():
+    """What is noticed is a share of those that are not judged equivalent, with Wilson's interval."""
+    rows = [{"file": "ops", "test": "t", "name": "a"}] * 3
+    rows += [{"file": "ops", "test": "", "judgement": "equivalent: it is", "name": "b"}]
+    rows += [{"file": "optim", "test": "", "name": "c"}]
+    lines = mutants.as_table({"mutants": rows}).splitlines()
+    assert lines[2] == "| ops | 4 | 3 | 1 | 100.0% | 43.9% to 100.0% |"
+    assert lines[-1].startswith("| all | 5 | 3 | 1 | 75.0% | 30.1% to 95.4% |")
+    assert mutants.survivors({"mutants": rows, "planted": []}) == "- b: equivalent: it is\n- c: not judged"
 
 
 def planted(figures, seeds=(0, 1, 2)):
