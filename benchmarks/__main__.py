@@ -1,4 +1,4 @@
-"""Speed and memory of a DPO step and of sampling, beside other libraries.
+"""Speed and memory of a DPO step, beside other libraries.
 
     python -m benchmarks
 
@@ -8,6 +8,7 @@ installed are named and skipped; the `bench` extra installs them.
 
 import argparse
 import json
+import os
 import pathlib
 import statistics
 
@@ -17,16 +18,22 @@ from minidpo import plots
 from minidpo.run import files, report
 
 RESULTS = pathlib.Path(__file__).parent / "results"
-BASELINES = {"step": "PyTorch modules, padded", "step (AVX2)": "PyTorch modules, padded", "sampling": "PyTorch eager"}
-SUITES = (*BASELINES, "growth")
-WITH_AVX2 = (
-    "minidpo, padded",
-    "minidpo",
-    "minidpo, products alone",
-    "PyTorch modules, padded",
-    "PyTorch eager, padded",
-)
+BASELINE, LEAN = "PyTorch modules, padded", "PyTorch eager, padded"
+STEPS = ("step", "step" + speed.AVX2)
+SUITES = (*STEPS, "growth")
+WITH_AVX2 = ("minidpo, padded", "minidpo", "minidpo, products alone", BASELINE, LEAN)
 GROWTH = {"T": (32, 64, 128, 256), "n_embd": (64, 128, 256), "pairs": (4, 8, 16, 32)}
+GROWTH["cores"] = tuple(count for count in (1, 2, 4, 8) if count <= (os.cpu_count() or 1))
+SHARES = {  # a row of the page's table: whose share of whose time or memory
+    "time, the same algorithm": ("minidpo, padded", BASELINE, "seconds"),
+    "time, our recipe": ("minidpo", BASELINE, "seconds"),
+    "time, the lean PyTorch": (LEAN, BASELINE, "seconds"),
+    "time, the lean PyTorch that keeps memory as we do": (f"{LEAN}, memory kept", BASELINE, "seconds"),
+    "time, the lean PyTorch with our recipe": ("PyTorch eager, our recipe", BASELINE, "seconds"),
+    "time, our recipe, of its matrix products alone": ("minidpo", "minidpo, products alone", "seconds"),
+    "peak memory, the same algorithm": ("minidpo, padded", BASELINE, "peak_mib"),
+    "peak memory, our recipe": ("minidpo", BASELINE, "peak_mib"),
+}
 
 
 def table(results, baseline):
@@ -43,6 +50,19 @@ def table(results, baseline):
         error = "" if result["error"] is None else f"{result['error']:.0e}"
         lines.append(f"{row}{times:>8}{result['peak_mib']:>8.0f}{memory:>7}{error:>10}")
     return "\n".join(lines)
+
+
+def as_table(figures):
+    """The page's table in Markdown: shares, a column for each size, with the machine's kernels and with AVX2's."""
+    columns = [(suite, size) for suite in STEPS for size in SIZES]
+    lines = ["| | " + " | ".join(size + suite.removeprefix("step") for suite, size in columns) + " |"]
+    lines.append("|---|" + "---:|" * len(columns))
+    for title, (ours, theirs, key) in SHARES.items():
+        cells = ((figures[suite][size], ours, theirs, key) for suite, size in columns)
+        shares = [f"{speed.ratio(*cell):.2f}" if {ours, theirs} <= set(cell[0]) else "" for cell in cells]
+        lines.append(f"| {title} | {' | '.join(shares)} |")
+    steps = [f"{1e3 * figures[suite][size]['minidpo']['median']:.0f}" for suite, size in columns]
+    return "\n".join([*lines, f"| a step of our recipe, ms | {' | '.join(steps)} |"])
 
 
 def silent(*text, **options):
@@ -72,16 +92,18 @@ def main():
     if unchanged and {key: previous.get(key) for key in figures} != figures:
         parser.error(f"{path} comes from another machine, seed or number of rounds: measure all suites")
     figures |= {suite: previous[suite] if suite in unchanged else {} for suite in SUITES}
-    for suite, baseline in BASELINES.items():
+    for suite in STEPS:
         for size in options.sizes if suite in options.suites else ():
             print(f"\n{suite}, {size}: {SIZES[size]}", flush=True)
             names = options.names or (WITH_AVX2 if suite.endswith(speed.AVX2) else None)
             results, missing = speed.measure(SIZES[size], options.seed, options.rounds, names=names, suite=suite)
             figures[suite][size] = results
-            print(*[f"  not measured: {line}" for line in missing], table(results, baseline), sep="\n", flush=True)
+            print(*[f"  not measured: {line}" for line in missing], table(results, BASELINE), sep="\n", flush=True)
     if "growth" in options.suites:
         figures["growth"] = growth(options.seed)
     files.write_whole(path, (json.dumps(figures, indent=1) + "\n").encode())
+    if set(options.sizes) == set(SIZES):
+        print(f"\n{as_table(figures)}\n")
     drawn = panels(figures["growth"])  # time and memory in turn
     for name, part in (("time", drawn[::2]), ("memory", drawn[1::2])):
         has_picture = plots.picture(options.out / f"speed_{name}.png", part)
@@ -89,14 +111,14 @@ def main():
 
 
 def growth(seed):
-    """Five rounds for each length, width and number of pairs, with everything else as in "small"."""
+    """Five rounds for each length, width, number of pairs and of cores, with everything else as in "small"."""
     points_of = {}
     for axis, values in GROWTH.items():
         points = []
         for value in values:
-            size = SIZES["small"]._replace(**{axis: value})
-            work = draw(size, seed)
-            results, _ = speed.measure(size, seed, 5, names=["minidpo", BASELINES["step"]], say=silent)
+            size = SIZES["small"] if axis == "cores" else SIZES["small"]._replace(**{axis: value})
+            work, cores = draw(size, seed), value if axis == "cores" else speed.THREADS
+            results, _ = speed.measure(size, seed, 5, names=["minidpo", BASELINE], cores=cores, say=silent)
             points.append({"value": value, "flops": speed.flops(work.config, work.pairs), "results": results})
             texts = [f"{name} {1e3 * r['median']:.1f} ms {r['peak_mib']:.0f} MiB" for name, r in results.items()]
             print(f"{axis} = {value}: {points[-1]['flops'] / 1e9:.2f} GFLOP, {', '.join(texts)}", flush=True)

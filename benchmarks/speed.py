@@ -23,13 +23,18 @@ from benchmarks.workload import BETA, draw
 from minidpo import Tensor, losses, ops, scoring
 
 MODULES = ("ours", "modules", "pytorch", "dense", "huggingface")
-THREADS = {name: "2" for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")}
+THREADS = 2
 OWN_KERNELS = {name: value for name, value in os.environ.items() if name != "OPENBLAS_CORETYPE"}  # the machine's
 AVX2, HASWELL = " (AVX2)", {"OPENBLAS_CORETYPE": "Haswell"}  # the end of a suite's name, and what it means
 TOLERANCE = 2e-3  # of float32 against float64, relative to the loss and to each parameter's largest gradient
 PAUSE = 0.25  # seconds, in which the last contender's threads fall asleep
 SLOW, FEW = 2.0, 3  # a contender has only FEW rounds if its steps took at least SLOW seconds in each
 FOREIGN = 0.1  # the share of two processors that other programs may use in a turn
+
+
+def threads(count):
+    """What tells every library to use that many threads."""
+    return {name: str(count) for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")}
 
 
 class Wrong(Exception):
@@ -57,13 +62,13 @@ def contenders(suite, names=None):
 class Worker:
     """A contender in its own process."""
 
-    def __init__(self, module, class_name, size, seed, kernels):
+    def __init__(self, module, class_name, size, seed, environment):
         self.process = subprocess.Popen(
             [sys.executable, "-m", "benchmarks.worker", module, class_name, size_text(size), str(seed)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env={**OWN_KERNELS, **THREADS, **kernels},
+            env={**OWN_KERNELS, **environment},
             cwd=pathlib.Path(__file__).parents[1],
         )
         self.answer()
@@ -137,12 +142,12 @@ def check(name, worker, expected):
     return worst
 
 
-def measure(size, seed, rounds, seconds=0.3, names=None, suite="step", say=print):
+def measure(size, seed, rounds, seconds=0.3, names=None, suite="step", cores=THREADS, say=print):
     """Let contenders take turns; the times, peak memory and error of each, and which libraries are missing.
 
     OpenBLAS uses the machine's own kernels, or those of AVX2 if the suite's name ends in `AVX2`.
     """
-    kernels = HASWELL if suite.endswith(AVX2) else {}
+    environment = {**threads(cores), **(HASWELL if suite.endswith(AVX2) else {})}
     installed, missing = contenders(suite.removesuffix(AVX2), names)
     work = draw(size, seed)
     if not suite.startswith("sampling"):
@@ -151,7 +156,7 @@ def measure(size, seed, rounds, seconds=0.3, names=None, suite="step", say=print
     with contextlib.ExitStack() as stack:
         workers = {}
         for name, (module, contender) in installed.items():
-            workers[name] = worker = Worker(module, contender.__name__, size, seed, kernels)
+            workers[name] = worker = Worker(module, contender.__name__, size, seed, environment)
             stack.callback(worker.close)
             error = check(name, worker, expected) if getattr(contender, "gradient", None) else None
             worker.ask("turn", seconds, 2)  # warm up
@@ -200,7 +205,7 @@ def blas(kernels):
         "library = ctypes.CDLL(__import__('numpy._core._multiarray_umath', fromlist=['x']).__file__); "
         "config = library.scipy_openblas_get_config64_; config.restype = ctypes.c_char_p; print(config().decode())"
     )
-    environment = {**OWN_KERNELS, **THREADS, **kernels}
+    environment = {**OWN_KERNELS, **threads(THREADS), **kernels}
     done = subprocess.run([sys.executable, "-c", text], env=environment, capture_output=True, text=True)
     return done.stdout.strip() or "not OpenBLAS"
 
@@ -222,7 +227,7 @@ def environment():
     return {
         "cpu": processor(),
         "cores": os.cpu_count(),
-        "threads": 2,
+        "threads": THREADS,
         "blas": blas({}),
         "blas (AVX2)": blas(HASWELL),
         "OPENBLAS_CORETYPE": os.environ.get("OPENBLAS_CORETYPE", ""),  # which contenders do not see

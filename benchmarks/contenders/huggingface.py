@@ -5,8 +5,6 @@ import transformers
 
 from benchmarks.workload import beginnings, endless
 
-torch.set_num_threads(2)
-
 
 def versions():
     return {"transformers": transformers.__version__}

@@ -6,8 +6,6 @@ from torch import nn
 
 from benchmarks.workload import BETA, LEARNING_RATE, padded
 
-torch.set_num_threads(2)
-
 
 class Block(nn.Module):
     """Attention and a hidden layer, each behind its norm, added to what comes in."""

@@ -7,8 +7,6 @@ import torch.nn.functional as F
 from benchmarks.workload import BETA, LEARNING_RATE, beginnings, endless, padded
 from minidpo.run import workers
 
-torch.set_num_threads(2)
-
 
 def versions():
     return {"torch": torch.__version__}
