@@ -24,9 +24,7 @@ COLORS = (plots.INK, "#0072B2", "#009E73", "#D55E00")
 def demo_rewards(path):
     """True reward of each model, one dot a seed and a bar at their mean."""
     runs = json.loads((HERE / "results" / "demo.json").read_text())
-    matplotlib, figures = (importlib.import_module(name) for name in ("matplotlib", "matplotlib.figure"))
-    with matplotlib.rc_context({**plots.STYLE, "axes.grid.axis": "x"}):
-        figure = figures.Figure(figsize=(6.4, 2.5), layout="constrained")
+    with plots.figure(path, (6.4, 2.5), {"axes.grid.axis": "x"}, transparent=True) as figure:
         axes = figure.subplots()
         for row, color in enumerate(COLORS):
             models = [run["models"][MODELS[row]]["all"] for run in runs]
@@ -42,7 +40,6 @@ def demo_rewards(path):
         axes.set_xticks(range(-4, 4))
         for label, color in zip(axes.get_yticklabels(), COLORS):
             label.set_color(color)
-        figure.savefig(path, dpi=120, transparent=True, metadata={"Software": None})
 
 
 def collapse(path):
@@ -80,9 +77,7 @@ STORY = {  # colour and name of a group of runs; for each run where its label li
 def usual_story(path, results=None):
     """Where runs end, true reward against KL to SFT, and how KL grows under each beta; a faint dot is a seed."""
     results = results or json.loads(story.RESULTS.read_text())
-    matplotlib, figures = (importlib.import_module(name) for name in ("matplotlib", "matplotlib.figure"))
-    with matplotlib.rc_context(plots.STYLE):
-        figure = figures.Figure(figsize=(6.4, 7.2), layout="constrained")
+    with plots.figure(path, (6.4, 7.2), transparent=True) as figure:
         ends, paths = figure.subplots(2, 1, height_ratios=(4, 3))
         for (color, name), places in STORY.items():
             kls, rewards = ([story.values(results, run, "last", key) for run in places] for key in ("kl", "reward"))
@@ -107,7 +102,6 @@ def usual_story(path, results=None):
             paths.text(steps[-1] + 3, kl[-1], f"{beta:g}", color=plots.PALETTE[0], va="center")
         paths.set(xlabel="step", yscale="log", ylabel="KL to SFT, nats a reply", xlim=(0, steps[-1] * 1.08))
         paths.set_title("the way there, DPO alone, by beta (held-out prompts)")
-        figure.savefig(path, dpi=120, transparent=True, metadata={"Software": None})
 
 
 def ppo_beside_dpo(path):

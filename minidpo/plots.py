@@ -4,13 +4,14 @@ A picture is a column of panels, readable on a phone. Up to four curves carry th
 legend and differ in their dashes too. Every colour is visible on white and on a dark page: contrast 3 to 1 or more.
 """
 
+import contextlib
 import importlib
 import importlib.util
 import io
 import itertools
 import math
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -57,16 +58,25 @@ def installed() -> bool:
     return importlib.util.find_spec("matplotlib") is not None
 
 
+@contextlib.contextmanager
+def figure(
+    file: Any, size: tuple[float, float], style: dict[str, Any] | None = None, transparent: bool = False
+) -> Iterator[Any]:
+    """A figure of matplotlib's, `size` in inches, saved as a PNG to a path or stream when the block ends."""
+    matplotlib, figures = (importlib.import_module(name) for name in ("matplotlib", "matplotlib.figure"))
+    with matplotlib.rc_context(STYLE | (style or {})):
+        new = figures.Figure(figsize=size, layout="constrained")
+        yield new
+        new.savefig(file, format="png", dpi=120, transparent=transparent, metadata={"Software": None})
+
+
 def png(panels: Sequence[Panel], transparent: bool = False) -> bytes:
     """Draw panels below each other and return the picture as a PNG. Needs matplotlib."""
-    matplotlib, figures = (importlib.import_module(name) for name in ("matplotlib", "matplotlib.figure"))
     heights = [3.2 + (0 if named_at_ends(panel) else 0.1 * len(panel.curves)) for panel in panels]  # inches
     content = io.BytesIO()
-    with matplotlib.rc_context(STYLE):
-        figure = figures.Figure(figsize=(6.4, sum(heights)), layout="constrained")
-        for axes, panel in zip(figure.subplots(len(panels), squeeze=False, height_ratios=heights).flat, panels):
+    with figure(content, (6.4, sum(heights)), transparent=transparent) as new:
+        for axes, panel in zip(new.subplots(len(panels), squeeze=False, height_ratios=heights).flat, panels):
             draw(axes, panel)
-        figure.savefig(content, format="png", dpi=120, transparent=transparent, metadata={"Software": None})
     return content.getvalue()
 
 

@@ -14,7 +14,7 @@ LEANS_ON = "backend tokenizer generation streams plots".split()
 # lines of Python at most: a ceiling is raised in the open, in the change that needs it, with the reason in its commit
 CEILINGS = {
     "spine": 2395,  # a maximum for hinges, log(1 - e^x) for odds; votes in every mean; states for another head
-    "leans on": 580,
+    "leans on": 590,
     "family": 705,  # 27 losses, each with its gradient and its source: 23 lines a loss
     "data": 950,  # ways to write a request; every foreign format has a name and a remedy; votes read and counted
     "theory": 1780,  # PPO, whole, in at most 250

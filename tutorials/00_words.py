@@ -264,11 +264,7 @@ def pieces(model, start="", left=0.0, width=1.0):
 
 
 def draw(path):
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    with matplotlib.rc_context({**plots.STYLE, "axes.grid": False}):
-        figure = Figure(figsize=(6.4, 5.6), layout="constrained")
+    with plots.figure(path, (6.4, 5.6), {"axes.grid": False}) as figure:
         for axes, (name, model) in zip(figure.subplots(2), (("reference", reference), ("policy", policy))):
             for y, left, width in pieces(model):
                 fill, ink = (plots.PALETTE[0], "white") if y == ["o", "k", "end"][: len(y)] else ("white", "black")
@@ -280,7 +276,6 @@ def draw(path):
             axes.set_yticks([-1, -2, -3], ["token 1", "token 2", "token 3"])
             axes.set_xticks([0, 1 / 8, 1 / 4, 1 / 2, 1], ["0", "1/8", "1/4", "1/2", "1"])
         axes.set_xlabel("width: probability")
-        figure.savefig(path, dpi=120, metadata={"Software": None})
 
 
 path = pathlib.Path("00_words.png")

@@ -101,17 +101,12 @@ curves = {"loss": (-np.log(sigma(grid)), 1 - sigma(grid)), "slope": (slope_of_lo
 
 
 def draw(path):
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    with matplotlib.rc_context({**plots.STYLE, "font.size": 12}):
-        figure = Figure(figsize=(6.4, 6.4), layout="constrained")
+    with plots.figure(path, (6.4, 6.4), {"font.size": 12}) as figure:
         for axes, (name, two) in zip(figure.subplots(2), curves.items()):
             for label, values, dash, color in zip(("-log P", "1 - P"), two, ("-", "--"), plots.PALETTE):
                 axes.plot(grid, values, dash, color=color, linewidth=2.5)
                 axes.annotate(label, (-5, values[37]), (3, 5), textcoords="offset points", color=color)
             axes.set(title=f"{name} of one pair", xlabel="z", ymargin=0.15)
-        figure.savefig(path, dpi=120, metadata={"Software": None})
 
 
 path = pathlib.Path("01_scores.png")

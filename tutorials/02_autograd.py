@@ -120,9 +120,6 @@ for name in list(graph)[:-1]:
 
 
 def draw(path):
-    import matplotlib
-    from matplotlib.figure import Figure
-
     blue, orange = plots.PALETTE[:2]
     boxes = {"x": (0.9, 4, "x"), "weight": (2.4, 4, "weight"), "product": (1.65, 3, "product = x * weight")}
     boxes |= {"hidden": (1.65, 2, "hidden = tanh(product)"), "square": (0.9, 1, "square = hidden * hidden")}
@@ -131,8 +128,7 @@ def draw(path):
     arrows["hidden"] = [(0.6, 1.1), (1.3, 1.6), (2.1, 2.1)]  # where each starts and ends, from left to right
     arrow = {"arrowstyle": "-|>", "color": orange, "linewidth": 2}
     box, centred = {"facecolor": "white", "edgecolor": blue, "boxstyle": "round"}, {"ha": "center", "va": "center"}
-    with matplotlib.rc_context({**plots.STYLE, "axes.grid": False, "font.size": 14}):
-        figure = Figure(figsize=(6.4, 7.4), layout="constrained")
+    with plots.figure(path, (6.4, 7.4), {"axes.grid": False, "font.size": 14}) as figure:
         axes = figure.subplots()
         axes.set(xlim=(0, 3.8), ylim=(-0.25, 4.25))
         axes.axis("off")
@@ -146,7 +142,6 @@ def draw(path):
         axes.text(2.75, 2.75, "boxes: values,\ncomputed\nfrom the top", color=blue)
         text = "arrows: slopes,\npassed back\nfrom L upwards;\nwhere several\narrive, add them"
         axes.text(2.55, 0.6, text, color=orange)
-        figure.savefig(path, dpi=120, metadata={"Software": None})
 
 
 path = pathlib.Path("02_autograd.png")

@@ -336,12 +336,8 @@ for dtype, lowest, most, zero in (("float32", -88.7, 7, 16.64), ("float64", -709
 
 
 def draw(path):
-    import matplotlib
-    from matplotlib.figure import Figure
-
     blue, orange = plots.PALETTE[:2]
-    with matplotlib.rc_context({**plots.STYLE, "font.size": 12}):
-        figure = Figure(figsize=(6.4, 5.2), layout="constrained")
+    with plots.figure(path, (6.4, 5.2), {"font.size": 12}) as figure:
         axes = figure.subplots(1, 2, sharey=True)
         for (name, dtype, side), each in kept.items():
             color, alpha = blue if dtype == "float64" else orange, 0.35 if name == "stable" else 1
@@ -356,7 +352,6 @@ def draw(path):
             axes[side].text(z, height, text, color=color)
         axes[0].set(title="z below 0", xlabel="z", ylabel="correct digits of log sigma(z)", ylim=(-0.3, 17.5))
         axes[1].set(title="z above 0", xlabel="z", yticks=range(0, 17, 4))
-        figure.savefig(path, dpi=120, metadata={"Software": None})
 
 
 path = pathlib.Path("03_log_softmax.png")

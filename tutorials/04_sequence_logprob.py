@@ -223,14 +223,10 @@ for name, cells in scored.items():
 
 
 def draw(path):
-    import matplotlib
-    from matplotlib.figure import Figure
-
     counted, not_counted, wrong = (plots.PALETTE[0], "white"), ("white", plots.INK), (plots.PALETTE[1], "black")
     arrow, centred = {"arrowstyle": "-|>", "linewidth": 2}, {"ha": "center", "va": "center"}
     names = {name: name.replace(" not", "\nnot").replace("mean ", "mean\n") for name in scored}
-    with matplotlib.rc_context({**plots.STYLE, "axes.grid": False, "font.size": 12}):
-        figure = Figure(figsize=(6.4, 8), layout="constrained")
+    with plots.figure(path, (6.4, 8), {"axes.grid": False, "font.size": 12}) as figure:
         axes = figure.subplots()
         axes.set(xlim=(-2.3, 7.9), ylim=(14.4, -1.3))
         axes.axis("off")
@@ -262,7 +258,6 @@ def draw(path):
                 cell(row, 7.8 + height, token, *(not_counted if token == "" else counted if correct else wrong))
             if name == "mean for sum":
                 axes.text(5, 7.8 + height, "÷ 3", **centred)
-        figure.savefig(path, dpi=120, metadata={"Software": None})
 
 
 path = pathlib.Path("04_sequence_logprob.png")

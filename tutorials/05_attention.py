@@ -166,13 +166,10 @@ np.testing.assert_allclose(two_weights[1], [[1, 0, 0], [0.727, 0.273, 0], [1 / 3
 # %%
 def draw(path, panels):
     """Matrices of scores or weights; the darker, the larger."""
-    import matplotlib
     from matplotlib.colors import LinearSegmentedColormap
-    from matplotlib.figure import Figure
 
     blue = LinearSegmentedColormap.from_list("blue", ["white", plots.PALETTE[0]])
-    with matplotlib.rc_context({**plots.STYLE, "axes.grid": False, "font.size": 12}):
-        figure = Figure(figsize=(6.4, 6.8), layout="constrained")
+    with plots.figure(path, (6.4, 6.8), {"axes.grid": False, "font.size": 12}) as figure:
         for axes, (title, matrix) in zip(figure.subplots(2, 2).flat, panels.items()):
             axes.imshow(np.maximum(matrix, 0), cmap=blue)
             for (row, column), number in np.ndenumerate(matrix):
@@ -183,7 +180,6 @@ def draw(path, panels):
             axes.set(title=title, xlabel="key", ylabel="query")
             axes.set_xticks(range(3), "?ok")
             axes.set_yticks(range(3), "?ok")
-        figure.savefig(path, dpi=120, metadata={"Software": None})
 
 
 path = pathlib.Path("05_attention.png")

@@ -334,17 +334,14 @@ assert np.mean(np.array(darkest) > 0) > 0.5  # 0: the first letter
 
 # %%
 def draw(path, lines):
-    import matplotlib
     from matplotlib.colors import LinearSegmentedColormap
-    from matplotlib.figure import Figure
 
     blue = LinearSegmentedColormap.from_list("blue", ["white", plots.PALETTE[0]])
     picture = np.zeros((len(lines), max(map(len, lines))))
     for row, line in enumerate(lines):
         weights = forward(sft_arrays, config, about_to_name(line)[0])[f"weights {layer}"]
         picture[row, : len(line)] = weights[0, head, -1, 1 : 1 + len(line)]
-    with matplotlib.rc_context({**plots.STYLE, "axes.grid": False}):
-        figure = Figure(figsize=(6.4, 3.6), layout="constrained")
+    with plots.figure(path, (6.4, 3.6), {"axes.grid": False}) as figure:
         axes = figure.subplots()
         axes.imshow(picture, cmap=blue, vmin=0, vmax=1, aspect="auto")
         for row, line in enumerate(lines):
@@ -353,7 +350,6 @@ def draw(path, lines):
                 axes.text(column, row, letter, ha="center", va="center", color=ink, fontsize=13)
         axes.set_axis_off()
         axes.set_title("where one head looks, just before the reply names the topic", fontsize=13)
-        figure.savefig(path, dpi=120, metadata={"Software": None})
 
 
 path = pathlib.Path("05_transformer.png")

@@ -105,11 +105,7 @@ assert [row.split() for row in table] == [
 
 
 def draw(path):
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    with matplotlib.rc_context({**plots.STYLE, "font.size": 15, "text.color": "black"}):
-        figure = Figure(figsize=(6.4, 3.6), layout="constrained")
+    with plots.figure(path, (6.4, 3.6), {"font.size": 15, "text.color": "black"}) as figure:
         axes = figure.subplots()
         for i, name in enumerate(names):
             step, start, color = -units[i][[31, 12]], np.array([0, -0.5 * i]), plots.PALETTE[i]  # two of W_out
@@ -122,7 +118,6 @@ def draw(path):
             axes.text(*(start + 2.05 * step), text, color=color, va="center")
         axes.set(title="Three references, one direction", aspect="equal", xlim=(0, 3.7), ylim=(-1.1, 1))
         axes.set_axis_off()
-        figure.savefig(path, dpi=120, metadata={"Software": None})
 
 
 path = pathlib.Path("07_reference.png")

@@ -206,8 +206,8 @@ line(5, "= beta log Z(x) - beta KL(pi || pi*)", "algebra; pi sums to 1", J, beta
 #
 #     -KL(pi || pi*) = sum_y pi log(pi*/pi) <= sum_y pi (pi*/pi - 1) = sum_y pi* - sum_y pi <= 0
 #
-# The sums are over the y with pi(y) > 0. If these are all replies, the last sign is an equality. If not, pi* gives the
-# others something, and sum_y pi* < 1.
+# The sums are over the y with pi(y) > 0; the others add nothing to the KL, since p log p goes to 0 with p. If these are
+# all replies, the last sign is an equality. If not, pi* gives the others something, and sum_y pi* < 1.
 
 # %%
 largest = objective(star, ref_logp, reward, beta)

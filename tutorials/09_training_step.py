@@ -97,9 +97,6 @@ np.testing.assert_allclose(out.loss.item(), loss_by_hand(*example, beta), rtol=1
 
 # %%
 def draw(path):
-    import matplotlib
-    from matplotlib.figure import Figure
-
     left, middle, right = 0.3, 0.58, 0.86
     boxes = [  # place, text
         (left, 4, f"policy {logp_w:g}\nreference {ref_logp_w:g}"),
@@ -112,8 +109,7 @@ def draw(path):
         (left, 1, f"policy {stepped[0]:.2f}\nhigher"),
         (right, 1, f"policy {stepped[1]:.2f}\nlower"),
     ]
-    with matplotlib.rc_context({**plots.STYLE, "font.size": 14, "text.color": "black"}):
-        figure = Figure(figsize=(6.4, 5.4), layout="constrained")
+    with plots.figure(path, (6.4, 5.4), {"font.size": 14, "text.color": "black"}) as figure:
         axes = figure.subplots()
         for across, up, text in boxes:
             color = {left: plots.PALETTE[0], right: plots.PALETTE[1], middle: "black"}[across]
@@ -129,7 +125,6 @@ def draw(path):
             axes.text(0, up, name, va="center", weight="bold")
         axes.set(xlim=(0, 1), ylim=(0.6, 4.7))
         axes.set_axis_off()
-        figure.savefig(path, dpi=120, metadata={"Software": None})
 
 
 path = pathlib.Path("09_training_step.png")

@@ -234,11 +234,7 @@ np.testing.assert_allclose(predicted, rate * beta * half * (vectors - mean) @ (v
 
 
 def draw(path):
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    with matplotlib.rc_context({**plots.STYLE, "axes.grid": False, "font.size": 15, "text.color": "black"}):
-        figure = Figure(figsize=(6.4, 3.2), layout="constrained")
+    with plots.figure(path, (6.4, 3.2), {"axes.grid": False, "font.size": 15, "text.color": "black"}) as figure:
         axes = figure.subplots()
         step, height = vectors[0] - vectors[1], np.array([-1.2, 2.1])
         line = mean[0] - (height - mean[1]) * step[1] / step[0]  # through the mean, at a right angle to the step
@@ -256,7 +252,6 @@ def draw(path):
         axes.text(5, 1.85, "likelier", weight="bold", ha="center", va="center")
         axes.set(title='A step on "no" over "never" helps "yes"', aspect="equal", xlim=(-2, 6), ylim=height)
         axes.set_axis_off()
-        figure.savefig(path, dpi=120, metadata={"Software": None})
 
 
 picture = pathlib.Path("10_gradient.png")

@@ -174,11 +174,7 @@ LABELS = {
 
 
 def draw(path):
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    with matplotlib.rc_context(plots.STYLE):
-        figure = Figure(figsize=(6.4, 4.4), layout="constrained")
+    with plots.figure(path, (6.4, 4.4)) as figure:
         axes = figure.subplots()
         axes.plot(sample_kl[::10], sample_reward[::10], ".", color=plots.INK, alpha=0.3, markersize=3)
         axes.plot(curve_kl, curve_reward, color=plots.PALETTE[0], linewidth=2)
@@ -190,7 +186,6 @@ def draw(path):
             axes.annotate(label, here, place, arrowprops=arrow, va="center", **paint)
             axes.plot(*here, "o", color=plots.PALETTE[1], zorder=4)
         axes.set(xlabel="KL(pi || pi_ref), nats", ylabel="expected reward")
-        figure.savefig(path, dpi=120, metadata={"Software": None})
 
 
 if plots.installed():

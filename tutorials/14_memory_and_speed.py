@@ -88,11 +88,7 @@ for name, (trained, frozen) in plans.items():
 
 
 def draw(path):
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    with matplotlib.rc_context({**plots.STYLE, "axes.grid": False, "font.size": 14, "text.color": "black"}):
-        figure = Figure(figsize=(6.4, 4.4), layout="constrained")
+    with plots.figure(path, (6.4, 4.4), {"axes.grid": False, "font.size": 14, "text.color": "black"}) as figure:
         axes = figure.subplots()
         for row, (trained, frozen) in enumerate(plans.values()):
             sizes = {"policy": 16 * SIZE, **dict.fromkeys(["reference", "reward model"][:frozen], 2 * SIZE)}
@@ -112,7 +108,6 @@ def draw(path):
         axes.set_xticks([])
         axes.spines[:].set_visible(False)
         axes.tick_params(length=0, labelcolor="black")
-        figure.savefig(path, dpi=120, metadata={"Software": None})
 
 
 path = pathlib.Path("14_memory_and_speed.png")

@@ -314,11 +314,7 @@ picture = pathlib.Path("15_guardrail.png")
 
 
 def draw(path):
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    with matplotlib.rc_context({**plots.STYLE, "font.size": 12}):
-        figure = Figure(figsize=(6.4, 7.4), layout="constrained")
+    with plots.figure(path, (6.4, 7.4), {"font.size": 12}) as figure:
         alarms, curves = figure.subplots(2)
         alarms.axvline(threshold, color=plots.INK, linestyle="--", linewidth=1)
         alarms.text(threshold, 1.06, "threshold in use", ha="center")
@@ -337,7 +333,6 @@ def draw(path):
         curves.plot([0, 1], [0, 1], color=plots.INK, linewidth=1)
         curves.text(0.78, 0.74, "a coin", va="top")
         curves.set(xlabel="FPR; dots: threshold in use", ylabel="private caught, 1 - FNR")
-        figure.savefig(path, dpi=120, metadata={"Software": None})
 
 
 if plots.installed():

@@ -144,12 +144,8 @@ LOOKS = {  # dash, places of the name
 
 
 def draw(path):
-    import matplotlib
-    from matplotlib.figure import Figure
-
     z = np.linspace(-4, 4, 801)
-    with matplotlib.rc_context(plots.STYLE):
-        figure = Figure(figsize=(6.4, 7.6), layout="constrained")
+    with plots.figure(path, (6.4, 7.6)) as figure:
         for column, axes in enumerate(figure.subplots(2)):
             for color, (name, (dash, *places)) in zip(plots.PALETTE, LOOKS.items()):
                 each = slope(one_pair[name], z) if column else one_pair[name](z)
@@ -159,7 +155,6 @@ def draw(path):
             axes.set_ylim(*((-1.6, 5.6), (-2, 1.2))[column])
             title = ("the loss", "its slope: below 0 it pushes z up, above 0 down")[column]
             axes.set(title=title, xlabel="z: wrong on the left, correct on the right")
-        figure.savefig(path, dpi=120, metadata={"Software": None})
 
 
 path = pathlib.Path("17_family.png")

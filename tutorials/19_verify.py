@@ -321,12 +321,8 @@ assert not any(verify.doctor(training(*program)).findings for program in program
 
 # %%
 def draw(path):
-    import matplotlib
-    from matplotlib.figure import Figure
-
     marks = [*zip(*found), ["-" if report.right else "F" for report in reports]]
-    with matplotlib.rc_context({**plots.STYLE, "axes.grid": False, "font.size": 13, "text.color": "black"}):
-        figure = Figure(figsize=(6.4, 5.2), layout="constrained")
+    with plots.figure(path, (6.4, 5.2), {"axes.grid": False, "font.size": 13, "text.color": "black"}) as figure:
         axes = figure.subplots()
         for (row, column), mark in np.ndenumerate(marks):
             if mark == "F":
@@ -340,7 +336,6 @@ def draw(path):
         axes.set_yticks(range(8), [*experiments, "minidpo verify"])
         axes.tick_params(length=0, labelcolor="black", labeltop=True, labelbottom=False)
         axes.spines[:].set_visible(False)
-        figure.savefig(path, dpi=120, metadata={"Software": None})
 
 
 path = pathlib.Path("19_verify.png")

@@ -17,7 +17,7 @@ import numpy
 from .. import plots
 from ..backend import Array
 from ..losses import LOSSES
-from ..plots import DASHES, INK, PALETTE, STYLE
+from ..plots import DASHES, INK, PALETTE
 from ..run.files import write_whole
 from ..verify.cases import RandomDraw, loss_arguments
 from .options import NO_MATPLOTLIB, Option, announce, path
@@ -164,10 +164,9 @@ def color_of(name: str) -> Any:
 
 def png(transparent: bool = False) -> bytes:
     """Six curves and eighteen fields on one page. Needs matplotlib."""
-    matplotlib, figures = (importlib.import_module(name) for name in ("matplotlib", "matplotlib.figure"))
     content, columns = io.BytesIO(), 6
-    with matplotlib.rc_context({**STYLE, "xtick.labelsize": 8, "ytick.labelsize": 8, "axes.labelsize": 9}):
-        figure = figures.Figure(figsize=(11.7, 10.6), layout="constrained")
+    small = {"xtick.labelsize": 8, "ytick.labelsize": 8, "axes.labelsize": 9}
+    with plots.figure(content, (11.7, 10.6), small, transparent) as figure:
         above, below = figure.subfigures(2, 1, height_ratios=(3.6, 7.0))
         rows = above.subplots(1, 3)
         draw_curves(rows)
@@ -185,7 +184,6 @@ def png(transparent: bool = False) -> bytes:
         patches = importlib.import_module("matplotlib.patches")
         handles = [patches.Patch(color=color, label=label) for label, color in PUSHES.items()]
         below.legend(handles=handles, loc="outside lower center", ncols=len(handles))
-        figure.savefig(content, format="png", dpi=120, transparent=transparent, metadata={"Software": None})
     return content.getvalue()
 
 
