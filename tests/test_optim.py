@@ -166,6 +166,13 @@ def test_clipping_counts_a_tensor_once_and_writes_into_nothing():
     assert gradient.tolist() == [3, 4]
 
 
+def test_without_a_gradient_the_norm_is_0():
+    """Before the first sweep, and in an empty set of parameters, there is nothing to clip."""
+    w = Tensor(np.zeros(2), requires_grad=True)
+    assert optim.clip_global_norm({"w": w}, 1.0) == optim.clip_global_norm({}, 1.0) == 0
+    assert w.grad is None
+
+
 def test_clipping_survives_large_and_small_float32():
     """The norm of a float32 gradient neither overflows at 1e20 nor vanishes at 1e-25."""
     w = Tensor(np.zeros(1, dtype="float32"), requires_grad=True)
