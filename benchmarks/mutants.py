@@ -16,7 +16,9 @@ import json
 import os
 import random
 import re
+import resource
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -103,7 +105,7 @@ PLANTED = {  # faults in the wiring: what is wrong, the file, and what stands th
     "the demo's DPO has another beta": ("cli/desk", '"--beta=0.2", ', ""),
     "the judge compares with base": ("cli/desk", 'models["sft"], prompts', 'models["pretrain"], prompts'),
 }  # fmt: skip
-LONGEST = 900  # seconds of a run of the tests; a mutant that takes longer is noticed, too
+LONGEST = 900  # processor seconds of a run of the tests; a mutant that takes longer is noticed, too
 SWAPS = {
     ast.Add: "-", ast.Sub: "+", ast.Mult: "/", ast.Div: "*", ast.Pow: "*", ast.FloorDiv: "/", ast.Mod: "*",
     ast.BitAnd: "|", ast.BitOr: "&",
@@ -237,16 +239,19 @@ class Tree:
         command += [*tests, "-m", "not slow"]
         environment = {**os.environ, "PYTHONPATH": str(self.root), "PYTHONDONTWRITEBYTECODE": "1"}
         environment |= {"OPENBLAS_NUM_THREADS": "1"}  # as many trees at work as processors
-        try:
-            done = subprocess.run(
-                command, cwd=self.root, env=environment, capture_output=True, text=True, timeout=LONGEST
-            )
-        except subprocess.TimeoutExpired:
+        options = {"cwd": self.root, "env": environment, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+        with subprocess.Popen(command, text=True, **options) as process:
+            resource.prlimit(process.pid, resource.RLIMIT_CPU, (LONGEST, LONGEST))
+            try:
+                output, _ = process.communicate(timeout=4 * LONGEST)  # one that waits takes no processor time
+            except subprocess.TimeoutExpired:
+                process.kill()
+        if process.returncode in (-signal.SIGXCPU, -signal.SIGKILL):
             return f"no end after {LONGEST} s"
-        if done.returncode == 0:
+        if process.returncode == 0:
             return ""
-        failed = re.search(r"^(?:FAILED|ERROR) (\S+)", done.stdout, re.MULTILINE)
-        return failed[1] if failed else f"pytest ended with {done.returncode}"
+        failed = re.search(r"^(?:FAILED|ERROR) (\S+)", output, re.MULTILINE)
+        return failed[1] if failed else f"pytest ended with {process.returncode}"
 
 
 def drawn(sample, seed):
