@@ -68,6 +68,28 @@ def test_the_chain_rule_is_a_distribution(vocab_size, cap, prompt):
     assert abs(total - 1) < 1e-10
 
 
+@pytest.mark.parametrize("run", [1, 2, 5, 128])
+def test_each_prefix_of_the_texts_is_one_row(run):
+    """A tree in runs of any length gives what the chain rule does; in one run it has a row for each prefix."""
+    params, config = model(4, 3, [2, 1, 3])
+    prompts, responses = [[2, 1, 3], [2], [2, 1, 3]], [*exact.complete_responses(4, 2), [1, 2, 3], [1, 2, 0], [1, 2, 3]]
+    tree = exact.prefix_tree(config, prompts, responses, run)
+    expected = [[exact.chain_rule_logprob(params, config, x, y) for y in responses] for x in prompts]
+    np.testing.assert_allclose(tree.logprobs(params, config).data, expected, rtol=1e-12)
+    texts = [{(*x, *y)[:t] for y in responses for t in range(1, len(x) + len(y))} for x in prompts]
+    assert (len(tree.rows.tokens) == sum(map(len, texts))) == (run >= 5)  # the responses have five
+
+
+@pytest.mark.parametrize("response", [[1, 4], [1, -1], [4, 1], [-1, 1]])
+def test_a_token_outside_the_vocabulary_is_refused(response):
+    """A token that the model does not have raises IndexError, also the last, which is scored but never read."""
+    params, config = model(4, 3, [2, 1, 3])
+    with pytest.raises(IndexError, match="is outside 0 <= index < 4"):
+        exact.exact_logprobs(params, config, [[2, 1]], [[1], response])
+    with pytest.raises(ValueError, match="of 9 tokens is longer than the model's n_positions = 8"):
+        exact.exact_logprobs(params, config, [[2, 1], [1]], [[1], [1] * 8])
+
+
 @pytest.mark.parametrize(("vocab_size", "cap", "prompt"), [(3, 3, [2, 1]), (4, 3, [2, 1, 3]), (5, 2, [1, 4, 4, 1])])
 def test_an_oracle_finds_every_mutant(vocab_size, cap, prompt):
     """Seven mutants do not sum to 1, four do; the chain rule finds all eleven and passes the correct score."""

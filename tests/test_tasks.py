@@ -11,16 +11,23 @@ import pytest
 
 from minidpo import cli
 from minidpo.cli import desk
-from minidpo.run import loop, tasks, workers
+from minidpo.run import loop, reference, tasks, workers
 from minidpo.streams import stream
 from minidpo.theory import assumptions, dynamics, equalities
+from minidpo.training import reference_logprobs
+from models import CONFIG, small
 from twin import prepared
 
 
 @pytest.fixture
 def processes(monkeypatch):
     """Set how many processes there are."""
-    return lambda count: monkeypatch.setattr(tasks, "worker_count", lambda params: count)
+
+    def decide(count):
+        for module in (tasks, reference):
+            monkeypatch.setattr(module, "worker_count", lambda params: count)
+
+    return decide
 
 
 @pytest.fixture
@@ -159,6 +166,23 @@ def test_a_long_command_says_how_far_it_is(command, line, impatient, processes, 
     processes(1)
     assert cli.main(command) == 0
     assert line in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("count", "pairs", "others"), [(1, 5, 0), (2, 5, 3), (2, 2, 0)])
+def test_many_pairs_are_scored_by_other_processes(count, pairs, others, processes, monkeypatch):
+    """Each part of the pairs has a process of its own if there are several; the scores are the same bits in order."""
+    rng = stream(0)
+    examples = [tuple(rng.integers(1, 4, n).tolist() for n in rng.integers(1, 4, 3)) for _ in range(pairs)]
+    processes(count)
+    monkeypatch.setattr(reference, "PART", 2)
+    expected = reference_logprobs(small(), CONFIG, examples)
+    scores = reference.pair_logprobs(small(), CONFIG, examples, "pairs")
+    assert [logp.tobytes() for logp in scores] == [logp.tobytes() for logp in expected]
+    monkeypatch.setattr(
+        reference, "reference_logprobs", lambda params, config, part: ([os.getpid()] * len([*part]),) * 2
+    )
+    pids, _ = reference.pair_logprobs(small(), CONFIG, examples, "pairs")
+    assert len(pids) == pairs and len({*pids} - {os.getpid()}) == others
 
 
 def test_the_desk_s_files_do_not_depend_on_the_number_of_processes(processes, tmp_path):

@@ -23,7 +23,8 @@ from ..data.preferences import Encoded
 from ..run.checkpoint import Checkpoint
 from ..run.files import write_folder, write_whole
 from ..run.folder import digest, seen_prompts
-from ..run.tasks import counted, results
+from ..run.reference import pair_logprobs
+from ..run.tasks import results
 from ..scoring import Batch, collate
 from ..streams import stream
 from ..tokenizer import TURN, printable
@@ -68,8 +69,8 @@ def evaluate(
         raise ValueError("--repeats count merges rows, whose fields may differ: group by a length instead")
     if votes and calibration:
         raise ValueError(f"{data}: --calibration takes single labels: remove the votes, and --repeats count")
-    ref_logps = training.reference_logprobs(ref.params, ref.config, counted(pairs, "reference: pairs"))
-    logps = training.reference_logprobs(policy.params, policy.config, counted(pairs, "policy: pairs"))
+    ref_logps = pair_logprobs(ref.params, ref.config, pairs, "reference: pairs")
+    logps = pair_logprobs(policy.params, policy.config, pairs, "policy: pairs")
     every = collate(pairs, *ref_logps, [row.votes for row in rows.rows])
 
     def summary(places: Any) -> dict[str, Any]:

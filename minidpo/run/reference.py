@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,10 @@ from ..training import reference_logprobs
 from . import safetensors
 from .files import write_whole
 from .safetensors import CheckpointError
-from .tasks import counted
+from .tasks import counted, results
+from .workers import worker_count
+
+PART = 250  # pairs that a process scores: it takes about a second
 
 
 def fingerprint(params: Params) -> str:
@@ -36,6 +40,16 @@ def reference_key(reference: Params, config: Config, tokenizer: Tokenizer, pairs
         vocabulary |= {"replacement": tokenizer.replacement}
     parts = (fingerprint(reference), str(config), json.dumps(vocabulary), json.dumps(list(pairs)))
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def pair_logprobs(params: Params, config: Config, pairs: Sequence[Pair], what: str) -> tuple[Array, Array]:
+    """`reference_logprobs` with progress; many pairs are scored by several processes, to the same bits."""
+    if worker_count(params) == 1 or len(pairs) <= PART:
+        return reference_logprobs(params, config, counted(pairs, what))
+    parts = [pairs[start : start + PART] for start in range(0, len(pairs), PART)]
+    scores = results([partial(reference_logprobs, params, config, part) for part in parts], what)
+    logp_w, logp_l = (numpy.concatenate(logps) for logps in zip(*scores))
+    return logp_w, logp_l
 
 
 def cached_reference_logprobs(
@@ -58,7 +72,7 @@ def cached_reference_logprobs(
             )
         check_scores(path, arrays, reference, config, pairs)
         return xp.asarray(arrays["ref_logp_w"]), xp.asarray(arrays["ref_logp_l"])
-    ref_logp_w, ref_logp_l = reference_logprobs(reference, config, counted(pairs, "pairs scored by the reference"))
+    ref_logp_w, ref_logp_l = pair_logprobs(reference, config, pairs, "pairs scored by the reference")
     arrays = {"ref_logp_w": to_host(ref_logp_w), "ref_logp_l": to_host(ref_logp_l)}
     write_whole(path, safetensors.to_bytes(arrays, {"key": key}))
     return ref_logp_w, ref_logp_l

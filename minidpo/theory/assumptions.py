@@ -88,14 +88,13 @@ def cases(world: World, seed: int, steps: int = 500) -> list[Callable[[], Outcom
 def finite_margins(world: World, seed: int) -> Iterator[Claim]:
     """With certain labels a DPO margin grows for as long as training lasts; an IPO margin stops at 1/(2 tau)."""
     beta, margins = 0.1, []
-    for loss, rate in ((losses.dpo_loss, 10.0), (losses.ipo_loss, 0.1)):
-        logps, path = Tensor(numpy.array([-5.0, -7.0]), requires_grad=True), []
+    for gradient, rate in ((losses.dpo_gradient, 10.0), (losses.ipo_gradient, 0.1)):
+        start = w, l = numpy.array([-5.0]), numpy.array([-7.0])
+        path = []
         for _ in range(10_000):
-            logps.grad = None
-            out = loss(logps[:1], logps[1:], numpy.array([-5.0]), numpy.array([-7.0]), beta)
-            out.loss.backward()
-            logps.data = logps.data - rate * logps.grad
-            path.append(out.margin.item())
+            path.append(((w - start[0]) - (l - start[1])).item())
+            gradient_w, gradient_l = gradient(w, l, *start, beta)
+            w, l = w - rate * gradient_w, l - rate * gradient_l
         margins.append([path[steps - 1] for steps in (100, 1000, 10_000)])
     growth = margins[0][2] / margins[0][1]
     text = ", ".join(f"{margin:.0f}" for margin in margins[0])

@@ -40,21 +40,23 @@ def time_to_gap(beta: float, h: float, reward: float) -> float:
 
 def crossing(difference: Callable[[float], float], low: float, high: float) -> float:
     """The place between `low` and `high` at which a function changes its sign, by bisection."""
-    for _ in range(100):
+    rising = difference(high) > 0
+    for _ in range(70):  # to rounding
         middle = (low + high) / 2
-        low, high = (middle, high) if (difference(middle) > 0) == (difference(low) > 0) else (low, middle)
+        low, high = (low, middle) if (difference(middle) > 0) == rising else (middle, high)
     return low
 
 
 def gap_path(betas: Sequence[float], steps: int, rate: float, p: float) -> Array:
     """Gaps under plain gradient steps; w is preferred with probability p.  (betas,) -> (steps + 1, betas)"""
     path = numpy.zeros((steps + 1, len(betas)))
-    beta = numpy.array(betas)
-    for step in range(steps):
-        h = path[step]
-        # dL/dlogp_w = -beta (p sigma(-beta h) - (1 - p) sigma(beta h)), dL/dlogp_l = -dL/dlogp_w
-        s = 1 / (1 + numpy.exp(beta * h))
-        path[step + 1] = h + 2 * rate * beta * (p * s - (1 - p) * (1 - s))
+    for i, beta in enumerate(betas):
+        h = 0.0
+        for step in range(steps):
+            # dL/dlogp_w = -beta (p sigma(-beta h) - (1 - p) sigma(beta h)), dL/dlogp_l = -dL/dlogp_w
+            s = 1 / (1 + math.exp(beta * h))
+            h += 2 * rate * beta * (p * s - (1 - p) * (1 - s))
+            path[step + 1, i] = h
     return path
 
 

@@ -255,7 +255,8 @@ def transformer_policy(world: World, seed: int, n_embd: int, n_layer: int) -> Po
     params = model.init(config, stream(seed, "policy", n_embd, n_layer), dtype="float64")
     for p in params.values():
         p.data = p.data * 5 if p.data.ndim == 2 else p.data
-    return params, lambda: exact.exact_logprobs(params, config, world.prompts, world.responses)
+    tree = exact.prefix_tree(config, world.prompts, world.responses)
+    return params, lambda: tree.logprobs(params, config)
 
 
 def optimum_of_dpo(world: World, seed: int) -> Iterator[Claim]:

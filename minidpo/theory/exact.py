@@ -7,12 +7,12 @@ id except end-of-text.
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from .. import ops
-from ..backend import Array, array_module
-from ..model import Config, Params, forward
-from ..scoring import Pick, checked, token_logprobs
+from ..backend import Array, array_module, index_array
+from ..model import Config, Params, Rows, check_length, forward, row_logits
+from ..scoring import Layout, checked
 from ..tensor import Tensor
 from ..tokenizer import END_OF_TEXT
 
@@ -57,31 +57,69 @@ def chain_rule_logprob(params: Params, config: Config, prompt: Sequence[int], re
     return total
 
 
+class Tree(NamedTuple):
+    """Every response to every prompt, laid out once by `prefix_tree`, for models that are scored again and again."""
+
+    rows: Rows
+    masks: list[Array]  # of each block, (S, S): 0 where the key's prefix begins the query's, else -inf
+    picks: Array  # (3, K), as `scoring.Pick`
+    shape: tuple[int, int]  # prompts, responses
+
+    def logprobs(self, params: Params, config: Config) -> Tensor:
+        """log pi(y|x) of every response to every prompt, in nats, from one forward.  -> (P, N)"""
+        xp, (row, token, response) = array_module(params["wte.weight"].data), self.picks
+        blocks = tuple((*block, xp.asarray(mask)) for block, mask in zip(self.rows.blocks, self.masks))
+        logits = row_logits(params, config, self.rows, lambda i, qkv: ops.block_attention(qkv, blocks))  # (M, V)
+        logp = ops.log_softmax(logits)[row, token]  # (M, V) -> (K,)
+        logp = ops.segment_sum(logp, response, math.prod(self.shape))  # (K,) -> (P N,)
+        return ops.reshape(logp, self.shape)  # (P N,) -> (P, N)
+
+
+def prefix_mask(prefixes: Sequence[tuple[int, ...]]) -> Array:
+    """Which rows of prefixes see each other, (S, S): 0 where the key's begins the query's, else -inf."""
+    mask = array_module().full((len(prefixes), len(prefixes)), -math.inf, dtype="float32")
+    place = {prefix: i for i, prefix in enumerate(prefixes)}
+    for prefix, query in place.items():
+        if query:
+            mask[:, query] = mask[:, place[prefix[:-1]]]  # it sees what the text before its last token sees, and itself
+        mask[query, query] = 0
+    return mask
+
+
+def prefix_tree(
+    config: Config, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], run: int = 128
+) -> Tree:
+    """Lay out texts so that each prefix of them is one row, which sees the rows of its own prefixes.
+
+    Sorted prefixes are cut into runs of `run`, so that masks stay small; a run repeats what its first one continues.
+    """
+    checked([(x, y) for x in prompts for y in responses])
+    check_length(max(map(len, prompts)) + max(map(len, responses)) - 1, config)
+    layout, masks = Layout(), list[Array]()
+    heads = sorted({tuple(y[:t]) for y in responses for t in range(len(y))})  # a head comes before what continues it
+    for b, x in enumerate(prompts):
+        row = dict[tuple[int, ...], int]()
+        for start in range(0, len(heads), run):
+            texts = [(*x, *head) for head in heads[start : start + run]]
+            prefixes = [texts[0][:t] for t in range(1, len(texts[0]))] + texts
+            rows = slice(len(layout.tokens), len(layout.tokens) + len(prefixes))
+            layout.tokens += [prefix[-1] for prefix in prefixes]
+            layout.positions += [len(prefix) - 1 for prefix in prefixes]
+            layout.add_block(rows, rows)
+            masks.append(prefix_mask(prefixes))
+            row |= dict(zip(prefixes, range(rows.start, rows.stop)))
+        for i, y in enumerate(responses):
+            layout.picks += [(row[*x, *y[:t]], token, b * len(responses) + i) for t, token in enumerate(y)]
+    numbered, picks = layout.rows(config)
+    index_array([token for _, token, _ in picks], config.vocab_size, array_module())  # -1 would be another token
+    return Tree(numbered, masks, array_module().array(picks).T, (len(prompts), len(responses)))
+
+
 def exact_logprobs(
     params: Params, config: Config, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]
 ) -> Tensor:
-    """log pi(y|x) of every response to every prompt, in nats, from one forward.  -> (P, N)
-
-    Responses that begin alike share rows: each prompt is followed once by every prefix that no other one continues.
-    """
-    checked([(x, y) for x in prompts for y in responses])
-    heads = sorted({tuple(y[:-1]) for y in responses})  # a prefix comes just before what continues it
-    longest = [p for p, q in zip(heads, [*heads[1:], None]) if q is None or q[: len(p)] != p]
-    home = {p[:t]: (n, t) for n, p in enumerate(longest) for t in range(len(p) + 1)}
-    T = max(map(len, prompts)) + max(map(len, longest))
-    texts = [[*x, *p] for x in prompts for p in longest]
-    tokens = [text + [END_OF_TEXT] * (T - len(text)) for text in texts]  # nothing attends to the pads
-    logits = forward(params, config, tokens)  # (P M, T) -> (P M, T, V)
-    picks: list[Pick] = []
-    for b, x in enumerate(prompts):
-        for i, y in enumerate(responses):
-            for t, token in enumerate(y):
-                n, place = home[tuple(y[:t])]
-                row = (b * len(longest) + n) * T + len(x) - 1 + place
-                picks.append((row, token, b * len(responses) + i))
-    logp = token_logprobs(ops.reshape(logits, (len(texts) * T, config.vocab_size)), picks)  # (P M T, V) -> (K,)
-    logp = ops.segment_sum(logp, [number for _, _, number in picks], len(prompts) * len(responses))  # (K,) -> (P N,)
-    return ops.reshape(logp, (len(prompts), len(responses)))  # (P N,) -> (P, N)
+    """log pi(y|x) of every response to every prompt, in nats, from one forward.  -> (P, N)"""
+    return prefix_tree(config, prompts, responses).logprobs(params, config)
 
 
 def kl(logp: Array, logq: Array) -> Array:

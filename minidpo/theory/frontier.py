@@ -131,7 +131,7 @@ def most_reward(world: World, kl: float) -> float:
     if not 0 < kl < kl_and_reward(world, top)[0]:
         return kl_and_reward(world, top if kl > 0 else world.ref_logp)[1]
     low, high = numpy.ptp(world.reward) * numpy.array([1e-9, 1e9])
-    for _ in range(200):
+    for _ in range(70):  # of 42 in its logarithm, to rounding
         beta = (low * high) ** 0.5
         star, _ = exact.optimum(world.ref_logp, world.reward, beta)
         low, high = (beta, high) if kl_and_reward(world, star)[0] > kl else (low, beta)
