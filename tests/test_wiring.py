@@ -16,7 +16,7 @@ from minidpo import checkpoint, cli, generation, model, scoring, tokenizer, trai
 from minidpo.audit import gates, proxy, replies
 from minidpo.cli import measure, parser, train
 from minidpo.explain import displacement
-from minidpo.run import report, safetensors
+from minidpo.run import safetensors
 from minidpo.run.folder import digest, json_lines, prompts_document
 from minidpo.run.reference import cached_reference_logprobs
 from minidpo.streams import stream
@@ -113,9 +113,8 @@ def root(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def plain(monkeypatch):
-    """One process, no curves; `displacement` returns its numbers."""
+    """One process; `displacement` returns its numbers."""
     monkeypatch.setattr(train, "worker_count", lambda params: 1)
-    monkeypatch.setattr(report, "installed", lambda: False)
     monkeypatch.setattr(displacement, "meter_as_text", lambda steps: [asdict(step) for step in steps])
 
 
