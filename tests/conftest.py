@@ -15,7 +15,7 @@ from device_double import cupy as double
 from minidpo.run import report, tasks
 
 settings.register_profile("dev", max_examples=20, derandomize=True, deadline=None)
-settings.register_profile("ci", max_examples=40, derandomize=True, deadline=None)
+settings.register_profile("ci", max_examples=30, derandomize=True, deadline=None)
 settings.register_profile("thorough", max_examples=2000, derandomize=False, deadline=None, print_blob=True)
 settings.load_profile("ci" if os.environ.get("CI") else "dev")
 
