@@ -1,4 +1,4 @@
-"""Hypothesis profiles, a stand-in for CuPy, and silence.
+"""Hypothesis profiles, a stand-in for CuPy, and neither lines nor pictures of how far a run is.
 
 `pytest --hypothesis-profile=thorough` draws new inputs each time. The other profiles repeat theirs, so only a change
 of the code changes the outcome.
@@ -12,10 +12,10 @@ import pytest
 from hypothesis import settings
 
 from device_double import cupy as double
-from minidpo.run import tasks
+from minidpo.run import report, tasks
 
 settings.register_profile("dev", max_examples=20, derandomize=True, deadline=None)
-settings.register_profile("ci", max_examples=100, derandomize=True, deadline=None)
+settings.register_profile("ci", max_examples=30, derandomize=True, deadline=None)
 settings.register_profile("thorough", max_examples=2000, derandomize=False, deadline=None, print_blob=True)
 settings.load_profile("ci" if os.environ.get("CI") else "dev")
 
@@ -24,6 +24,14 @@ settings.load_profile("ci" if os.environ.get("CI") else "dev")
 def no_progress(monkeypatch):
     """Without lines that only a slow machine prints, so that tests can say what is on stderr."""
     monkeypatch.setattr(tasks, "SILENCE", math.inf)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_curves():
+    """Runs without their picture, which takes longer than most of them; a test of it gives `installed` back."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report, "installed", lambda: False)
+        yield
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """Hypothesis strategies: the cases of `minidpo.verify.cases`, with arrays in every memory layout."""
 
 import numpy as np
+from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
@@ -8,6 +9,7 @@ from minidpo.verify.cases import CASES
 
 LAYOUTS = ("C", "F", "every other", "backwards")
 seeds = st.integers(0, 2**32 - 1)
+fifth = settings(max_examples=settings.default.max_examples // 5)  # of a profile's examples, where one takes long
 
 
 def with_layout(values, layout):

@@ -17,7 +17,6 @@ from benchmarks.workload import SIZES, Size, draw
 from minidpo import Tensor, checkpoint, cli, explain, generation, losses, ops, scoring, world
 from minidpo.audit import replies
 from minidpo.cli import desk
-from minidpo.run import report
 from minidpo.tokenizer import TURN
 
 SMALL = Size(vocab=11, n_embd=8, n_layer=2, n_head=2, T=16, pairs=6)
@@ -391,7 +390,6 @@ TINY = desk.Sizes(
 def test_a_small_story_is_trained_judged_and_resumed(tmp_path, monkeypatch):
     """Runs start from one SFT model, each against its own reference; what is trained already is only judged again."""
     monkeypatch.setattr(desk, "FULL", TINY)
-    monkeypatch.setattr(report, "installed", lambda: False)  # no curves
     names = ("sft chosen", "no reference", "base reference", "beta 0.5 nll")
     budget = {**story.BUDGET, "steps": 3, "evaluate_every": 2, "batch_size": 4}
     monkeypatch.setattr(story, "WINDOW", 2)

@@ -12,6 +12,7 @@ from minidpo import checkpoint, cli, plots, world
 from minidpo.audit.intervals import Estimate
 from minidpo.audit.replies import judged
 from minidpo.cli import desk, parser
+from minidpo.run import report
 from minidpo.streams import stream
 from minidpo.theory.exact import chain_rule_logprob
 from minidpo.tokenizer import TURN
@@ -35,9 +36,11 @@ def json_lines(path):
 
 @pytest.fixture(scope="module")
 def demo_run(tmp_path_factory):
-    """A demo and its output."""
-    folder = tmp_path_factory.mktemp("demo") / "desk"
+    """A demo and its output, with the demo's own curves."""
+    folder, curves = tmp_path_factory.mktemp("demo") / "desk", report.curves
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report, "installed", plots.installed)
+        patch.setattr(report, "curves", lambda path, runs: path.parent == folder and curves(path, runs))
         printed = []
         patch.setattr(
             "builtins.print", lambda *args, end="\n", **options: printed.append(" ".join(map(str, args)) + end)
@@ -161,8 +164,9 @@ def test_the_report_has_what_was_printed(demo_run):
     written = (folder / "report.md").read_text()
     for line in printed[printed.index("three models answer") :].splitlines()[2:12]:
         assert line in written
-    assert ("![true reward](demo.png)" in written) == (folder / "demo.png").exists() == plots.installed()
-    assert "## What went wrong" in written and ("![curves](curves.png)" in written) == (folder / "curves.png").exists()
+    assert "## What went wrong" in written
+    for picture in ("![true reward](demo.png)", "![curves](curves.png)"):
+        assert (picture in written) == (folder / picture[picture.index("(") + 1 : -1]).exists() == plots.installed()
 
 
 def test_the_picture_is_the_result(demo_run):

@@ -8,6 +8,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 import models
+from drawing import fifth
 from minidpo import Tensor, explain, model, optim, scoring
 from minidpo.explain import displacement
 from minidpo.model import Config
@@ -25,6 +26,7 @@ def view_of(ids, seed=0):
     return explain.pair(small(seed), small(seed + 1), CONFIG, *ids, 0.3)
 
 
+@fifth
 @given(ids=models.pairs(), seed=seeds)
 def test_kernels_are_inner_products_of_gradients(ids, seed):
     """K_ab is the derivative of log pi(a) along the gradient of log pi(b), here by central differences."""
@@ -45,6 +47,7 @@ def test_kernels_are_inner_products_of_gradients(ids, seed):
     assert kernel.K_wl**2 <= kernel.K_ww * kernel.K_ll * (1 + 1e-12)
 
 
+@fifth
 @given(seed=st.integers(0, 50))
 def test_the_prediction_is_first_order(seed):
     """The relative error of the prediction falls in proportion to the rate."""
@@ -85,12 +88,12 @@ def test_the_sign_of_the_prediction_is_that_of_the_step():
     """The predicted sign is the measured one in at least 99 of 100 random pairs; both signs occur."""
     rng = np.random.default_rng(0)
     steps = []
-    for seed in range(20):
+    for seed in range(10):
         pairs = [tuple(rng.integers(0, 5, rng.integers(1, 4)).tolist() for _ in range(3)) for _ in range(15)]
         steps += displacement.meter(small(seed), small(seed + 1), CONFIG, [ids for ids in pairs if ids[1] != ids[2]])
     falls = [step.chosen.predicted < 0 for step in steps]
     agree = [step.chosen.measured < 0 for step in steps] == np.array(falls)
-    assert len(steps) > 250 and agree.mean() >= 0.99
+    assert len(steps) > 125 and agree.mean() >= 0.99
     assert 5 < sum(falls) < len(falls) - 5
     assert falls == [step.K_wl > step.K_ww for step in steps]
 
@@ -130,7 +133,7 @@ def test_without_likelihood_the_chosen_word_falls_at_every_step():
     no, never, yes = run.path.T
     assert (np.diff(no) < 0).all() and (np.diff(no - never) > 0).all()
     assert no[0] == pytest.approx(-np.log(3)) and no[-1] < -13 and yes[-1] > -1e-5
-    assert three_words(steps=200).loss > run.loss > three_words(steps=4000).loss
+    assert three_words(steps=200).loss > 5 * run.loss
 
 
 def test_the_reasons_given_are_true():
@@ -156,10 +159,10 @@ def test_the_first_slope_is_that_of_the_first_step(weight):
 
 def test_with_likelihood_the_chosen_word_ends_likely():
     """A likelihood term makes the chosen word likely in the end, even if it fell first."""
-    assert three_words(0.02).path[:, 0].min() < -1.0986  # it fell first
     for weight in (0.02, 0.1, 0.5):
-        run = three_words(weight)
-        assert run.path[-1, 0] > -0.1 and run.loss < 0.02
+        run = three_words(weight, steps=1000)
+        assert run.path[-1, 0] > -0.2 and run.loss < 0.04
+        assert (run.path[:, 0].min() < -1.0987) == (weight == 0.02)  # it fell first
     runs = [three_words(0.0, steps=3), three_words(0.5, steps=3)]
     first, _, *rows = no_never_yes.as_text(runs).splitlines()
     assert first.startswith('One pair, "no" over "never"') and "beta 0.5, 3 steps of rate 0.1" in first

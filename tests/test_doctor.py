@@ -94,21 +94,26 @@ def train(
     policy = policy or model.init(config, np.random.default_rng(seed))
     reference = model.frozen(reference or policy)
     optimizer = optim.AdamW(optimizer_of or policy, rate)
+    scores, anchors = (
+        np.array(training.reference_logprobs(reference, config, each)) if each else None for each in (pairs, held_out)
+    )
     rows = []
     for step in range(steps + 1):
         if held_out and step % every == 0:
-            anchor = policy if moving or eval_moving else reference
-            scores = training.reference_logprobs(anchor, config, held_out)
+            if moving or eval_moving:
+                anchors = training.reference_logprobs(policy, config, held_out)
             metrics = training.preference_evaluation(
-                policy, config, collate(held_out, *scores), beta, losses.dpo_loss, nll_weight
+                policy, config, collate(held_out, *anchors), beta, losses.dpo_loss, nll_weight
             )
             rows.append({"step": step, **{f"eval_{name}": value for name, value in metrics.items()}})
         if step < steps:
             optimizer.learning_rate = rate * min(1.0, (step + 1) / warmup) if warmup else rate
-            part = [pairs[i] for i in training.batch_indices(len(pairs), batch, step, seed)]
+            indices = training.batch_indices(len(pairs), batch, step, seed)
+            known = [] if moving else scores[:, indices]
+            part = collate([pairs[i] for i in indices], *known)
             try:
                 metrics = training.dpo_training_step(
-                    policy, policy if moving else reference, config, optimizer, collate(part), beta,
+                    policy, policy if moving else reference, config, optimizer, part, beta,
                     (later if later and step >= steps // 2 else loss), nll_weight,
                 )  # fmt: skip
             except FloatingPointError:  # where we stop, other trainers log this and go on
@@ -292,10 +297,10 @@ RUNS = [{}, {"rate": 3e-3}, {"beta": 0.5}, {"warmup": 15}, {"batch": 1, "steps":
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_nothing_is_found_in_healthy_runs(seed):
     """No alarm for runs of several seeds, rates, betas, batches and lengths, however their log is cut."""
-    pairs, held_out = toy_pairs(160, seed + 10), toy_pairs(64, seed + 50)
+    pairs, held_out = toy_pairs(160, seed + 10), toy_pairs(32, seed + 50)
     base = learner(pairs, TOY, seed, 60)
 
     def policy():

@@ -3,15 +3,16 @@
 import numpy as np
 import pytest
 from hypothesis import given
-from hypothesis import strategies as st
 
+from drawing import fifth, seeds
 from minidpo import losses, training
 from minidpo.theory import invariances
 
 pytestmark = pytest.mark.slow
 
 
-@given(seed=st.integers(0, 2**32 - 1))
+@fifth
+@given(seed=seeds)
 def test_each_holds_and_its_neighbour_breaks(seed):
     """Nine equalities hold to rounding on every model; a similar change is at least ten million times larger."""
     rows = invariances.table(seed)

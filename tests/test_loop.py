@@ -64,7 +64,7 @@ def lines(path):
 @pytest.mark.parametrize("what", ["writes", "instants"])
 @forks
 def test_a_killed_run_ends_in_the_same_bytes(what, folder, tmp_path):
-    """kill -9 costs steps, never results: before every write, and at random instants."""
+    """kill -9 costs steps, never results: at random instants, and from what is on the disk before each write."""
     for name in ("pairs.jsonl", "init"):
         os.symlink(folder / name, tmp_path / name)
     one_thread = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}

@@ -33,73 +33,57 @@ def test_vjp_is_the_derivative(name, method, data, seed):
     check_vjp(OPS[name].raw, *arguments, rng=np.random.default_rng(seed), method=method, **options)
 
 
-def forward_of(data, name, dtype="float64"):
-    """One forward: its arguments, its value, its vjp, and a function that draws cotangents."""
+def forwards_of(data, name, *dtypes):
+    """A forward in each dtype: its arguments, its value, its vjp, and a function that draws cotangents."""
     arguments, options = data.draw(cases(name))
-    arguments = [x.astype(dtype) if is_varied(x) else x for x in arguments]
-    for x in arguments:
-        if is_varied(x):
-            x.flags.writeable = False
     rng = np.random.default_rng(data.draw(seeds))
-    y, vjp = OPS[name].raw(*arguments, **options)
-    return arguments, y, vjp, lambda: np.asarray(rng.normal(size=y.shape), dtype=y.dtype)
-
-
-@every_op
-@given(data=st.data())
-def test_zero_cotangent_gives_zero(name, data):
-    """A cotangent of zeros gives gradients of zeros."""
-    _, y, vjp, _ = forward_of(data, name)
-    for gx in vjp(np.zeros(y.shape)):
-        assert gx is None or not gx.any()
+    for dtype in dtypes:
+        xs = [x.astype(dtype) if is_varied(x) else x for x in arguments]
+        for x in xs:
+            if is_varied(x):
+                x.flags.writeable = False
+        y, vjp = OPS[name].raw(*xs, **options)
+        yield xs, y, vjp, lambda y=y: np.asarray(rng.normal(size=y.shape), dtype=y.dtype)
 
 
 @every_op
 @given(data=st.data())
 def test_vjp_is_linear(name, data):
-    """A vjp is linear in its cotangent."""
-    _, _, vjp, cotangent = forward_of(data, name)
+    """A vjp is linear in its cotangent, and zeros give zeros."""
+    ((_, _, vjp, cotangent),) = forwards_of(data, name, "float64")
     g, h = cotangent(), cotangent()
-    for gx, hx, both in zip(vjp(g), vjp(h), vjp(2 * g - 3 * h)):
-        assert (gx is None) == (both is None)
+    for gx, hx, both, none in zip(vjp(g), vjp(h), vjp(2 * g - 3 * h), vjp(0 * g), strict=True):
+        assert (gx is None) == (both is None) == (none is None)
         if gx is not None:
             np.testing.assert_allclose(both, 2 * gx - 3 * hx, rtol=1e-9, atol=1e-9 * (1 + abs(both).max(initial=0)))
+            assert not none.any()
 
 
 @every_op
 @given(data=st.data())
-def test_vjp_twice_is_bitwise_equal(name, data):
-    """A vjp gives the same bits when it is called again."""
-    _, _, vjp, cotangent = forward_of(data, name)
-    g = cotangent()
-    first = [gx if gx is None else gx.copy() for gx in vjp(g)]
-    for once, again in zip(first, vjp(g)):
-        assert (once is None and again is None) or once.tobytes() == again.tobytes()
-
-
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
-@every_op
-@given(data=st.data())
-def test_gradients_have_the_shape_and_dtype_of_the_input(name, dtype, data):
+def test_gradients_have_the_shape_and_dtype_of_the_input(name, data):
     """Gradients have the shape and dtype of their input: one stray float64 would double the memory after it."""
-    arguments, y, vjp, cotangent = forward_of(data, name, dtype)
-    if any(is_varied(x) for x in arguments):
-        assert y.dtype == dtype
-    gxs = vjp(cotangent())
-    assert len(gxs) == len(arguments)
-    for x, gx in zip(arguments, gxs):
-        assert (gx.shape, gx.dtype) == (x.shape, x.dtype) if is_varied(x) else gx is None
+    dtypes = ("float32", "float64")
+    for dtype, (arguments, y, vjp, cotangent) in zip(dtypes, forwards_of(data, name, *dtypes), strict=True):
+        if any(is_varied(x) for x in arguments):
+            assert y.dtype == dtype
+        gxs = vjp(cotangent())
+        assert len(gxs) == len(arguments)
+        for x, gx in zip(arguments, gxs):
+            assert (gx.shape, gx.dtype) == (x.shape, x.dtype) if is_varied(x) else gx is None
 
 
 @every_op
 @given(data=st.data())
-def test_inputs_and_cotangent_are_left_alone(name, data):
-    """Neither forward nor vjp writes into its arguments."""
-    arguments, _, vjp, cotangent = forward_of(data, name)  # read-only arrays
+def test_what_is_given_is_left_alone(name, data):
+    """Neither forward nor vjp writes into its arguments, so that a vjp gives the same bits when it is called again."""
+    ((arguments, _, vjp, cotangent),) = forwards_of(data, name, "float64")  # read-only arrays
     before = [x.copy() if is_varied(x) else x for x in arguments]
     g = cotangent()
     g.flags.writeable = False
-    vjp(g)
+    first = [gx if gx is None else gx.copy() for gx in vjp(g)]
+    for once, again in zip(first, vjp(g), strict=True):
+        assert (once is None and again is None) or once.tobytes() == again.tobytes()
     for x, old in zip(arguments, before):
         assert not is_varied(x) or x.tobytes() == old.tobytes()
 

@@ -95,14 +95,16 @@ def test_a_run_without_evaluations_is_one_sentence(run):
 
 def test_without_matplotlib_it_says_so(run, monkeypatch):
     """A missing extra costs the curves and is one line, also after an hour of training."""
+    monkeypatch.setattr(report, "installed", plots.installed)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     report.write(run)
     assert report.NO_CURVES in (run / "report.md").read_text() and not (run / "curves.png").exists()
 
 
-def test_curves(run):
+def test_curves(run, monkeypatch):
     """There is a picture with every panel that has data. Needs the `plot` extra."""
     pytest.importorskip("matplotlib")
+    monkeypatch.setattr(report, "installed", plots.installed)
     run = run.rename(run.with_name("x$\\foo$\x1b"))  # neither a formula, nor a character that a font has to have
     report.write(run)
     assert (run / "curves.png").read_bytes().startswith(b"\x89PNG")
