@@ -252,6 +252,17 @@ def test_newton_ends_where_the_gradient_of_the_dpo_loss_is_0(world):
     assert abs(leaf.grad).max() < 1e-12
 
 
+@pytest.mark.parametrize("beta", [0.1, 1.0, 30.0])
+def test_pair_slope_has_the_gradient_of_pair_loss(beta, world):
+    """A sweep from `pair_slope` gives what one from `pair_loss` does, near the reference and far away."""
+    wins = np.random.default_rng(0).random((3, 15, 15))
+    for logp in equalities.random_policies(world, 1, count=5):
+        leaves = [Tensor(logp, requires_grad=True) for _ in range(2)]
+        for number, leaf in zip((equalities.pair_loss, equalities.pair_slope), leaves):
+            number(leaf, world.ref_logp, wins, beta).backward()
+        close(leaves[1].grad, leaves[0].grad, rtol=1e-12, atol=1e-16 * beta)
+
+
 def test_pair_loss_is_the_mean_of_dpo_loss(world):
     """`pair_loss` and `square_loss` are weighted means of `losses.dpo_loss` and `ipo_loss`, pair by pair."""
     wins = exact.preference_probabilities(world.reward) * (1 - np.eye(world.reward.shape[-1]))

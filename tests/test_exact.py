@@ -42,6 +42,13 @@ def test_a_world_that_is_too_large_is_refused():
         exact.complete_responses(11, 3, most=1000)
 
 
+def test_preference_probabilities_keep_their_tails():
+    """sigma(z) is exact where it is small, and 0 or 1 where e^z would overflow."""
+    p = exact.preference_probabilities(np.array([0.0, 40.0, 1000.0]))
+    expected = [[0.5, 1 / (1 + math.exp(40)), 0.0], [1 / (1 + math.exp(-40)), 0.5, 0.0], [1.0, 1.0, 0.5]]
+    np.testing.assert_allclose(p, expected, rtol=1e-15)
+
+
 @worlds
 def test_probabilities_sum_to_one(vocab_size, cap, prompt):
     """Probabilities of all responses sum to 1 on all three routes: the normalisation oracle."""

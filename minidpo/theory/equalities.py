@@ -198,6 +198,15 @@ def pair_loss(logp: Tensor, ref_logp: Array, wins: Array, beta: float) -> Tensor
     return -ops.sum(pair_weights(wins) * ops.logsigmoid(beta * margins(logp, ref_logp)))
 
 
+def pair_slope(logp: Tensor, ref_logp: Array, wins: Array, beta: float) -> Tensor:
+    """<dL/dlog pi, log pi>, L = `pair_loss`: a number with the same gradient, for a descent, which reads no loss.
+
+    dL/dlog pi_i = -beta sum_j (v_ij sigma(-u_ij) - v_ji sigma(-u_ji)),   u_ij = beta (h_i - h_j), v = `pair_weights`
+    """
+    push = pair_weights(wins) * exact.preference_probabilities(-beta * (logp.data - ref_logp))  # i up and j down
+    return ops.sum(-beta * (push.sum(axis=2) - push.sum(axis=1)) * logp)
+
+
 def square_loss(logp: Tensor, ref_logp: Array, wins: Array, beta: float) -> Tensor:
     """IPO on all ordered pairs: mean_x sum_ij wins_ij (h_i - h_j - 1/(2 beta))^2/sum wins, h = log pi - log pi_ref."""
     return ops.sum(pair_weights(wins) * (margins(logp, ref_logp) - 1 / (2 * beta)) ** 2)
@@ -270,7 +279,7 @@ def optimum_of_dpo(world: World, seed: int) -> Iterator[Claim]:
     yield at_most(f"DPO on a table, at most {steps} Newton steps, five betas: TV to pi*", worst, 1e-12)
     beta = 0.5
     star, _ = exact.optimum(world.ref_logp, world.reward, beta)
-    loss = functools.partial(pair_loss, ref_logp=world.ref_logp, wins=wins, beta=beta)
+    loss = functools.partial(pair_slope, ref_logp=world.ref_logp, wins=wins, beta=beta)
     curvature = beta**2 / (2 * world.reward.size)  # roughly the largest of the loss
     for name, logp in (
         ("gradient descent", descent(table_policy(world), loss, optim.SGD, [1 / curvature] * 500)[-1]),
@@ -296,7 +305,7 @@ def fitted_transformer(
     world: World, wins: Array, beta: float, seed: int, n_embd: int, n_layer: int, steps: int
 ) -> Array:
     """log pi of a transformer after Adam with a cosine schedule has minimised `pair_loss`.  -> (P, N)"""
-    loss = functools.partial(pair_loss, ref_logp=world.ref_logp, wins=wins, beta=beta)
+    loss = functools.partial(pair_slope, ref_logp=world.ref_logp, wins=wins, beta=beta)
     optimizer = functools.partial(ADAM, betas=(0.9, 0.99))
     return descent(transformer_policy(world, seed, n_embd, n_layer), loss, optimizer, cosine(steps, 5e-3, 50))[-1]
 

@@ -164,8 +164,9 @@ def implicit_reward(logp: Array, ref_logp: Array, beta: float) -> Array:
 
 def preference_probabilities(reward: Array) -> Array:
     """Bradley-Terry: P(i preferred to j) = sigma(r_i - r_j).  (..., N) -> (..., N, N)"""
-    difference = reward[..., :, None] - reward[..., None, :]
-    return array_module(reward).exp(ops.logsigmoid.raw(difference)[0])
+    xp, difference = array_module(reward), reward[..., :, None] - reward[..., None, :]
+    decay = xp.exp(-abs(difference))  # sigma(z) is 1/(1 + e^-z) or e^z/(1 + e^z): neither overflows where it is used
+    return xp.where(difference > 0, 1, decay) / (1 + decay)
 
 
 def plackett_luce(reward: Array, ranking: Sequence[int]) -> float:

@@ -19,7 +19,7 @@ from ..plots import Curve, Panel
 from ..streams import stream
 from ..tensor import Tensor
 from . import equalities, exact, optima
-from .equalities import ADAM, World, cosine, descent, fitted_table, natural_policy, pair_loss
+from .equalities import ADAM, World, cosine, descent, fitted_table, natural_policy, pair_slope
 
 BETAS = (0.05, 0.1, 1.0, 5.0)
 ALPHAS = (0.05, 0.1, 0.5, 1.0)
@@ -59,7 +59,7 @@ def learned_reward(wins: Array, prior: float = 1e-3) -> Array:
     reward = {"reward": Tensor(zeros, requires_grad=True)}
 
     def loss(r: Tensor) -> Tensor:
-        return pair_loss(r, zeros, wins, 1.0) + prior * ops.mean(r * r)
+        return pair_slope(r, zeros, wins, 1.0) + prior * ops.mean(r * r)
 
     return descent((reward, lambda: reward["reward"] * 1.0), loss, ADAM, cosine(STEPS, 1.0))[-1]
 
@@ -97,7 +97,7 @@ def policies(world: World, seed: int) -> Iterator[tuple[str, float, Array]]:
 
     for beta in BETAS:
         rng = stream(seed, "frontier", "samples", str(beta))
-        loss = partial(pair_loss, ref_logp=world.ref_logp, wins=wins, beta=beta)
+        loss = partial(pair_slope, ref_logp=world.ref_logp, wins=wins, beta=beta)
         yield f"DPO, 2,000 pairs, {STEPS} steps", beta, fitted_table(world, loss, STEPS, 0.1)
         yield "policy gradient, true reward", beta, natural_policy(world, world.reward, beta, 100)
         yield "DPO, exact preferences", beta, equalities.newton(world, exact_wins, beta)[0]
