@@ -31,6 +31,8 @@ class Cache:
         self.config, self.prompts, self.end = config, prompts, max(map(len, prompts))
         self.xp = xp = array_module(params["wte.weight"].data)
         self.starts = xp.asarray([self.end - len(x) for x in prompts])  # (B,), the column of each text's first token
+        before = xp.arange(columns) < self.starts[:, None]  # (B, S)
+        self.hidden = xp.where(before, -math.inf, 0.0).astype("float32")[:, None, :, None]  # (B, S) -> (B, 1, S, 1)
         self.keys_values = self.room(len(prompts), columns)
 
     def room(self, B: int, S: int) -> Array:
@@ -52,8 +54,7 @@ class Cache:
             y, _ = ops.attention(heads[0] * heads.shape[-1] ** -0.5, keys_values[i, 0], keys_values[i, 1], hidden)
             return Tensor(y.swapaxes(1, 2).reshape(B * T, H, -1))  # (B, H, T, D) -> (B T, H, D)
 
-        ids = index_array(tokens, self.config.vocab_size, self.xp)
-        rows = Rows(ids.reshape(-1), positions.reshape(-1), [], range(T - 1, B * T, T) if T > 1 else None)
+        rows = Rows(tokens.reshape(-1), positions.reshape(-1), [], range(T - 1, B * T, T) if T > 1 else None)
         return row_logits(self.params, self.config, rows, attend).data
 
     def read(self) -> Array:
@@ -64,7 +65,8 @@ class Cache:
             place = {x: i for i, x in enumerate(dict.fromkeys(tuple(self.prompts[b]) for b in texts))}
             later = xp.arange(T)[:, None] > xp.arange(T)  # (S, T), S = T
             group, hidden = self.room(len(place), T), xp.where(later, -math.inf, 0.0).astype("float32")
-            out = self.forward(numpy.array(list(place)), xp.tile(xp.arange(T), len(place)), hidden, group)
+            ids = index_array(list(place), self.config.vocab_size, xp)  # (B, T)
+            out = self.forward(ids, xp.tile(xp.arange(T), len(place)), hidden, group)
             rows, into = xp.asarray([place[tuple(self.prompts[b])] for b in texts]), xp.asarray(texts)
             self.keys_values[:, :, into, :, self.end - T : self.end], logits[into] = group[:, :, rows], out[rows]
         return logits
@@ -72,10 +74,8 @@ class Cache:
     def extend(self, tokens: Array) -> Array:
         """Append a token to every text, and return the logits after it.  (B,) -> (B, V)"""
         self.end += 1
-        before = self.xp.arange(self.end) < self.starts[:, None]  # (B, S)
-        hidden = self.xp.where(before, -math.inf, 0.0).astype("float32")[:, None, :, None]  # (B, S) -> (B, 1, S, 1)
-        used = self.keys_values[..., : self.end, :]
-        return self.forward(tokens[:, None], self.end - 1 - self.starts, hidden, used)
+        hidden, used = self.hidden[:, :, : self.end], self.keys_values[..., : self.end, :]
+        return self.forward(self.xp.asarray(tokens)[:, None], self.end - 1 - self.starts, hidden, used)
 
     def keep(self, rows: Sequence[int]) -> list[int]:
         """Drop all texts but these, the last ones taking the rows that become free; return the row each came from."""
@@ -84,8 +84,9 @@ class Cache:
         if holes:
             to, of = self.xp.asarray(holes), self.xp.asarray(movers)
             self.keys_values[:, :, to, :, : self.end] = self.keys_values[:, :, of, :, : self.end]
-            self.starts[to] = self.starts[of]
-        self.keys_values, self.starts, moved = self.keys_values[:, :, :B], self.starts[:B], dict(zip(holes, movers))
+            self.starts[to], self.hidden[to] = self.starts[of], self.hidden[of]
+        self.keys_values, self.starts, self.hidden = self.keys_values[:, :, :B], self.starts[:B], self.hidden[:B]
+        moved = dict(zip(holes, movers))
         return [moved.get(row, row) for row in range(B)]
 
 

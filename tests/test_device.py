@@ -192,6 +192,13 @@ def test_a_training_step_a_sample_and_a_checkpoint_of_a_model_on_the_device(tmp_
         assert type(params[name].data) is ndarray, name
 
 
+def test_unknown_ids_of_a_prompt_are_refused_before_they_reach_the_device():
+    """An id outside the vocabulary is an error, though a device would wrap it around without a word."""
+    for token in (-1, CONFIG.vocab_size):
+        with pytest.raises(IndexError, match=f"index {token} at position"):
+            generation.generate(on_device(small()), CONFIG, [[1, token]], np.random.default_rng(0), 2)
+
+
 def test_steps_of_each_kind_of_training_on_the_device(tmp_path):
     """Otherwise pre-training, fine-tuning or DPO works on the CPU alone, or a cache of the reference does."""
     seen = []
