@@ -81,7 +81,9 @@ def resumed(run, arguments):
 def writes(run, arguments, expected, stride):
     copies = run.parents[1] / "copies"
     assert status_of(fork(arguments, lambda: copy_before_writes(run.parent, copies))) == 0
-    for copy in sorted(copies.iterdir())[::stride]:
+    states = sorted(copies.iterdir())
+    assert len(states) > 40, states
+    for copy in states[::stride]:
         shutil.rmtree(run.parent)
         copy.rename(run.parent)
         same = resumed(run, arguments) == expected

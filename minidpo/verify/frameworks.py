@@ -159,14 +159,16 @@ def differences(f: Call, arrays: Sequence[Array]) -> list[list[Array | None]]:
 
 def leading(result: Any) -> Any:
     """The loss or score in what a subject returns: its first entry, or the one with that name."""
+    if hasattr(result, "shape"):
+        return result
     for name in ("loss", "losses", "logps", "logprobs"):
         if isinstance(result, dict) and name in result:
             return result[name]
-        if not isinstance(result, dict) and not hasattr(result, "__array__") and hasattr(result, name):
+        if not isinstance(result, dict) and hasattr(result, name):
             return getattr(result, name)
     if isinstance(result, dict):
         losses = [value for key, value in result.items() if "loss" in str(key)]
         return losses[0] if len(losses) == 1 else next(iter(result.values()))
     if isinstance(result, tuple) or (isinstance(result, list) and result and hasattr(result[0], "shape")):
-        return result[0] if not hasattr(result, "shape") else result
+        return result[0]
     return result
