@@ -509,15 +509,15 @@ def test_fused_op_is_its_composition(name, seed):
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("amplitude", [1, 100])
-@given(seed=seeds, B=st.integers(1, 2), S=st.integers(1, 9), data=st.data())
-def test_fast_attention_is_the_textbook_attention(amplitude, dtype, seed, B, S, data):
+@given(seed=seeds, batch=st.sampled_from([(), (3,), (2, 3)]), S=st.integers(1, 9), data=st.data())
+def test_fast_attention_is_the_textbook_attention(amplitude, dtype, seed, batch, S, data):
     """`attention` and `causal_attention` are two codes for one function: equal values, equal gradients.
 
     Queries and keys are eighths, so that all scores, up to +-1e4, are exact in either order of summation.
     """
     rng, T, D = np.random.default_rng(seed), data.draw(st.integers(1, S)), 4 ** data.draw(st.integers(0, 2))
-    q, k = (rng.integers(-8, 9, (B, 3, n, D)).astype(dtype) / 8 * amplitude / D**0.25 for n in (T, S))
-    v, g = (rng.normal(size=(B, 3, n, D)).astype(dtype) for n in (S, T))
+    q, k = (rng.integers(-8, 9, (*batch, n, D)).astype(dtype) / 8 * amplitude / D**0.25 for n in (T, S))
+    v, g = (rng.normal(size=(*batch, n, D)).astype(dtype) for n in (S, T))
     later = np.arange(S) > np.arange(S - T, S)[:, None]
     y, vjp = ops.causal_attention.raw(q, k, v)
     fast, fast_vjp = ops.attention(q * D**-0.5, k, v, np.where(later.T, -INF, 0).astype("float32"))
