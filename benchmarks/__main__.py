@@ -92,16 +92,21 @@ def main():
     if unchanged and {key: previous.get(key) for key in figures} != figures:
         parser.error(f"{path} comes from another machine, seed or number of rounds: measure all suites")
     figures |= {suite: previous[suite] if suite in unchanged else {} for suite in SUITES}
+
+    def save():
+        files.write_whole(path, (json.dumps(figures, indent=1) + "\n").encode())
+
     for suite in STEPS:
         for size in options.sizes if suite in options.suites else ():
             print(f"\n{suite}, {size}: {SIZES[size]}", flush=True)
             names = options.names or (WITH_AVX2 if suite.endswith(speed.AVX2) else None)
             results, missing = speed.measure(SIZES[size], options.seed, options.rounds, names=names, suite=suite)
             figures[suite][size] = results
+            save()
             print(*[f"  not measured: {line}" for line in missing], table(results, BASELINE), sep="\n", flush=True)
     if "growth" in options.suites:
         figures["growth"] = growth(options.seed)
-    files.write_whole(path, (json.dumps(figures, indent=1) + "\n").encode())
+        save()
     if set(options.sizes) == set(SIZES):
         print(f"\n{as_table(figures)}\n")
     drawn = panels(figures["growth"])  # time and memory in turn

@@ -1,5 +1,6 @@
 """One contender in its own process: it reads commands from standard input and answers in JSON."""
 
+import contextlib
 import importlib
 import json
 import os
@@ -17,7 +18,10 @@ PROC, TICKS = pathlib.Path("/proc"), os.sysconf("SC_CLK_TCK")
 
 def processes():
     """The ids of the contender's process and of its children."""
-    parents = {path.parent.name: path.read_text().rpartition(")")[2].split()[1] for path in PROC.glob("[0-9]*/stat")}
+    parents = {}
+    for path in PROC.glob("[0-9]*/stat"):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # of a process that has just ended
+            parents[path.parent.name] = path.read_text().rpartition(")")[2].split()[1]
     return [os.getpid(), *[int(pid) for pid, parent in parents.items() if int(parent) == os.getpid()]]
 
 
