@@ -36,7 +36,7 @@ PACKAGE = Path(minidpo.__file__).parent
 RESULTS = ROOT / "benchmarks" / "results" / "mutants.json"
 FILES = ("ops", "tensor", "scoring", "losses", "training", "optim")
 PAGES = ("test_house", "test_readme", "test_tutorials", "test_benchmarks")  # of texts: they notice any other line
-WIRING = ("tests/test_wiring.py", "tests/test_options.py", "tests/test_demo.py", "tests/test_train.py")
+WIRING = [f"tests/test_{name}.py" for name in ("wiring", "options", "demo", "train", "workers", "loop")]
 PLANTED = {  # faults in the wiring: what is wrong, the file, and what stands there instead of what
     "beta does not reach the step of dpo": ("cli/train", "settings = strength,", "settings = 0.1,"),
     "beta does not reach the evaluation": ("cli/train", "config, batch, strength,", "config, batch, 0.1,"),

@@ -5,6 +5,7 @@ fails by its name. Then the chain of the demo, and what is cached.
 """
 
 import json
+import math
 from dataclasses import asdict
 
 import pytest
@@ -94,6 +95,8 @@ def test_each_stage_of_the_demo_begins_from_the_weights_that_it_names(tmp_path):
     first, *_ = json_lines(desk / "dpo" / "metrics.jsonl")
     assert first["eval_logps/chosen"] == pytest.approx(logprobs(*sft, chosen).data.mean(), rel=1e-5)
     assert first["eval_rewards/ties"] == 1 and first["eval_rewards/chosen"] == first["eval_rewards/rejected"] == 0
+    nats = -logprobs(*sft, chosen).data.sum() / sum(len(y) for _, y in chosen)
+    assert first["eval_loss"] == pytest.approx(math.log(2) + 2 * nats, rel=1e-5)  # --nll-weight 2
     scores, _, _ = safetensors.read(desk / "dpo" / "reference.safetensors")
     for side, texts in (("w", chosen), ("l", rejected)):  # the held-out pairs come last
         right = logprobs(*sft, texts).data
