@@ -170,6 +170,7 @@ def measure(size, seed, rounds, seconds=0.3, names=None, suite="step", cores=THR
                 results[name]["quiet"].append(quiet)
         for name, worker in workers.items():
             results[name]["peak_mib"] = worker.ask("peak")["peak_mib"]
+            results[name] |= worker.ask("launches") if suite == "gpu" else {}
     for result in results.values():
         result["median"] = statistics.median(result["seconds"])
     return results, missing

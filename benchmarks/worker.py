@@ -49,6 +49,19 @@ def peak(step, seconds=2.0):
     return max(seen)
 
 
+def launches(contender):
+    """How many kernels, and how many copies and fills, a step starts on the GPU, as its profiler sees them."""
+    from torch.autograd import DeviceType
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as seen:
+        contender.step()
+        contender.finish()
+    names = [event.name for event in seen.events() if event.device_type == DeviceType.CUDA]
+    copies = sum(name.startswith(("Memcpy", "Memset")) for name in names)
+    return {"kernels": len(names) - copies, "copies": copies}
+
+
 def cpu():
     """The processor seconds that the contender has used, summed over its processes."""
     fields = [(PROC / str(pid) / "stat").read_text().rpartition(")")[2].split() for pid in processes()]
@@ -81,7 +94,10 @@ def main(module, name, size, seed):
             tokens = result if isinstance(result, int) else None
             answer(seconds=seconds, steps=count, cpu=cpu() - used, tokens=tokens)
         elif command == "peak":
-            answer(peak_mib=peak(contender.step))
+            memory = getattr(contender, "memory", None)  # of a GPU
+            answer(peak_mib=memory() if memory else peak(contender.step))
+        elif command == "launches":
+            answer(**launches(contender))
 
 
 if __name__ == "__main__":

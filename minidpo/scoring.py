@@ -15,11 +15,12 @@ from itertools import groupby, repeat
 from typing import Any, NamedTuple
 
 from . import ops
-from .backend import Array, array_module, asarray, index_array
+from .backend import Array, array_module, asarray, index_array, on_host
 from .model import Block, Config, Params, Rows, check_length, forward, row_logits
 from .tensor import Tensor
 from .tokenizer import END_OF_TEXT
 
+Example = tuple[Sequence[int], Sequence[int]]  # ids of prompt and response
 Pair = tuple[Sequence[int], Sequence[int], Sequence[int]]  # ids of prompt x, chosen y_w, rejected y_l
 Pick = tuple[int, int, int]  # the row that predicts a token, the token, the number of its response
 
@@ -81,10 +82,15 @@ def shared_logprobs(params: Params, config: Config, pairs: Sequence[Pair]) -> tu
 
     The rows of a pair are chosen | prompt | rejected, so that each response's keys are one slice. The prompt sees
     itself; either response sees itself and the prompt. The prompt's last row predicts both first tokens. It belongs to
-    the block of the rejected rows, so that the prompt's own block has no wanted row.
+    the block of the rejected rows, so that the prompt's own block has no wanted row. A GPU is quicker with few large
+    operations than with few rows: there each text has its own prompt, and all texts form one block.
     """
+    checked(pairs)
+    if not on_host(params["wte.weight"].data):
+        layout = packed(config, [(x, w) for x, w, _ in pairs] + [(x, l) for x, _, l in pairs], one_block=True)
+        return response_sums(layout.logprobs(params, config), layout.picks, len(pairs))
     layout = Layout()
-    for b, (x, w, l) in enumerate(checked(pairs)):
+    for b, (x, w, l) in enumerate(pairs):
         check_length(len(x) + max(len(w), len(l)) - 1, config, f"pair {b}: a text")
         chosen = len(layout.tokens)  # the first row of each part
         prompt = chosen + len(w) - 1
@@ -100,26 +106,29 @@ def shared_logprobs(params: Params, config: Config, pairs: Sequence[Pair]) -> tu
     return response_sums(layout.logprobs(params, config), layout.picks, len(pairs))
 
 
-def packed_logprobs(params: Params, config: Config, examples: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Tensor:
-    """Log-probability of each response token of (prompt, response) examples, from one forward without pads.  -> (M,)
+def packed_logprobs(params: Params, config: Config, examples: Sequence[Example]) -> Tensor:
+    """Log-probability of each response token of (prompt, response) examples, from one forward.  -> (M,)
 
     The tokens come in the order of `packed`, not the caller's: take sums or means, or score one example at a time.
     """
-    return packed(config, examples).logprobs(params, config)
+    return packed(config, examples, one_block=not on_host(params["wte.weight"].data)).logprobs(params, config)
 
 
-def packed(config: Config, examples: Sequence[tuple[Sequence[int], Sequence[int]]]) -> "Layout":
-    """(prompt, response) examples, shortest first; those of one length are neighbours and form one block."""
-    layout = Layout()
+def packed(config: Config, examples: Sequence[Example], one_block: bool = False) -> "Layout":
+    """(prompt, response) examples, shortest first; those of one length are neighbours and form one block.
+
+    For `one_block` of all texts each gets pads up to the longest; they come after its tokens, which do not see them.
+    """
+    layout, longest = Layout(), max(map(text_length, examples), default=0)
     for b, example in enumerate(checked(examples)):
         check_length(text_length(example) - 1, config, f"example {b}: a text")
     by_length = sorted(enumerate(examples), key=lambda item: text_length(item[1]))
-    for length, group in groupby(by_length, key=lambda item: text_length(item[1])):
+    for length, group in groupby(by_length, key=lambda item: longest if one_block else text_length(item[1])):
         start = len(layout.tokens)
         for b, (x, y) in group:
             first = len(layout.tokens) + len(x) - 1  # the row that predicts y_1
             layout.picks += zip(range(first, first + len(y)), y, repeat(b))
-            layout.tokens += [*x, *y][:-1]
+            layout.tokens += [*x, *y][:-1] + [END_OF_TEXT] * (length - len(x) - len(y))
             layout.positions += range(length - 1)
         rows = slice(start, len(layout.tokens))
         layout.add_block(rows, rows, (rows.stop - start) // (length - 1))
@@ -128,7 +137,7 @@ def packed(config: Config, examples: Sequence[tuple[Sequence[int], Sequence[int]
 
 @dataclass
 class Layout:
-    """Texts laid out as rows without pads, one after another, and the tokens to score."""
+    """Texts laid out as rows, one after another, and the tokens to score."""
 
     tokens: list[int] = field(default_factory=list)
     positions: list[int] = field(default_factory=list)

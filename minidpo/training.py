@@ -16,14 +16,13 @@ from . import losses, ops, optim
 from .backend import Array, array_module, on_host, to_host
 from .losses import PreferenceLoss
 from .model import Config, Params
-from .scoring import Batch, Pair, packed_logprobs, shared_logprobs
+from .scoring import Batch, Example, Pair, packed_logprobs, shared_logprobs
 from .streams import stream
 from .tensor import Tensor
 from .tokenizer import END_OF_TEXT, Tokenizer
 
 CACHED = 2**18  # numbers in an MLP's hidden layer, 4 n_embd per token: arrays of this size fit a processor's cache
 ROUNDING = 8  # units in the last place of a log-probability; up to 2.5 were seen between batches
-Example = tuple[list[int], list[int]]  # ids of prompt and response
 Metrics = dict[str, float]
 Watch = Callable[[Any], Iterable[Any]]  # passes items on one by one, and may tell how many there have been
 Loss = Callable[..., PreferenceLoss]  # of the four log-probabilities, beta, and constants that it takes `by_name`

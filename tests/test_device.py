@@ -4,6 +4,7 @@ check touches stays on the double of `device_double`, whose rules are CuPy's.
 
 import json
 import sys
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -27,13 +28,14 @@ from minidpo import (
     scoring,
     training,
 )
+from minidpo.backend import to_host
 from minidpo.cli import train
 from minidpo.ops import OPS
 from minidpo.run.folder import json_lines
 from minidpo.run.reference import cached_reference_logprobs
 from minidpo.theory import equalities
 from minidpo.tokenizer import Tokenizer
-from models import CONFIG, small
+from models import CONFIG, pairs, small
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -91,6 +93,34 @@ def test_host_indices_are_checked_and_uploaded(name):
     assert type(OPS[name].raw(x, np.array([0, 1]))[0]) is ndarray
     with pytest.raises(IndexError, match="index 3"):
         OPS[name](x, np.array([0, 3]))
+
+
+@given(batch=st.lists(pairs(), min_size=1, max_size=4), seed=seeds)
+def test_on_a_device_all_texts_form_one_block(batch, seed):
+    """Pairs and examples have the host's log-probabilities and gradients, from one block of attention in each layer."""
+    examples = [(x, y) for x, y, _ in batch]
+    g_w, g_l, g = (np.random.default_rng([seed, i]).normal(size=len(batch)) for i in range(3))
+    results = []
+    with mock.patch.object(ops, "block_attention", wraps=ops.block_attention) as attention:
+        for device, xp in (("cpu", np), ("cuda", cupy)):
+            attention.reset_mock()
+            params = model.placed(small(seed % 10), device)
+            logp_w, logp_l = scoring.shared_logprobs(params, CONFIG, batch)
+            logp = [ops.sum(scoring.packed_logprobs(params, CONFIG, [example])) for example in examples]
+            packed = ops.sum(scoring.packed_logprobs(params, CONFIG, examples))
+            sums = [ops.sum(x * xp.asarray(y)) for x, y in ((logp_w, g_w), (logp_l, g_l))]
+            (sums[0] + sums[1] + packed * float(g[0])).backward()
+            arrays = [
+                logp_w.data,
+                logp_l.data,
+                packed.data,
+                *[x.data for x in logp],
+                *[p.grad for p in params.values()],
+            ]
+            results.append([to_host(x) for x in arrays])
+    for value, expected in zip(*results, strict=True):
+        np.testing.assert_allclose(value, expected, rtol=1e-9, atol=1e-10)
+    assert all(len(call.args[1]) == 1 for call in attention.call_args_list)
 
 
 def small_model(xp):

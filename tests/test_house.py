@@ -13,7 +13,7 @@ SPINE = "tensor ops gradcheck losses model scoring optim training".split()
 LEANS_ON = "backend tokenizer generation streams plots".split()
 # lines of Python at most: a ceiling is raised in the open, in the change that needs it, with the reason in its commit
 CEILINGS = {
-    "spine": 2395,  # a maximum for hinges, log(1 - e^x) for odds; votes in every mean; states for another head
+    "spine": 2400,  # a maximum for hinges, log(1 - e^x) for odds; votes in every mean; another head; one block on a GPU
     "leans on": 590,
     "family": 705,  # 27 losses, each with its gradient and its source: 23 lines a loss
     "data": 950,  # ways to write a request; every foreign format has a name and a remedy; votes read and counted
@@ -24,7 +24,7 @@ CEILINGS = {
     "run": 1864,  # damaged and edited runs are checked in full before anything moves; tasks; Hugging Face's files
     "cli": 2350,  # judge: gates, templates, failures; the table of the losses and their picture; verify
 }
-PACKAGE = 15_448
+PACKAGE = 15_456
 ROOMS = ("data", "theory", "explain", "verify", "audit", "run", "cli")
 ARROWS = {  # between rooms, beside those to data and those of cli
     ("verify", "theory"),  # exact sums over responses

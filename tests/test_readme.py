@@ -18,7 +18,7 @@ import minidpo
 from benchmarks import __main__ as measured
 from benchmarks import demo as desk_runs
 from benchmarks import family as eight
-from benchmarks import mutants, sampling, speed, story
+from benchmarks import gpu, mutants, sampling, speed, story
 from benchmarks import ppo as beside
 from benchmarks.workload import SIZES as SIZES_OF_SPEED
 from minidpo import Tensor, cli, explain, losses
@@ -418,6 +418,23 @@ def test_the_table_of_sampling_is_that_of_its_json():
         assert min(ratios) == ratios[-1] > 1
 
 
+def test_the_table_of_a_gpu_is_that_of_its_json():
+    """Device, versions and kernels are those of the run; every turn was quiet, and each step correct."""
+    figures = json.loads((RESULTS / "gpu.json").read_text())
+    section = " ".join(BENCHMARKS[BENCHMARKS.index("## On a GPU") :].split())
+    assert gpu.as_table(figures) in BENCHMARKS and list(figures["step"]) == ["tiny", "small", "medium"]
+    device, torch = figures["device"], figures["environment"]["torch"]
+    assert device == "NVIDIA H100 80GB HBM3"
+    assert f"an NVIDIA H100 with CuPy {figures['cupy']} and PyTorch {torch}." in section
+    results = [result for each in figures["step"].values() for result in each.values()]
+    assert all(all(result["quiet"]) and result["error"] < speed.TOLERANCE for result in results)
+    assert {len(result["seconds"]) for result in results} == {5, 7}
+    times = [each["minidpo"]["kernels"] / each[measured.BASELINE]["kernels"] for each in figures["step"].values()]
+    assert 6 < min(times) and max(times) < 7 and "six to seven times as many" in section
+    best = figures["step"]["small"]["PyTorch eager, our recipe"]
+    assert f"block by block, takes {1e3 * best['median']:.0f} ms at small" in section
+
+
 def test_the_default_of_dpo_is_the_best_setting_that_is_always_healthy():
     """No default falls below SFT: rate and steps are chosen on the desk, by rule, over three seeds."""
     results = json.loads((RESULTS / "defaults.json").read_text())
@@ -483,6 +500,10 @@ def test_the_figures_of_speed_are_those_that_the_benchmark_wrote():
         result["error"] < speed.TOLERANCE for (*_, name), result in timed.items() if name != "minidpo, products alone"
     )
     assert results["growth"].keys() == measured.GROWTH.keys()
+    points = [point for points in results["growth"].values() for point in points]
+    assert all(all(result["quiet"]) for point in points for result in point["results"].values())
+    names = " ".join(f'"{name}"' if " " in name else name for name in results["step"]["tiny"])
+    assert f"`python -m benchmarks --rounds 9 --names {names}`" in BENCHMARKS
 
 
 def test_the_tables_of_mutants_are_those_of_their_json():
@@ -490,13 +511,15 @@ def test_the_tables_of_mutants_are_those_of_their_json():
     document = json.loads((RESULTS / "mutants.json").read_text())
     assert mutants.as_table(document) in BENCHMARKS
     assert [row["name"] for row in document["planted"]] == list(mutants.PLANTED)
+    assert f"plants {len(mutants.PLANTED)} faults by hand" in BENCHMARKS
+    assert f"All {len(mutants.PLANTED)} are noticed." in BENCHMARKS
     assert all(row["test"] for row in document["planted"])
     assert mutants.survivors(document) in BENCHMARKS
     left = [row for row in document["mutants"] if not row["test"]]
     missed = [row for row in left if not row["judgement"].startswith("equivalent")]
     total = len(document["mutants"])
     assert len(missed) <= 0.03 * (total - len(left) + len(missed))
-    assert f"The first {total} of a sample of 150 from {document['of']:,} (seed `{document['seed']}`" in BENCHMARKS
+    assert f"Of a sample of {total} from {document['of']:,} (seed `{document['seed']}`" in BENCHMARKS and total == 150
 
 
 @pytest.mark.slow

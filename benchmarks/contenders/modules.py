@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from benchmarks.contenders.pytorch import OnGPU
 from benchmarks.workload import BETA, LEARNING_RATE, padded
 
 
@@ -56,7 +57,10 @@ def turned(name, array):
 class Modules:
     """One padded batch; each step scores the reference again, without a graph."""
 
+    device = "cpu"
+
     def __init__(self, work):
+        torch.set_default_device(self.device)
         self.B = len(work.pairs)
         self.policy, self.reference = (loaded(work.config, each) for each in (work.policy, work.reference))
         self.optimizer = torch.optim.AdamW(self.policy.parameters(), LEARNING_RATE, weight_decay=0.0, fused=True)
@@ -73,7 +77,7 @@ class Modules:
         log_ratio = self.logps(self.policy) - ref
         loss = -F.logsigmoid(BETA * (log_ratio[: self.B] - log_ratio[self.B :])).mean()
         loss.backward()
-        return loss.item(), {name: turned(name, p.grad.numpy()) for name, p in self.policy.named_parameters()}
+        return loss.item(), {name: turned(name, p.grad.cpu().numpy()) for name, p in self.policy.named_parameters()}
 
     def step(self):
         self.gradient()
@@ -84,4 +88,8 @@ def versions():
     return {"torch": torch.__version__}
 
 
-CONTENDERS = {"step": {"PyTorch modules, padded": Modules}}
+class ModulesOnGPU(OnGPU, Modules):
+    pass
+
+
+CONTENDERS = {"step": {"PyTorch modules, padded": Modules}, "gpu": {"PyTorch modules, padded": ModulesOnGPU}}

@@ -44,15 +44,17 @@ class Padded(workers.Workers):
             total += loss.item()
         return total
 
-    def gradient(self):
+    def loss(self):
         self.optimizer.zero_grad()
         pairs = self.work.pairs
         parts = workers.shares([len(x) + max(len(w), len(l)) for x, w, l in pairs], len(self))
-        loss = sum(self.ask(self.policy, [[pairs[i] for i in part] for part in parts]))
-        return loss, {name: p.grad for name, p in self.policy.items()}
+        return sum(self.ask(self.policy, [[pairs[i] for i in part] for part in parts]))
+
+    def gradient(self):
+        return self.loss(), {name: to_host(p.grad) for name, p in self.policy.items()}
 
     def step(self):
-        self.gradient()
+        self.loss()
         self.optimizer.step()
 
 
@@ -65,10 +67,9 @@ class Best(Padded):
         refs = training.reference_logprobs(self.reference, self.work.config, self.work.pairs)
         self.batch, self.reference = preferences.collate(self.work.pairs, *refs), {}
 
-    def gradient(self):
+    def loss(self):
         with still(self.optimizer):
-            metrics = self.step()
-        return metrics["loss"], {name: to_host(p.grad) for name, p in self.policy.items()}
+            return self.step()["loss"]
 
     def step(self):
         return training.dpo_training_step(
@@ -84,13 +85,20 @@ def still(optimizer):
     optimizer.step = step
 
 
-class BestOnGPU(Best):
-    """`Best` on CuPy arrays, by the same source."""
+class OnGPU:
+    """A mixin, named first: arrays are CuPy's, and a turn ends when the GPU has finished."""
 
     device = "cuda"
 
     def finish(self):
         device_module("cuda").cuda.Device().synchronize()
+
+    def memory(self):
+        return device_module("cuda").get_default_memory_pool().total_bytes() / 2**20
+
+
+class BestOnGPU(OnGPU, Best):
+    pass
 
 
 class Products(Best):

@@ -212,6 +212,9 @@ class OnGPU:
     def finish(self):
         torch.cuda.synchronize()
 
+    def memory(self):
+        return torch.cuda.max_memory_reserved() / 2**20
+
 
 class PaddedOnGPU(OnGPU, Padded):
     pass

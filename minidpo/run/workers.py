@@ -25,8 +25,8 @@ from .. import losses
 from ..backend import Array, array_module, on_host, to_host
 from ..losses import LOSSES, Choice
 from ..model import Config, Params
-from ..scoring import Batch
-from ..training import Example, Loss, Swept, counts, dpo_sweep, join, nll_sweep
+from ..scoring import Batch, Example
+from ..training import Loss, Swept, counts, dpo_sweep, join, nll_sweep
 
 MOST = 8  # processes in all; more have not been tried
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's constants for mallopt

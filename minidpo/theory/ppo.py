@@ -114,7 +114,7 @@ def rollout(
 ) -> Rollout:  # fmt: skip
     """Let the policy answer the prompts, and let the three other models look at its answers."""
     drawn = generate(policy, config, prompts, rng, max_new_tokens).responses
-    examples = sorted(zip(map(list, prompts), drawn), key=text_length)
+    examples: list[Example] = sorted(zip(map(list, prompts), drawn), key=text_length)
     policy, critic = ({name: p.detach() for name, p in params.items()} for params in (policy, critic))  # no graph
     logp, value = policy_and_values(policy, critic, config, examples)
     ref_logp = packed_logprobs(reference, config, examples).data
