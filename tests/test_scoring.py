@@ -128,6 +128,8 @@ def test_an_empty_part_is_refused(route, empty):
         route(small(), CONFIG, [([1], [2], [3]), tuple(parts.values())])
     with pytest.raises(ValueError, match="nothing to score"):
         route(small(), CONFIG, [])
+    with pytest.raises(ValueError, match="example 0: the response has no token"):
+        scoring.packed_logprobs(small(), CONFIG, [([1], [])])
 
 
 def test_the_first_route_refuses_empty_parts_too():

@@ -141,6 +141,16 @@ def test_micro_batches_cover_the_batch_in_slices_of_about_one_size():
     assert parts([most] * 5, 2) == [[0, 1], [2, 3], [4]] and parts([1, 1, 1], 1) == [[0], [1], [2]]
 
 
+@given(batch=several_pairs, beta=st.floats(0.05, 2))
+def test_a_sweep_without_an_nll_weight_has_the_loss_alone(batch, beta):
+    """A sweep adds no likelihood term that nobody asked for: its objective is the mean of -log sigma(z)."""
+    policy, reference = small(1), model.frozen(small(2))
+    refs = training.reference_logprobs(reference, CONFIG, batch)
+    swept = training.dpo_sweep(policy, CONFIG, collate(batch, *refs), beta)
+    z = np.array(swept.reward_w) - np.array(swept.reward_l)
+    assert swept.objective == pytest.approx(np.logaddexp(0, -z).mean(), rel=1e-12)
+
+
 @given(batch=several_pairs, beta=st.floats(0.05, 2), nll_weight=st.sampled_from([0.0, 0.5]))
 def test_a_dpo_step_descends_the_paper_s_loss(batch, beta, nll_weight):
     """A step has the loss and the gradient of equation 7, here written with log-probabilities of one text at a time."""
