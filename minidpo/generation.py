@@ -111,11 +111,34 @@ def draw(
     return order[rows, rank]
 
 
+Streams = numpy.random.Generator | Sequence[numpy.random.Generator]
+
+
+def checked_prompts(config: Config, prompt: Sequence[Any], rng: Streams) -> list[list[int]]:
+    """The prompts as lists of ids; raises ValueError or IndexError if `generate` cannot continue them."""
+    if len(prompt) and numpy.ndim(prompt[0]) == 0:
+        prompt = [prompt]
+    prompts = [[operator.index(token) for token in ids] for ids in prompt]
+    if not prompts:
+        raise ValueError("there is no prompt: generation needs at least one")
+    for b, ids in enumerate(prompts):
+        if not ids:
+            raise ValueError(f"prompt {b} has no token: begin each prompt with end-of-text, id {config.eos_token_id}")
+        if len(ids) > config.n_positions:
+            raise ValueError(
+                f"prompt {b} has {len(ids)} tokens, but the model's n_positions = {config.n_positions}: shorten it"
+            )
+        index_array(ids, config.vocab_size, numpy)
+    if not isinstance(rng, numpy.random.Generator) and len(rng) != len(prompts):
+        raise ValueError(f"there are {len(rng)} random generators for {len(prompts)} prompts: give one or one each")
+    return prompts
+
+
 def generate(
     params: Params,
     config: Config,
     prompt: Sequence[Any],
-    rng: numpy.random.Generator | Sequence[numpy.random.Generator],
+    rng: Streams,
     max_new_tokens: int,
     temperature: float = 1.0,
     top_k: int | None = None,
@@ -143,20 +166,7 @@ def generate(
     ):
         if not allowed:
             raise ValueError(f"{name} = {number} is out of range: it must be {condition}")
-    if len(prompt) and numpy.ndim(prompt[0]) == 0:
-        prompt = [prompt]
-    prompts, end = [[operator.index(token) for token in ids] for ids in prompt], config.eos_token_id
-    if not prompts:
-        raise ValueError("there is no prompt: generation needs at least one")
-    for b, length in enumerate(map(len, prompts)):
-        if not length:
-            raise ValueError(f"prompt {b} has no token: begin each prompt with end-of-text, id {end}")
-        if length > config.n_positions:
-            raise ValueError(
-                f"prompt {b} has {length} tokens, but the model's n_positions = {config.n_positions}: shorten it"
-            )
-    if not isinstance(rng, numpy.random.Generator) and len(rng) != len(prompts):
-        raise ValueError(f"there are {len(rng)} random generators for {len(prompts)} prompts: give one or one each")
+    prompts, end = checked_prompts(config, prompt, rng), config.eos_token_id
     most = [min(max_new_tokens, config.n_positions + 1 - len(x)) for x in prompts]  # tokens of each response
     out = Generation([[] for _ in prompts], [[] for _ in prompts])
     cache = Cache(params, config, prompts, max(map(len, prompts)) + max(most) - 1)
@@ -166,8 +176,8 @@ def generate(
         nan = numpy.isnan(logp).any(axis=-1)
         if nan.any():
             raise FloatingPointError(
-                f"prompt {texts[nan.argmax()]}: the model's log-probabilities are nan; look for nan or inf in its "
-                "parameters"
+                "the model's log-probabilities are nan after the prompt that begins with the ids "
+                f"{prompts[texts[nan.argmax()]][:5]}; look for nan or inf in its parameters"
             )
         if isinstance(rng, numpy.random.Generator):
             uniform = rng.random(len(prompts))[texts]

@@ -14,7 +14,7 @@ from benchmarks import mutants, sampling, speed, story, trl, workload
 from benchmarks import ppo as beside
 from benchmarks.contenders import ours
 from benchmarks.workload import SIZES, Size, draw
-from minidpo import Tensor, checkpoint, cli, explain, generation, losses, ops, scoring, world
+from minidpo import Tensor, checkpoint, cli, explain, losses, ops, scoring, world
 from minidpo.audit import replies
 from minidpo.cli import desk
 from minidpo.tokenizer import TURN
@@ -92,8 +92,8 @@ def test_operations_are_counted_on_the_graph(monkeypatch):
 @pytest.mark.parametrize(("contender", "texts"), [(ours.Sampling, 1), (ours.ManyTexts, 32)])
 def test_sampling_counts_its_tokens(contender, texts, monkeypatch):
     """Texts follow different prompts, fill the context together, and their time is divided by the tokens of one."""
-    outputs, generate = [], generation.generate
-    monkeypatch.setattr(generation, "generate", lambda *args: outputs.append(generate(*args)) or outputs[-1])
+    outputs, generate = [], ours.workers.Workers.generate
+    monkeypatch.setattr(ours.workers.Workers, "generate", lambda *args: outputs.append(generate(*args)) or outputs[-1])
     many = contender(draw(SMALL, 0))
     assert many.step() == SMALL.T + 1 - SMALL.T // 4
     assert [len(x) for x in outputs[0].responses] == [SMALL.T + 1 - SMALL.T // 4] * texts
@@ -211,7 +211,7 @@ def test_the_run_that_trl_is_compared_with_is_that_of_the_command(tmp_path, monk
         assert step["grad_norm"] == pytest.approx(line["grad_norm"], rel=1e-4)
 
 
-# ---- the usual story --------------------------------------------------------------------------------------
+# ---- mutants ----------------------------------------------------------------------------------------------
 
 
 def test_each_mutant_changes_one_place_of_the_code():
@@ -246,6 +246,9 @@ def test_the_table_of_mutants_leaves_out_the_equivalent_ones():
     assert lines[2] == "| ops | 4 | 3 | 1 | 100.0% | 43.9% to 100.0% |"
     assert lines[-1].startswith("| all | 5 | 3 | 1 | 75.0% | 30.1% to 95.4% |")
     assert mutants.survivors({"mutants": rows, "planted": []}) == "- b: equivalent: it is\n- c: not judged"
+
+
+# ---- the usual story --------------------------------------------------------------------------------------
 
 
 def planted(figures, seeds=(0, 1, 2)):

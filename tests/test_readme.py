@@ -407,15 +407,16 @@ def test_the_figures_beside_trl_are_those_of_their_json():
 
 
 def test_the_table_of_sampling_is_that_of_its_json():
-    """Sizes, turns, threads and kernels are those of the run; at medium the lean loop is nearest."""
+    """Sizes, turns, threads and kernels are those of the run, each turn quiet; the lean loop wins where rows are few."""
     results = json.loads((RESULTS / "sampling.json").read_text())
     assert sampling.as_table(results) in BENCHMARKS
     environment = results["environment"]
     assert results["rounds"] == 5 and environment["threads"] == environment["cores"] == 2
     assert "AMD EPYC" in environment["cpu"] and "Haswell" in environment["blas"]
-    for suite in sampling.SUITES.values():
-        ratios = [speed.ratio(results[suite][size], "minidpo", "PyTorch eager") for size in sampling.SIZES]
-        assert min(ratios) == ratios[-1] > 1
+    suites = [[results[suite][size] for size in sampling.SIZES] for suite in sampling.SUITES.values()]
+    assert all(all(result["quiet"]) for suite in suites for each in suite for result in each.values())
+    one, many = ([speed.ratio(each, "minidpo", "PyTorch eager") for each in suite] for suite in suites)
+    assert min(*one, many[0]) > 1 > max(many[1:])
 
 
 def test_the_table_of_a_gpu_is_that_of_its_json():
@@ -510,7 +511,7 @@ def test_the_tables_of_mutants_are_those_of_their_json():
     """Planted faults are all noticed, and 97 % of the mutants that can be; each survivor has a judgement."""
     document = json.loads((RESULTS / "mutants.json").read_text())
     assert mutants.as_table(document) in BENCHMARKS
-    assert [row["name"] for row in document["planted"]] == list(mutants.PLANTED)
+    assert sorted(row["name"] for row in document["planted"]) == sorted(mutants.PLANTED)
     assert f"plants {len(mutants.PLANTED)} faults by hand" in BENCHMARKS
     assert f"All {len(mutants.PLANTED)} are noticed." in BENCHMARKS
     assert all(row["test"] for row in document["planted"])

@@ -1,6 +1,7 @@
 """Several processes give the gradient of one."""
 
 import ctypes
+import functools
 import json
 import os
 import platform
@@ -18,6 +19,7 @@ from hypothesis import strategies as st
 
 from minidpo import Tensor, losses, model, optim, training
 from minidpo.data.preferences import collate
+from minidpo.generation import generate
 from minidpo.run import workers
 from minidpo.run.workers import Workers
 from models import CONFIG, small
@@ -116,6 +118,37 @@ def test_workers_cannot_disagree_with_their_caller(monkeypatch):
         compare(small(1), CONFIG, refs, {"loss": losses.Choice("ipo")})
         monkeypatch.setitem(losses.LOSSES, "ipo", triple_ipo)
         assert compare(small(1), CONFIG, refs, {"loss": losses.Choice("ipo")}) == pytest.approx(3 * values[2])
+
+
+@forks
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.5, "top_k": 3}, {"top_p": 0.8}])
+def test_several_processes_draw_the_texts_of_one(options):
+    """Each prompt has the response, the log-probabilities and the next random number that one process gives it."""
+    prompts = [[0], [0, 1, 2], [3, 4], [0], [2], [1, 1, 1, 1]]
+    drawn = []
+    with Workers(3) as workers:
+        params = small(1)
+        for sample in (
+            functools.partial(generate, params, CONFIG),
+            functools.partial(workers.generate, params, CONFIG),
+        ):
+            rngs = [np.random.default_rng([7, i]) for i in range(len(prompts))]
+            texts = [sample(prompts, rngs, most, **options) for most in (5, 8)]
+            drawn.append([*texts, [rng.random() for rng in rngs]])
+        assert len(workers.others) == 2 and all(p.grad is None for p in params.values())
+        for one, several in zip(*[each[:2] for each in drawn]):
+            assert several.responses == one.responses
+            for logps, expected in zip(several.logprobs, one.logprobs, strict=True):
+                close(logps, expected, rtol=1e-10)
+        assert drawn[0][2] == drawn[1][2] and len({tuple(y) for y in drawn[0][1].responses}) > 3
+        for wrong, error, sentence in (
+            ([[0], [0], [0], [1] * 9], ValueError, "prompt 3 has 9 tokens"),
+            ([[0], [0], [0], [9]], IndexError, "index 9"),
+        ):
+            with pytest.raises(error, match=sentence):
+                workers.generate(params, CONFIG, wrong, rngs[:4], 3)
+        with pytest.raises(ValueError, match="6 random generators for 2 prompts"):
+            workers.generate(params, CONFIG, [[0], [1]], rngs, 3)
 
 
 class Sums(Workers):

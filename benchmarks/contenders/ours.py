@@ -6,7 +6,7 @@ import functools
 import numpy
 
 from benchmarks.workload import BETA, LEARNING_RATE, beginnings, endless
-from minidpo import Tensor, generation, losses, model, optim, preferences, scoring, training
+from minidpo import Tensor, losses, model, optim, preferences, scoring, training
 from minidpo.backend import device_module, to_host
 from minidpo.run import workers
 
@@ -153,11 +153,13 @@ class Sampling:
         self.work = work
         self.params = model.frozen({name: Tensor(x) for name, x in endless(work.policy).items()})
         self.prompts = beginnings(work, self.texts)
+        self.workers = workers.Workers(min(self.texts, workers.worker_count(self.params)))  # forked at the first step
         workers.keep_memory()  # as the commands do
 
     def step(self):
         rngs = [numpy.random.default_rng([0, b]) for b in range(self.texts)]
-        samples = generation.generate(self.params, self.work.config, self.prompts, rngs, self.work.config.n_positions)
+        config = self.work.config
+        samples = self.workers.generate(self.params, config, self.prompts, rngs, config.n_positions)
         return max(map(len, samples.responses))
 
 

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 
 from ..data import world
 from ..data.world import Judgement
-from ..generation import generate
 from ..run.checkpoint import Checkpoint
+from ..run.workers import Workers, worker_count
 from ..scoring import packed_logprobs
 from ..streams import stream
 from ..tokenizer import END_OF_TEXT, TURN, printable
@@ -53,7 +53,8 @@ def judged(
     asked = [world.TEMPLATES[template](x) + TURN for x in prompts]
     ids = [[END_OF_TEXT, *model.tokenizer.encode(x)] for x in asked]
     rngs = [stream(seed, "judge", i) for i in range(len(ids))]
-    drawn = generate(model.params, model.config, ids, rngs, model.config.n_positions)
+    with Workers(worker_count(model.params)) as workers:
+        drawn = workers.generate(model.params, model.config, ids, rngs, model.config.n_positions)
     replies = [model.tokenizer.decode(y) for y in drawn.responses]
     ratios = [
         math.fsum(logps) - packed_logprobs(reference.params, reference.config, [(x, y)]).data.sum().item()

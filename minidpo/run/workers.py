@@ -23,6 +23,7 @@ import numpy
 
 from .. import losses
 from ..backend import Array, array_module, on_host, to_host
+from ..generation import Generation, checked_prompts, generate
 from ..losses import LOSSES, Choice
 from ..model import Config, Params
 from ..scoring import Batch, Example
@@ -129,7 +130,7 @@ class Worker(NamedTuple):
 
 
 class Workers:
-    """`dpo_sweep` and `nll_sweep` of `training`, shared out to `count` processes, the caller among them.
+    """`dpo_sweep`, `nll_sweep` and `generate`, shared out to `count` processes, the caller among them.
 
     Workers are forked at the first question, and anew for parameters of another layout or when `LOSSES` has changed.
     """
@@ -199,9 +200,35 @@ class Workers:
         parts = shares([len(x) + len(y) for x, y in examples], self.count)
         return sum(self.ask(params, [{**common, "examples": [examples[i] for i in part]} for part in parts]))
 
+    def generate(
+        self, params: Params, config: Config, prompt: Sequence[Any], rngs: Sequence[numpy.random.Generator],
+        max_new_tokens: int, **options: Any,
+    ) -> Generation:  # fmt: skip
+        """`generation.generate` by all processes; each prompt's own stream, of `numpy.random.default_rng`, moves on."""
+        if self.count == 1:
+            return generate(params, config, prompt, rngs, max_new_tokens, **options)
+        prompts, params = checked_prompts(config, prompt, rngs), {name: p.detach() for name, p in params.items()}
+        common = {"config": dataclasses.asdict(config), "options": {"max_new_tokens": max_new_tokens, **options}}
+        parts = shares([len(x) for x in prompts], self.count)
+        questions = [
+            {**common, "prompts": [prompts[i] for i in part], "streams": [rngs[i].bit_generator.state for i in part]}
+            for part in parts
+        ]
+        out = Generation([[] for _ in prompts], [[] for _ in prompts])
+        for part, reply in zip(parts, self.ask(params, questions)):
+            for i, response, logps in zip(part, *reply):
+                out.responses[i], out.logprobs[i] = response, logps
+                rngs[i].random(len(response))  # as many numbers as the share has taken from its copy
+        return out
+
     def share(self, params: Params, question: dict[str, Any]) -> Any:
         """Answer one question: `grad` of the parameters gets the share's gradient; the reply can be written as JSON."""
         config = Config(**question["config"])
+        if "streams" in question:
+            rngs = [numpy.random.default_rng(0) for _ in question["streams"]]
+            for rng, state in zip(rngs, question["streams"]):
+                rng.bit_generator.state = state
+            return generate(params, config, question["prompts"], rngs, **question["options"])
         if "examples" in question:
             return nll_sweep(params, config, question["examples"], question["micro_batch_size"], question["tokens"])
         wte = params["wte.weight"].data
@@ -296,8 +323,9 @@ class Workers:
         """Sweep a share into shared memory; the reply, or what went wrong."""
         try:
             for name, p in params.items():
-                gradient[name][...] = 0
-                p.grad = gradient[name] if p.requires_grad else None  # a sweep adds to it in place
+                if p.requires_grad:
+                    gradient[name][...] = 0
+                    p.grad = gradient[name]  # a sweep adds to it in place
             reply = self.share(params, question)
             for name, p in params.items():
                 if p.grad is not None and p.grad is not gradient[name]:
