@@ -250,7 +250,7 @@ class Tree:
             return f"no end after {LONGEST} s"
         if process.returncode == 0:
             return ""
-        failed = re.search(r"^(?:FAILED|ERROR) (\S+)", output, re.MULTILINE)
+        failed = re.search(r"^(?:FAILED|ERROR) (.+?)(?: - |$)", output, re.MULTILINE)
         return failed[1] if failed else f"pytest ended with {process.returncode}"
 
 
@@ -290,7 +290,8 @@ def noticed(folder, faults):
         return {"name": name, "file": mutant.file, "test": test, "seconds": round(time.perf_counter() - start, 1)}
 
     with concurrent.futures.ThreadPoolExecutor(len(trees)) as pool:
-        yield from pool.map(one, faults.items())
+        for done in concurrent.futures.as_completed([pool.submit(one, item) for item in faults.items()]):
+            yield done.result()
 
 
 def as_table(document):

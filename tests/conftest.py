@@ -1,4 +1,4 @@
-"""Hypothesis profiles, a stand-in for CuPy, and neither lines nor pictures of how far a run is.
+"""Hypothesis profiles, a stand-in for CuPy, what commands are tried on, and no lines or pictures of how far a run is.
 
 `pytest --hypothesis-profile=thorough` draws new inputs each time. The other profiles repeat theirs, so only a change
 of the code changes the outcome.
@@ -12,7 +12,9 @@ import pytest
 from hypothesis import settings
 
 from device_double import cupy as double
+from minidpo.cli import train
 from minidpo.run import report, tasks
+from twin import prepared
 
 settings.register_profile("dev", max_examples=20, derandomize=True, deadline=None)
 settings.register_profile("ci", max_examples=30, derandomize=True, deadline=None)
@@ -39,3 +41,15 @@ def cupy(monkeypatch):
     """The device double, imported as `cupy`."""
     monkeypatch.setitem(sys.modules, "cupy", double)
     return double
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """A folder of small models and data, made once for the tests of a file."""
+    return prepared(tmp_path_factory.mktemp("root"))
+
+
+@pytest.fixture
+def one_process(monkeypatch):
+    """Training without workers, which would cost a short run most of its time."""
+    monkeypatch.setattr(train, "worker_count", lambda params: 1)

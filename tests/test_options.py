@@ -9,13 +9,14 @@ import pytest
 from device_double import ndarray
 from minidpo import checkpoint, cli, generation, model, scoring, tokenizer, training, world
 from minidpo.audit import gates, proxy, replies
-from minidpo.cli import measure, train
+from minidpo.cli import measure
 from minidpo.run.folder import digest, json_lines, prompts_document
 from minidpo.streams import stream
 from minidpo.tokenizer import printable
-from twin import CONFIG, differences, expected, prepared
+from twin import CONFIG, differences, expected
 from wiring import BASE, CASES, MANY, outcome, recorded, result_of
 
+pytestmark = pytest.mark.usefixtures("one_process")
 OTHERS = [(case, name) for name, cases in CASES.items() for case in cases.values() if isinstance(case, str)]
 
 
@@ -27,16 +28,6 @@ def having(case):
 def test_every_case_has_its_test():
     """A case that names a test has it."""
     assert all(f"test_an_option_{case}" in globals() for case, _ in OTHERS)
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    return prepared(tmp_path_factory.mktemp("options"))
-
-
-@pytest.fixture(autouse=True)
-def one_process(monkeypatch):
-    monkeypatch.setattr(train, "worker_count", lambda params: 1)
 
 
 @having("names_the_folder")

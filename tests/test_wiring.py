@@ -11,13 +11,13 @@ from dataclasses import asdict
 import pytest
 
 from minidpo import checkpoint, cli, training
-from minidpo.cli import parser, train
+from minidpo.cli import parser
 from minidpo.explain import displacement
 from minidpo.run import safetensors
 from minidpo.run.folder import json_lines
 from minidpo.run.reference import cached_reference_logprobs
 from test_demo import SIZES
-from twin import CONFIG, differences, encoded, expected, ids, logprobs, prepared, reference_scores, weights
+from twin import CONFIG, differences, encoded, expected, ids, logprobs, reference_scores, weights
 from wiring import BASE, CASES, outcome, recorded, result_of
 
 TINY = {"texts": 20, "completions": 20, "pairs": 12, "held_out": 6, "steps": {"pretrain": 4, "sft": 12, "dpo": 2}}
@@ -34,15 +34,9 @@ def test_every_option_has_a_case():
         assert set(cases) == set(parser.COMMANDS[name].options), name
 
 
-@pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    return prepared(tmp_path_factory.mktemp("wiring"))
-
-
 @pytest.fixture(autouse=True)
-def plain(monkeypatch):
+def plain(one_process, monkeypatch):
     """One process; `displacement` returns its numbers."""
-    monkeypatch.setattr(train, "worker_count", lambda params: 1)
     monkeypatch.setattr(displacement, "meter_as_text", lambda steps: [asdict(step) for step in steps])
 
 
