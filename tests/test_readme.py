@@ -407,7 +407,7 @@ def test_the_figures_beside_trl_are_those_of_their_json():
 
 
 def test_the_table_of_sampling_is_that_of_its_json():
-    """Sizes, turns, threads and kernels are those of the run, each turn quiet; the lean loop wins where rows are few."""
+    """Sizes, turns, threads and kernels are those of the run, each quiet; with few rows the lean loop is quicker."""
     results = json.loads((RESULTS / "sampling.json").read_text())
     assert sampling.as_table(results) in BENCHMARKS
     environment = results["environment"]
