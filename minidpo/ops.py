@@ -213,8 +213,8 @@ def gelu(x):
     xp, a, b = array_module(x), math.sqrt(8 / math.pi), 0.044715 * math.sqrt(8 / math.pi)
 
     def value_and_slope(x):
-        x = xp.maximum(x, -9)  # below -9 y is 0 and above 9 p is 1, to within 1e-27; e^-u and x^3 cannot overflow
-        z = xp.minimum(x, 9)
+        z = xp.clip(x, -9, 9)  # below -9 y is 0 and above 9 p is 1, to within 1e-27; e^-u and x^3 cannot overflow
+        x = xp.maximum(x, z)
         z2 = z * z
         p = 1 / (1 + xp.exp(z * (-a - b * z2)))
         y = x * p

@@ -134,7 +134,7 @@ cupy.stack = lambda arrays, axis=0: device(np.stack([host(x) for x in arrays], a
 cupy.concatenate = lambda arrays, axis=0: device(np.concatenate([host(x) for x in arrays], axis=axis))
 cupy.add = types.SimpleNamespace(at=lambda x, key, y: np.add.at(host(x), host(key), host(y)))
 for name in (
-    "arange broadcast_to exp expm1 flatnonzero imag isfinite isinf log log1p maximum minimum ones reshape "
+    "arange broadcast_to clip exp expm1 flatnonzero imag isfinite isinf log log1p maximum minimum ones reshape "
     "take_along_axis tanh tile where zeros"
 ).split():
     setattr(cupy, name, _function(name))
