@@ -88,12 +88,12 @@ def test_the_sign_of_the_prediction_is_that_of_the_step():
     """The predicted sign is the measured one in at least 99 of 100 random pairs; both signs occur."""
     rng = np.random.default_rng(0)
     steps = []
-    for seed in range(10):
+    for seed in range(20):
         pairs = [tuple(rng.integers(0, 5, rng.integers(1, 4)).tolist() for _ in range(3)) for _ in range(15)]
         steps += displacement.meter(small(seed), small(seed + 1), CONFIG, [ids for ids in pairs if ids[1] != ids[2]])
     falls = [step.chosen.predicted < 0 for step in steps]
     agree = [step.chosen.measured < 0 for step in steps] == np.array(falls)
-    assert len(steps) > 125 and agree.mean() >= 0.99
+    assert len(steps) > 250 and agree.mean() >= 0.99
     assert 5 < sum(falls) < len(falls) - 5
     assert falls == [step.K_wl > step.K_ww for step in steps]
 
@@ -133,7 +133,7 @@ def test_without_likelihood_the_chosen_word_falls_at_every_step():
     no, never, yes = run.path.T
     assert (np.diff(no) < 0).all() and (np.diff(no - never) > 0).all()
     assert no[0] == pytest.approx(-np.log(3)) and no[-1] < -13 and yes[-1] > -1e-5
-    assert three_words(steps=200).loss > 5 * run.loss
+    assert three_words(steps=200).loss > 5 * run.loss > 5 * three_words(steps=4000).loss
 
 
 def test_the_reasons_given_are_true():
@@ -160,8 +160,8 @@ def test_the_first_slope_is_that_of_the_first_step(weight):
 def test_with_likelihood_the_chosen_word_ends_likely():
     """A likelihood term makes the chosen word likely in the end, even if it fell first."""
     for weight in (0.02, 0.1, 0.5):
-        run = three_words(weight, steps=1000)
-        assert run.path[-1, 0] > -0.2 and run.loss < 0.04
+        run = three_words(weight)
+        assert run.path[-1, 0] > -0.1 and run.loss < 0.02
         assert (run.path[:, 0].min() < -1.0987) == (weight == 0.02)  # it fell first
     runs = [three_words(0.0, steps=3), three_words(0.5, steps=3)]
     first, _, *rows = no_never_yes.as_text(runs).splitlines()

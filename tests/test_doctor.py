@@ -297,7 +297,7 @@ RUNS = [{}, {"rate": 3e-3}, {"beta": 0.5}, {"warmup": 15}, {"batch": 1, "steps":
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("seed", range(3))
 def test_nothing_is_found_in_healthy_runs(seed):
     """No alarm for runs of several seeds, rates, betas, batches and lengths, however their log is cut."""
     pairs, held_out = toy_pairs(160, seed + 10), toy_pairs(32, seed + 50)
