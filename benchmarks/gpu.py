@@ -67,7 +67,7 @@ def main():
         print(*[f"  not measured: {line}" for line in missing], table(results, BASELINE), sep="\n")
         for contender, result in results.items():
             print(f"  {contender}: {result['kernels']} kernels, {result['copies']} copies a step", flush=True)
-    print(f"written to {RESULTS / 'gpu.json'}")
+    print(f"\n{as_table(figures)}\n\nwritten to {OUT}")
 
 
 if __name__ == "__main__":

@@ -78,20 +78,20 @@ def padded_logprobs(params: Params, config: Config, pairs: Sequence[Pair], left:
 
 
 def shared_logprobs(params: Params, config: Config, pairs: Sequence[Pair]) -> tuple[Tensor, Tensor]:
-    """log pi(y_w|x) and log pi(y_l|x) of each pair, from one forward without pads.  -> (B,), (B,)
+    """log pi(y_w|x) and log pi(y_l|x) of each pair, from one forward.  -> (B,), (B,)
 
     The rows of a pair are chosen | prompt | rejected, so that each response's keys are one slice. The prompt sees
     itself; either response sees itself and the prompt. The prompt's last row predicts both first tokens. It belongs to
     the block of the rejected rows, so that the prompt's own block has no wanted row. A GPU is quicker with few large
-    operations than with few rows: there each text has its own prompt, and all texts form one block.
+    operations than with few rows: there each text has its own prompt, and pads, and all texts form one block.
     """
-    checked(pairs)
+    for b, (x, w, l) in enumerate(checked(pairs)):
+        check_length(len(x) + max(len(w), len(l)) - 1, config, f"pair {b}: a text")
     if not on_host(params["wte.weight"].data):
         layout = packed(config, [(x, w) for x, w, _ in pairs] + [(x, l) for x, _, l in pairs], one_block=True)
         return response_sums(layout.logprobs(params, config), layout.picks, len(pairs))
     layout = Layout()
     for b, (x, w, l) in enumerate(pairs):
-        check_length(len(x) + max(len(w), len(l)) - 1, config, f"pair {b}: a text")
         chosen = len(layout.tokens)  # the first row of each part
         prompt = chosen + len(w) - 1
         rejected = prompt + len(x)
