@@ -8,7 +8,6 @@ needs CuPy, and PyTorch with CUDA.
 
 import argparse
 import json
-import os
 import sys
 
 from benchmarks import speed
@@ -52,7 +51,6 @@ def main():
         cupy = device_module("cuda")
     except DeviceError as error:
         sys.exit(f"nothing to measure: {error}")
-    os.environ["CUPY_TF32"] = "0"  # PyTorch's default is off as well
     name = cupy.cuda.runtime.getDeviceProperties(0)["name"].decode()
     figures = {"device": name, "cupy": cupy.__version__, "environment": speed.environment(), "seed": options.seed}
     previous = json.loads(OUT.read_text()) if OUT.exists() else {}
@@ -62,12 +60,14 @@ def main():
         results, missing = speed.measure(
             GPU_SIZES[size], options.seed, options.rounds, names=options.names, suite="gpu"
         )
-        figures["step"][size] = results
+        figures["step"][size] = figures["step"].get(size, {}) | results
         files.write_whole(OUT, (json.dumps(figures, indent=1) + "\n").encode())
         print(*[f"  not measured: {line}" for line in missing], table(results, BASELINE), sep="\n")
         for contender, result in results.items():
             print(f"  {contender}: {result['kernels']} kernels, {result['copies']} copies a step", flush=True)
-    print(f"\n{as_table(figures)}\n\nwritten to {OUT}")
+    if all({"minidpo", BASELINE, LEAN} <= results.keys() for results in figures["step"].values()):
+        print(f"\n{as_table(figures)}\n")
+    print(f"written to {OUT}")
 
 
 if __name__ == "__main__":

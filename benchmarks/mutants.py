@@ -290,8 +290,7 @@ def noticed(folder, faults):
         return {"name": name, "file": mutant.file, "test": test, "seconds": round(time.perf_counter() - start, 1)}
 
     with concurrent.futures.ThreadPoolExecutor(len(trees)) as pool:
-        for done in concurrent.futures.as_completed([pool.submit(one, item) for item in faults.items()]):
-            yield done.result()
+        yield from pool.map(one, faults.items())
 
 
 def as_table(document):

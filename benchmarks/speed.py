@@ -148,6 +148,7 @@ def measure(size, seed, rounds, seconds=0.3, names=None, suite="step", cores=THR
     OpenBLAS uses the machine's own kernels, or those of AVX2 if the suite's name ends in `AVX2`.
     """
     environment = {**threads(cores), **(HASWELL if suite.endswith(AVX2) else {})}
+    environment |= {"CUPY_TF32": "0"} if suite == "gpu" else {}  # as in PyTorch, whose default it is
     installed, missing = contenders(suite.removesuffix(AVX2), names)
     work = draw(size, seed)
     if not suite.startswith("sampling"):

@@ -2,7 +2,7 @@
 
 1. `sequence_logprob`, the definition: concatenate, forward, slice, log_softmax, gather, sum.
 2. `padded_logprobs`: all texts of a batch of pairs, padded to one length.
-3. `shared_logprobs`: each pair's prompt is computed once, though two responses follow it.
+3. `shared_logprobs`: each pair's prompt is computed once for both responses (on a GPU, twice).
 
 `packed_logprobs` gives the single tokens that the first route sums. A response that was not cut ends in end-of-text,
 which is scored like any token. The last token is never an input, so a text may end one past `n_positions`.

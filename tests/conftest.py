@@ -12,6 +12,7 @@ import pytest
 from hypothesis import settings
 
 from device_double import cupy as double
+from minidpo.audit import replies
 from minidpo.cli import train
 from minidpo.run import report, tasks
 from twin import prepared
@@ -52,4 +53,5 @@ def root(tmp_path_factory):
 @pytest.fixture
 def one_process(monkeypatch):
     """Training without workers, which would cost a short run most of its time."""
-    monkeypatch.setattr(train, "worker_count", lambda params: 1)
+    for module in (train, replies):
+        monkeypatch.setattr(module, "worker_count", lambda params: 1)

@@ -5,6 +5,7 @@ import functools
 import json
 import os
 import platform
+import re
 import signal
 import subprocess
 import sys
@@ -149,6 +150,17 @@ def test_several_processes_draw_the_texts_of_one(options):
                 workers.generate(params, CONFIG, wrong, rngs[:4], 3)
         with pytest.raises(ValueError, match="6 random generators for 2 prompts"):
             workers.generate(params, CONFIG, [[0], [1]], rngs, 3)
+        philox = np.random.Generator(np.random.Philox(0))
+        for streams in ([rngs[0], rngs[0]], [rngs[0], philox], rngs[0]):
+            with pytest.raises(ValueError, match="each prompt needs a stream of its own"):
+                workers.generate(params, CONFIG, [[0], [1]], streams, 3)
+        numbers = {"temperature": np.float32(0.5), "top_k": np.int64(2), "top_p": np.float64(0.9)}
+        assert workers.generate(params, CONFIG, prompts, rngs, np.int64(2), **numbers).responses
+        params["wpe.weight"].data[1:] = np.nan  # so that only prompts of several tokens are at fault
+        with pytest.raises(
+            FloatingPointError, match=re.escape("nan after the prompt that begins with the ids [1, 2, 3];")
+        ):
+            workers.generate(params, CONFIG, [[1, 2, 3], [0], [3]], rngs[:3], 1)
 
 
 class Sums(Workers):

@@ -53,7 +53,7 @@ def judged(
     asked = [world.TEMPLATES[template](x) + TURN for x in prompts]
     ids = [[END_OF_TEXT, *model.tokenizer.encode(x)] for x in asked]
     rngs = [stream(seed, "judge", i) for i in range(len(ids))]
-    with Workers(worker_count(model.params)) as workers:
+    with Workers(min(len(ids), worker_count(model.params))) as workers:
         drawn = workers.generate(model.params, model.config, ids, rngs, model.config.n_positions)
     replies = [model.tokenizer.decode(y) for y in drawn.responses]
     ratios = [

@@ -1,6 +1,6 @@
-"""One sweep by several processes: the loss of a batch is a mean, so the shares' parts add up.
+"""One sweep by several processes: the loss of a batch is a mean, so the shares' parts add up. Sampling is shared, too.
 
-Threads would not help: the interpreter's lock serialises the many small operations. During a sweep each process has
+Threads would not help: the interpreter's lock serialises the many small operations. At work each process has
 one BLAS thread. A worker reads the weights from shared memory and leaves its gradient there. Everything else that
 decides the result is in the question, so workers cannot disagree with their caller. A custom loss cannot be sent: the
 caller sweeps it alone.
@@ -14,6 +14,7 @@ import importlib
 import json
 import math
 import mmap
+import operator
 import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
@@ -132,7 +133,8 @@ class Worker(NamedTuple):
 class Workers:
     """`dpo_sweep`, `nll_sweep` and `generate`, shared out to `count` processes, the caller among them.
 
-    Workers are forked at the first question, and anew for parameters of another layout or when `LOSSES` has changed.
+    Workers are forked at the first question, and anew for parameters of another layout, for a sweep after `generate` or
+    the reverse, and when `LOSSES` has changed.
     """
 
     def __init__(self, count: int):
@@ -202,16 +204,21 @@ class Workers:
 
     def generate(
         self, params: Params, config: Config, prompt: Sequence[Any], rngs: Sequence[numpy.random.Generator],
-        max_new_tokens: int, **options: Any,
+        max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None,
     ) -> Generation:  # fmt: skip
         """`generation.generate` by all processes; each prompt's own stream, of `numpy.random.default_rng`, moves on."""
+        streams = [] if isinstance(rngs, numpy.random.Generator) else [rng.bit_generator for rng in rngs]
+        if not streams or len({*rngs}) < len(rngs) or {*map(type, streams)} != {numpy.random.PCG64}:
+            raise ValueError("each prompt needs a stream of its own, from numpy.random.default_rng")
+        options: dict[str, Any] = {"max_new_tokens": operator.index(max_new_tokens), "temperature": float(temperature)}
+        options |= {"top_k": top_k and operator.index(top_k), "top_p": top_p and float(top_p)}
         if self.count == 1:
-            return generate(params, config, prompt, rngs, max_new_tokens, **options)
+            return generate(params, config, prompt, rngs, **options)
         prompts, params = checked_prompts(config, prompt, rngs), {name: p.detach() for name, p in params.items()}
-        common = {"config": dataclasses.asdict(config), "options": {"max_new_tokens": max_new_tokens, **options}}
+        common = {"config": dataclasses.asdict(config), "options": options}
         parts = shares([len(x) for x in prompts], self.count)
         questions = [
-            {**common, "prompts": [prompts[i] for i in part], "streams": [rngs[i].bit_generator.state for i in part]}
+            {**common, "prompts": [prompts[i] for i in part], "streams": [streams[i].state for i in part]}
             for part in parts
         ]
         out = Generation([[] for _ in prompts], [[] for _ in prompts])
@@ -222,7 +229,7 @@ class Workers:
         return out
 
     def share(self, params: Params, question: dict[str, Any]) -> Any:
-        """Answer one question: `grad` of the parameters gets the share's gradient; the reply can be written as JSON."""
+        """Answer one question, which JSON can write; `grad` of the parameters gets the gradient of a sweep's share."""
         config = Config(**question["config"])
         if "streams" in question:
             rngs = [numpy.random.default_rng(0) for _ in question["streams"]]
@@ -247,8 +254,8 @@ class Workers:
     def ask(self, params: Params, questions: Sequence[dict[str, Any]]) -> list[Any]:
         """The replies to the questions, the first answered here; `grad` of the parameters gets all their gradients.
 
-        Raises FloatingPointError if a loss is not finite, MemoryError if a worker has too little memory, OSError if
-        it failed or has exited.
+        Raises FloatingPointError if a loss is not finite or a log-probability nan, MemoryError if a worker has too
+        little memory, OSError if it failed or has exited.
         """
         self.fork_for(params)
         others = self.others[: len(questions) - 1]
@@ -320,7 +327,7 @@ class Workers:
             os._exit(0)
 
     def answered(self, params: Params, question: dict[str, Any], gradient: dict[str, Array]) -> dict[str, Any]:
-        """Sweep a share into shared memory; the reply, or what went wrong."""
+        """Answer a question, a sweep with its gradient in shared memory; the reply, or what went wrong."""
         try:
             for name, p in params.items():
                 if p.requires_grad:
