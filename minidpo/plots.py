@@ -67,7 +67,8 @@ def figure(
     with matplotlib.rc_context(STYLE | (style or {})):
         new = figures.Figure(figsize=size, layout="constrained")
         yield new
-        new.savefig(file, format="png", dpi=120, transparent=transparent, metadata={"Software": None})
+        small = {"metadata": {"Software": None}, "pil_kwargs": {"optimize": True}}
+        new.savefig(file, format="png", dpi=120, transparent=transparent, **small)
 
 
 def png(panels: Sequence[Panel], transparent: bool = False) -> bytes:

@@ -119,10 +119,10 @@ def packed(config: Config, examples: Sequence[Example], one_block: bool = False)
 
     For `one_block` of all texts each gets pads up to the longest; they come after its tokens, which do not see them.
     """
-    layout, longest = Layout(), max(map(text_length, examples), default=0)
     for b, example in enumerate(checked(examples)):
         check_length(text_length(example) - 1, config, f"example {b}: a text")
     by_length = sorted(enumerate(examples), key=lambda item: text_length(item[1]))
+    layout, longest = Layout(), text_length(by_length[-1][1])
     for length, group in groupby(by_length, key=lambda item: longest if one_block else text_length(item[1])):
         start = len(layout.tokens)
         for b, (x, y) in group:

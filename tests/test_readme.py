@@ -149,7 +149,7 @@ def test_durations_are_cpu_seconds():
 def test_pictures_are_small():
     """A page loads on a phone."""
     for picture in [*RESULTS.glob("*.png"), *(ROOT / "tutorials" / "pictures").glob("*.png")]:
-        assert picture.stat().st_size < 160_000, picture
+        assert picture.stat().st_size < 150_000, picture
 
 
 def mean(values):

@@ -142,6 +142,15 @@ def test_several_processes_draw_the_texts_of_one(options):
             for logps, expected in zip(several.logprobs, one.logprobs, strict=True):
                 close(logps, expected, rtol=1e-10)
         assert drawn[0][2] == drawn[1][2] and len({tuple(y) for y in drawn[0][1].responses}) > 3
+        numbers = {"temperature": np.float32(0.5), "top_k": np.int64(2), "top_p": np.float64(0.9)}
+        assert workers.generate(params, CONFIG, prompts, rngs, np.int64(2), **numbers).responses
+
+
+@forks
+def test_what_cannot_be_sampled_is_named_before_it_is_shared_out():
+    """A prompt is named by its place among all, nan by the prompt's ids; streams must be separate and repeatable."""
+    params, rngs = small(1), [np.random.default_rng(i) for i in range(6)]
+    with Workers(3) as workers:
         for wrong, error, sentence in (
             ([[0], [0], [0], [1] * 9], ValueError, "prompt 3 has 9 tokens"),
             ([[0], [0], [0], [9]], IndexError, "index 9"),
@@ -154,8 +163,6 @@ def test_several_processes_draw_the_texts_of_one(options):
         for streams in ([rngs[0], rngs[0]], [rngs[0], philox], rngs[0]):
             with pytest.raises(ValueError, match="each prompt needs a stream of its own"):
                 workers.generate(params, CONFIG, [[0], [1]], streams, 3)
-        numbers = {"temperature": np.float32(0.5), "top_k": np.int64(2), "top_p": np.float64(0.9)}
-        assert workers.generate(params, CONFIG, prompts, rngs, np.int64(2), **numbers).responses
         params["wpe.weight"].data[1:] = np.nan  # so that only prompts of several tokens are at fault
         with pytest.raises(
             FloatingPointError, match=re.escape("nan after the prompt that begins with the ids [1, 2, 3];")
