@@ -153,7 +153,7 @@ def test_what_cannot_be_sampled_is_named_before_it_is_shared_out():
     with Workers(3) as workers:
         for wrong, error, sentence in (
             ([[0], [0], [0], [1] * 9], ValueError, "prompt 3 has 9 tokens"),
-            ([[0], [0], [0], [9]], IndexError, "index 9"),
+            ([[0], [9], [0], [0]], IndexError, "index 9"),  # in a share that is not the caller's
         ):
             with pytest.raises(error, match=sentence):
                 workers.generate(params, CONFIG, wrong, rngs[:4], 3)
